@@ -1,0 +1,156 @@
+//! The choices of a quantization: scheme, granularity, source of the range.
+
+use super::QuantParams;
+use crate::{Error, Result};
+
+/// Where the integer zero lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scheme {
+    /// `zero_point = 0`, `q` in `[-127, 127]`, `scale = max|x| / 127`. For signed data around
+    /// zero, as queries and keys are; the int8 product then needs no correction.
+    #[default]
+    Symmetric,
+    /// Any zero point, `q` in `[-128, 127]`, `scale = (max(0, max) - min(0, min)) / 255`. Spends
+    /// all 256 codes on one-sided data; the int8 product is corrected from row sums.
+    Affine,
+}
+
+impl Scheme {
+    /// The smallest code: -127 for [`Scheme::Symmetric`], -128 for [`Scheme::Affine`].
+    pub const fn qmin(self) -> i8 {
+        match self {
+            Scheme::Symmetric => -127,
+            Scheme::Affine => -128,
+        }
+    }
+
+    /// The largest code, 127 in both schemes.
+    pub const fn qmax(self) -> i8 {
+        127
+    }
+}
+
+/// What shares one scale (and zero point), for a tensor `[.., S, D]` of `S` tokens.
+///
+/// Each `[S, D]` matrix at the end of the shape is called a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Granularity {
+    /// The whole tensor.
+    PerTensor,
+    /// Each `[S, D]` matrix.
+    PerHead,
+    /// Each row of `D` elements.
+    #[default]
+    PerToken,
+    /// Each run of this many rows of a head; the last run of a head may be shorter.
+    PerBlock(usize),
+}
+
+impl Granularity {
+    /// How many groups a tensor of `heads` matrices with `tokens` rows each has.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a block of 0 tokens.
+    pub fn groups(self, heads: usize, tokens: usize) -> Result<usize> {
+        match self {
+            Granularity::PerTensor => Ok(usize::from(heads * tokens > 0)),
+            Granularity::PerHead => Ok(heads * usize::from(tokens > 0)),
+            Granularity::PerToken => Ok(heads * tokens),
+            Granularity::PerBlock(0) => {
+                Err(Error::Config("a block of 0 tokens; per-block needs at least 1".into()))
+            }
+            Granularity::PerBlock(n) => Ok(heads * tokens.div_ceil(n)),
+        }
+    }
+
+    /// The group of row `token` in matrix `head`.
+    pub(crate) fn group(self, head: usize, token: usize, tokens: usize) -> usize {
+        match self {
+            Granularity::PerTensor => 0,
+            Granularity::PerHead => head,
+            Granularity::PerToken => head * tokens + token,
+            Granularity::PerBlock(n) => head * tokens.div_ceil(n) + token / n,
+        }
+    }
+}
+
+impl std::str::FromStr for Granularity {
+    type Err = Error;
+
+    /// `tensor`, `head`, `token` or `block:N`, each with or without `per-` in front.
+    fn from_str(text: &str) -> Result<Self> {
+        let name = text.strip_prefix("per-").unwrap_or(text);
+        let unknown = || {
+            Error::Config(format!(
+                "granularity {text:?}, expected tensor, head, token or block:N (N >= 1)"
+            ))
+        };
+        match name {
+            "tensor" => Ok(Granularity::PerTensor),
+            "head" => Ok(Granularity::PerHead),
+            "token" => Ok(Granularity::PerToken),
+            _ => match name.strip_prefix("block:").and_then(|n| n.parse().ok()) {
+                Some(n) if n > 0 => Ok(Granularity::PerBlock(n)),
+                _ => Err(unknown()),
+            },
+        }
+    }
+}
+
+impl std::fmt::Display for Granularity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Granularity::PerTensor => f.write_str("per-tensor"),
+            Granularity::PerHead => f.write_str("per-head"),
+            Granularity::PerToken => f.write_str("per-token"),
+            Granularity::PerBlock(n) => write!(f, "per-block:{n}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Scheme {
+    type Err = Error;
+
+    /// `symmetric` or `affine`.
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "symmetric" => Ok(Scheme::Symmetric),
+            "affine" => Ok(Scheme::Affine),
+            _ => Err(Error::Config(format!("scheme {text:?}, expected symmetric or affine"))),
+        }
+    }
+}
+
+impl std::fmt::Display for Scheme {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Scheme::Symmetric => "symmetric",
+            Scheme::Affine => "affine",
+        })
+    }
+}
+
+/// Where the range of a group comes from.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum RangeSource {
+    /// From the data of this very call ("dynamic quantization").
+    #[default]
+    Dynamic,
+    /// Given, one entry a group in row-major order of the groups ("static quantization"). With
+    /// [`Granularity::PerHead`], as many entries as heads of one batch element also fit: they are
+    /// shared by the whole batch. Data outside the range saturates.
+    Static(Vec<QuantParams>),
+}
+
+/// How one tensor is quantized.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct QuantConfig {
+    /// Symmetric or affine.
+    pub scheme: Scheme,
+    /// What shares one scale.
+    pub granularity: Granularity,
+    /// Dynamic or static range.
+    pub range: RangeSource,
+}

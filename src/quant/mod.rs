@@ -1,0 +1,27 @@
+//! Numbers to int8 and back: `real = scale * (q - zero_point)`.
+//!
+//! | question | type |
+//! |---|---|
+//! | where is zero? | [`Scheme`]: symmetric (`zero_point = 0`) or affine |
+//! | what shares one scale? | [`Granularity`]: tensor, head, token or block of tokens |
+//! | where does the range come from? | [`RangeSource`]: the data itself, or given |
+//! | which scale and zero point follow? | [`QuantParams`] |
+//! | how does int32 become int8? | [`Requantizer`] |
+//!
+//! Rounding is to nearest, ties to even, then saturating, except in the requantization mode that
+//! is named after gemmlowp's fixed-point arithmetic.
+
+mod config;
+mod params;
+
+
+
+
+
+pub use config::{Granularity, QuantConfig, RangeSource, Scheme};
+pub use params::{QuantParams, Range};
+
+
+
+
+
