@@ -4,6 +4,7 @@ pub mod error;
 pub mod gemm;
 pub mod models;
 pub mod quant;
+mod simd;
 
 pub use attention::{
     AttentionConfig, Backend, Int8Config, QuantizedAttention, RequantConfig, ScoreConfig,

@@ -4,7 +4,7 @@ use super::ScoreConfig;
 use super::operand::{BLOCK, Operand, QuantizedRows, blocks};
 use super::view::View;
 use crate::gemm::{self, Kernel, PackedLhs, PackedRhs, ScoreScales, ZeroCorrection};
-use crate::quant::rows::dot;
+use crate::quant::rows::dots;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -69,7 +69,7 @@ impl<'a> Scorer<'a> {
             scales: Vec::with_capacity(padded),
             zeros: Vec::with_capacity(padded),
             sums: Vec::with_capacity(padded),
-            biases: vec![Vec::with_capacity(padded); self.group],
+            biases: vec![vec![0.0; padded]; self.group],
         };
         let mut rows = QuantizedRows::default();
         for block in blocks(tokens) {
@@ -79,15 +79,14 @@ impl<'a> Scorer<'a> {
             keys.zeros.extend(&rows.zeros);
             keys.sums.extend(&rows.sums);
             for (query, biases) in queries.clone().zip(&mut keys.biases) {
-                if let (Some(mean), 1..) = (self.q.mean(query), depth) {
-                    biases.extend(rows.values.chunks_exact(depth).map(|key| dot(mean, key)));
+                if let Some(mean) = self.q.mean(query) {
+                    dots(&rows.values, mean, &mut biases[block.clone()]);
                 }
             }
         }
         keys.scales.resize(padded, 0.0);
         keys.zeros.resize(padded, 0);
         keys.sums.resize(padded, 0);
-        keys.biases.iter_mut().for_each(|biases| biases.resize(padded, 0.0));
         keys
     }
 
@@ -133,12 +132,16 @@ impl<'a> Scorer<'a> {
     /// Smooth-K's correction of each row, `q·mean(k) = q'·mean(k) + mean(q)·mean(k)`, from the
     /// smoothed queries `q'`.
     fn row_biases(&self, head: usize, rows: &QuantizedRows) -> Vec<f32> {
-        let (Some(mean), depth @ 1..) = (self.k.mean(head / self.group), self.q.view().depth())
-        else {
-            return vec![0.0; rows.scales.len()];
-        };
-        let constant = self.q.mean(head).map_or(0.0, |q| dot(q, mean));
-        rows.values.chunks_exact(depth).map(|q| dot(q, mean) + constant).collect()
+        let mut biases = vec![0.0; rows.scales.len()];
+        if let Some(mean) = self.k.mean(head / self.group) {
+            dots(&rows.values, mean, &mut biases);
+            if let Some(q_mean) = self.q.mean(head) {
+                let mut constant = [0.0];
+                dots(q_mean, mean, &mut constant);
+                biases.iter_mut().for_each(|bias| *bias += constant[0]);
+            }
+        }
+        biases
     }
 
     /// Exact int32 sums of queries `tokens` of `head` against all keys, zero points corrected.
