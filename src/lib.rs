@@ -1,8 +1,10 @@
 //! x
+mod aligned;
 pub mod attention;
 pub mod error;
 pub mod gemm;
 pub mod models;
+mod pv;
 pub mod quant;
 mod simd;
 
