@@ -149,7 +149,10 @@ impl<'a> Operand<'a> {
             ranges
         };
         let mut ranges = vec![Range::EMPTY; groups];
-        let found: Vec<_> = (0..heads).into_par_iter().map(of_head).collect();
+        let found: Vec<_> = match self.view.is_small() {
+            true => (0..heads).map(of_head).collect(),
+            false => (0..heads).into_par_iter().map(of_head).collect(),
+        };
         for (group, range) in found.into_iter().flatten() {
             ranges[group] = ranges[group].union(range);
         }
@@ -169,7 +172,7 @@ fn means(view: &View<'_>) -> Vec<f32> {
     if depth == 0 {
         return means;
     }
-    means.par_chunks_exact_mut(depth).enumerate().for_each(|(head, mean)| {
+    let of_head = |(head, mean): (usize, &mut [f32])| {
         let mut builder = MeanBuilder::new(depth);
         let mut buffer = Vec::new();
         for block in blocks(view.tokens()) {
@@ -178,6 +181,10 @@ fn means(view: &View<'_>) -> Vec<f32> {
             builder.push(&buffer);
         }
         mean.copy_from_slice(&builder.finish());
-    });
+    };
+    match view.is_small() {
+        true => means.chunks_exact_mut(depth).enumerate().for_each(of_head),
+        false => means.par_chunks_exact_mut(depth).enumerate().for_each(of_head),
+    }
     means
 }
