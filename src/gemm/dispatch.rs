@@ -71,6 +71,22 @@ fn choose(
     }
 }
 
+/// Every kernel that this machine can run; says aloud, once, which it cannot, for CI to see.
+#[cfg(test)]
+pub(super) fn runnable() -> Vec<&'static dyn Kernel> {
+    static REPORT: std::sync::Once = std::sync::Once::new();
+    let (run, not_run): (Vec<_>, Vec<_>) = TABLE.iter().copied().partition(|k| k.is_available());
+    REPORT.call_once(|| {
+        for kernel in &run {
+            eprintln!("RUN: kernel {}", kernel.name());
+        }
+        for kernel in &not_run {
+            eprintln!("NOT RUN: kernel {} (this machine lacks its instructions)", kernel.name());
+        }
+    });
+    run
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
