@@ -15,6 +15,10 @@ pub(crate) static TABLE: &[&dyn Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     &kernels::avx512_vnni::Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
+    &kernels::avx_vnni::AvxVnni::NEW,
+    #[cfg(all(target_arch = "x86_64", test))]
+    &kernels::avx_vnni::Vnni256::<kernels::avx_vnni::Evex>::NEW,
+    #[cfg(target_arch = "x86_64")]
     &kernels::avx2::Avx2,
     &kernels::portable::Portable,
 ];

@@ -5,4 +5,6 @@
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512_vnni;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx_vnni;
 pub(super) mod portable;
