@@ -20,6 +20,10 @@ pub(crate) static TABLE: &[&dyn Kernel] = &[
     &kernels::avx_vnni::Vnni256::<kernels::avx_vnni::Evex>::NEW,
     #[cfg(target_arch = "x86_64")]
     &kernels::avx2::Avx2,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    &kernels::neon_i8mm::NeonI8mm,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    &kernels::neon_dotprod::NeonDotprod,
     &kernels::portable::Portable,
 ];
 
