@@ -15,7 +15,15 @@ pub(crate) static TABLE: &[&dyn Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     &kernels::avx512_vnni::Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
+    &kernels::avx_vnni::AvxVnni::NEW,
+    #[cfg(all(target_arch = "x86_64", test))]
+    &kernels::avx_vnni::Vnni256::<kernels::avx_vnni::Evex>::NEW,
+    #[cfg(target_arch = "x86_64")]
     &kernels::avx2::Avx2,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    &kernels::neon_i8mm::NeonI8mm,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    &kernels::neon_dotprod::NeonDotprod,
     &kernels::portable::Portable,
 ];
 
@@ -69,6 +77,22 @@ fn choose(
         Some(_) => Err((name, "needs instructions that this machine lacks")),
         None => Err((name, "does not exist")),
     }
+}
+
+/// Every kernel that this machine can run; says aloud, once, which it cannot, for CI to see.
+#[cfg(test)]
+pub(super) fn runnable() -> Vec<&'static dyn Kernel> {
+    static REPORT: std::sync::Once = std::sync::Once::new();
+    let (run, not_run): (Vec<_>, Vec<_>) = TABLE.iter().copied().partition(|k| k.is_available());
+    REPORT.call_once(|| {
+        for kernel in &run {
+            eprintln!("RUN: kernel {}", kernel.name());
+        }
+        for kernel in &not_run {
+            eprintln!("NOT RUN: kernel {} (this machine lacks its instructions)", kernel.name());
+        }
+    });
+    run
 }
 
 #[cfg(test)]

@@ -88,7 +88,8 @@ pub(crate) fn int_tiles(
     for_each_tile(lhs, rhs, 0..rhs.rows(), |rows, columns, input| {
         let mut sums = [0i32; MAX_TILE];
         // SAFETY: packing asserted that the kernel is available and that its tile fits MAX_TILE;
-        // `for_each_tile` gives whole panels.
+        // `for_each_tile` gives 1..=mr rows and whole panels, which live as long as `lhs` and
+        // `rhs`.
         unsafe { kernel.tile(input, sums.as_mut_ptr(), nr) };
         if let Some(zeros) = zeros {
             zeros.apply(&mut sums[..rows.len() * nr], nr, rows.clone(), columns.start);
@@ -110,8 +111,10 @@ pub(crate) fn score_tiles(
 ) {
     let (kernel, nr) = (lhs.kernel(), lhs.kernel().geometry().nr);
     let first = columns.start;
-    assert!(lhs.rows() == 0 || out.len() >= (lhs.rows() - 1) * stride + columns.len());
     assert!(stride >= columns.len());
+    let before_last = lhs.rows().saturating_sub(1).checked_mul(stride);
+    let needed = before_last.and_then(|before| before.checked_add(columns.len()));
+    assert!(lhs.rows() == 0 || needed.is_some_and(|needed| out.len() >= needed));
     assert_eq!(scales.row_scales.len(), lhs.rows());
     assert_eq!(scales.row_biases.len(), lhs.rows());
     assert!(scales.column_scales.len() >= rhs.rows().next_multiple_of(nr));
@@ -136,9 +139,9 @@ pub(crate) fn score_tiles(
             column_biases: scales.column_biases[columns.start..].as_ptr(),
         };
         match &scales.zeros {
-            // SAFETY: the kernel is available and gets whole panels; the target holds `rows` rows
-            // of `nr` scores (checked as `whole`, and `edge` holds any tile); the scales and
-            // biases were asserted to cover all rows and whole panels.
+            // SAFETY: as in `int_tiles` for `input`. The scales and biases were asserted to cover
+            // all rows and whole panels of columns. The target holds `rows` rows of `nr` scores:
+            // inside `out` (checked as `whole`), or `edge`, which holds any tile.
             None => unsafe { kernel.score_tile(input, tile) },
             Some(zeros) => {
                 let mut sums = [0i32; MAX_TILE];
@@ -168,5 +171,139 @@ fn copy_tile<T: Copy>(
     for (tile, row) in tile.chunks_exact(nr).zip(rows) {
         let at = row * stride + columns.start;
         out[at..at + columns.len()].copy_from_slice(&tile[..columns.len()]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::Kernel;
+    use crate::gemm::dispatch::{TABLE, runnable};
+    use proptest::prelude::*;
+    use proptest::test_runner::{TestRng, TestRunner};
+
+    /// What the output holds where no kernel may write, and wherever one forgot to.
+    const POISON: f32 = f32::from_bits(0x7fc0_dead);
+
+    /// Operands with their scales and zero points.
+    struct Case {
+        dims: (usize, usize, usize),
+        lhs: Vec<i8>,
+        rhs: Vec<i8>,
+        row_zeros: Vec<i32>,
+        column_zeros: Vec<i32>,
+        /// Scales and biases of rows, then of columns.
+        factors: [Vec<f32>; 4],
+    }
+
+    impl Case {
+        fn new((m, n, depth): (usize, usize, usize), affine: bool, mut rng: TestRng) -> Self {
+            let codes = |rng: &mut TestRng, len| (0..len).map(|_| rng.random::<i8>()).collect();
+            let zeros = |rng: &mut TestRng, len| {
+                (0..len).map(|_| if affine { i32::from(rng.random::<i8>()) } else { 0 }).collect()
+            };
+            let floats =
+                |rng: &mut TestRng, len| (0..len).map(|_| rng.random_range(-2f32..2.0)).collect();
+            let rng = &mut rng;
+            Self {
+                dims: (m, n, depth),
+                lhs: codes(rng, m * depth),
+                rhs: codes(rng, n * depth),
+                row_zeros: zeros(rng, m),
+                column_zeros: zeros(rng, n),
+                factors: [floats(rng, m), floats(rng, m), floats(rng, n), floats(rng, n)],
+            }
+        }
+
+        fn expected(&self, row: usize, column: usize) -> f32 {
+            let depth = self.dims.2;
+            let (za, zb) = (self.row_zeros[row], self.column_zeros[column]);
+            let a = &self.lhs[row * depth..(row + 1) * depth];
+            let b = &self.rhs[column * depth..(column + 1) * depth];
+            let products =
+                a.iter().zip(b).map(|(&a, &b)| (i32::from(a) - za) * (i32::from(b) - zb));
+            let [row_scales, row_biases, column_scales, column_biases] = &self.factors;
+            let scaled = products.sum::<i32>() as f32 * row_scales[row] * column_scales[column];
+            scaled + column_biases[column] + row_biases[row]
+        }
+
+        /// The scores of `kernel`, rows `stride` elements apart, in poisoned memory.
+        fn run(&self, kernel: &'static dyn Kernel, stride: usize) -> Vec<f32> {
+            let (m, n, depth) = self.dims;
+            let sums = |codes: &[i8], rows: usize| -> Vec<i32> {
+                let row = |row: usize| &codes[row * depth..(row + 1) * depth];
+                (0..rows).map(|i| row(i).iter().map(|&q| i32::from(q)).sum()).collect()
+            };
+            let padded = n.next_multiple_of(kernel.geometry().nr);
+            let pad_i32 = |x: &[i32]| [x, &vec![0; padded - n]].concat();
+            let pad_f32 = |x: &[f32]| [x, &vec![0.0; padded - n]].concat();
+            let lhs = PackedLhs::new(kernel, &self.lhs, m, depth);
+            let mut rhs = PackedRhs::new(kernel, n, depth);
+            let column_sums = sums(&self.rhs, n);
+            rhs.put(0, &self.rhs, &column_sums);
+            let terms = sums(&self.lhs, m).into_iter().zip(&self.row_zeros);
+            let zeros = ZeroCorrection {
+                row_zeros: &self.row_zeros,
+                row_terms: &terms.map(|(sum, zero)| sum - depth as i32 * zero).collect::<Vec<_>>(),
+                column_zeros: &pad_i32(&self.column_zeros),
+                column_sums: &pad_i32(&column_sums),
+            };
+            let affine = self.row_zeros.iter().chain(&self.column_zeros).any(|&zero| zero != 0);
+            let scales = ScoreScales {
+                row_scales: &self.factors[0],
+                row_biases: &self.factors[1],
+                column_scales: &pad_f32(&self.factors[2]),
+                column_biases: &pad_f32(&self.factors[3]),
+                zeros: affine.then_some(zeros),
+            };
+            let mut out = vec![POISON; m * stride];
+            score_tiles(&lhs, &rhs, 0..n, &scales, &mut out, stride);
+            out
+        }
+
+        /// Compares every kernel with the formula, bit by bit.
+        fn check(&self, stride: usize) {
+            for kernel in runnable() {
+                let room = stride >= self.dims.1.next_multiple_of(kernel.geometry().nr);
+                for (i, x) in self.run(kernel, stride).iter().enumerate() {
+                    let (row, column) = (i / stride, i % stride);
+                    if room && column >= self.dims.1 {
+                        continue; // may hold scores of padding
+                    }
+                    let expected =
+                        if column < self.dims.1 { self.expected(row, column) } else { POISON };
+                    let at = (kernel.name(), self.dims, row, column);
+                    assert_eq!(x.to_bits(), expected.to_bits(), "{at:?}: {x} {expected}");
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_kernel_writes_the_same_scores(
+            dims in (0usize..20, 0usize..140, 0usize..70),
+            gap in 0usize..9,
+            affine: bool,
+            rng in any::<u64>().prop_perturb(|_, rng| rng),
+        ) {
+            Case::new(dims, affine, rng).check(dims.1 + gap);
+        }
+    }
+
+    #[test]
+    fn scores_on_both_sides_of_every_edge() {
+        let mut runner = TestRunner::deterministic();
+        for kernel in TABLE {
+            let geometry = kernel.geometry();
+            for m in 1..=geometry.mr + 1 {
+                for n in [1, geometry.nr - 1, geometry.nr, geometry.nr + 1] {
+                    for depth in [0, 1, geometry.group, 65] {
+                        let affine = (m + n + depth) % 2 == 0;
+                        Case::new((m, n, depth), affine, runner.new_rng()).check(n + m % 2);
+                    }
+                }
+            }
+        }
     }
 }

@@ -16,7 +16,8 @@
 //! kernels ([`LhsFormat::Biased`]), which adds `128 * sum(b)` to every product; starting the sums
 //! of column `n` at `-128 * sum(b_n)` takes it out again at no cost.
 
-/// How elements of the left side are stored.
+/// How elements of the left side are stored. The kernels of one architecture do not use them all.
+#[allow(dead_code)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LhsFormat {
     /// u8, `a + 128`.
@@ -68,7 +69,7 @@ pub(crate) struct TileInput {
     pub rows: usize,
     /// Depth groups.
     pub groups: usize,
-    /// Left panel: `groups * mr * group` elements in the kernel's [`LhsFormat`].
+    /// Left panel: `groups * mr * group` elements in the kernel's [`LhsFormat`], aligned for them.
     pub lhs: *const u8,
     /// Right panel: `groups * nr * group` elements.
     pub rhs: *const i8,
@@ -99,7 +100,8 @@ pub(crate) struct ScoreTile {
 ///
 /// # Safety
 /// Implementors promise that `tile` and `score_tile` read and write nothing but what their
-/// contract names, and that `is_available` is true only where their instructions exist.
+/// contract names and write all of it, that `is_available` is true only where their instructions
+/// exist, and that `geometry` is always the same, with nothing in it 0.
 pub(crate) unsafe trait Kernel: Send + Sync {
     /// Name in `CANDLE_INT8_KERNEL` and in reports, for example `x86_64-avx512-vnni`.
     fn name(&self) -> &'static str;
@@ -113,14 +115,16 @@ pub(crate) unsafe trait Kernel: Send + Sync {
     /// Writes `rows` x `nr` sums to `out`, rows `stride` elements apart.
     ///
     /// # Safety
-    /// The kernel is available; the pointers of `input` are valid for reads of the lengths named
-    /// there; `out` is valid for writes of `nr` elements in each of `rows` rows.
+    /// The kernel is available; `input.rows` is in `1..=mr`; the pointers of `input` are valid for
+    /// reads of the lengths named there; `out` is valid for writes of `nr` elements in each of
+    /// `rows` rows.
     unsafe fn tile(&self, input: TileInput, out: *mut i32, stride: usize);
 
     /// Writes `rows` x `nr` scores.
     ///
     /// # Safety
-    /// As for [`Kernel::tile`], and every pointer of `scores` is valid for the length named there.
+    /// As for [`Kernel::tile`], and every pointer of `scores` is valid for the length named there:
+    /// `out` for writes of `nr` elements in each of `rows` rows that do not overlap each other.
     unsafe fn score_tile(&self, input: TileInput, scores: ScoreTile) {
         let nr = self.geometry().nr;
         let mut sums = [0i32; MAX_TILE];
@@ -135,7 +139,8 @@ impl ScoreTile {
     /// The epilogue for sums that lie in memory, rows `nr` elements apart.
     ///
     /// # Safety
-    /// Every pointer is valid for the length named at its field.
+    /// Every pointer is valid for the length named at its field, `out` for writes of `nr` elements
+    /// in each of `rows` rows.
     pub(crate) unsafe fn write(&self, sums: &[i32], rows: usize, nr: usize) {
         // SAFETY: valid for these lengths by contract.
         let (row_scales, row_biases, column_scales, column_biases) = unsafe {

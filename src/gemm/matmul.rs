@@ -121,6 +121,10 @@ pub(super) fn matmul_nt_with(
     rhs_zeros: ZeroPoints<'_>,
     (m, n, depth): (usize, usize, usize),
 ) -> Result<Vec<i32>> {
+    let Some(len) = m.checked_mul(n) else {
+        let expected = "a product M * N that fits the address space".into();
+        return Err(Error::Shape { op: "matmul_nt", tensor: "out", shape: vec![m, n], expected });
+    };
     let lhs_len = match lhs {
         Lhs::I8(lhs) => lhs.len(),
         Lhs::U8(lhs) => lhs.len(),
@@ -152,7 +156,7 @@ pub(super) fn matmul_nt_with(
     rhs_zeros.resize(padded, 0);
     let corrected = lhs_zeros.iter().chain(&rhs_zeros).any(|&zero| zero != 0);
 
-    let mut out = vec![0i32; m * n];
+    let mut out = vec![0i32; len];
     let block = |(index, out): (usize, &mut [i32])| {
         let rows = index * ROW_BLOCK..(index * ROW_BLOCK + out.len() / n);
         let codes = &lhs[rows.start * depth..rows.end * depth];
@@ -171,7 +175,7 @@ pub(super) fn matmul_nt_with(
         });
         int_tiles(&packed, &keys, zeros.as_ref(), out, n);
     };
-    match (m * n, m * n * depth < SERIAL_BELOW) {
+    match (len, len.saturating_mul(depth) < SERIAL_BELOW) {
         (0, _) => {}
         (_, true) => out.chunks_mut(ROW_BLOCK * n).enumerate().for_each(block),
         (_, false) => out.par_chunks_mut(ROW_BLOCK * n).enumerate().for_each(block),
@@ -198,19 +202,9 @@ fn row_sums(codes: &[i8], rows: usize, depth: usize) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gemm::dispatch::TABLE;
+    use crate::gemm::dispatch::{TABLE, runnable};
     use crate::gemm::reference;
     use proptest::prelude::*;
-
-    /// Every kernel that this machine can run; says aloud which it cannot.
-    fn runnable() -> Vec<&'static dyn Kernel> {
-        let (run, not_run): (Vec<_>, Vec<_>) =
-            TABLE.iter().copied().partition(|k| k.is_available());
-        for kernel in not_run {
-            eprintln!("NOT RUN: kernel {} (this machine lacks its instructions)", kernel.name());
-        }
-        run
-    }
 
     struct Case {
         lhs: Vec<i16>,
@@ -270,8 +264,6 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(200))]
-
         #[test]
         fn every_kernel_equals_the_triple_loop(
             dims in (0usize..70, 0usize..150, 0usize..150),
@@ -359,6 +351,9 @@ mod tests {
         let zeros = ZeroPoints::PerRow(&[1, 2, 3]);
         let error = matmul_nt(Lhs::I8(&[1; 6]), zeros, &[1; 6], ZeroPoints::Zero, (2, 2, 3));
         assert!(error.unwrap_err().to_string().contains("each of 2 rows"));
+        let huge = (1 << 40, 1 << 40, 0);
+        let error = matmul_nt(Lhs::I8(&[]), ZeroPoints::Zero, &[], ZeroPoints::Zero, huge);
+        assert!(error.unwrap_err().to_string().contains("out has shape [1099511627776, "));
         let zeros = ZeroPoints::Uniform(-1);
         let error = matmul_nt(Lhs::U8(&[1; 6]), zeros, &[1; 6], ZeroPoints::Zero, (2, 2, 3));
         assert!(error.unwrap_err().to_string().contains("0..=255"));

@@ -3,6 +3,20 @@
 use super::kernel::{Geometry, Kernel, LhsFormat, MAX_TILE};
 use crate::aligned::AlignedBytes;
 
+/// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
+/// pointers into panels are sound only if the buffer has the size that it should have.
+fn packed_bytes(
+    (rows, depth): (usize, usize),
+    (panel, group): (usize, usize),
+    element: usize,
+) -> usize {
+    let rows = rows.checked_next_multiple_of(panel);
+    let depth = depth.checked_next_multiple_of(group);
+    rows.zip(depth)
+        .and_then(|(rows, depth)| rows.checked_mul(depth)?.checked_mul(element))
+        .expect("an operand larger than the address space")
+}
+
 /// Where element `(row, depth)` of an operand lies in its packed form.
 fn offset(panel: usize, groups: usize, group: usize, row: usize, depth: usize) -> usize {
     ((row / panel * groups + depth / group) * panel + row % panel) * group + depth % group
@@ -43,11 +57,10 @@ impl PackedLhs {
         depth: usize,
     ) -> Self {
         assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
-        assert_eq!(codes.len(), rows * depth);
         let Geometry { mr, nr, group, lhs } = kernel.geometry();
         assert!(mr * nr <= MAX_TILE, "{}: a tile of {mr} x {nr}", kernel.name());
-        let padded = rows.div_ceil(mr) * mr * depth.div_ceil(group) * group;
-        let mut bytes = AlignedBytes::zeroed(padded * lhs.size());
+        let mut bytes = AlignedBytes::zeroed(packed_bytes((rows, depth), (mr, group), lhs.size()));
+        assert_eq!(codes.len(), rows * depth);
         let out = bytes.as_mut_slice();
         for_each_group((rows, depth), (mr, group), |at, source| {
             let source = &codes[source];
@@ -77,7 +90,7 @@ impl PackedLhs {
         let Geometry { mr, group, lhs, .. } = self.kernel.geometry();
         assert!(row < self.rows && row.is_multiple_of(mr));
         let panel_bytes = mr * self.depth.div_ceil(group) * group * lhs.size();
-        // SAFETY: the buffer holds ceil(rows / mr) panels of this size and row < rows.
+        // SAFETY: `packed_bytes` made room for ceil(rows / mr) panels of this size, and row < rows.
         unsafe { self.bytes.as_ptr().add(row / mr * panel_bytes) }
     }
 
@@ -106,9 +119,8 @@ impl PackedRhs {
     pub(crate) fn new(kernel: &'static dyn Kernel, rows: usize, depth: usize) -> Self {
         assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
         let Geometry { nr, group, .. } = kernel.geometry();
-        let padded_rows = rows.div_ceil(nr) * nr;
-        let bytes = AlignedBytes::zeroed(padded_rows * depth.div_ceil(group) * group);
-        Self { kernel, bytes, rows, depth, init: vec![0; padded_rows] }
+        let bytes = AlignedBytes::zeroed(packed_bytes((rows, depth), (nr, group), 1));
+        Self { kernel, bytes, rows, depth, init: vec![0; rows.next_multiple_of(nr)] }
     }
 
     /// Packs the rows from `first` on: row-major codes, and the sum of each row.
@@ -139,7 +151,7 @@ impl PackedRhs {
         let Geometry { nr, group, .. } = self.kernel.geometry();
         assert!(row < self.rows && row.is_multiple_of(nr));
         let panel_bytes = nr * self.depth.div_ceil(group) * group;
-        // SAFETY: the buffer holds ceil(rows / nr) panels of this size and row < rows.
+        // SAFETY: `packed_bytes` made room for ceil(rows / nr) panels of this size, and row < rows.
         unsafe { self.bytes.as_ptr().add(row / nr * panel_bytes).cast() }
     }
 

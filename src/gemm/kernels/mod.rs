@@ -5,4 +5,12 @@
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512_vnni;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx_vnni;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(super) mod neon_dotprod;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(super) mod neon_i8mm;
 pub(super) mod portable;
