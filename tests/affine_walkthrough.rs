@@ -97,7 +97,7 @@ fn bad_values_are_errors_with_a_reason() {
         (&["--heads", "0"], "--heads is 0"),
         (&["--tokens", "0"], "--tokens is 0"),
         (&["--depth", "0"], "--depth is 0"),
-        (&["--heads", "-1"], "--heads"),
+        (&["--heads", "many"], "--heads"),
         (&["--data", "music"], "random"),
         (&["--heads", "1", "--tokens", "2", "--depth", "33026"], "more than 33025"),
         (&["--tokens", "18446744073709551615"], "scores"),
