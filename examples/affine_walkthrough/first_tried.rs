@@ -1,6 +1,6 @@
 //! The way it is often tried first: right up to the int32 sums, wrong after them.
 
-use crate::scores::{Sample, Scores, range};
+use crate::scores::{Passed, Sample, Scores, passed, range};
 use anyhow::Result;
 use candle_int8_attention::quant::{QuantParams, Range, Scheme};
 
@@ -33,7 +33,7 @@ pub struct Attempt {
     /// Codes that had to be clamped to int8, in percent.
     pub clamped_percent: f64,
     /// Codes and returned values of the samples.
-    pub samples: Vec<(i8, f32)>,
+    pub samples: Vec<Passed>,
     /// Error in dB.
     pub sqnr_db: f64,
 }
@@ -118,7 +118,7 @@ fn attempt(scores: &Scores, samples: &[Sample], recipe: &Recipe) -> Attempt {
         offset: recipe.offset,
         scale: recipe.scale,
         clamped_percent: 100.0 * clamped as f64 / codes.len() as f64,
-        samples: samples.iter().map(|s| (codes[s.index], back[s.index])).collect(),
+        samples: passed(samples, Some(&codes), &back),
         sqnr_db: scores.sqnr(&back),
     }
 }

@@ -49,12 +49,11 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
 
-    /// Folder with model-f16.safetensors and vocab.txt
-    /// [default: models/glove-6b-50d-top20k of this project]
+    /// Folder with model-f16.safetensors and vocab.txt [default: the one of this project]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
 
-    /// Print JSON instead of tables
+    /// Print JSON; an infinite ratio (nothing differs) is null
     #[arg(long)]
     json: bool,
 }

@@ -2,7 +2,7 @@
 
 use crate::Walkthrough;
 use crate::first_tried::{Attempt, FirstTried};
-use crate::right_way::{RightWay, Stage};
+use crate::right_way::{Modes, Multiplier, Quantized, RightWay, Stage};
 use crate::scores::Sample;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
@@ -82,16 +82,15 @@ fn attempt_row(attempt: &Attempt) -> Vec<String> {
         number(attempt.scale),
         format!("{:.0} %", attempt.clamped_percent),
     ];
-    row.extend(attempt.samples.iter().map(|&(code, real)| format!("{code} -> {}", number(real))));
+    row.extend(attempt.samples.iter().map(ToString::to_string));
     row.push(decibel(attempt.sqnr_db));
     row
 }
 
 fn right_way(right: &RightWay, samples: &[Sample]) -> String {
-    let (affine_scale, affine_zero, affine_db) = right.a_affine;
-    let (multiplier, mantissa, shift) = right.multiplier;
-    let (codes, differ, most) = right.modes_differ;
-    let (output_scale, output_zero) = right.affine_output;
+    let Multiplier { real: multiplier, mantissa, right_shift } = right.multiplier;
+    let Modes { codes, differing, largest_difference } = right.modes;
+    let (affine_zero, output_zero) = (right.a_affine.zero_point, right.affine_output.zero_point);
     format!(
         "2. THE RIGHT WAY, STAGE BY STAGE
 
@@ -110,22 +109,22 @@ Stage 4, only for those who must store int8 scores: requantize, then dequantize.
 Symmetric: scale = max|AB| / 127 = {}. Affine, of the real AB: scale = (max(0, max) -
 min(0, min)) / 255 = {}, zero point = clamp(round(-128 - min(0, min) / scale)) = {output_zero}.
 code = clamp(round(sum * m) + zero_point), m = sA * sB / scale = {}.
-Fixed-point mode writes m as {mantissa} * 2^(-31 - {shift}) and needs integers only.
-Of {codes} codes, {differ} differ between the two modes{}.
+Fixed-point mode writes m as {mantissa} * 2^(-31 - {right_shift}) and needs integers only.
+Of {codes} codes, {differing} differ between the two modes{}.
 
 {}
 ",
         number(right.a_max_abs),
-        number(right.a_scale),
-        decibel(right.a_sqnr_db),
-        number(affine_scale),
-        decibel(affine_db),
+        number(right.a_symmetric.scale),
+        decibel(right.a_symmetric.sqnr_db),
+        number(right.a_affine.scale),
+        decibel(right.a_affine.sqnr_db),
         right.exact_rows,
         stages(&right.from_int32, samples, "int8 inputs, fp32 scores"),
-        number(right.symmetric_output),
-        number(output_scale),
+        number(right.symmetric_output.scale),
+        number(right.affine_output.scale),
         number(multiplier as f32),
-        if differ > 0 { format!(", by {most} at most") } else { String::new() },
+        if differing > 0 { format!(", by {largest_difference} at most") } else { String::new() },
         stages(&right.through_int8, samples, "int8 inputs, int8 scores"),
     )
 }
@@ -138,10 +137,7 @@ fn stages(stages: &[Stage], samples: &[Sample], what: &str) -> Table {
     table.add_row(fp32_row(samples, 1));
     for stage in stages {
         let mut row = vec![stage.name.to_string()];
-        row.extend(stage.samples.iter().map(|&(code, real)| match code {
-            Some(code) => format!("{code} -> {}", number(real)),
-            None => number(real),
-        }));
+        row.extend(stage.samples.iter().map(ToString::to_string));
         row.push(decibel(stage.sqnr_db));
         table.add_row(row);
     }
@@ -150,11 +146,12 @@ fn stages(stages: &[Stage], samples: &[Sample], what: &str) -> Table {
 
 fn followed(walkthrough: &Walkthrough) -> String {
     let right = &walkthrough.right_way;
-    let unit = f64::from(right.a_scale).powi(2);
-    let (scale, zero) = right.affine_output;
+    let unit = f64::from(right.a_symmetric.scale).powi(2);
+    let Quantized { scale, zero_point: zero, .. } = right.affine_output;
     let affine = &right.through_int8[1];
     let mut text = String::from("3. ONE SCORE THROUGH EVERY STAGE\n\n");
-    for (sample, &(code, back)) in walkthrough.samples.iter().zip(&affine.samples) {
+    for (sample, passed) in walkthrough.samples.iter().zip(&affine.samples) {
+        let code = passed.code.unwrap_or_default();
         let acc = sample.accumulator;
         let _ = writeln!(
             text,
@@ -166,13 +163,13 @@ fn followed(walkthrough: &Walkthrough) -> String {
 ",
             sample.name,
             number(sample.fp32),
-            number(right.a_scale),
+            number(right.a_symmetric.scale),
             number((unit * f64::from(acc)) as f32),
-            number(right.multiplier.0 as f32),
-            code.unwrap_or_default(),
+            number(right.multiplier.real as f32),
+            code,
             number(scale),
-            code.unwrap_or_default(),
-            number(back),
+            code,
+            number(passed.value),
         );
     }
     text.truncate(text.trim_end().len());
@@ -197,7 +194,7 @@ energy is the int8 of the scores. Keep the scores in int32 until they become fp3
 
 fn answers(walkthrough: &Walkthrough) -> String {
     let right = &walkthrough.right_way;
-    let (scale, zero) = right.affine_output;
+    let Quantized { scale, zero_point: zero, .. } = right.affine_output;
     format!(
         "5. THE THREE ANSWERS
 
@@ -211,8 +208,8 @@ Scale?       A: max|A| / 127. The int32 sums: sA * sB. The int8 output:
 Dequantize?  From int32: sA * sB * sum, {} dB here.
              From int8: scale_out * (q - zero_point_out), {} dB here.
 ",
-        number(right.a_scale),
-        number(right.a_scale * right.a_scale),
+        number(right.a_symmetric.scale),
+        number(right.a_symmetric.scale * right.a_symmetric.scale),
         number(scale),
         decibel(right.from_int32[0].sqnr_db),
         decibel(right.through_int8[1].sqnr_db),
@@ -246,7 +243,7 @@ fn decibel(sqnr: f64) -> String {
 }
 
 /// Four significant digits or more; whole numbers without a fraction.
-fn number(x: f32) -> String {
+pub fn number(x: f32) -> String {
     match x.abs() {
         size if size < 1e7 && x.fract() == 0.0 => format!("{x:.0}"),
         size if size >= 1e7 => format!("{x:.3e}"),

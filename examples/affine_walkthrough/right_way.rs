@@ -1,38 +1,88 @@
 //! The right way, with this crate's own parts, and the error after every stage.
 
-use crate::scores::{Sample, Scores, accumulate, quantize, range, sqnr};
+use crate::scores::{Passed, Sample, Scores, accumulate, passed, quantize, range, sqnr};
 use anyhow::Result;
-use candle_int8_attention::quant::{Granularity, QuantParams, Requantizer, Scheme};
+use candle_int8_attention::quant::{
+    Granularity, QuantParams, QuantizedTensor, Requantizer, Scheme,
+};
 use candle_int8_attention::{RequantConfig, ScoreConfig, ScoreOutput, attention_scores};
 
 /// The stages, in the order in which the data passes them.
 #[derive(serde::Serialize)]
 pub struct RightWay {
-    /// Scale of A, whose zero point is 0.
-    pub a_scale: f32,
     /// Largest magnitude in A.
     pub a_max_abs: f32,
-    /// Error of A itself in dB.
-    pub a_sqnr_db: f64,
-    /// The same with an affine scheme: its scale and zero point, and the error of A.
-    pub a_affine: (f32, i8, f64),
+    /// A with zero point 0.
+    pub a_symmetric: Quantized,
+    /// A with any zero point.
+    pub a_affine: Quantized,
     /// How many rows of int32 sums were compared with the plain triple loop, and found equal.
     pub exact_rows: usize,
     /// Scores that stay in int32 until they become fp32.
     pub from_int32: Vec<Stage>,
     /// Scores that pass through int8.
     pub through_int8: Vec<Stage>,
-    /// Scale and zero point of the affine int8 scores.
-    pub affine_output: (f32, i8),
-    /// Scale of the symmetric int8 scores.
-    pub symmetric_output: f32,
-    /// The real multiplier of the affine requantization, then its fixed-point form: mantissa and
-    /// right shift.
-    pub multiplier: (f64, i32, i32),
-    /// All codes, those that differ between the two requantization modes, by how much at most.
-    pub modes_differ: (usize, usize, i32),
+    /// The symmetric int8 scores.
+    pub symmetric_output: Quantized,
+    /// The affine int8 scores.
+    pub affine_output: Quantized,
+    /// What the affine requantization multiplies by.
+    pub multiplier: Multiplier,
+    /// How far the two requantization modes agree.
+    pub modes: Modes,
     /// Where the error of the affine int8 scores comes from.
     pub origin: Origin,
+}
+
+/// How some numbers were quantized, with one scale for all.
+#[derive(Clone, Copy, serde::Serialize)]
+pub struct Quantized {
+    /// Real size of a step.
+    pub scale: f32,
+    /// The code of real 0.
+    pub zero_point: i8,
+    /// Error in dB of the numbers that come back.
+    pub sqnr_db: f64,
+}
+
+impl Quantized {
+    fn new(params: QuantParams, sqnr_db: f64) -> Self {
+        Self { scale: params.scale(), zero_point: params.zero_point(), sqnr_db }
+    }
+}
+
+/// A requantization multiplier: as it is, and as `mantissa * 2^(-31 - right_shift)`.
+#[derive(serde::Serialize)]
+pub struct Multiplier {
+    /// `sA * sB / scale_out`.
+    pub real: f64,
+    /// 31 bits.
+    pub mantissa: i32,
+    /// How far to shift.
+    pub right_shift: i32,
+}
+
+/// The affine codes in fp32 mode against those in fixed-point mode.
+#[derive(Default, serde::Serialize)]
+pub struct Modes {
+    /// All codes.
+    pub codes: usize,
+    /// Those that differ.
+    pub differing: usize,
+    /// By how much at most.
+    pub largest_difference: i32,
+}
+
+impl Modes {
+    fn compare(fp32: &[i8], fixed_point: &[i8]) -> Self {
+        let mut modes = Self { codes: fp32.len(), ..Self::default() };
+        for (&a, &b) in fp32.iter().zip(fixed_point) {
+            let difference = (i32::from(a) - i32::from(b)).abs();
+            modes.differing += usize::from(difference > 0);
+            modes.largest_difference = modes.largest_difference.max(difference);
+        }
+        modes
+    }
 }
 
 /// The scores as one way of computing gives them.
@@ -41,7 +91,7 @@ pub struct Stage {
     /// What was done.
     pub name: &'static str,
     /// Codes, where there are any, and values of the samples.
-    pub samples: Vec<(Option<i8>, f32)>,
+    pub samples: Vec<Passed>,
     /// Error in dB.
     pub sqnr_db: f64,
 }
@@ -65,27 +115,28 @@ pub fn run(scores: &Scores, samples: &[Sample]) -> Result<RightWay> {
     let affine_a = quantize(&a, scores.shape, Scheme::Affine)?;
     let outputs = Outputs::new(scores)?;
     let fixed_point = outputs.requantizer(scores, outputs.affine, Mode::FixedPoint)?;
-    let (through_int8, modes_differ) = through_int8(scores, samples, &outputs)?;
-    let affine_params = affine_a.params(0);
-    let multiplier = fixed_point.multiplier().map(|m| (m.mantissa(), m.right_shift()));
-    let (mantissa, right_shift) = multiplier.unwrap_or_default();
+    let (through_int8, modes) = through_int8(scores, samples, &outputs)?;
+    let fixed_point = fixed_point.multiplier().map(|m| (m.mantissa(), m.right_shift()));
+    let (mantissa, right_shift) = fixed_point.unwrap_or_default();
     let unit = f64::from(scores.params().scale()).powi(2);
+    let of_a = |quantized: &QuantizedTensor| {
+        Quantized::new(quantized.params(0), sqnr(&a, &quantized.dequantize_to_vec()))
+    };
     Ok(RightWay {
-        a_scale: scores.params().scale(),
         a_max_abs: range(a.iter().copied()).max_abs(),
-        a_sqnr_db: sqnr(&a, &scores.quantized.dequantize_to_vec()),
-        a_affine: (
-            affine_params.scale(),
-            affine_params.zero_point(),
-            sqnr(&a, &affine_a.dequantize_to_vec()),
-        ),
+        a_symmetric: of_a(&scores.quantized),
+        a_affine: of_a(&affine_a),
         exact_rows: scores.checked_rows(),
         from_int32: from_int32(scores, samples, &affine_a)?,
+        symmetric_output: Quantized::new(outputs.symmetric, through_int8[0].sqnr_db),
+        affine_output: Quantized::new(outputs.affine, through_int8[1].sqnr_db),
         through_int8,
-        affine_output: (outputs.affine.scale(), outputs.affine.zero_point()),
-        symmetric_output: outputs.symmetric.scale(),
-        multiplier: (unit / f64::from(outputs.affine.scale()), mantissa, right_shift),
-        modes_differ,
+        multiplier: Multiplier {
+            real: unit / f64::from(outputs.affine.scale()),
+            mantissa,
+            right_shift,
+        },
+        modes,
         origin: origin(scores, outputs.affine)?,
     })
 }
@@ -93,11 +144,11 @@ pub fn run(scores: &Scores, samples: &[Sample]) -> Result<RightWay> {
 fn from_int32(
     scores: &Scores,
     samples: &[Sample],
-    affine_a: &candle_int8_attention::quant::QuantizedTensor,
+    affine_a: &QuantizedTensor,
 ) -> Result<Vec<Stage>> {
     let stage = |name, values: &[f32]| Stage {
         name,
-        samples: samples.iter().map(|s| (None, values[s.index])).collect(),
+        samples: passed(samples, None, values),
         sqnr_db: scores.sqnr(values),
     };
     let op = |config: &ScoreConfig| -> Result<Vec<f32>> {
@@ -151,15 +202,15 @@ impl Outputs {
     }
 }
 
-/// The int8 stages; and [`RightWay::modes_differ`].
+/// The int8 stages, and how far the two modes agree.
 fn through_int8(
     scores: &Scores,
     samples: &[Sample],
     outputs: &Outputs,
-) -> Result<(Vec<Stage>, (usize, usize, i32))> {
+) -> Result<(Vec<Stage>, Modes)> {
     let stage = |name, codes: &[i8], values: &[f32]| Stage {
         name,
-        samples: samples.iter().map(|s| (Some(codes[s.index]), values[s.index])).collect(),
+        samples: passed(samples, Some(codes), values),
         sqnr_db: scores.sqnr(values),
     };
     let back = |codes: &[i8], params: QuantParams| -> Vec<f32> {
@@ -168,13 +219,6 @@ fn through_int8(
     let symmetric = outputs.codes(scores, outputs.symmetric, Mode::Fp32)?;
     let affine = outputs.codes(scores, outputs.affine, Mode::Fp32)?;
     let fixed = outputs.codes(scores, outputs.affine, Mode::FixedPoint)?;
-    let steps = |(a, b): (&i8, &i8)| (i32::from(*a) - i32::from(*b)).abs();
-    let differences = affine.iter().zip(&fixed).map(steps);
-    let modes_differ = differences
-        .filter(|&difference| difference > 0)
-        .fold((affine.len(), 0, 0), |(all, count, most), difference| {
-            (all, count + 1, most.max(difference))
-        });
     let (row_symmetric, row_symmetric_back) = per_row(scores, Scheme::Symmetric)?;
     let (row_affine, row_affine_back) = per_row(scores, Scheme::Affine)?;
     let stages = vec![
@@ -185,7 +229,7 @@ fn through_int8(
         stage("one scale a row, affine", &row_affine, &row_affine_back),
         default_requantized(scores, samples)?,
     ];
-    Ok((stages, modes_differ))
+    Ok((stages, Modes::compare(&affine, &fixed)))
 }
 
 /// Codes and values with a scale for each row of scores.
@@ -210,7 +254,7 @@ fn default_requantized(scores: &Scores, samples: &[Sample]) -> Result<Stage> {
         attention_scores(&scores.a, &scores.a, &config)?.flatten_all()?.to_vec1()?;
     Ok(Stage {
         name: "the default, one scale a row, affine",
-        samples: samples.iter().map(|s| (None, values[s.index])).collect(),
+        samples: passed(samples, None, &values),
         sqnr_db: scores.sqnr(&values),
     })
 }

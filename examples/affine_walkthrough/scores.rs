@@ -37,6 +37,31 @@ pub struct Sample {
     pub accumulator: i32,
 }
 
+/// What became of a sample: its code, where the way leads through int8, and the value at the end.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct Passed {
+    /// The int8 code.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<i8>,
+    /// What came back in fp32.
+    pub value: f32,
+}
+
+impl std::fmt::Display for Passed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(code) = self.code {
+            write!(f, "{code} -> ")?;
+        }
+        f.write_str(&crate::report::number(self.value))
+    }
+}
+
+/// The samples among the values of a stage, with their codes if there are any.
+pub fn passed(samples: &[Sample], codes: Option<&[i8]>, values: &[f32]) -> Vec<Passed> {
+    let one = |index: usize| Passed { code: codes.map(|q| q[index]), value: values[index] };
+    samples.iter().map(|sample| one(sample.index)).collect()
+}
+
 impl Scores {
     /// Multiplies in fp32 and, after quantizing, in int8.
     pub fn compute(values: &[f32], shape: [usize; 4]) -> Result<Self> {
