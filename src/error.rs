@@ -187,8 +187,7 @@ mod tests {
 
     #[test]
     fn converts_into_candle_error_and_keeps_its_message() {
-        let candle: candle_core::Error =
-            Error::Depth { depth: 70_000, limit: 65_793 }.into();
+        let candle: candle_core::Error = Error::Depth { depth: 70_000, limit: 65_793 }.into();
         assert!(candle.to_string().contains("70000"), "{candle}");
     }
 }

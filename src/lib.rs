@@ -1,9 +1,13 @@
 //! x
 pub mod attention;
+pub mod drift;
 pub mod error;
 pub mod models;
 pub mod quant;
 
-pub use attention::{AttentionConfig, Backend, Int8Config, QuantizedAttention, ScoreConfig, ScoreOutput, RequantConfig, attention};
+pub use attention::{
+    AttentionConfig, Backend, Int8Config, QuantizedAttention, RequantConfig, ScoreConfig,
+    ScoreOutput, attention,
+};
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

@@ -14,14 +14,5 @@
 mod config;
 mod params;
 
-
-
-
-
 pub use config::{Granularity, QuantConfig, RangeSource, Scheme};
 pub use params::{QuantParams, Range};
-
-
-
-
-

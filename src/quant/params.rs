@@ -115,7 +115,8 @@ impl QuantParams {
             Scheme::Affine => {
                 let (min, max) = (range.min.min(0.0), range.max.max(0.0));
                 let width = max - min;
-                let step = if width.is_finite() { width / 255.0 } else { max / 255.0 - min / 255.0 };
+                let step =
+                    if width.is_finite() { width / 255.0 } else { max / 255.0 - min / 255.0 };
                 let scale = usable_scale(step, width);
                 let unsigned = (-min / scale).round_ties_even().clamp(0.0, 255.0);
                 let zero_point = if width == 0.0 { 0 } else { (unsigned - 128.0) as i8 };
@@ -144,7 +145,8 @@ impl QuantParams {
     /// reported).
     pub fn quantize(&self, x: f32) -> i8 {
         let zero = f32::from(self.zero_point);
-        let (low, high) = (f32::from(self.scheme.qmin()) - zero, f32::from(self.scheme.qmax()) - zero);
+        let (low, high) =
+            (f32::from(self.scheme.qmin()) - zero, f32::from(self.scheme.qmax()) - zero);
         let steps = x / self.scale;
         let steps = if steps.is_nan() { 0.0 } else { steps.clamp(low, high) };
         (steps.round_ties_even() + zero) as i8
