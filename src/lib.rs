@@ -2,12 +2,13 @@
 pub mod attention;
 pub mod drift;
 pub mod error;
+pub mod gemm;
 pub mod models;
 pub mod quant;
 
 pub use attention::{
     AttentionConfig, Backend, Int8Config, QuantizedAttention, RequantConfig, ScoreConfig,
-    ScoreOutput, attention,
+    ScoreOutput, attention, attention_scores,
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

@@ -1,32 +1,23 @@
-//! x
+//! Int8 attention for Candle tensors.
+//!
+//! * [`attention_scores`]: `q·k^T` through int8, a differentiable Candle op.
+//! * [`attention`]: scores, scale, mask, softmax, times V, with the backend of its configuration.
+//! * [`QuantizedAttention`]: the same as a module that a model holds, one per layer.
+//! * [`tensor_ops`]: the same numbers from ordinary tensor operations, on any device.
+
 mod config;
 mod mask;
 mod module;
-use crate::Result;
-use candle_core::Tensor;
-use candle_nn::attention::AttnMask;
-pub use config::*;
+mod operand;
+mod scorer;
+mod scores;
+mod shapes;
+pub mod tensor_ops;
+mod unfused;
+mod view;
+
+pub use config::{AttentionConfig, Backend, Int8Config, RequantConfig, ScoreConfig, ScoreOutput};
 pub use mask::{apply_mask, masked_softmax};
 pub use module::QuantizedAttention;
-
-/// STUB until the int8 path is there: computes in fp32 whatever the backend
-pub fn attention_probs(
-    q: &Tensor,
-    k: &Tensor,
-    mask: &AttnMask,
-    config: &AttentionConfig,
-) -> Result<Tensor> {
-    let scale = config.softmax_scale.unwrap_or(1.0 / (q.dim(3)? as f32).sqrt());
-    let s = (q.contiguous()?.matmul(&k.contiguous()?.t()?)? * scale as f64)?;
-    masked_softmax(&apply_mask(&s, mask)?)
-}
-/// STUB
-pub fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &AttnMask,
-    config: &AttentionConfig,
-) -> Result<Tensor> {
-    Ok(attention_probs(q, k, mask, config)?.matmul(&v.contiguous()?)?)
-}
+pub use scores::{attention_scores, attention_scores_int8};
+pub use unfused::{attention, attention_probs};

@@ -13,6 +13,15 @@
 
 mod config;
 mod params;
+mod requantize;
+pub(crate) mod rows;
+mod smooth;
+mod tensor;
 
 pub use config::{Granularity, QuantConfig, RangeSource, Scheme};
 pub use params::{QuantParams, Range};
+pub use requantize::{FixedPointMultiplier, Requantizer};
+pub(crate) use smooth::MeanBuilder;
+pub use smooth::token_mean;
+pub(crate) use tensor::static_params;
+pub use tensor::{CodeStorage, QuantizedTensor};

@@ -152,9 +152,11 @@ impl QuantParams {
         (steps.round_ties_even() + zero) as i8
     }
 
-    /// `scale * (q - zero_point)`.
+    /// `scale * (q - zero_point)`, saturating at the largest finite f32 (which the rounding of a
+    /// huge scale could otherwise exceed).
     pub fn dequantize(&self, q: i8) -> f32 {
-        self.scale * f32::from(i16::from(q) - i16::from(self.zero_point))
+        let steps = f32::from(i16::from(q) - i16::from(self.zero_point));
+        (self.scale * steps).clamp(f32::MIN, f32::MAX)
     }
 }
 

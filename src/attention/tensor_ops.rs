@@ -1,0 +1,220 @@
+//! The same numbers with ordinary Candle tensor operations only.
+//!
+//! It shares no code with the kernels: it is their oracle, and it runs on every device Candle has.
+//! Without smoothing the results are the same to the bit; with it they can differ by one code
+//! where the two sums of a mean round differently. Codes are held as integers in floating point,
+//! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
+
+use super::config::{RequantConfig, ScoreConfig, ScoreOutput};
+use super::shapes::check_scores;
+use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
+use crate::{Error, Result};
+use candle_core::{D, DType, Tensor};
+
+/// Adding and subtracting `1.5 * 2^23` rounds a small f32 to an integer, ties to even
+/// (`Tensor::round` rounds them away from zero).
+const ROUND: f64 = 12_582_912.0;
+
+/// A quantized `[B, H, S, D]` tensor as floating point tensors.
+struct Codes {
+    /// `q - zero_point`, integers.
+    steps: Tensor,
+    /// `[B, H, S, 1]`.
+    scales: Tensor,
+    /// `[B, H, S, 1]`.
+    zeros: Tensor,
+    /// The smoothed f32 rows.
+    values: Tensor,
+    /// `[B, H, 1, D]`, what smoothing took away.
+    mean: Option<Tensor>,
+}
+
+/// `attention_scores` with Candle's tensor operations, on any device. Not differentiable: rounding
+/// has no useful gradient here; use the op for training.
+///
+/// # Errors
+/// As for [`attention_scores`](super::attention_scores), without the one for devices.
+pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
+    check_scores("tensor_ops::attention_scores", q.dims(), k.dims())?;
+    config.check()?;
+    let k = repeat_heads(k, q.dim(1)?)?;
+    let (b, h, m, d) = q.dims4()?;
+    let n = k.dim(2)?;
+    if b * h * m * n * d == 0 {
+        let dtype = match config.output {
+            ScoreOutput::Int32 => DType::I32,
+            ScoreOutput::Int8(_) => DType::U8,
+            _ => DType::F32,
+        };
+        return Ok(Tensor::zeros((b, h, m, n), dtype, q.device())?);
+    }
+    let q = Codes::quantize(q, &config.q, config.smooth_q)?;
+    let k = Codes::quantize(&k, &config.k, config.smooth_k)?;
+    let sums = q.product(&k)?;
+    if config.output == ScoreOutput::Int32 {
+        return Ok(sums.to_dtype(DType::I32)?);
+    }
+    let scores = q.dequantize(&k, &sums.to_dtype(DType::F32)?)?;
+    match config.output {
+        ScoreOutput::Requantized(to) => {
+            let codes = Codes::quantize(&scores, &to.as_quant_config(), false)?;
+            Ok(codes.steps.broadcast_mul(&codes.scales)?)
+        }
+        ScoreOutput::Int8(to) => requantized_codes(&scores, to),
+        _ => Ok(scores),
+    }
+}
+
+/// `code + 128`, U8.
+fn requantized_codes(scores: &Tensor, to: RequantConfig) -> Result<Tensor> {
+    let codes = Codes::quantize(scores, &to.as_quant_config(), false)?;
+    let codes = (codes.steps.broadcast_add(&codes.zeros)? + 128.0)?;
+    Ok(codes.to_dtype(DType::U8)?)
+}
+
+/// Repeats every head of `x` `[B, H_kv, S, D]` for the query heads that share it.
+pub(super) fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (b, h_kv, s, d) = x.dims4()?;
+    if h_kv == heads {
+        return Ok(x.clone());
+    }
+    let group = heads / h_kv;
+    let grouped = x.unsqueeze(2)?.expand((b, h_kv, group, s, d))?;
+    Ok(grouped.reshape((b, heads, s, d))?)
+}
+
+impl Codes {
+    fn quantize(x: &Tensor, config: &QuantConfig, smooth: bool) -> Result<Self> {
+        let x = x.to_dtype(DType::F32)?.contiguous()?;
+        let (finite, clean) = without_bad_rows(&x)?;
+        let mean = if smooth { Some(token_mean(&clean, &finite)?) } else { None };
+        let values = match &mean {
+            Some(mean) => x.broadcast_sub(mean)?,
+            None => x,
+        };
+        let (finite, clean) = without_bad_rows(&values)?;
+        let (scales, zeros) = match &config.range {
+            RangeSource::Dynamic => dynamic_params(&clean, config)?,
+            RangeSource::Static(_) => static_params(&clean, config)?,
+        };
+        let low = (zeros.neg()? + f64::from(config.scheme.qmin()))?;
+        let high = (zeros.neg()? + 127.0)?;
+        let steps = clean.broadcast_div(&scales)?;
+        let steps = steps.broadcast_maximum(&low)?.broadcast_minimum(&high)?;
+        let steps = ((steps + ROUND)? - ROUND)?;
+        let nan = Tensor::new(f32::NAN, clean.device())?.broadcast_as(scales.shape())?;
+        let scales = finite.where_cond(&scales, &nan)?;
+        Ok(Self { steps, scales, zeros, values, mean })
+    }
+
+    /// The exact integer product, in f32 where that is exact and in f64 elsewhere.
+    fn product(&self, k: &Codes) -> Result<Tensor> {
+        let largest = 255.0 * 255.0 * self.steps.dim(D::Minus1)? as f64;
+        let dtype = if largest <= f64::from(1 << 24) { DType::F32 } else { DType::F64 };
+        let (q, k) = (self.steps.to_dtype(dtype)?, k.steps.to_dtype(dtype)?);
+        Ok(q.matmul(&k.t()?)?)
+    }
+
+    /// `sums * scale_q * scale_k + mean(q)·k' + q·mean(k)`.
+    fn dequantize(&self, k: &Codes, sums: &Tensor) -> Result<Tensor> {
+        let mut scores = sums.broadcast_mul(&self.scales)?.broadcast_mul(&k.scales.t()?)?;
+        if let Some(mean) = &self.mean {
+            scores = scores.broadcast_add(&mean.matmul(&k.values.t()?)?)?;
+        }
+        if let Some(mean) = &k.mean {
+            let mut bias = self.values.matmul(&mean.t()?)?;
+            if let Some(q_mean) = &self.mean {
+                bias = bias.broadcast_add(&q_mean.matmul(&mean.t()?)?)?;
+            }
+            scores = scores.broadcast_add(&bias)?;
+        }
+        Ok(scores)
+    }
+}
+
+/// Which rows are finite, `[B, H, S, 1]` U8, and `x` with zeros in the others.
+fn without_bad_rows(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    // x - x is 0 for a finite number and NaN otherwise.
+    let finite = (x - x)?.sum_keepdim(D::Minus1)?.eq(0f32)?;
+    let clean = finite.broadcast_as(x.shape())?.where_cond(x, &x.zeros_like()?)?;
+    Ok((finite, clean))
+}
+
+/// The mean over finite rows, summed in f64 where the device has it.
+fn token_mean(clean: &Tensor, finite: &Tensor) -> Result<Tensor> {
+    let dtype = if clean.device().is_metal() { DType::F32 } else { DType::F64 };
+    let rows = finite.to_dtype(dtype)?.sum_keepdim(2)?.maximum(1.0)?;
+    let mean = clean.to_dtype(dtype)?.sum_keepdim(2)?.broadcast_div(&rows)?;
+    Ok(mean.to_dtype(DType::F32)?)
+}
+
+/// Reduces the rows of each group with `reduce` and gives the result back to each row:
+/// `[B, H, S, D]` to `[B, H, S, 1]`.
+fn reduce_groups(
+    x: &Tensor,
+    granularity: Granularity,
+    reduce: impl Fn(&Tensor, usize) -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    let (b, h, s, _) = x.dims4()?;
+    let rows = reduce(x, 3)?;
+    let grouped = match granularity {
+        Granularity::PerToken => rows,
+        Granularity::PerHead => reduce(&rows, 2)?.broadcast_as((b, h, s, 1))?,
+        Granularity::PerTensor => {
+            reduce(&rows.flatten_all()?, 0)?.reshape((1, 1, 1, 1))?.broadcast_as((b, h, s, 1))?
+        }
+        Granularity::PerBlock(n) => {
+            let blocks = (0..s).step_by(n).map(|start| {
+                let len = n.min(s - start);
+                reduce(&rows.narrow(2, start, len)?, 2)?.broadcast_as((b, h, len, 1))
+            });
+            Tensor::cat(&blocks.collect::<candle_core::Result<Vec<_>>>()?, 2)?
+        }
+    };
+    Ok(grouped.contiguous()?)
+}
+
+/// Scale and zero point of each row from the data, `[B, H, S, 1]` each.
+fn dynamic_params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tensor)> {
+    let min = reduce_groups(clean, config.granularity, |x, dim| x.min_keepdim(dim))?;
+    let max = reduce_groups(clean, config.granularity, |x, dim| x.max_keepdim(dim))?;
+    let device = clean.device();
+    let constant = |x: f32| Tensor::new(x, device)?.broadcast_as(min.shape());
+    // Division by a tensor: dividing by a number multiplies by its rounded reciprocal.
+    let usable = |width: &Tensor, levels: f32| -> Result<Tensor> {
+        let scale = (width / constant(levels)?)?.maximum(f64::from(f32::MIN_POSITIVE))?;
+        Ok(width.eq(0f32)?.where_cond(&constant(1.0)?, &scale)?)
+    };
+    match config.scheme {
+        Scheme::Symmetric => {
+            let scales = usable(&max.maximum(&min.neg()?)?, 127.0)?;
+            let zeros = scales.zeros_like()?;
+            Ok((scales, zeros))
+        }
+        Scheme::Affine => {
+            let (min, max) = (min.minimum(0.0)?, max.maximum(0.0)?);
+            let width = (max - &min)?;
+            let scales = usable(&width, 255.0)?;
+            let unsigned = (min.neg()? / &scales)?.clamp(0f32, 255f32)?;
+            let zeros = (((unsigned + ROUND)? - ROUND)? - 128.0)?;
+            Ok((scales, width.eq(0f32)?.where_cond(&constant(0.0)?, &zeros)?))
+        }
+    }
+}
+
+/// Given scale and zero point, spread to each row.
+fn static_params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tensor)> {
+    let (b, h, s, _) = clean.dims4()?;
+    let RangeSource::Static(given) = &config.range else {
+        return Err(Error::Config("static parameters expected".into()));
+    };
+    let groups = config.granularity.groups(b * h, s)?;
+    let given = crate::quant::static_params(given, config.granularity, clean.dims(), groups)?;
+    let of_rows = |f: &dyn Fn(usize) -> f32| {
+        let row = |row: usize| f(config.granularity.group(row / s, row % s, s));
+        Tensor::from_vec((0..b * h * s).map(row).collect(), (b, h, s, 1), clean.device())
+    };
+    let scales = of_rows(&|group| given[group].scale())?;
+    let zeros = of_rows(&|group| f32::from(given[group].zero_point()))?;
+    Ok((scales, zeros))
+}

@@ -1,0 +1,121 @@
+//! A four-dimensional float tensor in CPU storage, whatever its strides: read row by row, never
+//! copied whole.
+
+use crate::{Error, Result};
+use candle_core::{CpuStorage, Layout};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use std::ops::Range;
+
+enum Data<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+}
+
+/// `[B, H, S, D]` with any strides.
+pub(super) struct View<'a> {
+    data: Data<'a>,
+    dims: [usize; 4],
+    strides: [usize; 4],
+}
+
+impl<'a> View<'a> {
+    /// # Errors
+    /// [`Error::Rank`] unless the layout has rank 4, [`Error::DType`] unless f32, f16 or bf16.
+    pub(super) fn new(
+        op: &'static str,
+        tensor: &'static str,
+        storage: &'a CpuStorage,
+        layout: &Layout,
+    ) -> Result<Self> {
+        let (Ok(dims), Ok(strides)) =
+            (<[usize; 4]>::try_from(layout.dims()), <[usize; 4]>::try_from(layout.stride()))
+        else {
+            let shape = layout.dims().to_vec();
+            return Err(Error::Rank { op, tensor, shape, expected: "[B, H, S, D]" });
+        };
+        let start = layout.start_offset();
+        let data = match storage {
+            CpuStorage::F32(data) => Data::F32(&data[start..]),
+            CpuStorage::F16(data) => Data::F16(&data[start..]),
+            CpuStorage::BF16(data) => Data::BF16(&data[start..]),
+            other => {
+                let dtype = candle_core::backend::BackendStorage::dtype(other);
+                return Err(Error::DType { op, tensor, dtype, expected: "F32, F16 or BF16" });
+            }
+        };
+        Ok(Self { data, dims, strides })
+    }
+
+    /// `[B, H, S, D]`.
+    pub(super) fn dims(&self) -> [usize; 4] {
+        self.dims
+    }
+
+    /// `B * H`.
+    pub(super) fn heads(&self) -> usize {
+        self.dims[0] * self.dims[1]
+    }
+
+    /// `S`.
+    pub(super) fn tokens(&self) -> usize {
+        self.dims[2]
+    }
+
+    /// `D`.
+    pub(super) fn depth(&self) -> usize {
+        self.dims[3]
+    }
+
+    /// Rows `tokens` of head `head` (counted over the batch), as f32 `[tokens, D]`.
+    pub(super) fn load_rows(&self, head: usize, tokens: Range<usize>, out: &mut [f32]) {
+        let [batch_stride, head_stride, token_stride, _] = self.strides;
+        let (batch, head) = (head / self.dims[1], head % self.dims[1]);
+        let start = batch * batch_stride + head * head_stride + tokens.start * token_stride;
+        assert_eq!(out.len(), tokens.len() * self.depth());
+        match self.data {
+            Data::F32(data) => {
+                self.gather(
+                    &data[start.min(data.len())..],
+                    out,
+                    |x| x,
+                    |from, to| to.copy_from_slice(from),
+                );
+            }
+            Data::F16(data) => {
+                let data = &data[start.min(data.len())..];
+                self.gather(data, out, f16::to_f32, |from, to| from.convert_to_f32_slice(to));
+            }
+            Data::BF16(data) => {
+                let data = &data[start.min(data.len())..];
+                self.gather(data, out, bf16::to_f32, |from, to| from.convert_to_f32_slice(to));
+            }
+        }
+    }
+
+    fn gather<T: Copy>(
+        &self,
+        data: &[T],
+        out: &mut [f32],
+        one: impl Fn(T) -> f32,
+        many: impl Fn(&[T], &mut [f32]),
+    ) {
+        let (depth, [_, _, token_stride, depth_stride]) = (self.depth(), self.strides);
+        if out.is_empty() {
+            return;
+        }
+        if depth_stride == 1 || depth == 1 {
+            for (token, row) in out.chunks_exact_mut(depth).enumerate() {
+                many(&data[token * token_stride..][..depth], row);
+            }
+            return;
+        }
+        // A transposed tensor is contiguous over tokens: keep those in the inner loop.
+        for d in 0..depth {
+            for (token, row) in out.chunks_exact_mut(depth).enumerate() {
+                row[d] = one(data[token * token_stride + d * depth_stride]);
+            }
+        }
+    }
+}

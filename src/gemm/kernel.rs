@@ -1,0 +1,162 @@
+//! What a kernel is: a tile of int32 sums over packed operands, and nothing else.
+//!
+//! # Layout of packed operands
+//! Rows are grouped into panels (`mr` rows on the left side, `nr` on the right), the depth into
+//! groups of `group` elements (what one instruction sums into one lane):
+//!
+//! ```text
+//! left   [M / mr][D / group][mr][group]      right   [N / nr][D / group][nr][group]
+//! ```
+//!
+//! Rows and depth are padded to whole panels and groups. Padding in the depth is 0 on the right
+//! side, so it adds nothing whatever stands on the left; padded rows are computed and dropped.
+//!
+//! # The +128 trick
+//! `vpdpbusd` multiplies u8 by i8. Signed codes on the left side are stored as `a + 128` for such
+//! kernels ([`LhsFormat::Biased`]), which adds `128 * sum(b)` to every product; starting the sums
+//! of column `n` at `-128 * sum(b_n)` takes it out again at no cost.
+
+/// How elements of the left side are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LhsFormat {
+    /// u8, `a + 128`.
+    Biased,
+    /// i8, as they are.
+    Signed,
+    /// i16, as they are; for instructions that multiply 16-bit pairs.
+    Wide,
+}
+
+impl LhsFormat {
+    /// Bytes of one element.
+    pub(crate) const fn size(self) -> usize {
+        match self {
+            LhsFormat::Biased | LhsFormat::Signed => 1,
+            LhsFormat::Wide => 2,
+        }
+    }
+
+    /// What is added to a signed code when it is stored.
+    pub(crate) const fn bias(self) -> i32 {
+        match self {
+            LhsFormat::Biased => 128,
+            LhsFormat::Signed | LhsFormat::Wide => 0,
+        }
+    }
+}
+
+/// The tile of a kernel and the layout of its operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    /// Rows of the left side in a tile.
+    pub mr: usize,
+    /// Rows of the right side (columns of the result) in a tile.
+    pub nr: usize,
+    /// Depth elements that one instruction sums into one lane.
+    pub group: usize,
+    /// Storage of the left side.
+    pub lhs: LhsFormat,
+}
+
+/// Larger than any tile of any kernel, for buffers on the stack.
+pub(crate) const MAX_TILE: usize = 512;
+
+/// Pointers of one tile, all for whole panels.
+#[derive(Clone, Copy)]
+pub(crate) struct TileInput {
+    /// How many rows of the left panel are wanted, `1..=mr`.
+    pub rows: usize,
+    /// Depth groups.
+    pub groups: usize,
+    /// Left panel: `groups * mr * group` elements in the kernel's [`LhsFormat`].
+    pub lhs: *const u8,
+    /// Right panel: `groups * nr * group` elements.
+    pub rhs: *const i8,
+    /// What each column's sum starts from: `nr` elements.
+    pub init: *const i32,
+}
+
+/// Where a tile of f32 scores goes: `out = (acc * row_scale) * column_scale + column_bias +
+/// row_bias`, each operation rounded to f32, in this order (no fused multiply-add, so that every
+/// kernel gives the same bits).
+#[derive(Clone, Copy)]
+pub(crate) struct ScoreTile {
+    /// Top left element; rows are `stride` elements apart.
+    pub out: *mut f32,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// `rows` scales.
+    pub row_scales: *const f32,
+    /// `rows` biases.
+    pub row_biases: *const f32,
+    /// `nr` scales.
+    pub column_scales: *const f32,
+    /// `nr` biases.
+    pub column_biases: *const f32,
+}
+
+/// One instruction set's way to compute a tile.
+///
+/// # Safety
+/// Implementors promise that `tile` and `score_tile` read and write nothing but what their
+/// contract names, and that `is_available` is true only where their instructions exist.
+pub(crate) unsafe trait Kernel: Send + Sync {
+    /// Name in `CANDLE_INT8_KERNEL` and in reports, for example `x86_64-avx512-vnni`.
+    fn name(&self) -> &'static str;
+
+    /// Tile and layout.
+    fn geometry(&self) -> Geometry;
+
+    /// Whether this machine has the instructions.
+    fn is_available(&self) -> bool;
+
+    /// Writes `rows` x `nr` sums to `out`, rows `stride` elements apart.
+    ///
+    /// # Safety
+    /// The kernel is available; the pointers of `input` are valid for reads of the lengths named
+    /// there; `out` is valid for writes of `nr` elements in each of `rows` rows.
+    unsafe fn tile(&self, input: TileInput, out: *mut i32, stride: usize);
+
+    /// Writes `rows` x `nr` scores.
+    ///
+    /// # Safety
+    /// As for [`Kernel::tile`], and every pointer of `scores` is valid for the length named there.
+    unsafe fn score_tile(&self, input: TileInput, scores: ScoreTile) {
+        let nr = self.geometry().nr;
+        let mut sums = [0i32; MAX_TILE];
+        // SAFETY: the caller's promise on `input`; a tile fits MAX_TILE (asserted when packing).
+        unsafe { self.tile(input, sums.as_mut_ptr(), nr) };
+        // SAFETY: the caller's promise on `scores`.
+        unsafe { scores.write(&sums, input.rows, nr) };
+    }
+}
+
+impl ScoreTile {
+    /// The epilogue for sums that lie in memory, rows `nr` elements apart.
+    ///
+    /// # Safety
+    /// Every pointer is valid for the length named at its field.
+    pub(crate) unsafe fn write(&self, sums: &[i32], rows: usize, nr: usize) {
+        // SAFETY: valid for these lengths by contract.
+        let (row_scales, row_biases, column_scales, column_biases) = unsafe {
+            (
+                std::slice::from_raw_parts(self.row_scales, rows),
+                std::slice::from_raw_parts(self.row_biases, rows),
+                std::slice::from_raw_parts(self.column_scales, nr),
+                std::slice::from_raw_parts(self.column_biases, nr),
+            )
+        };
+        for row in 0..rows {
+            // SAFETY: row `row` of the output is valid for `nr` writes by contract.
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(self.out.add(row * self.stride), nr) };
+            let (scale, bias) = (row_scales[row], row_biases[row]);
+            let columns = column_scales.iter().zip(column_biases);
+            for ((x, &sum), (&column_scale, &column_bias)) in
+                out.iter_mut().zip(&sums[row * nr..]).zip(columns)
+            {
+                *x = sum as f32 * scale * column_scale + column_bias + bias;
+            }
+        }
+    }
+}

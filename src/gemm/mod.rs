@@ -1,0 +1,36 @@
+//! The exact int8 product: `u8 or i8 [M, D] x i8 [N, D] -> i32 [M, N]`.
+//!
+//! ```text
+//! for each panel of NR rows of the right side      packed once, stays in L1
+//!   for each panel of MR rows of the left side
+//!     kernel: an MR x NR tile of int32, over the whole depth D
+//!     epilogue: zero points, then int32 out, or f32 out with scales
+//! ```
+//!
+//! * [`matmul_nt`] is the whole product for plain slices.
+//! * `kernel` says what a kernel is; `kernels/` holds one file for each instruction set.
+//! * `dispatch` is the one ordered table of them, and picks one at run time.
+//! * `pack` puts operands into the order a kernel reads.
+//! * [`reference`] is the plain triple loop that every kernel must equal, bit for bit.
+//!
+//! # Why it is exact
+//! No instruction used here saturates on the way, and a sum of `D` products of u8 and i8 fits an
+//! i32 as long as `D * 255 * 128 < 2^31`, that is `D <= 65793` ([`max_depth`]). Sums of partial
+//! corrections may leave that range in between; two's complement arithmetic wraps them back.
+
+mod dispatch;
+mod driver;
+mod kernel;
+mod kernels;
+mod matmul;
+mod pack;
+pub mod reference;
+
+pub use dispatch::{KERNEL_VARIABLE, KernelInfo, active_kernel, all_kernels};
+pub use matmul::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
+
+pub(crate) use dispatch::select;
+pub(crate) use driver::{ScoreScales, ZeroCorrection, int_tiles, score_tiles};
+pub(crate) use kernel::Kernel;
+pub(crate) use matmul::SERIAL_BELOW;
+pub(crate) use pack::{PackedLhs, PackedRhs};

@@ -1,0 +1,183 @@
+//! Operands in the order a kernel reads them. Packed data remembers its kernel.
+
+use super::kernel::{Geometry, Kernel, LhsFormat, MAX_TILE};
+
+/// One cache line; buffers of these start on a line, so no vector load straddles two.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Zeroed bytes that start on a cache line.
+#[derive(Clone)]
+struct AlignedBytes(Vec<Line>);
+
+impl AlignedBytes {
+    fn zeroed(len: usize) -> Self {
+        Self(vec![Line([0; 64]); len.div_ceil(64)])
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [u8] {
+        let len = self.0.len() * 64;
+        // SAFETY: `Line` is 64 bytes without padding, so the vector's memory is `len` valid bytes;
+        // the borrow of `self` keeps it alive and unaliased.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
+    }
+
+    fn as_ptr(&self) -> *const u8 {
+        self.0.as_ptr().cast()
+    }
+}
+
+/// Where element `(row, depth)` of an operand lies in its packed form.
+fn offset(panel: usize, groups: usize, group: usize, row: usize, depth: usize) -> usize {
+    ((row / panel * groups + depth / group) * panel + row % panel) * group + depth % group
+}
+
+/// Runs `put(destination, source)` for every stretch of up to `group` elements of a row.
+fn for_each_group(
+    (rows, depth): (usize, usize),
+    (panel, group): (usize, usize),
+    mut put: impl FnMut(usize, std::ops::Range<usize>),
+) {
+    let groups = depth.div_ceil(group);
+    for row in 0..rows {
+        let start = offset(panel, groups, group, row, 0);
+        for g in 0..groups {
+            let from = row * depth + g * group;
+            let to = row * depth + ((g + 1) * group).min(depth);
+            put(start + g * panel * group, from..to);
+        }
+    }
+}
+
+/// Left side, any number of rows.
+#[derive(Clone)]
+pub(crate) struct PackedLhs {
+    kernel: &'static dyn Kernel,
+    bytes: AlignedBytes,
+    rows: usize,
+    depth: usize,
+}
+
+impl PackedLhs {
+    /// Packs row-major signed codes, `rows * depth` of them.
+    pub(crate) fn new(
+        kernel: &'static dyn Kernel,
+        codes: &[i8],
+        rows: usize,
+        depth: usize,
+    ) -> Self {
+        assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
+        assert_eq!(codes.len(), rows * depth);
+        let Geometry { mr, nr, group, lhs } = kernel.geometry();
+        assert!(mr * nr <= MAX_TILE, "{}: a tile of {mr} x {nr}", kernel.name());
+        let padded = rows.div_ceil(mr) * mr * depth.div_ceil(group) * group;
+        let mut bytes = AlignedBytes::zeroed(padded * lhs.size());
+        let out = bytes.as_mut_slice();
+        for_each_group((rows, depth), (mr, group), |at, source| {
+            let source = &codes[source];
+            match lhs {
+                LhsFormat::Signed => {
+                    out[at..].iter_mut().zip(source).for_each(|(o, &q)| *o = q as u8);
+                }
+                LhsFormat::Biased => {
+                    out[at..].iter_mut().zip(source).for_each(|(o, &q)| *o = q as u8 ^ 0x80);
+                }
+                LhsFormat::Wide => {
+                    let pairs = out[2 * at..].as_chunks_mut::<2>().0;
+                    let wide = source.iter().map(|&q| i16::from(q).to_ne_bytes());
+                    pairs.iter_mut().zip(wide).for_each(|(o, q)| *o = q);
+                }
+            }
+        });
+        Self { kernel, bytes, rows, depth }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The panel that starts at row `row`, a multiple of the kernel's `mr`.
+    pub(super) fn panel(&self, row: usize) -> *const u8 {
+        let Geometry { mr, group, lhs, .. } = self.kernel.geometry();
+        assert!(row < self.rows && row.is_multiple_of(mr));
+        let panel_bytes = mr * self.depth.div_ceil(group) * group * lhs.size();
+        // SAFETY: the buffer holds ceil(rows / mr) panels of this size and row < rows.
+        unsafe { self.bytes.as_ptr().add(row / mr * panel_bytes) }
+    }
+
+    pub(super) fn kernel(&self) -> &'static dyn Kernel {
+        self.kernel
+    }
+
+    pub(super) fn depth(&self) -> usize {
+        self.depth
+    }
+}
+
+/// Right side: the keys of one head.
+#[derive(Clone)]
+pub(crate) struct PackedRhs {
+    kernel: &'static dyn Kernel,
+    bytes: AlignedBytes,
+    rows: usize,
+    depth: usize,
+    /// What the sums of each column start from, padded to whole panels.
+    init: Vec<i32>,
+}
+
+impl PackedRhs {
+    /// Room for `rows` rows of `depth` codes; [`PackedRhs::put`] fills it.
+    pub(crate) fn new(kernel: &'static dyn Kernel, rows: usize, depth: usize) -> Self {
+        assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
+        let Geometry { nr, group, .. } = kernel.geometry();
+        let padded_rows = rows.div_ceil(nr) * nr;
+        let bytes = AlignedBytes::zeroed(padded_rows * depth.div_ceil(group) * group);
+        Self { kernel, bytes, rows, depth, init: vec![0; padded_rows] }
+    }
+
+    /// Packs the rows from `first` on: row-major codes, and the sum of each row.
+    pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
+        assert_eq!(codes.len(), sums.len() * self.depth);
+        assert!(first + sums.len() <= self.rows);
+        let Geometry { nr, group, lhs, .. } = self.kernel.geometry();
+        let groups = self.depth.div_ceil(group);
+        let out = self.bytes.as_mut_slice();
+        for (i, &sum) in sums.iter().enumerate() {
+            let row = first + i;
+            self.init[row] = (-lhs.bias()).wrapping_mul(sum);
+            let source = &codes[i * self.depth..(i + 1) * self.depth];
+            let start = offset(nr, groups, group, row, 0);
+            for (g, stretch) in source.chunks(group).enumerate() {
+                let at = start + g * nr * group;
+                out[at..].iter_mut().zip(stretch).for_each(|(o, &q)| *o = q as u8);
+            }
+        }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The panel that starts at row `row`, a multiple of the kernel's `nr`.
+    pub(super) fn panel(&self, row: usize) -> *const i8 {
+        let Geometry { nr, group, .. } = self.kernel.geometry();
+        assert!(row < self.rows && row.is_multiple_of(nr));
+        let panel_bytes = nr * self.depth.div_ceil(group) * group;
+        // SAFETY: the buffer holds ceil(rows / nr) panels of this size and row < rows.
+        unsafe { self.bytes.as_ptr().add(row / nr * panel_bytes).cast() }
+    }
+
+    /// The `nr` starting sums of that panel.
+    pub(super) fn init(&self, row: usize) -> &[i32] {
+        &self.init[row..row + self.kernel.geometry().nr]
+    }
+
+    pub(super) fn kernel(&self) -> &'static dyn Kernel {
+        self.kernel
+    }
+
+    pub(super) fn depth(&self) -> usize {
+        self.depth
+    }
+}

@@ -1,0 +1,64 @@
+//! Smoothing: subtract a constant vector before quantizing, add its exact effect back to the
+//! scores.
+//!
+//! With `q = q' + a` and `k = k' + c`, for any constant vectors `a` and `c`,
+//!
+//! ```text
+//! q·k  =  q'·k'          int8, and q' and k' span a smaller range than q and k
+//!       + a·k'           one f32 per key:   smooth-Q's correction
+//!       + q·c            one f32 per query: smooth-K's correction
+//! ```
+//!
+//! The softmax does not see `q·c`, which is the same for all keys, but raw scores do. Any constant
+//! is exact; the mean over tokens removes most of the range. Smooth-K is from SageAttention (Zhang
+//! et al. 2024, arXiv:2410.02367), smooth-Q from SageAttention2 (arXiv:2411.10958).
+
+use super::rows::{accumulate, row_range};
+
+/// The mean over the rows of a `[rows, depth]` matrix, summed in f64. Rows that hold NaN or
+/// infinity do not count; without any other the mean is 0.
+pub fn token_mean(matrix: &[f32], depth: usize) -> Vec<f32> {
+    let mut mean = MeanBuilder::new(depth);
+    if depth > 0 {
+        matrix.chunks_exact(depth).for_each(|row| mean.push(row));
+    }
+    mean.finish()
+}
+
+/// [`token_mean`] for rows that come one by one.
+pub(crate) struct MeanBuilder {
+    sums: Vec<f64>,
+    rows: usize,
+}
+
+impl MeanBuilder {
+    pub(crate) fn new(depth: usize) -> Self {
+        Self { sums: vec![0.0; depth], rows: 0 }
+    }
+
+    pub(crate) fn push(&mut self, row: &[f32]) {
+        if row_range(row).finite {
+            accumulate(&mut self.sums, row);
+            self.rows += 1;
+        }
+    }
+
+    pub(crate) fn finish(self) -> Vec<f32> {
+        let rows = self.rows.max(1) as f64;
+        self.sums.into_iter().map(|sum| (sum / rows) as f32).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::token_mean;
+
+    #[test]
+    fn mean_over_tokens_leaves_out_rows_that_are_not_finite() {
+        let matrix = [1.0, 10.0, f32::NAN, 20.0, 3.0, 30.0, 0.0, f32::INFINITY];
+        assert_eq!(token_mean(&matrix, 2), [2.0, 20.0]);
+        assert_eq!(token_mean(&[f32::NAN], 1), [0.0]);
+        assert_eq!(token_mean(&[], 3), [0.0; 3]);
+        assert_eq!(token_mean(&[], 0), [0f32; 0]);
+    }
+}

@@ -1,0 +1,374 @@
+//! The score op against its independent path in tensor operations, and against floating point.
+
+use candle_core::{D, DType, Device, Tensor, Var};
+use candle_int8_attention::attention::{attention_scores_int8, tensor_ops};
+use candle_int8_attention::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
+use candle_int8_attention::{Error, RequantConfig, ScoreConfig, ScoreOutput, attention_scores};
+
+type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+const GRANULARITIES: [Granularity; 5] = [
+    Granularity::PerTensor,
+    Granularity::PerHead,
+    Granularity::PerToken,
+    Granularity::PerBlock(1),
+    Granularity::PerBlock(7),
+];
+
+/// Normal data with what Gaussian data hides: a biased channel and an outlier token.
+fn data(shape: (usize, usize, usize, usize)) -> candle_core::Result<Tensor> {
+    let (b, h, s, d) = shape;
+    let x = Tensor::randn(0f32, 1., shape, &Device::Cpu)?;
+    let bias = Tensor::randn(0f32, 2., (1, h, 1, d), &Device::Cpu)?;
+    let outlier: Vec<f32> = (0..s).map(|token| if token == s / 2 { 5.0 } else { 1.0 }).collect();
+    let outlier = Tensor::from_vec(outlier, (1, 1, s, 1), &Device::Cpu)?;
+    let _ = b;
+    x.broadcast_add(&bias)?.broadcast_mul(&outlier)
+}
+
+fn fp32(q: &Tensor, k: &Tensor) -> candle_core::Result<Tensor> {
+    let group = q.dim(1)? / k.dim(1)?;
+    let (b, h_kv, n, d) = k.dims4()?;
+    let k = k.unsqueeze(2)?.expand((b, h_kv, group, n, d))?.reshape((b, h_kv * group, n, d))?;
+    q.contiguous()?.matmul(&k.t()?)
+}
+
+fn values(x: &Tensor) -> Vec<f64> {
+    x.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
+}
+
+/// Signal to quantization noise in dB.
+fn sqnr(reference: &Tensor, candidate: &Tensor) -> f64 {
+    let (a, b) = (values(reference), values(candidate));
+    let noise: f64 = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum();
+    10.0 * (a.iter().map(|a| a * a).sum::<f64>() / noise).log10()
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+fn outputs() -> Vec<ScoreOutput> {
+    let mut outputs = vec![ScoreOutput::Dequantized, ScoreOutput::Int32];
+    for granularity in [Granularity::PerTensor, Granularity::PerHead, Granularity::PerToken] {
+        for scheme in [Scheme::Symmetric, Scheme::Affine] {
+            let to = RequantConfig { scheme, granularity };
+            outputs.extend([ScoreOutput::Requantized(to), ScoreOutput::Int8(to)]);
+        }
+    }
+    outputs
+}
+
+#[test]
+fn equals_tensor_ops_to_the_bit_without_smoothing() -> TestResult {
+    let shapes = [
+        ((1, 1, 1, 1), (1, 1, 1, 1)),
+        ((1, 2, 5, 3), (1, 2, 7, 3)),
+        ((2, 4, 49, 50), (2, 2, 65, 50)),
+        ((2, 3, 97, 33), (2, 1, 130, 33)),
+        ((1, 1, 3, 1100), (1, 1, 66, 1100)),
+    ];
+    for (q_shape, k_shape) in shapes {
+        let (q, k) = (data(q_shape)?, data(k_shape)?);
+        for scheme in [Scheme::Symmetric, Scheme::Affine] {
+            for granularity in GRANULARITIES {
+                for output in outputs() {
+                    let config = ScoreConfig { output, ..ScoreConfig::plain(scheme, granularity) };
+                    let op = attention_scores(&q, &k, &config)?;
+                    let oracle = tensor_ops::attention_scores(&q, &k, &config)?;
+                    assert_eq!(op.dtype(), oracle.dtype());
+                    assert_eq!(largest_difference(&op, &oracle), 0.0, "{q_shape:?} {config:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn equals_tensor_ops_within_float_rounding_with_smoothing() -> TestResult {
+    for (q_shape, k_shape) in [((2, 4, 49, 50), (2, 2, 65, 50)), ((1, 2, 1, 64), (1, 2, 300, 64))] {
+        let (q, k) = (data(q_shape)?, data(k_shape)?);
+        let largest = values(&fp32(&q, &k)?).iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+        for scheme in [Scheme::Symmetric, Scheme::Affine] {
+            for granularity in GRANULARITIES {
+                for (smooth_q, smooth_k) in [(true, false), (false, true), (true, true)] {
+                    let config = ScoreConfig {
+                        smooth_q,
+                        smooth_k,
+                        ..ScoreConfig::plain(scheme, granularity)
+                    };
+                    let op = attention_scores(&q, &k, &config)?;
+                    let oracle = tensor_ops::attention_scores(&q, &k, &config)?;
+                    // The dot products with the means are summed in another order: f32 epsilon
+                    // times a generous number of terms.
+                    let bound = largest * f64::from(f32::EPSILON) * 100.0;
+                    assert!(largest_difference(&op, &oracle) < bound, "{config:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_question_a_times_a_transposed() -> TestResult {
+    let a = Tensor::randn(0f32, 1., (1, 4, 1024, 256), &Device::Cpu)?;
+    let exact = fp32(&a, &a)?;
+    // (configuration, dB that facts about such data lead to expect, less a margin of half a dB)
+    let per_head = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerHead);
+    let requantized = |scheme, granularity| ScoreConfig {
+        output: ScoreOutput::Requantized(RequantConfig { scheme, granularity }),
+        ..per_head.clone()
+    };
+    let cases = [
+        (per_head.clone(), 36.5),
+        (requantized(Scheme::Symmetric, Granularity::PerHead), 26.5),
+        (requantized(Scheme::Affine, Granularity::PerHead), 30.0),
+        (ScoreConfig::default(), 40.0),
+    ];
+    for (config, at_least) in cases {
+        let db = sqnr(&exact, &attention_scores(&a, &a, &config)?);
+        assert!(db > at_least, "{db} dB, expected more than {at_least}: {config:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn int32_scores_times_scales_are_the_dequantized_ones() -> TestResult {
+    let (q, k) = (data((1, 2, 20, 32))?, data((1, 2, 30, 32))?);
+    let params = vec![QuantParams::symmetric(0.05)?, QuantParams::symmetric(0.07)?];
+    let side = QuantConfig {
+        granularity: Granularity::PerHead,
+        range: RangeSource::Static(params),
+        ..QuantConfig::default()
+    };
+    let config = ScoreConfig {
+        q: side.clone(),
+        k: side,
+        ..ScoreConfig::plain(Scheme::Symmetric, Granularity::PerHead)
+    };
+    let real = attention_scores(&q, &k, &config)?;
+    let int32 = attention_scores(&q, &k, &ScoreConfig { output: ScoreOutput::Int32, ..config })?;
+    assert_eq!(int32.dtype(), DType::I32);
+    let scales =
+        Tensor::new(&[0.05f32 * 0.05, 0.07 * 0.07], &Device::Cpu)?.reshape((1, 2, 1, 1))?;
+    let scaled = int32.to_dtype(DType::F32)?.broadcast_mul(&scales)?;
+    assert!(sqnr(&real, &scaled) > 120.0);
+    Ok(())
+}
+
+#[test]
+fn int8_codes_come_with_their_scales() -> TestResult {
+    let (q, k) = (data((2, 2, 20, 32))?, data((2, 1, 30, 32))?);
+    let to = RequantConfig::default();
+    let config = ScoreConfig { output: ScoreOutput::Requantized(to), ..ScoreConfig::default() };
+    let real = attention_scores(&q, &k, &config)?;
+    let codes = attention_scores_int8(&q, &k, &config, to)?;
+    assert_eq!(codes.shape(), [2, 2, 20, 30]);
+    assert_eq!(codes.all_params().len(), 2 * 2 * 20);
+    assert_eq!(largest_difference(&codes.dequantize(&Device::Cpu)?, &real), 0.0);
+    let config = ScoreConfig { output: ScoreOutput::Int8(to), ..ScoreConfig::default() };
+    let u8_codes = attention_scores(&q, &k, &config)?;
+    assert_eq!(u8_codes.dtype(), DType::U8);
+    assert_eq!(largest_difference(&codes.to_u8_tensor(&Device::Cpu)?, &u8_codes), 0.0);
+    Ok(())
+}
+
+#[test]
+fn any_strides_give_the_same() -> TestResult {
+    let (q, k) = (data((2, 4, 37, 24))?, data((2, 2, 53, 24))?);
+    for config in [ScoreConfig::default(), ScoreConfig::plain(Scheme::Affine, Granularity::PerHead)]
+    {
+        let expected = attention_scores(&q, &k, &config)?;
+        let check = |q: &Tensor, k: &Tensor, what: &str| -> TestResult {
+            let difference = largest_difference(&attention_scores(q, k, &config)?, &expected);
+            assert_eq!(difference, 0.0, "{what}");
+            Ok(())
+        };
+        let bshd = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        check(&bshd(&q)?, &bshd(&k)?, "[B, S, H, D] seen as [B, H, S, D]")?;
+        let by_columns = |x: &Tensor| x.t()?.contiguous()?.t();
+        check(&by_columns(&q)?, &by_columns(&k)?, "transposed")?;
+        let wider = Tensor::cat(&[&k, &k.zeros_like()?, &k], D::Minus1)?;
+        check(&q, &wider.narrow(3, 48, 24)?, "narrowed in D")?;
+        let longer = Tensor::cat(&[&k.zeros_like()?, &k], 2)?;
+        check(&q, &longer.narrow(2, 53, 53)?, "narrowed in N")?;
+    }
+    let one = data((1, 1, 9, 24))?;
+    let spread = one.broadcast_as((2, 4, 9, 24))?;
+    let config = ScoreConfig::default();
+    let a = attention_scores(&q, &spread, &config)?;
+    let b = attention_scores(&q, &spread.contiguous()?, &config)?;
+    assert_eq!(largest_difference(&a, &b), 0.0, "broadcast");
+    Ok(())
+}
+
+#[test]
+fn half_precision_inputs_equal_their_f32_values() -> TestResult {
+    let (q, k) = (data((1, 2, 30, 40))?, data((1, 2, 50, 40))?);
+    for dtype in [DType::F16, DType::BF16] {
+        let (q, k) = (q.to_dtype(dtype)?, k.to_dtype(dtype)?);
+        let half = attention_scores(&q, &k, &ScoreConfig::default())?;
+        let (q, k) = (q.to_dtype(DType::F32)?, k.to_dtype(DType::F32)?);
+        let full = attention_scores(&q, &k, &ScoreConfig::default())?;
+        assert_eq!(half.dtype(), DType::F32);
+        assert_eq!(largest_difference(&half, &full), 0.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn empty_dimensions() -> TestResult {
+    let config = ScoreConfig::default();
+    for (q, k) in [
+        ((0, 4, 3, 8), (0, 2, 5, 8)),
+        ((1, 0, 3, 8), (1, 0, 5, 8)),
+        ((1, 4, 0, 8), (1, 2, 5, 8)),
+        ((1, 4, 3, 8), (1, 2, 0, 8)),
+        ((1, 4, 3, 0), (1, 2, 5, 0)),
+    ] {
+        let q = Tensor::zeros(q, DType::F32, &Device::Cpu)?;
+        let k = Tensor::zeros(k, DType::F32, &Device::Cpu)?;
+        let scores = attention_scores(&q, &k, &config)?;
+        let (b, h, m, _) = q.dims4()?;
+        assert_eq!(scores.dims(), [b, h, m, k.dim(2)?]);
+        assert!(values(&scores).iter().all(|&x| x == 0.0));
+        let oracle = tensor_ops::attention_scores(&q, &k, &config)?;
+        assert_eq!(oracle.dims(), scores.dims());
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_and_infinity_stay_in_their_rows_and_columns() -> TestResult {
+    let clean = data((1, 1, 6, 8))?;
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut rows = clean.flatten_all()?.to_vec1::<f32>()?;
+        rows[2 * 8 + 3] = bad;
+        let spoiled = Tensor::from_vec(rows, clean.shape(), &Device::Cpu)?;
+        for granularity in GRANULARITIES {
+            for scheme in [Scheme::Symmetric, Scheme::Affine] {
+                let plain = ScoreConfig::plain(scheme, granularity);
+                let smooth = ScoreConfig { smooth_k: true, smooth_q: true, ..plain.clone() };
+                for config in [plain, smooth] {
+                    let op = attention_scores(&spoiled, &spoiled, &config)?;
+                    let oracle = tensor_ops::attention_scores(&spoiled, &spoiled, &config)?;
+                    for scores in [op, oracle] {
+                        let scores = scores.squeeze(0)?.squeeze(0)?.to_vec2::<f32>()?;
+                        for (i, row) in scores.iter().enumerate() {
+                            for (j, score) in row.iter().enumerate() {
+                                assert_eq!(score.is_nan(), i == 2 || j == 2, "{bad} {config:?}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        let output = ScoreOutput::Requantized(RequantConfig::default());
+        let config = ScoreConfig { output, ..ScoreConfig::default() };
+        let error = attention_scores(&spoiled, &spoiled, &config).unwrap_err().to_string();
+        assert!(error.contains("NaN, expected a finite number"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn zeros_constants_and_extreme_ranges() -> TestResult {
+    for magnitude in [0.0, 1.0, 1e-44, 1e-20, 1e18] {
+        let x = Tensor::full(magnitude as f32, (1, 1, 5, 4), &Device::Cpu)?;
+        for config in [
+            ScoreConfig::default(),
+            ScoreConfig::plain(Scheme::Symmetric, Granularity::PerTensor),
+            ScoreConfig::plain(Scheme::Affine, Granularity::PerHead),
+        ] {
+            let (scores, exact) = (attention_scores(&x, &x, &config)?, fp32(&x, &x)?);
+            for (score, exact) in values(&scores).into_iter().zip(values(&exact)) {
+                let bound = exact.abs() * 1e-5 + 1e-40;
+                assert!((score - exact).abs() <= bound, "{magnitude}: {score} and {exact}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_scores() -> TestResult {
+    let (q, k) = (data((2, 4, 130, 64))?, data((2, 2, 200, 64))?);
+    for config in
+        [ScoreConfig::default(), ScoreConfig::plain(Scheme::Affine, Granularity::PerTensor)]
+    {
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            values(&pool.install(|| attention_scores(&q, &k, &config)).unwrap())
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(7));
+    }
+    Ok(())
+}
+
+#[test]
+fn gradient_is_that_of_the_floating_point_product() -> TestResult {
+    for (q_shape, k_shape) in [((2, 4, 5, 8), (2, 2, 7, 8)), ((1, 3, 4, 6), (1, 3, 4, 6))] {
+        let (q, k) = (Var::from_tensor(&data(q_shape)?)?, Var::from_tensor(&data(k_shape)?)?);
+        let (b, h, m, n) = (q_shape.0, q_shape.1, q_shape.2, k_shape.2);
+        let weight = Tensor::randn(0f32, 1., (b, h, m, n), &Device::Cpu)?;
+        let output = ScoreOutput::Requantized(RequantConfig::default());
+        for config in [ScoreConfig::default(), ScoreConfig { output, ..ScoreConfig::default() }] {
+            let int8 = (attention_scores(&q, &k, &config)? * &weight)?.sum_all()?.backward()?;
+            let exact = (fp32(&q, &k)? * &weight)?.sum_all()?.backward()?;
+            for var in [&q, &k] {
+                let (int8, exact) = (int8.get(var).unwrap(), exact.get(var).unwrap());
+                assert!(largest_difference(int8, exact) < 1e-4);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_come_in_the_dtype_of_their_inputs() -> TestResult {
+    let q = Var::from_tensor(&data((1, 2, 5, 8))?.to_dtype(DType::BF16)?)?;
+    let grads = attention_scores(&q, &q, &ScoreConfig::default())?.sum_all()?.backward()?;
+    assert_eq!(grads.get(&q).unwrap().dtype(), DType::BF16);
+    Ok(())
+}
+
+#[test]
+fn errors_name_the_values() -> TestResult {
+    let config = ScoreConfig::default();
+    let message = |q: &Tensor, k: &Tensor, config: &ScoreConfig| {
+        attention_scores(q, k, config).unwrap_err().to_string()
+    };
+    let q = data((1, 4, 8, 16))?;
+    let text = message(&q, &data((1, 3, 8, 16))?, &config);
+    assert!(text.contains("[1, 3, 8, 16]") && text.contains("H_kv dividing 4"), "{text}");
+    let text = message(&q, &data((1, 4, 8, 17))?, &config);
+    assert!(text.contains("[1, 4, 8, 17]") && text.contains("[1, 4, 8, 16]"), "{text}");
+    let text = message(&q.squeeze(0)?, &q, &config);
+    assert!(text.contains("rank 3"), "{text}");
+    let text = message(&q.to_dtype(DType::F64)?, &q, &config);
+    assert!(text.contains("F64") && text.contains("F32, F16 or BF16"), "{text}");
+    let text = message(&q, &q.to_dtype(DType::U8)?, &config);
+    assert!(text.contains("U8"), "{text}");
+
+    let deep = Tensor::zeros((1, 1, 1, 65_794), DType::F32, &Device::Cpu)?;
+    let text = message(&deep, &deep, &config);
+    assert!(text.contains("65794") && text.contains("65793"), "{text}");
+    let int32 = ScoreConfig { output: ScoreOutput::Int32, ..ScoreConfig::default() };
+    assert!(message(&q, &q, &int32).contains("smooth"));
+    let mut bad = ScoreConfig::default();
+    bad.q.granularity = Granularity::PerBlock(0);
+    assert!(message(&q, &q, &bad).contains("block of 0"));
+    bad.q.granularity = Granularity::PerHead;
+    bad.q.range = RangeSource::Static(vec![QuantParams::symmetric(1.0)?; 3]);
+    assert!(message(&q, &q, &bad).contains("3 static parameters for 4 groups"));
+    bad.q.range = RangeSource::Static(vec![QuantParams::affine(1.0, 3)?; 4]);
+    assert!(message(&q, &q, &bad).contains("affine"));
+    assert!(matches!(attention_scores(&q, &q, &int32), Err(Error::Config(_))));
+    let f64 = q.to_dtype(DType::F64)?;
+    assert!(matches!(attention_scores(&f64, &f64, &config), Err(Error::DType { .. })));
+    Ok(())
+}
