@@ -1,0 +1,186 @@
+//! Int8 attention on real word embeddings, stage by stage.
+//!
+//! Tokenizes a text, looks its word embeddings up, runs the attention block of one layer and then
+//! the whole encoder with fp32 and with int8 scores, and prints ranges, scales and errors of every
+//! stage, the drift of every head, and where one word looks. With `--compare`: one line for each
+//! int8 configuration, over all layers.
+//!
+//! ```text
+//! cargo run --release --example word_embeddings
+//! cargo run --release --example word_embeddings -- The bank of the river --word bank
+//! cargo run --release --example word_embeddings -- --file book.txt --compare
+//! ```
+
+mod args;
+mod attended;
+#[path = "../common/mod.rs"]
+mod common;
+mod compare;
+mod heads;
+mod report;
+mod stages;
+mod static_words;
+mod windows;
+
+use anyhow::{Result, ensure};
+use args::Args;
+use attended::Attended;
+use candle_core::{Device, Tensor};
+use candle_int8_attention::drift::{Drift, metrics};
+use candle_int8_attention::models::{BertModel, TextEncoder, mean_pool};
+use candle_int8_attention::{AttentionConfig, AttnMask};
+use clap::Parser;
+use common::config::describe;
+use common::print::finish;
+use heads::{Path, Qkv, drift_per_head, flat};
+use report::{Block, Final, Report, Subject};
+use stages::Stage;
+use std::process::ExitCode;
+use windows::Window;
+
+fn main() -> ExitCode {
+    finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<String> {
+    let source = args.source()?;
+    let (mut encoder, model_name) = args.model.encoder()?;
+    let windows = windows::of_text(&encoder, &source.text)?;
+    let subject = |used: &[Window]| subject(&encoder, &source.name, &model_name, &windows, used);
+    if args.compare {
+        let subject = subject(&windows);
+        encoder.model_mut().set_attention(&AttentionConfig::fp32());
+        let comparison = compare::Comparison::of(encoder.model(), &windows, subject)?;
+        return show(args, &comparison, compare::Comparison::render);
+    }
+    let subject = subject(&windows[..1]);
+    let report = report(args, &mut encoder, &windows[0], &source.text, subject)?;
+    show(args, &report, Report::render)
+}
+
+fn show<T: serde::Serialize>(args: &Args, report: &T, render: fn(&T) -> String) -> Result<String> {
+    Ok(if args.json { serde_json::to_string_pretty(report)? } else { render(report) })
+}
+
+fn subject(
+    encoder: &TextEncoder,
+    text: &str,
+    model: &str,
+    all: &[Window],
+    used: &[Window],
+) -> Subject {
+    let config = encoder.model().config();
+    Subject {
+        text: text.to_string(),
+        tokens: used.iter().map(|window| window.tokens.len()).sum(),
+        tokens_cut: all[used.len()..].iter().map(|window| window.tokens.len() - 2).sum(),
+        windows: used.len(),
+        model: model.to_string(),
+        layers: config.num_hidden_layers,
+        heads: config.num_attention_heads,
+        head_dim: config.hidden_size / config.num_attention_heads,
+    }
+}
+
+fn report(
+    args: &Args,
+    encoder: &mut TextEncoder,
+    window: &Window,
+    text: &str,
+    subject: Subject,
+) -> Result<Report> {
+    check_range("layer", args.layer, subject.layers)?;
+    if let Some(head) = args.head {
+        check_range("head", head, subject.heads)?;
+    }
+    let position = match &args.word {
+        Some(word) => window.find(encoder, word)?,
+        None => window.longest_word(),
+    };
+    let scores = args.int8.scores();
+    let int8 = args.int8.attention();
+
+    let model = encoder.model_mut();
+    model.set_attention(&AttentionConfig::fp32());
+    let fp32_run = Run::of(model, window, args.layer)?;
+    let block = fp32_run.block(model, args.layer)?;
+    let paths = (Path::run(&block, &AttentionConfig::fp32())?, Path::run(&block, &int8)?);
+
+    model.set_attention(&int8);
+    let int8_layer = model.layers()[args.layer].forward(&fp32_run.input, &AttnMask::None)?;
+    let int8_final = model.forward(&window.ids, None)?;
+
+    let mut stages = vec![
+        Stage::shared("word embeddings", &fp32_run.words)?,
+        Stage::shared(&format!("input of layer {}", args.layer), &fp32_run.input)?,
+    ];
+    stages.extend(stages::of_attention(&block, &scores, (&paths.0, &paths.1))?);
+    stages.push(Stage::compared(
+        &format!("output of layer {}", args.layer),
+        &fp32_run.output,
+        &int8_layer,
+    )?);
+    stages.push(Stage::compared("output of the encoder", &fp32_run.last, &int8_final)?);
+
+    let heads = drift_per_head(&paths.0, &paths.1)?;
+    let head = args.head.unwrap_or_else(|| heads::worst_head(&heads).map_or(0, |worst| worst.head));
+    let attended =
+        Attended::of((&paths.0, &paths.1), &window.tokens, position, head, args.top)?;
+    let word = args.word.clone().unwrap_or_else(|| window.tokens[position].clone());
+    Ok(Report {
+        subject,
+        config: describe(&scores),
+        layer: args.layer,
+        block: Block { stages, heads, attended: Some(attended) },
+        encoder: final_drift(&fp32_run.last, &int8_final)?,
+        static_words: static_words::measure(args, text, &word)?,
+    })
+}
+
+fn check_range(what: &str, index: usize, count: usize) -> Result<()> {
+    ensure!(index < count, "{what} {index}: the model's {what}s are 0..={}", count - 1);
+    Ok(())
+}
+
+/// One pass of the fp32 encoder, with what the report needs from it.
+struct Run {
+    words: Tensor,
+    /// What enters the chosen layer, and what leaves it.
+    input: Tensor,
+    output: Tensor,
+    last: Tensor,
+}
+
+impl Run {
+    fn of(model: &BertModel, window: &Window, layer: usize) -> Result<Self> {
+        let mut hidden = vec![model.embed(&window.ids)?];
+        for layer in model.layers() {
+            hidden.push(layer.forward(&hidden[hidden.len() - 1], &AttnMask::None)?);
+        }
+        Ok(Self {
+            words: model.word_embeddings(&window.ids)?,
+            input: hidden[layer].clone(),
+            output: hidden[layer + 1].clone(),
+            last: hidden[hidden.len() - 1].clone(),
+        })
+    }
+
+    fn block(&self, model: &BertModel, layer: usize) -> Result<Qkv> {
+        let (q, k, v) = model.layers()[layer].qkv(&self.input)?;
+        Ok(Qkv { q, k, v })
+    }
+}
+
+/// What is left of the int8 error at the end.
+fn final_drift(fp32: &Tensor, int8: &Tensor) -> Result<Final> {
+    let (_, tokens, hidden) = fp32.dims3()?;
+    let everything = Tensor::ones((1, tokens), candle_core::DType::U32, &Device::Cpu)?;
+    let text = |last: &Tensor| -> Result<Vec<f32>> { flat(&mean_pool(last, &everything)?) };
+    let (a, b) = (flat(fp32)?, flat(int8)?);
+    let cosines = a.chunks(hidden).zip(b.chunks(hidden)).map(|(a, b)| metrics::cosine(a, b));
+    Ok(Final {
+        worst_token_cosine: cosines.fold(1.0, f64::min),
+        tokens: Drift::of_outputs(&a, &b),
+        text: Drift::of_outputs(&text(fp32)?, &text(int8)?),
+    })
+}
