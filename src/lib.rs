@@ -1,10 +1,13 @@
 //! x
+mod aligned;
 pub mod attention;
 pub mod drift;
 pub mod error;
 pub mod gemm;
 pub mod models;
+mod pv;
 pub mod quant;
+mod simd;
 
 pub use attention::{
     AttentionConfig, Backend, Int8Config, QuantizedAttention, RequantConfig, ScoreConfig,
