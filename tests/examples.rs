@@ -138,7 +138,8 @@ fn the_word_report_is_complete_and_narrow() {
 #[test]
 fn the_word_report_follows_its_options() {
     let text = ["The", "river", "bank", "was", "flooded"];
-    let args = [&text[..], &["--word", "bank", "--layer", "2", "--head", "7", "--top", "3"]].concat();
+    let args =
+        [&text[..], &["--word", "bank", "--layer", "2", "--head", "7", "--top", "3"]].concat();
     let report = json(WORDS, &args);
     assert_eq!(report["attended"]["word"], "bank");
     assert_eq!(report["attended"]["head"], 7);

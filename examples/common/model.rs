@@ -1,6 +1,7 @@
 //! Flags that say where the model's files are.
 
 use anyhow::{Context, Result};
+use candle_core::Device;
 use candle_int8_attention::models::{ModelFiles, TextEncoder};
 use std::path::{Path, PathBuf};
 
@@ -25,29 +26,14 @@ pub struct ModelArgs {
     /// [default: models/paraphrase-MiniLM-L3-v2 of this project]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-
-    /// Take this model of the Hugging Face Hub instead
-    #[cfg(feature = "hub")]
-    #[arg(long, value_name = "OWNER/NAME", conflicts_with = "model")]
-    pub model_id: Option<String>,
-
-    /// Branch, tag or commit of --model-id
-    #[cfg(feature = "hub")]
-    #[arg(long, value_name = "REVISION", default_value = "main", requires = "model_id")]
-    pub revision: String,
-
-    /// Use only what is in the Hub's local cache
-    #[cfg(feature = "hub")]
-    #[arg(long, requires = "model_id")]
-    pub offline: bool,
 }
 
 impl ModelArgs {
     /// The encoder, and a name for people.
     pub fn encoder(&self) -> Result<(TextEncoder, String)> {
         let (files, name) = self.files()?;
-        let encoder =
-            TextEncoder::load(&files).with_context(|| format!("cannot load the model {name}"))?;
+        let encoder = TextEncoder::load(&files, &Device::Cpu)
+            .with_context(|| format!("cannot load the model {name}"))?;
         Ok((encoder, name))
     }
 

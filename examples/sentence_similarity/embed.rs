@@ -5,8 +5,7 @@ use anyhow::Result;
 use candle_int8_attention::models::TextEncoder;
 use std::collections::HashMap;
 
-/// Tokens of a batch, padding included: enough to keep two cores busy, little enough to stay in
-/// cache.
+/// Sentences of a batch.
 const BATCH: usize = 32;
 
 /// The different sentences of all pairs.
@@ -54,7 +53,7 @@ impl Corpus {
 
     /// How many sentences are longer than the model reads.
     pub fn cut(&self, encoder: &TextEncoder) -> Result<usize> {
-        let _ = encoder; // TODO
-        Ok(0)
+        let truncated = encoder.tokenize(&self.sentences)?.truncated;
+        Ok(truncated.iter().filter(|&&tokens| tokens > 0).count())
     }
 }

@@ -64,9 +64,9 @@ fn run(args: &Args) -> Result<String> {
 fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     let corpus = embed::Corpus::of(pairs);
     let (mut encoder, model) = args.model.encoder()?;
-    encoder.model_mut().set_attention(&AttentionConfig::fp32());
+    encoder.model.set_attention(&AttentionConfig::fp32());
     let fp32 = corpus.embed(&encoder)?;
-    encoder.model_mut().set_attention(&args.int8.attention());
+    encoder.model.set_attention(&args.int8.attention());
     let int8 = corpus.embed(&encoder)?;
 
     let min_cosine = fp32.iter().zip(&int8).map(|(a, b)| cosine(a, b)).fold(1.0, f64::min);

@@ -14,7 +14,11 @@ pub struct Pair {
 /// Written for this example; the scores (0 to 5) are the author's own.
 const BUILT_IN: [(f64, &str, &str); 10] = [
     (5.0, "A dog is chasing a ball in the park.", "In the park, a dog runs after a ball."),
-    (4.6, "The train to the coast was late again.", "Once more the train to the seaside was delayed."),
+    (
+        4.6,
+        "The train to the coast was late again.",
+        "Once more the train to the seaside was delayed.",
+    ),
     (4.2, "She is slicing onions for a soup.", "A woman cuts vegetables in the kitchen."),
     (3.6, "Two children are building a sandcastle.", "Kids play with sand on the beach."),
     (3.0, "A man is repairing his old bicycle.", "A man is riding his old bicycle."),
@@ -62,7 +66,9 @@ fn parse(line: &str) -> Result<Pair> {
         [a, b] if a.parse::<f64>().is_ok() => bail!("a score and one sentence ({b:?}); {FORMAT}"),
         [a, b] => (None, a, b),
         [score, a, b] => (Some(parse_score(score)?), a, b),
-        _ => bail!("{} column{}; {FORMAT}", columns.len(), if columns.len() == 1 { "" } else { "s" }),
+        _ => {
+            bail!("{} column{}; {FORMAT}", columns.len(), if columns.len() == 1 { "" } else { "s" })
+        }
     };
     ensure!(!a.is_empty() && !b.is_empty(), "an empty sentence; {FORMAT}");
     Ok(Pair { score, a: a.into(), b: b.into() })

@@ -79,7 +79,10 @@ impl Report {
             sentences,
             sentences_cut,
             min_cosine,
-            max_similarity_change: similarities.iter().map(|s| s.change().abs()).fold(0.0, f64::max),
+            max_similarity_change: similarities
+                .iter()
+                .map(|s| s.change().abs())
+                .fold(0.0, f64::max),
             spearman_fp32: fp32.spearman,
             spearman_int8: int8.spearman,
             spearman_change: change(fp32.spearman, int8.spearman),
@@ -160,7 +163,9 @@ impl Report {
         }
         let _ = writeln!(out, "{rows}");
         if self.spearman_fp32.is_none() {
-            out.push_str("Undefined: it takes two pairs at least, and scores that are not all equal.\n");
+            out.push_str(
+                "Undefined: it takes two pairs at least, and scores that are not all equal.\n",
+            );
         }
     }
 }

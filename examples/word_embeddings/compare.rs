@@ -6,8 +6,8 @@ use crate::heads::{HeadDrift, Path, Qkv, drift_per_head};
 use crate::report::Subject;
 use crate::windows::Window;
 use anyhow::Result;
-use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
 use candle_int8_attention::models::BertModel;
+use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
 use candle_int8_attention::{AttentionConfig, AttnMask, RequantConfig, ScoreConfig, ScoreOutput};
 use serde::Serialize;
 
@@ -71,7 +71,7 @@ impl Comparison {
     pub fn of(model: &BertModel, windows: &[Window], subject: Subject) -> Result<Self> {
         let mut drifts = Drifts::new(model.layers().len());
         for window in windows {
-            let mut hidden = model.embed(&window.ids)?;
+            let mut hidden = model.embed(&window.ids, None)?;
             for (i, layer) in model.layers().iter().enumerate() {
                 let (q, k, v) = layer.qkv(&hidden)?;
                 drifts.add(i, &Qkv { q, k, v })?;

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use candle_core::Tensor;
-use candle_int8_attention::drift::{Drift, ProbabilityDrift};
 use candle_int8_attention::attention::attention_probs;
+use candle_int8_attention::drift::{Drift, ProbabilityDrift};
 use candle_int8_attention::{AttentionConfig, AttnMask, attention};
 use rayon::prelude::*;
 use serde::Serialize;

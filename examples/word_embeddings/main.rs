@@ -36,7 +36,7 @@ use heads::{Path, Qkv, drift_per_head, flat};
 use report::{Block, Final, Report, Subject};
 use stages::Stage;
 use std::process::ExitCode;
-use windows::Window;
+use windows::{Window, Windows};
 
 fn main() -> ExitCode {
     finish(run(&Args::parse()))
@@ -45,12 +45,23 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<String> {
     let source = args.source()?;
     let (mut encoder, model_name) = args.model.encoder()?;
-    let windows = windows::of_text(&encoder, &source.text)?;
-    let subject = |used: &[Window]| subject(&encoder, &source.name, &model_name, &windows, used);
+    let Windows { windows, tokens_lost } = Windows::of(&encoder, &source.text)?;
+    let config = encoder.model.config();
+    let subject = |used: &[Window]| Subject {
+        text: source.name.clone(),
+        tokens: used.iter().map(|window| window.tokens.len()).sum(),
+        tokens_cut: tokens_lost
+            + windows[used.len()..].iter().map(|window| window.tokens.len() - 2).sum::<usize>(),
+        windows: used.len(),
+        model: model_name.clone(),
+        layers: config.num_hidden_layers,
+        heads: config.num_attention_heads,
+        head_dim: config.head_dim(),
+    };
     if args.compare {
         let subject = subject(&windows);
-        encoder.model_mut().set_attention(&AttentionConfig::fp32());
-        let comparison = compare::Comparison::of(encoder.model(), &windows, subject)?;
+        encoder.model.set_attention(&AttentionConfig::fp32());
+        let comparison = compare::Comparison::of(&encoder.model, &windows, subject)?;
         return show(args, &comparison, compare::Comparison::render);
     }
     let subject = subject(&windows[..1]);
@@ -60,26 +71,6 @@ fn run(args: &Args) -> Result<String> {
 
 fn show<T: serde::Serialize>(args: &Args, report: &T, render: fn(&T) -> String) -> Result<String> {
     Ok(if args.json { serde_json::to_string_pretty(report)? } else { render(report) })
-}
-
-fn subject(
-    encoder: &TextEncoder,
-    text: &str,
-    model: &str,
-    all: &[Window],
-    used: &[Window],
-) -> Subject {
-    let config = encoder.model().config();
-    Subject {
-        text: text.to_string(),
-        tokens: used.iter().map(|window| window.tokens.len()).sum(),
-        tokens_cut: all[used.len()..].iter().map(|window| window.tokens.len() - 2).sum(),
-        windows: used.len(),
-        model: model.to_string(),
-        layers: config.num_hidden_layers,
-        heads: config.num_attention_heads,
-        head_dim: config.hidden_size / config.num_attention_heads,
-    }
 }
 
 fn report(
@@ -100,7 +91,7 @@ fn report(
     let scores = args.int8.scores();
     let int8 = args.int8.attention();
 
-    let model = encoder.model_mut();
+    let model = &mut encoder.model;
     model.set_attention(&AttentionConfig::fp32());
     let fp32_run = Run::of(model, window, args.layer)?;
     let block = fp32_run.block(model, args.layer)?;
@@ -124,8 +115,7 @@ fn report(
 
     let heads = drift_per_head(&paths.0, &paths.1)?;
     let head = args.head.unwrap_or_else(|| heads::worst_head(&heads).map_or(0, |worst| worst.head));
-    let attended =
-        Attended::of((&paths.0, &paths.1), &window.tokens, position, head, args.top)?;
+    let attended = Attended::of((&paths.0, &paths.1), &window.tokens, position, head, args.top)?;
     let word = args.word.clone().unwrap_or_else(|| window.tokens[position].clone());
     Ok(Report {
         subject,
@@ -153,12 +143,12 @@ struct Run {
 
 impl Run {
     fn of(model: &BertModel, window: &Window, layer: usize) -> Result<Self> {
-        let mut hidden = vec![model.embed(&window.ids)?];
+        let mut hidden = vec![model.embed(&window.ids, None)?];
         for layer in model.layers() {
             hidden.push(layer.forward(&hidden[hidden.len() - 1], &AttnMask::None)?);
         }
         Ok(Self {
-            words: model.word_embeddings(&window.ids)?,
+            words: model.word_embeddings().index_select(&window.ids.flatten_all()?, 0)?,
             input: hidden[layer].clone(),
             output: hidden[layer + 1].clone(),
             last: hidden[hidden.len() - 1].clone(),

@@ -38,6 +38,8 @@ pub struct StaticWords {
     pub source: String,
     pub words: usize,
     pub unknown: usize,
+    /// Known words beyond the first 512, left out.
+    pub cut: usize,
     #[serde(flatten)]
     pub block: Option<Block>,
 }
@@ -71,13 +73,21 @@ impl Subject {
     pub fn render(&self) -> String {
         let mut out = String::new();
         let Self { text, tokens, model, layers, heads, head_dim, .. } = self;
-        let _ = writeln!(out, "Text   {text}; {tokens} tokens (words, parts of words, punctuation)");
+        let _ =
+            writeln!(out, "Text   {text}; {tokens} tokens (words, parts of words, punctuation)");
         if self.windows > 1 {
-            let _ = writeln!(out, "       in {} windows, which the model reads one by one", self.windows);
+            let _ = writeln!(
+                out,
+                "       in {} windows, which the model reads one by one",
+                self.windows
+            );
         }
         if self.tokens_cut > 0 {
             let cut = self.tokens_cut;
-            let _ = writeln!(out, "       The model reads no more; the last {cut} tokens are left out.");
+            let _ = writeln!(
+                out,
+                "       The model reads no more; the last {cut} tokens are left out."
+            );
         }
         let _ = writeln!(
             out,
@@ -159,17 +169,24 @@ impl Report {
 
 impl StaticWords {
     fn render(&self, out: &mut String) {
-        let Self { source, words, unknown, .. } = self;
+        let Self { source, words, unknown, cut, .. } = self;
         let _ = write!(
             out,
             "\n## 5. The same with static word embeddings ({source})\n\n\
              Whole words, one head, and the embeddings themselves as queries, keys and values.\n\
-             {words} words of the text are known, {unknown} are not and are left out.\n"
+             Words and signs of the text: {words} used, {unknown} unknown and left out, {cut} too many.\n"
         );
-        let Some(block) = &self.block else { return };
+        let Some(block) = &self.block else {
+            out.push_str("None of them is known, so there is nothing to compare.\n");
+            return;
+        };
         let _ = write!(out, "\n{}\n\n{}\n", stage_table(&block.stages), head_table(&block.heads));
         if let Some(attended) = &block.attended {
-            let _ = write!(out, "\nWhere \"{}\" (word {}) looks:\n\n", attended.word, attended.position);
+            let _ = write!(
+                out,
+                "\nWhere \"{}\" (word {}) looks:\n\n",
+                attended.word, attended.position
+            );
             let _ = writeln!(out, "{}", attended_table(attended));
         }
     }
@@ -211,15 +228,8 @@ fn step(stage: &Stage) -> String {
 }
 
 fn head_table(heads: &[HeadDrift]) -> String {
-    let mut out = table(&[
-        "head",
-        "cosine",
-        "relative L1",
-        "largest error",
-        "SQNR dB",
-        "KL",
-        "top-1 of 100",
-    ]);
+    let mut out =
+        table(&["head", "cosine", "relative L1", "largest error", "SQNR dB", "KL", "top-1 of 100"]);
     for HeadDrift { head, output, probabilities } in heads {
         out.add_row([
             head.to_string(),
