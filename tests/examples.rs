@@ -171,12 +171,12 @@ fn long_texts_are_cut_and_said_so() {
 fn the_comparison_ranks_the_configurations() {
     let rows = json(WORDS, &["--compare"])["comparison"].as_array().unwrap().clone();
     let row = |name: &str| {
-        let found = rows.iter().find(|row| row["config"] == name);
+        let found = rows.iter().find(|row| row["name"] == name);
         found.unwrap_or_else(|| panic!("no {name:?}"))["mean_sqnr_db"].as_f64().unwrap()
     };
-    let default = row("symmetric, per-token, smooth-K, smooth-Q, dequantized");
-    assert!(row("symmetric, per-tensor, dequantized") < row("symmetric, per-head, dequantized"));
-    assert!(row("symmetric, per-head, dequantized") < default);
+    let default = row("token, smooth-K, smooth-Q");
+    assert!(row("tensor") < row("head"));
+    assert!(row("head") < default);
     assert_eq!(rows.iter().filter(|row| row["is_default"] == true).count(), 1);
     assert_narrow(&succeed(WORDS, &["--compare"]));
 }

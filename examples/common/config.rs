@@ -99,6 +99,9 @@ impl FromStr for Output {
 /// A configuration in words: `symmetric, per-token, smooth-K, smooth-Q, dequantized`.
 pub fn describe(config: &ScoreConfig) -> String {
     let mut words = vec![config.q.scheme.to_string(), config.q.granularity.to_string()];
+    if config.k.granularity != config.q.granularity {
+        words.push(format!("keys {}", config.k.granularity));
+    }
     words.extend(config.smooth_k.then(|| "smooth-K".to_string()));
     words.extend(config.smooth_q.then(|| "smooth-Q".to_string()));
     words.push(match config.output {

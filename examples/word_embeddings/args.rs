@@ -33,8 +33,9 @@ pub struct Args {
     pub word: Option<String>,
 
     /// How many attended words are shown
-    #[arg(long, value_name = "N", default_value_t = 5, conflicts_with = "compare")]
-    pub top: usize,
+    #[arg(long, value_name = "N", default_value_t = 5, conflicts_with = "compare",
+        value_parser = clap::value_parser!(u16).range(1..))]
+    pub top: u16,
 
     /// Compare int8 configurations over all layers, and print nothing else
     #[arg(

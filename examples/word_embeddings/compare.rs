@@ -14,6 +14,9 @@ use serde::Serialize;
 /// The drift of one configuration over all layers, heads and windows of the text.
 #[derive(Debug, Serialize)]
 pub struct Row {
+    /// A short name.
+    pub name: String,
+    /// All of the configuration in words.
     pub config: String,
     pub is_default: bool,
     /// Signal-to-noise ratio of the attention output, mean over everything.
@@ -30,11 +33,12 @@ pub struct Row {
     pub top1_agreement: f64,
 }
 
-/// The configurations, least accurate first, and beside them the requantized variants of the
+/// The configurations with their names, coarse scales first, then the requantized variants of the
 /// default.
-fn configs() -> Vec<ScoreConfig> {
+fn configs() -> Vec<(&'static str, ScoreConfig)> {
     use Granularity::{PerBlock, PerHead, PerTensor, PerToken};
     let plain = |granularity| ScoreConfig::plain(Scheme::Symmetric, granularity);
+    let affine = ScoreConfig::plain(Scheme::Affine, PerToken);
     let block = |tokens| QuantConfig { granularity: PerBlock(tokens), ..QuantConfig::default() };
     let smooth_k = |config| ScoreConfig { smooth_k: true, ..config };
     let requantized = |granularity| ScoreConfig {
@@ -42,18 +46,22 @@ fn configs() -> Vec<ScoreConfig> {
         ..ScoreConfig::default()
     };
     vec![
-        plain(PerTensor),
-        plain(PerHead),
-        plain(PerBlock(64)),
+        ("tensor", plain(PerTensor)),
+        ("head", plain(PerHead)),
+        ("block of 64", plain(PerBlock(64))),
         // SageAttention's recipe.
-        smooth_k(ScoreConfig { q: block(128), k: block(64), ..plain(PerTensor) }),
-        ScoreConfig::plain(Scheme::Affine, PerToken),
-        plain(PerToken),
-        smooth_k(plain(PerToken)),
-        ScoreConfig::default(),
-        requantized(PerTensor),
-        requantized(PerHead),
-        requantized(PerToken),
+        (
+            "block of 128/64, smooth-K",
+            smooth_k(ScoreConfig { q: block(128), k: block(64), ..plain(PerTensor) }),
+        ),
+        ("token", plain(PerToken)),
+        ("token, smooth-K", smooth_k(plain(PerToken))),
+        ("token, smooth-K, smooth-Q", ScoreConfig::default()),
+        ("token, affine", affine.clone()),
+        ("token, affine, smooth-K, smooth-Q", ScoreConfig { smooth_q: true, ..smooth_k(affine) }),
+        ("default, requantized per tensor", requantized(PerTensor)),
+        ("default, requantized per head", requantized(PerHead)),
+        ("default, requantized per token", requantized(PerToken)),
     ]
 }
 
@@ -84,7 +92,7 @@ impl Comparison {
 
 /// Gathers the drift of every configuration, block by block.
 struct Drifts {
-    configs: Vec<ScoreConfig>,
+    configs: Vec<(&'static str, ScoreConfig)>,
     /// `[config][layer]`, all heads of all windows.
     heads: Vec<Vec<Vec<HeadDrift>>>,
 }
@@ -99,7 +107,7 @@ impl Drifts {
     /// Runs one block in fp32 and in every configuration.
     fn add(&mut self, layer: usize, block: &Qkv) -> Result<()> {
         let fp32 = Path::run(block, &AttentionConfig::fp32())?;
-        for (config, heads) in self.configs.iter().zip(&mut self.heads) {
+        for ((_, config), heads) in self.configs.iter().zip(&mut self.heads) {
             let int8 = Path::run(block, &int8_attention(config))?;
             heads[layer].extend(drift_per_head(&fp32, &int8)?);
         }
@@ -108,15 +116,17 @@ impl Drifts {
 
     /// One row a configuration.
     fn rows(&self) -> Vec<Row> {
-        self.configs.iter().zip(&self.heads).map(|(config, layers)| row(config, layers)).collect()
+        let configs = self.configs.iter().zip(&self.heads);
+        configs.map(|((name, config), layers)| row(name, config, layers)).collect()
     }
 }
 
-fn row(config: &ScoreConfig, layers: &[Vec<HeadDrift>]) -> Row {
+fn row(name: &str, config: &ScoreConfig, layers: &[Vec<HeadDrift>]) -> Row {
     let all: Vec<&HeadDrift> = layers.iter().flatten().collect();
     let layer_means: Vec<f64> =
         layers.iter().map(|heads| mean(heads.iter().map(|h| h.output.sqnr_db))).collect();
     Row {
+        name: name.to_string(),
         config: describe(config),
         is_default: *config == ScoreConfig::default(),
         mean_sqnr_db: mean(all.iter().map(|h| h.output.sqnr_db)),
@@ -142,11 +152,16 @@ impl Comparison {
     pub fn render(&self) -> String {
         format!(
             "{}\n\
-             Each line is one way to compute attention scores in int8, measured on every head of\n\
-             every layer against f32; each layer gets the f32 path's input. `*` is the default.\n\
-             SQNR: ratio of signal to error of the attention output; 20 dB is an error of 10 %,\n\
-             40 dB of 1 %, 6 dB more halve it. KL: how far the attention probabilities are apart.\n\
-             Top-1: share of tokens that attend most to the same token as in f32.\n\n{}\n",
+             Each line is one way to compute attention scores in int8, measured against f32 on every\n\
+             head of every layer (each layer gets the input of the f32 run). `*` is the default.\n\n\
+             - Scales: shared by the whole tensor, a head, a block of tokens (of queries/of keys), or\n  \
+             for one token alone. Symmetric unless it says affine (zero may lie anywhere).\n\
+             - Smooth-K, smooth-Q: the mean over tokens is taken off before rounding and put back after.\n\
+             - Requantized: the scores become int8 and f32 again; otherwise int32 becomes f32 at once.\n\
+             - SQNR: signal to error of the attention output. 20 dB is an error of 10 %, 40 dB of 1 %;\n  \
+             6 dB more halve it. Mean, mean of the lowest layer, and lowest head.\n\
+             - KL: distance of the attention probabilities in nats, 0 is equal. Top-1: share of tokens\n  \
+             that attend most to the same token as in f32.\n\n{}\n",
             self.subject.render(),
             rows_table(&self.comparison)
         )
@@ -155,10 +170,10 @@ impl Comparison {
 
 fn rows_table(rows: &[Row]) -> String {
     let mut out = table(&[
-        "configuration",
+        "one scale for each",
         "SQNR dB\nmean",
-        "SQNR dB\nby layer",
-        "SQNR dB\nworst head",
+        "lowest\nlayer",
+        "worst\nhead",
         "worst\ncosine",
         "KL\nmean",
         "top-1\nagrees",
@@ -166,13 +181,9 @@ fn rows_table(rows: &[Row]) -> String {
     for row in rows {
         let mark = if row.is_default { "* " } else { "" };
         out.add_row([
-            format!("{mark}{}", row.config),
+            format!("{mark}{}", row.name),
             decibel(row.mean_sqnr_db),
-            format!(
-                "{}..{}",
-                decibel(row.lowest_layer_sqnr_db),
-                decibel(row.highest_layer_sqnr_db)
-            ),
+            decibel(row.lowest_layer_sqnr_db),
             decibel(row.worst_head_sqnr_db),
             format!("{:.5}", row.worst_cosine),
             scientific(row.mean_kl),

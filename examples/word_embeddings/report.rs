@@ -115,10 +115,14 @@ impl Report {
     fn render_stages(&self, out: &mut String) {
         let _ = write!(
             out,
-            "\n## 1. Each stage: layer {} of 0..={}, then the whole encoder\n\n\
-             SQNR is the ratio of signal to error against the same stage in f32, in decibel. At 20 dB\n\
-             the error is 10 % of the signal, at 40 dB 1 %; 6 dB more halve it. `-`: int8 plays no\n\
-             part up to here. `step` is the real size of one integer step, smallest and largest.\n\n",
+            "\n## 1. Each stage of layer {} (of 0..={}), then the whole encoder\n\n\
+             The layer makes a query, a key and a value of every token. A query or key becomes int8 by\n\
+             dividing it by a step and rounding; the sum of products of two such rows is exact in int32,\n\
+             and times both steps it is the score in f32. Softmax turns scores into probabilities, and\n\
+             these weigh the values. Smoothing takes the mean off before rounding and puts it back after.\n\n\
+             `step`: real size of one integer step, smallest and largest. SQNR: ratio of signal to error\n\
+             against f32 in decibel; at 20 dB the error is 10 % of the signal, at 40 dB 1 %, and 6 dB\n\
+             more halve it. `-`: nothing is rounded up to here, or the result is exact.\n\n",
             self.layer,
             self.subject.layers - 1
         );
@@ -174,8 +178,14 @@ impl StaticWords {
             out,
             "\n## 5. The same with static word embeddings ({source})\n\n\
              Whole words, one head, and the embeddings themselves as queries, keys and values.\n\
-             Words and signs of the text: {words} used, {unknown} unknown and left out, {cut} too many.\n"
+             {words} words and signs of the text are used; {unknown} are unknown and left out.\n"
         );
+        if *cut > 0 {
+            let _ = writeln!(
+                out,
+                "The last {cut} are left out as well, to keep the tables of one size."
+            );
+        }
         let Some(block) = &self.block else {
             out.push_str("None of them is known, so there is nothing to compare.\n");
             return;

@@ -45,7 +45,7 @@ fn compare(args: &Args, block: &Qkv, words: &[String], word: &str) -> Result<Blo
         stages: stages::of_attention(block, &args.int8.scores(), (&fp32, &int8))?,
         heads: drift_per_head(&fp32, &int8)?,
         attended: position
-            .map(|position| Attended::of((&fp32, &int8), words, position, 0, args.top))
+            .map(|position| Attended::of((&fp32, &int8), words, position, 0, args.top.into()))
             .transpose()?,
     })
 }
