@@ -10,8 +10,8 @@ pub mod quant;
 mod simd;
 
 pub use attention::{
-    AttentionConfig, Backend, Int8Config, QuantizedAttention, RequantConfig, ScoreConfig,
-    ScoreOutput, attention, attention_scores,
+    AttentionConfig, Backend, Int8Config, PvPrecision, QuantizedAttention, RequantConfig,
+    ScoreConfig, ScoreOutput, attention, attention_scores,
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

@@ -126,6 +126,11 @@ impl<'a> Scorer<'a> {
         keys
     }
 
+    /// `D`.
+    pub(super) fn depth(&self) -> usize {
+        self.q.view().depth()
+    }
+
     /// Query heads that share a key head.
     pub(super) fn group(&self) -> usize {
         self.group
