@@ -2,7 +2,7 @@
 
 use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
 use candle_int8_attention::{
-    AttentionConfig, Backend, Int8Config, RequantConfig, ScoreConfig, ScoreOutput,
+    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
 };
 use std::str::FromStr;
 
@@ -59,15 +59,15 @@ impl Int8Args {
 
     /// Attention with these scores.
     pub fn attention(&self) -> AttentionConfig {
-        int8_attention(&self.scores())
+        int8_attention(self.scores(), PvPrecision::default())
     }
 }
 
-/// Attention with the scores of this configuration.
-pub fn int8_attention(scores: &ScoreConfig) -> AttentionConfig {
+/// Attention with the scores of this configuration, and probabilities times values as `pv` says.
+pub fn int8_attention(scores: ScoreConfig, pv: PvPrecision) -> AttentionConfig {
     AttentionConfig {
-        backend: Backend::Int8(Int8Config { scores: scores.clone() }),
-        softmax_scale: None,
+        backend: Backend::Int8(Int8Config { scores, pv }),
+        ..AttentionConfig::default()
     }
 }
 

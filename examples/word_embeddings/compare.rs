@@ -8,7 +8,9 @@ use crate::windows::Window;
 use anyhow::Result;
 use candle_int8_attention::models::BertModel;
 use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
-use candle_int8_attention::{AttentionConfig, AttnMask, RequantConfig, ScoreConfig, ScoreOutput};
+use candle_int8_attention::{
+    AttentionConfig, AttnMask, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
+};
 use serde::Serialize;
 
 /// The drift of one configuration over all layers, heads and windows of the text.
@@ -108,7 +110,9 @@ impl Drifts {
     fn add(&mut self, layer: usize, block: &Qkv) -> Result<()> {
         let fp32 = Path::run(block, &AttentionConfig::fp32())?;
         for ((_, config), heads) in self.configs.iter().zip(&mut self.heads) {
-            let int8 = Path::run(block, &int8_attention(config))?;
+            // In f32, so that only the scores differ, and equally on every machine.
+            let attention = int8_attention(config.clone(), PvPrecision::F32);
+            let int8 = Path::run(block, &attention)?;
             heads[layer].extend(drift_per_head(&fp32, &int8)?);
         }
         Ok(())
@@ -153,7 +157,7 @@ impl Comparison {
         format!(
             "{}\n\
              Each line is one way to compute attention scores in int8, measured against f32 on every\n\
-             head of every layer (each layer gets the input of the f32 run). `*` is the default.\n\n\
+             head of every layer (each layer gets the input of the f32 run). Only the scores differ; `*` is the default.\n\n\
              - Scales: shared by the whole tensor, a head, a block of tokens (of queries/of keys), or\n  \
              for one token alone. Symmetric unless it says affine (zero may lie anywhere).\n\
              - Smooth-K, smooth-Q: the mean over tokens is taken off before rounding and put back after.\n\

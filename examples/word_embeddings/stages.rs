@@ -74,7 +74,7 @@ pub fn of_attention(
     let mut stages = vec![
         Stage::shared("queries Q", q)?,
         Stage::shared("keys K", k)?,
-        Stage::shared("values V (stay f32)", &block.v)?,
+        Stage::shared("values V (not in int8)", &block.v)?,
     ];
     let q_smooth = smooth("Q minus its mean", q, config.smooth_q, &mut stages)?;
     let k_smooth = smooth("K minus its mean", k, config.smooth_k, &mut stages)?;
