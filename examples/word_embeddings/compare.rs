@@ -157,8 +157,8 @@ impl Comparison {
         format!(
             "{}\n\
              Each line is one way to compute attention scores in int8, measured against f32 on every\n\
-             head of every layer (each layer gets the input of the f32 run). Only\n\
-             the scores differ. `*` is the default.\n\n\
+             head of every layer (each layer gets the input of the f32 run).\n\
+             Only the scores differ. `*` is the default.\n\n\
              - Scales: shared by the whole tensor, a head, a block of tokens (of queries/of keys), or\n  \
              for one token alone. Symmetric unless it says affine (zero may lie anywhere).\n\
              - Smooth-K, smooth-Q: the mean over tokens is taken off before rounding and put back after.\n\
