@@ -1,6 +1,7 @@
 //! x
 mod aligned;
 pub mod attention;
+pub mod drift;
 pub mod error;
 pub mod gemm;
 pub mod models;
