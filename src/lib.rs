@@ -1,9 +1,51 @@
-//! x
+//! Int8 attention for Candle models on CPUs.
+//!
+//! ```text
+//! q, k (f32, f16 or bf16)
+//!   -> quantize    per token, head, block or tensor: int8 codes, scales, zero points    quant
+//!   -> multiply    u8 or i8 x i8 into exact int32 sums, zero points corrected            gemm
+//!   -> f32         scale_q * scale_k * sum, straight from int32                          attention
+//!        or int8   requantized and dequantized, for those who must store int8 scores
+//!   -> softmax     scale, mask, running maximum and sum, tile by tile
+//!   -> times v     bf16 or f32 with f32 sums
+//! ```
+//!
+//! [`attention`] is all of it, [`attention_scores`] the part up to the scores, and
+//! [`QuantizedAttention`] a module that switches between int8 and fp32 in a model's layer.
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use candle_int8_attention::{AttentionConfig, AttnMask, attention};
+//!
+//! let q = Tensor::randn(0f32, 1., (1, 4, 128, 64), &Device::Cpu)?;
+//! let int8 = attention(&q, &q, &q, &AttnMask::None, &AttentionConfig::int8())?;
+//! let fp32 = attention(&q, &q, &q, &AttnMask::None, &AttentionConfig::fp32())?;
+//! let drift = (int8 - fp32)?.abs()?.max_all()?.to_scalar::<f32>()?;
+//! assert!(drift < 0.1);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! # Words
+//! * *real = scale * (q - zero_point)*. *Symmetric*: zero point 0, `q` in `[-127, 127]`. *Affine*:
+//!   any zero point, `q` in `[-128, 127]`.
+//! * *B* batch, *H* query heads, *H_kv* key and value heads, *M* queries, *N* keys, *D* head dim,
+//!   *Dv* value dim. A *head* is one `[M, D]` matrix, a *token* one row of it.
+//! * *granularity*: what shares one scale: tensor, head, token, or block of tokens.
+//! * *smooth-K*, *smooth-Q*: subtract the mean over tokens before quantizing, add its exact effect
+//!   back to the scores.
+//! * *dynamic*, *static*: the range is from this very tensor, or given.
+//! * *drift*: what differs between fp32 and int8 on the same inputs.
+//!
+//! # Rooms
+//! `quant` <- `gemm` <- `attention` <- `models`; [`drift`] measures, `hub` (feature) downloads.
+
 mod aligned;
 pub mod attention;
 pub mod drift;
 pub mod error;
 pub mod gemm;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod models;
 mod pv;
 pub mod quant;
@@ -15,3 +57,8 @@ pub use attention::{
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};
+
+/// The README's examples, compiled and run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

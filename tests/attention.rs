@@ -1,10 +1,11 @@
 //! Attention with both backends: masks, shapes, dtypes, errors.
 
-use candle_core::{D, DType, Device, Tensor};
-use candle_int8_attention::attention::attention_probs;
+use candle_core::{D, DType, Device, Tensor, Var};
+use candle_int8_attention::attention::{attention_probs, unfused};
+use candle_int8_attention::quant::{Granularity, Scheme};
 use candle_int8_attention::{
-    AttentionConfig, AttnMask, Backend, Error, Int8Config, QuantizedAttention, ScoreConfig,
-    ScoreOutput, attention,
+    AttentionConfig, AttnMask, Backend, Error, Int8Config, PvPrecision, QuantizedAttention,
+    ScoreConfig, ScoreOutput, attention,
 };
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
@@ -218,5 +219,201 @@ fn errors_name_the_values() -> TestResult {
     };
     let error = attention(&q, &q, &q, &AttnMask::None, &config).unwrap_err();
     assert!(matches!(error, Error::Config(_)), "{error}");
+    Ok(())
+}
+
+/// The fused op against the unfused path with the same int8 scores: what differs is the rounding
+/// of P·V, so values in bf16 bound it.
+fn fused_equals_unfused(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttnMask,
+    config: &AttentionConfig,
+) -> TestResult {
+    for (pv, bound) in [(PvPrecision::F32, 2e-5), (PvPrecision::Auto, 0.02)] {
+        let scores = match &config.backend {
+            Backend::Int8(int8) => int8.scores.clone(),
+            Backend::Fp32 => ScoreConfig::default(),
+        };
+        let backend = Backend::Int8(Int8Config { scores, pv });
+        let config = AttentionConfig { backend, ..config.clone() };
+        let fused = attention(q, k, v, mask, &config)?;
+        let check = unfused::attention(q, k, v, mask, &config)?;
+        let difference = largest_difference(&fused, &check);
+        let size = values(&check).iter().fold(0f32, |a, b| a.max(b.abs())).max(1.0);
+        assert!(difference <= bound * size, "{difference} {pv:?} {config:?} {mask:?}");
+        assert!(values(&fused).iter().all(|x| x.is_finite()));
+    }
+    Ok(())
+}
+
+#[test]
+fn fused_equals_unfused_over_shapes() -> TestResult {
+    for (b, h, h_kv, m, n) in [
+        (1, 1, 1, 1, 1),
+        (2, 4, 2, 5, 9),
+        (1, 2, 1, 47, 65),
+        (1, 1, 1, 49, 511),
+        (1, 2, 2, 50, 513),
+        (1, 1, 1, 97, 1100),
+        (3, 6, 1, 1, 700),
+    ] {
+        for (d, dv) in [(1, 1), (33, 50), (64, 64), (80, 17), (256, 130)] {
+            let (q, k) = (randn((b, h, m, d))?, randn((b, h_kv, n, d))?);
+            let v = randn((b, h_kv, n, dv))?;
+            let config = AttentionConfig::int8();
+            fused_equals_unfused(&q, &k, &v, &AttnMask::None, &config)?;
+            fused_equals_unfused(&q, &k, &v, &AttnMask::causal_with_offset(n / 3), &config)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn fused_equals_unfused_with_everything_that_changes_scores() -> TestResult {
+    let (b, h, h_kv, m, n, d) = (3, 4, 2, 60, 530, 32);
+    let (q, k, v) = (randn((b, h, m, d))?, randn((b, h_kv, n, d))?, randn((b, h_kv, n, d))?);
+    let keep: Vec<u8> = (0..b * n).map(|i| u8::from(i % 7 != 1 && i % n < 500)).collect();
+    let keep = Tensor::from_vec(keep, (b, 1, 1, n), &Device::Cpu)?;
+    let over_queries = Tensor::randn(0f32, 1., (m, n), &Device::Cpu)?;
+    let over_heads = Tensor::randn(0f32, 1., (1, h, 1, n), &Device::Cpu)?;
+    let masks = [
+        AttnMask::None,
+        AttnMask::causal(),
+        AttnMask::causal_with_offset(n - m),
+        AttnMask::Mask(keep),
+        AttnMask::Mask(over_queries.clone()),
+        AttnMask::Mask(over_queries.to_dtype(DType::BF16)?),
+        AttnMask::Mask(over_heads),
+        AttnMask::Mask(over_queries.t()?.contiguous()?.t()?),
+    ];
+    let int8 = AttentionConfig::int8;
+    let plain = Backend::Int8(Int8Config {
+        scores: ScoreConfig::plain(Scheme::Affine, Granularity::PerHead),
+        ..Int8Config::default()
+    });
+    let configs = [
+        int8(),
+        AttentionConfig { softcap: Some(5.0), ..int8() },
+        AttentionConfig { alibi_slopes: Some(vec![0.5, 0.1, 0.02, 0.0]), ..int8() },
+        AttentionConfig { window_left: Some(40), ..int8() },
+        AttentionConfig { window_left: Some(9), window_right: Some(3), ..int8() },
+        int8().with_kv_lens(vec![n, 0, 77]),
+        AttentionConfig { softmax_scale: Some(0.3), backend: plain, ..int8() },
+        AttentionConfig {
+            softcap: Some(20.0),
+            window_right: Some(100),
+            alibi_slopes: Some(vec![0.01; h]),
+            ..int8().with_kv_lens(vec![500, 530, 1])
+        },
+    ];
+    for mask in &masks {
+        for config in &configs {
+            fused_equals_unfused(&q, &k, &v, mask, config)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn fused_output_does_not_depend_on_strides_or_threads() -> TestResult {
+    let (q, k, v) = (randn((2, 4, 130, 40))?, randn((2, 2, 200, 40))?, randn((2, 2, 200, 24))?);
+    let config = AttentionConfig::int8();
+    let expected = attention(&q, &k, &v, &AttnMask::causal(), &config)?;
+    let bshd = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+    let strided = attention(&bshd(&q)?, &bshd(&k)?, &bshd(&v)?, &AttnMask::causal(), &config)?;
+    assert_eq!(largest_difference(&strided, &expected), 0.0);
+    for threads in [1, 2, 5] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let out = pool.install(|| attention(&q, &k, &v, &AttnMask::causal(), &config))?;
+        assert_eq!(largest_difference(&out, &expected), 0.0, "{threads} threads");
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_in_masked_keys_and_values_does_not_leak() -> TestResult {
+    let (b, h, m, n, d) = (1, 2, 5, 70, 16);
+    let (q, k, v) = (randn((b, h, m, d))?, randn((b, h, n, d))?, randn((b, h, n, d))?);
+    let keep = Tensor::from_vec((0..n).map(|j| u8::from(j < 60)).collect(), (1, n), &Device::Cpu)?;
+    let spoil = |x: &Tensor, bad: f32| -> candle_core::Result<Tensor> {
+        Tensor::cat(&[&x.narrow(2, 0, 60)?, &Tensor::full(bad, (b, h, 10, d), &Device::Cpu)?], 2)
+    };
+    for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
+        let (bad_k, bad_v) = (spoil(&k, bad)?, spoil(&v, bad)?);
+        let lens = AttentionConfig::int8().with_kv_lens(vec![60]);
+        let additive =
+            keep.to_dtype(DType::F32)?.affine(-f64::from(f32::MIN), f64::from(f32::MIN))?;
+        for (mask, config) in [
+            (AttnMask::Mask(keep.clone()), AttentionConfig::int8()),
+            (AttnMask::Mask(additive), AttentionConfig::int8()),
+            (AttnMask::None, lens),
+        ] {
+            let short = |x: &Tensor| x.narrow(2, 0, 60);
+            let out = attention(&q, &bad_k, &bad_v, &mask, &config)?;
+            let exact =
+                attention(&q, &short(&k)?, &short(&v)?, &AttnMask::None, &AttentionConfig::fp32())?;
+            let difference = largest_difference(&out, &exact);
+            // Finite huge keys spoil the mean that smooth-K subtracts, not the result's meaning.
+            if bad.is_finite() {
+                assert!(values(&out).iter().all(|x| x.is_finite()));
+            } else {
+                assert!(difference < 0.05, "{bad} {difference}");
+            }
+        }
+        // A value that is seen is not hidden.
+        let seen = attention(&q, &k, &bad_v, &AttnMask::None, &AttentionConfig::int8())?;
+        assert!(values(&seen).iter().all(|x| !x.is_finite() || bad.is_finite()));
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_are_those_of_fp32_attention() -> TestResult {
+    let var = |shape| Var::from_tensor(&randn(shape).unwrap());
+    let (q, k, v) = (var((2, 4, 6, 8))?, var((2, 2, 9, 8))?, var((2, 2, 9, 5))?);
+    let weight = randn((2, 4, 6, 5))?;
+    for mask in [AttnMask::None, AttnMask::causal_with_offset(3)] {
+        let grads = |config: &AttentionConfig| -> Result<_, Box<dyn std::error::Error>> {
+            let out = attention(&q, &k, &v, &mask, config)?;
+            Ok((out * &weight)?.sum_all()?.backward()?)
+        };
+        let (int8, fp32) = (grads(&AttentionConfig::int8())?, grads(&AttentionConfig::fp32())?);
+        for var in [&q, &k, &v] {
+            let difference = largest_difference(int8.get(var).unwrap(), fp32.get(var).unwrap());
+            assert!(difference < 1e-5, "{difference}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_as_large_as_all_scores_is_allocated() -> TestResult {
+    // [1, 1, 40000, 16]: all scores would be 6.4 GB, more than a test machine likes to give.
+    let q = randn((1, 1, 40_000, 16))?;
+    let lens =
+        AttentionConfig { window_left: Some(20), window_right: Some(0), ..Default::default() };
+    let out = attention(&q, &q, &q, &AttnMask::None, &lens)?;
+    assert_eq!(out.dims(), q.dims());
+    Ok(())
+}
+
+#[test]
+fn contradictions_in_the_configuration_are_named() -> TestResult {
+    let q = randn((2, 4, 8, 16))?;
+    let int8 = AttentionConfig::int8;
+    for (config, message) in [
+        (AttentionConfig { softcap: Some(0.0), ..int8() }, "softcap 0"),
+        (AttentionConfig { alibi_slopes: Some(vec![1.0; 3]), ..int8() }, "3 ALiBi slopes for 4"),
+        (int8().with_kv_lens(vec![8]), "1 kv_lens for a batch of 2"),
+        (int8().with_kv_lens(vec![8, 9]), "kv_lens holds 9, but there are 8 keys"),
+    ] {
+        for backend in [Backend::Fp32, Backend::default()] {
+            let config = AttentionConfig { backend, ..config.clone() };
+            let error = attention(&q, &q, &q, &AttnMask::None, &config).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
     Ok(())
 }

@@ -63,7 +63,9 @@ pub fn attentions(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Vec<Contender>> 
 fn rten(q: &Tensor, k: &Tensor) -> Result<Contender> {
     let (b, h, m, d) = q.dims4()?;
     let n = k.dim(2)?;
-    let codes = |x: &Tensor| -> Result<Vec<f32>> { ((x * 30.0)?.clamp(-127f32, 127f32))?.flatten_all()?.to_vec1() };
+    let codes = |x: &Tensor| -> Result<Vec<f32>> {
+        ((x * 30.0)?.clamp(-127f32, 127f32))?.flatten_all()?.to_vec1()
+    };
     let (q, k) = (codes(q)?, codes(k)?);
     let heads: Vec<(NdTensor<u8, 2>, NdTensor<i8, 2>)> = (0..b * h)
         .map(|head| {

@@ -27,6 +27,8 @@ pub(super) struct Operand<'a> {
 pub(super) struct QuantizedRows {
     /// The rows in f32, after smoothing.
     pub values: Vec<f32>,
+    /// Where rows that do not lie together are gathered.
+    buffer: Vec<f32>,
     /// Their codes, row-major.
     pub codes: Vec<i8>,
     /// Their scales. NaN for a row that holds NaN or infinity, which makes its scores NaN.
@@ -90,12 +92,11 @@ impl<'a> Operand<'a> {
         rows: &mut QuantizedRows,
     ) {
         let (count, depth) = (tokens.len(), self.view.depth());
-        rows.values.resize(count * depth, 0.0);
         rows.codes.resize(count * depth, 0);
         rows.scales.resize(count, 0.0);
         rows.zeros.resize(count, 0);
         rows.sums.resize(count, 0);
-        self.load_smoothed(head, tokens.clone(), &mut rows.values);
+        self.load_smoothed(head, tokens.clone(), &mut rows.buffer, &mut rows.values);
         if depth == 0 {
             rows.scales.fill(1.0);
             return;
@@ -119,10 +120,24 @@ impl<'a> Operand<'a> {
         quantize_block(&rows.values, depth, params, out);
     }
 
-    fn load_smoothed(&self, head: usize, tokens: std::ops::Range<usize>, out: &mut [f32]) {
-        self.view.load_rows(head, tokens, out);
-        if let Some(mean) = self.mean(head) {
-            subtract(out, mean);
+    /// Rows of a head, less their mean if they are smoothed.
+    fn load_smoothed(
+        &self,
+        head: usize,
+        tokens: std::ops::Range<usize>,
+        buffer: &mut Vec<f32>,
+        out: &mut Vec<f32>,
+    ) {
+        let rows = self.view.rows(head, tokens, buffer);
+        match self.mean(head) {
+            Some(mean) => {
+                out.resize(rows.len(), 0.0);
+                subtract(rows, mean, out);
+            }
+            None => {
+                out.clear();
+                out.extend_from_slice(rows);
+            }
         }
     }
 
@@ -131,11 +146,10 @@ impl<'a> Operand<'a> {
         let (heads, tokens) = (self.view.heads(), self.view.tokens());
         let of_head = |head: usize| {
             let mut ranges: Vec<(usize, Range)> = Vec::new();
-            let mut buffer = Vec::new();
+            let (mut buffer, mut values) = (Vec::new(), Vec::new());
             for block in blocks(tokens) {
-                buffer.resize(block.len() * self.view.depth(), 0.0);
-                self.load_smoothed(head, block.clone(), &mut buffer);
-                let rows = buffer.chunks_exact(self.view.depth().max(1));
+                self.load_smoothed(head, block.clone(), &mut buffer, &mut values);
+                let rows = values.chunks_exact(self.view.depth().max(1));
                 for (token, row) in block.zip(rows) {
                     let found = row_range(row);
                     let range = if found.finite { found.range } else { Range::EMPTY };
@@ -176,9 +190,7 @@ fn means(view: &View<'_>) -> Vec<f32> {
         let mut builder = MeanBuilder::new(depth);
         let mut buffer = Vec::new();
         for block in blocks(view.tokens()) {
-            buffer.resize(block.len() * depth, 0.0);
-            view.load_rows(head, block, &mut buffer);
-            builder.push(&buffer);
+            builder.push(view.rows(head, block, &mut buffer));
         }
         mean.copy_from_slice(&builder.finish());
     };

@@ -73,30 +73,41 @@ impl<'a> View<'a> {
         self.dims[3]
     }
 
-    /// Rows `tokens` of head `head` (counted over the batch), as f32 `[tokens, D]`.
-    pub(super) fn load_rows(&self, head: usize, tokens: Range<usize>, out: &mut [f32]) {
-        let [batch_stride, head_stride, token_stride, _] = self.strides;
+    /// Rows `tokens` of head `head` (counted over the batch), as f32 `[tokens, D]`: where they lie
+    /// if they lie together as f32, else gathered into `buffer`.
+    pub(super) fn rows<'b>(
+        &'b self,
+        head: usize,
+        tokens: Range<usize>,
+        buffer: &'b mut Vec<f32>,
+    ) -> &'b [f32] {
+        let [batch_stride, head_stride, token_stride, depth_stride] = self.strides;
         let (batch, head) = (head / self.dims[1], head % self.dims[1]);
         let start = batch * batch_stride + head * head_stride + tokens.start * token_stride;
-        assert_eq!(out.len(), tokens.len() * self.depth());
+        let (depth, len) = (self.depth(), tokens.len() * self.depth());
+        if len == 0 {
+            return &[];
+        }
+        let together = (depth_stride == 1 || depth == 1) && (token_stride == depth || tokens.len() == 1);
+        if let (Data::F32(data), true) = (&self.data, together) {
+            return &data[start..start + len];
+        }
+        buffer.resize(len, 0.0);
         match self.data {
             Data::F32(data) => {
-                self.gather(
-                    &data[start.min(data.len())..],
-                    out,
-                    |x| x,
-                    |from, to| to.copy_from_slice(from),
-                );
+                let copy = |from: &[f32], to: &mut [f32]| to.copy_from_slice(from);
+                self.gather(&data[start..], buffer, |x| x, copy);
             }
             Data::F16(data) => {
-                let data = &data[start.min(data.len())..];
-                self.gather(data, out, f16::to_f32, |from, to| from.convert_to_f32_slice(to));
+                let convert = |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to);
+                self.gather(&data[start..], buffer, f16::to_f32, convert);
             }
             Data::BF16(data) => {
-                let data = &data[start.min(data.len())..];
-                self.gather(data, out, bf16::to_f32, |from, to| from.convert_to_f32_slice(to));
+                let convert = |from: &[bf16], to: &mut [f32]| from.convert_to_f32_slice(to);
+                self.gather(&data[start..], buffer, bf16::to_f32, convert);
             }
         }
+        buffer
     }
 
     fn gather<T: Copy>(
@@ -107,9 +118,6 @@ impl<'a> View<'a> {
         many: impl Fn(&[T], &mut [f32]),
     ) {
         let (depth, [_, _, token_stride, depth_stride]) = (self.depth(), self.strides);
-        if out.is_empty() {
-            return;
-        }
         if depth_stride == 1 || depth == 1 {
             for (token, row) in out.chunks_exact_mut(depth).enumerate() {
                 many(&data[token * token_stride..][..depth], row);

@@ -119,8 +119,8 @@ pub(crate) fn score_tiles(
     assert_eq!(scales.row_biases.len(), lhs.rows());
     assert!(scales.column_scales.len() >= rhs.rows().next_multiple_of(nr));
     assert!(scales.column_biases.len() >= rhs.rows().next_multiple_of(nr));
+    let mut edge = [0f32; MAX_TILE];
     for_each_tile(lhs, rhs, columns, |rows, columns, input| {
-        let mut edge = [0f32; MAX_TILE];
         let at = rows.start * stride + columns.start - first;
         // A panel that reaches over the row's end would overwrite the next row's start, or end
         // outside of the buffer.

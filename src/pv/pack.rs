@@ -53,7 +53,7 @@ impl PackedValues {
         };
         let group = self.kernel.format().group();
         let zeros = vec![0f32; depth];
-        let fits = |row: &[f32]| widest(all_below, (row, limit));
+        let fits = |row: &[f32]| widest!(all_below, (row, limit), (&[f32], f32) => bool);
         for (pair, rows) in rows.chunks(group * depth).enumerate() {
             let key = first + pair * group;
             let (a, b) = rows.split_at(depth);
@@ -84,7 +84,8 @@ impl PackedValues {
                     out.iter_mut().zip(&a[channels]).for_each(|(o, x)| *o = x.to_ne_bytes());
                 }
                 ValueFormat::Bf16 => {
-                    widest(interleave, (out, &a[channels.clone()], &b[channels]));
+                    let job = (out, &a[channels.clone()], &b[channels]);
+                    widest!(interleave, job, (&mut [[u8; 4]], &[f32], &[f32]) => ());
                 }
             }
         }

@@ -23,48 +23,60 @@ pub(crate) struct RowRange {
 
 /// Smallest and largest element of `row`, and whether all of it is finite.
 pub(crate) fn row_range(row: &[f32]) -> RowRange {
-    widest(row_range_body, row)
+    widest!(row_range_body, row, &[f32] => RowRange)
 }
 
 #[inline(always)]
 fn row_range_body(row: &[f32]) -> RowRange {
-    let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-    // The exponent bits are all set in infinities and NaN alone: the largest magnitude tells.
-    let mut magnitude = [0u32; LANES];
-    let (chunks, tail) = row.as_chunks::<LANES>();
-    let mut step = |lane: usize, x: f32| {
-        low[lane] = if x < low[lane] { x } else { low[lane] };
-        high[lane] = if x > high[lane] { x } else { high[lane] };
-        magnitude[lane] = magnitude[lane].max(x.to_bits() & 0x7fff_ffff);
-    };
-    for chunk in chunks {
-        for (lane, &x) in chunk.iter().enumerate() {
-            step(lane, x);
-        }
-    }
-    for (lane, &x) in tail.iter().enumerate() {
-        step(lane, x);
-    }
+    let start = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES], [0f32; LANES]);
+    let (low, high, poison) = lanes(row, start, |(low, high, poison), chunk| {
+        (
+            std::array::from_fn(|i| if chunk[i] < low[i] { chunk[i] } else { low[i] }),
+            std::array::from_fn(|i| if chunk[i] > high[i] { chunk[i] } else { high[i] }),
+            std::array::from_fn(|i| poison[i] + chunk[i] * 0.0),
+        )
+    });
     let min = low.into_iter().fold(f32::INFINITY, f32::min);
     let max = high.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let finite = magnitude.into_iter().max().unwrap_or(0) < f32::INFINITY.to_bits();
-    RowRange { range: Range { min, max }, finite }
+    RowRange { range: Range { min, max }, finite: all_zero(poison) }
 }
 
-/// The largest magnitude of `row`; infinite or NaN if an element is.
+/// The largest magnitude of `row`, and whether all of it is finite.
 #[inline(always)]
-fn max_abs_body(row: &[f32]) -> f32 {
-    let mut magnitude = [0u32; LANES];
+fn max_abs_body(row: &[f32]) -> (f32, bool) {
+    let start = ([0f32; LANES], [0f32; LANES]);
+    let (max, poison) = lanes(row, start, |(max, poison), chunk| {
+        let abs = chunk.map(f32::abs);
+        (
+            std::array::from_fn(|i| if abs[i] > max[i] { abs[i] } else { max[i] }),
+            std::array::from_fn(|i| poison[i] + chunk[i] * 0.0),
+        )
+    });
+    (max.into_iter().fold(0.0, f32::max), all_zero(poison))
+}
+
+/// Folds a row 16 elements at a time; what is missing in the last 16 repeats its last element,
+/// which changes neither a range nor whether all is finite. By value, because LLVM stores an
+/// accumulator behind a reference in every step.
+#[inline(always)]
+fn lanes<A>(row: &[f32], start: A, step: impl Fn(A, [f32; LANES]) -> A) -> A {
     let (chunks, tail) = row.as_chunks::<LANES>();
+    let mut folded = start;
     for chunk in chunks {
-        for (magnitude, x) in magnitude.iter_mut().zip(chunk) {
-            *magnitude = (*magnitude).max(x.to_bits() & 0x7fff_ffff);
-        }
+        folded = step(folded, *chunk);
     }
-    for (magnitude, x) in magnitude.iter_mut().zip(tail) {
-        *magnitude = (*magnitude).max(x.to_bits() & 0x7fff_ffff);
+    if let Some(&last) = tail.last() {
+        let mut chunk = [last; LANES];
+        chunk[..tail.len()].copy_from_slice(tail);
+        folded = step(folded, chunk);
     }
-    f32::from_bits(magnitude.into_iter().max().unwrap_or(0))
+    folded
+}
+
+/// `x * 0` is 0 for every finite x and NaN otherwise, and a sum keeps NaN.
+#[inline(always)]
+fn all_zero(poison: [f32; LANES]) -> bool {
+    poison.into_iter().sum::<f32>() == 0.0
 }
 
 /// How each row of a block finds its scale and zero point.
@@ -95,7 +107,11 @@ pub(crate) fn quantize_block(
     out: BlockCodes<'_>,
 ) {
     assert_eq!(values.len(), out.codes.len());
-    widest(quantize_block_body, (values, depth, params, out));
+    widest!(
+        quantize_block_body,
+        (values, depth, params, out),
+        (&[f32], usize, RowParams<'_>, BlockCodes<'_>) => ()
+    );
 }
 
 #[inline(always)]
@@ -106,15 +122,15 @@ fn quantize_block_body(
     for (row, (values, codes)) in rows.enumerate() {
         let (finite, params) = match params {
             RowParams::Own(Scheme::Symmetric) => {
-                let max = max_abs_body(values);
+                let (max, finite) = max_abs_body(values);
                 let range = Range { min: -max, max };
-                (max.is_finite(), QuantParams::from_finite_range(Scheme::Symmetric, range))
+                (finite, QuantParams::from_finite_range(Scheme::Symmetric, range))
             }
             RowParams::Own(scheme) => {
                 let found = row_range_body(values);
                 (found.finite, QuantParams::from_finite_range(scheme, found.range))
             }
-            RowParams::Given(params) => (max_abs_body(values).is_finite(), params[row]),
+            RowParams::Given(params) => (max_abs_body(values).1, params[row]),
         };
         if finite {
             out.sums[row] = quantize_row_body((values, params, codes));
@@ -131,7 +147,7 @@ fn quantize_block_body(
 /// codes. Infinities saturate; NaN gives an unspecified code.
 pub(crate) fn quantize_row(row: &[f32], params: QuantParams, codes: &mut [i8]) -> i32 {
     assert_eq!(row.len(), codes.len());
-    widest(quantize_row_body, (row, params, codes))
+    widest!(quantize_row_body, (row, params, codes), (&[f32], QuantParams, &mut [i8]) => i32)
 }
 
 /// `1.5 * 2^23`: adding it to a number below `2^22` rounds that to an integer, ties to even, and
@@ -160,16 +176,18 @@ fn quantize_row_body((row, params, codes): (&[f32], QuantParams, &mut [i8])) -> 
     sum
 }
 
-/// Subtracts `offset` from every row of a `[rows, offset.len()]` block.
-pub(crate) fn subtract(rows: &mut [f32], offset: &[f32]) {
-    widest(subtract_body, (rows, offset));
+/// `out = rows - offset` for every row of a `[rows, offset.len()]` block.
+pub(crate) fn subtract(rows: &[f32], offset: &[f32], out: &mut [f32]) {
+    assert_eq!(rows.len(), out.len());
+    widest!(subtract_body, (rows, offset, out), (&[f32], &[f32], &mut [f32]) => ());
 }
 
 #[inline(always)]
-fn subtract_body((rows, offset): (&mut [f32], &[f32])) {
-    for row in rows.chunks_exact_mut(offset.len().max(1)) {
-        for (x, o) in row.iter_mut().zip(offset) {
-            *x -= o;
+fn subtract_body((rows, offset, out): (&[f32], &[f32], &mut [f32])) {
+    let width = offset.len().max(1);
+    for (row, out) in rows.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        for ((out, x), o) in out.iter_mut().zip(row).zip(offset) {
+            *out = x - o;
         }
     }
 }
@@ -177,14 +195,14 @@ fn subtract_body((rows, offset): (&mut [f32], &[f32])) {
 /// Adds the finite rows of a `[rows, sums.len()]` block to the f64 sums of their columns; returns
 /// how many they are.
 pub(crate) fn accumulate_finite(sums: &mut [f64], rows: &[f32]) -> usize {
-    widest(accumulate_finite_body, (sums, rows))
+    widest!(accumulate_finite_body, (sums, rows), (&mut [f64], &[f32]) => usize)
 }
 
 #[inline(always)]
 fn accumulate_finite_body((sums, rows): (&mut [f64], &[f32])) -> usize {
     let mut finite = 0;
     for row in rows.chunks_exact(sums.len().max(1)) {
-        if max_abs_body(row).is_finite() {
+        if max_abs_body(row).1 {
             finite += 1;
             for (sum, &x) in sums.iter_mut().zip(row) {
                 *sum += f64::from(x);
@@ -197,7 +215,7 @@ fn accumulate_finite_body((sums, rows): (&mut [f64], &[f32])) -> usize {
 /// The dot product of `vector` with every row of a `[out.len(), vector.len()]` block, in f32, 16
 /// partial sums wide.
 pub(crate) fn dots(rows: &[f32], vector: &[f32], out: &mut [f32]) {
-    widest(dots_body, (rows, vector, out));
+    widest!(dots_body, (rows, vector, out), (&[f32], &[f32], &mut [f32]) => ());
 }
 
 #[inline(always)]
@@ -209,17 +227,13 @@ fn dots_body((rows, vector, out): (&[f32], &[f32], &mut [f32])) {
 
 #[inline(always)]
 fn dot_body(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0f32; LANES];
     let ((a_chunks, a_tail), (b_chunks, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0f32; LANES];
     for (x, y) in a_chunks.iter().zip(b_chunks) {
-        for lane in 0..LANES {
-            sums[lane] += x[lane] * y[lane];
-        }
+        sums = std::array::from_fn(|i| sums[i] + x[i] * y[i]);
     }
-    for (lane, (x, y)) in a_tail.iter().zip(b_tail).enumerate() {
-        sums[lane] += x * y;
-    }
-    sums.iter().sum()
+    let tail: f32 = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
+    sums.iter().sum::<f32>() + tail
 }
 
 #[cfg(test)]
@@ -314,8 +328,8 @@ mod tests {
         let mut sums = vec![1.0; 37];
         assert_eq!(accumulate_finite(&mut sums, &a.repeat(3)), 3);
         assert_eq!(sums[36], 3.0 * 36.0 + 1.0);
-        let mut rows = a.repeat(2);
-        subtract(&mut rows, &a);
+        let mut rows = vec![1.0; 74];
+        subtract(&a.repeat(2), &a, &mut rows);
         assert_eq!(rows, vec![0.0; 74]);
     }
 }

@@ -243,9 +243,7 @@ fn pack_values(kernel: &'static dyn PvKernel, v: &View<'_>) -> Vec<PackedValues>
         let mut packed = PackedValues::new(kernel, v.tokens(), v.depth());
         let mut buffer = Vec::new();
         for block in blocks(v.tokens()) {
-            buffer.resize(block.len() * v.depth(), 0.0);
-            v.load_rows(head, block.clone(), &mut buffer);
-            packed.put(block.start, &buffer);
+            packed.put(block.start, v.rows(head, block.clone(), &mut buffer));
         }
         packed
     };

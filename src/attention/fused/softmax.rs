@@ -45,7 +45,7 @@ pub(super) struct Tile<'a> {
 /// Turns scores into probabilities (not yet divided by their sum), row by row. What a query does
 /// not see becomes 0. A NaN score makes the sum of its row NaN.
 pub(super) fn softmax_tile(tile: Tile<'_>, running: &mut [Running]) {
-    widest(softmax_tile_body, (tile, running));
+    widest!(softmax_tile_body, (tile, running), (Tile<'_>, &mut [Running]) => ());
 }
 
 #[inline(always)]
@@ -85,17 +85,13 @@ fn softmax_tile_body((mut tile, running): (Tile<'_>, &mut [Running])) {
 /// The largest element; NaN does not count.
 #[inline(always)]
 fn max_body(row: &[f32]) -> f32 {
-    let mut max = [f32::NEG_INFINITY; LANES];
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let (chunks, tail) = row.as_chunks::<LANES>();
+    let mut max = [f32::NEG_INFINITY; LANES];
     for chunk in chunks {
-        for (max, &x) in max.iter_mut().zip(chunk) {
-            *max = if x > *max { x } else { *max };
-        }
+        max = std::array::from_fn(|i| larger(max[i], chunk[i]));
     }
-    for (max, &x) in max.iter_mut().zip(tail) {
-        *max = if x > *max { x } else { *max };
-    }
-    max.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+    max.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
 }
 
 /// `2^x` for `x <= 0`, relative error below 2e-7; exactly 0 below -126, NaN for NaN.
@@ -120,20 +116,19 @@ pub(super) fn exp2(x: f32) -> f32 {
 }
 
 /// Replaces scores by `2^(score - max)`; returns their sum.
+///
+/// Sums go by value, because LLVM stores an accumulator behind a reference in every step.
 #[inline(always)]
 fn exp_f32_body(row: &mut [f32], max: f32) -> f32 {
-    let mut sums = [0f32; LANES];
     let (chunks, tail) = row.as_chunks_mut::<LANES>();
+    let mut sums = [0f32; LANES];
     for chunk in chunks {
-        for (x, sum) in chunk.iter_mut().zip(&mut sums) {
-            *x = exp2(*x - max);
-            *sum += *x;
-        }
+        *chunk = chunk.map(|x| exp2(x - max));
+        sums = std::array::from_fn(|i| sums[i] + chunk[i]);
     }
-    for (x, sum) in tail.iter_mut().zip(&mut sums) {
-        *x = exp2(*x - max);
-        *sum += *x;
-    }
+    let mut rest = padded(tail).map(|x| exp2(x - max));
+    sums = std::array::from_fn(|i| sums[i] + rest[i]);
+    tail.swap_with_slice(&mut rest[..tail.len()]);
     sums.iter().sum()
 }
 
@@ -141,22 +136,25 @@ fn exp_f32_body(row: &mut [f32], max: f32) -> f32 {
 /// probabilities sum to 1 after the division.
 #[inline(always)]
 fn exp_bf16_body(row: &[f32], max: f32, probs: &mut [u16]) -> f32 {
-    let mut sums = [0f32; LANES];
     let ((chunks, tail), (outs, out_tail)) =
         (row.as_chunks::<LANES>(), probs.as_chunks_mut::<LANES>());
-    let one = |x: f32, out: &mut u16, sum: &mut f32| {
-        *out = bf16_bits(exp2(x - max));
-        *sum += f32::from_bits(u32::from(*out) << 16);
-    };
+    let mut sums = [0f32; LANES];
     for (chunk, out) in chunks.iter().zip(outs) {
-        for lane in 0..LANES {
-            one(chunk[lane], &mut out[lane], &mut sums[lane]);
-        }
+        *out = chunk.map(|x| bf16_bits(exp2(x - max)));
+        sums = std::array::from_fn(|i| sums[i] + f32::from_bits(u32::from(out[i]) << 16));
     }
-    for ((&x, out), sum) in tail.iter().zip(out_tail).zip(&mut sums) {
-        one(x, out, sum);
-    }
+    let rest = padded(tail).map(|x| bf16_bits(exp2(x - max)));
+    sums = std::array::from_fn(|i| sums[i] + f32::from_bits(u32::from(rest[i]) << 16));
+    out_tail.copy_from_slice(&rest[..out_tail.len()]);
     sums.iter().sum()
+}
+
+/// The last elements of a row, filled up with scores whose probability is 0.
+#[inline(always)]
+fn padded(tail: &[f32]) -> [f32; LANES] {
+    let mut chunk = [f32::NEG_INFINITY; LANES];
+    chunk[..tail.len()].copy_from_slice(tail);
+    chunk
 }
 
 #[cfg(test)]

@@ -1,0 +1,186 @@
+//! Models from the Hugging Face Hub (feature `hub`).
+//!
+//! Files land in the cache that other Hugging Face tools use (`HF_HUB_CACHE`, or `hub` in
+//! `HF_HOME`), and what is there already is not fetched again. `HF_ENDPOINT` names another hub,
+//! `HF_TOKEN` opens private models.
+
+use crate::models::ModelFiles;
+use crate::{Error, Result};
+use hf_hub::progress::{DownloadEvent, Progress, ProgressEvent, ProgressHandler};
+use hf_hub::repository::RepoTypeModel;
+use hf_hub::{HFClientSync, HFError, HFRepositorySync, split_id};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::path::{Path, PathBuf};
+
+/// A model on the Hugging Face Hub: config, tokenizer and safetensors weights.
+///
+/// ```no_run
+/// use candle_int8_attention::hub::HubModel;
+/// use candle_int8_attention::models::TextEncoder;
+///
+/// let model = HubModel { offline: true, ..HubModel::new("sentence-transformers/all-MiniLM-L6-v2") };
+/// let encoder = TextEncoder::load(&model.fetch()?, &candle_core::Device::Cpu)?;
+/// # Ok::<(), candle_int8_attention::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubModel {
+    /// `owner/name`, or `name` alone for the few models that have no owner.
+    pub id: String,
+    /// Branch, tag or commit; `None` is `main`.
+    pub revision: Option<String>,
+    /// Use what is in the cache, and do not touch the network.
+    pub offline: bool,
+}
+
+impl HubModel {
+    /// The newest revision of a model, online.
+    pub fn new(id: impl Into<String>) -> Self {
+        Self { id: id.into(), revision: None, offline: false }
+    }
+
+    /// The model's files, downloaded if the cache lacks them. A download shows a progress bar on
+    /// stderr if that is a terminal.
+    ///
+    /// # Errors
+    /// [`Error::Hub`] that says what to do: the hub cannot be reached, the model, the revision or a
+    /// file does not exist or needs a token, or, offline, is not in the cache.
+    pub fn fetch(&self) -> Result<ModelFiles> {
+        let client = HFClientSync::new().map_err(|error| self.error(&error, "client"))?;
+        self.fetch_from(&client)
+    }
+
+    /// [`Self::fetch`] with a client of one's own: another endpoint, cache folder, or token than
+    /// the environment's.
+    ///
+    /// # Errors
+    /// Those of [`Self::fetch`].
+    pub fn fetch_from(&self, client: &HFClientSync) -> Result<ModelFiles> {
+        self.check_names()?;
+        let (owner, name) = split_id(&self.id);
+        let repository = client.model(owner, name);
+        // Small files first: what is wrong with a model shows before its weights are downloaded.
+        let config = self.file(&repository, "config.json", self.revision.as_deref())?;
+        // All from the commit of the first file, even if the branch moves meanwhile.
+        let commit = commit_of(&config).or(self.revision.as_deref());
+        let tokenizer = self.file(&repository, "tokenizer.json", commit)?;
+        let weights = self.file(&repository, "model.safetensors", commit)?;
+        Ok(ModelFiles { weights, config, tokenizer })
+    }
+
+    fn file(
+        &self,
+        repository: &HFRepositorySync<RepoTypeModel>,
+        name: &str,
+        revision: Option<&str>,
+    ) -> Result<PathBuf> {
+        repository
+            .download_file()
+            .filename(name)
+            .maybe_revision(revision)
+            .local_files_only(self.offline)
+            .progress(Progress::new(Bar::new(name)))
+            .send()
+            .map_err(|error| self.error(&error, name))
+    }
+
+    /// Id and revision become parts of paths and addresses.
+    fn check_names(&self) -> Result<()> {
+        let part = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        if self.id.split('/').count() > 2 || !self.id.split('/').all(part) {
+            return Err(self.problem("not a model id, expected owner/name".into()));
+        }
+        if self.revision.as_ref().is_some_and(|revision| !revision.split('/').all(part)) {
+            return Err(self.problem("not a revision, expected a branch, a tag or a commit".into()));
+        }
+        Ok(())
+    }
+
+    fn error(&self, error: &HFError, file: &str) -> Error {
+        self.problem(match error {
+            HFError::LocalEntryNotFound { .. } => {
+                format!("{file} is not in the local cache; fetch it once without offline mode")
+            }
+            // hf-hub does not tell these apart when it asks for a file.
+            HFError::EntryNotFound { .. } => {
+                format!("no {file}: this model or revision does not exist, or lacks the file")
+            }
+            HFError::RepoNotFound { .. } => "no such model on the hub".into(),
+            HFError::RevisionNotFound { .. } => "no such revision of this model".into(),
+            HFError::AuthRequired { .. } | HFError::Forbidden { .. } => format!(
+                "{file} may not be read: the model does not exist, or it is private or gated and \
+                 HF_TOKEN is not set to a token that opens it ({})",
+                causes(error)
+            ),
+            HFError::Request { .. } => format!(
+                "the hub cannot be reached for {file}; check the network and HF_ENDPOINT, or use \
+                 offline mode if the model is in the cache ({})",
+                causes(error)
+            ),
+            _ => format!("{file} could not be fetched: {}", causes(error)),
+        })
+    }
+
+    fn problem(&self, problem: String) -> Error {
+        let revision = self.revision.as_deref().unwrap_or("main");
+        Error::Hub { model: format!("{}@{revision}", self.id), problem }
+    }
+}
+
+/// The folder of a file in the cache is named after its commit.
+fn commit_of(path: &Path) -> Option<&str> {
+    let folder = path.parent()?.file_name()?.to_str()?;
+    (folder.len() == 40 && folder.bytes().all(|b| b.is_ascii_hexdigit())).then_some(folder)
+}
+
+/// An error with what lies below it, which alone says "connection refused".
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// The progress of one file. Nothing is drawn before bytes arrive, nor if stderr is no terminal.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new(name: &str) -> Self {
+        let style = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        let style =
+            ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+        Self(ProgressBar::new(0).with_style(style).with_message(name.to_string()))
+    }
+}
+
+impl ProgressHandler for Bar {
+    fn on_progress(&self, event: &ProgressEvent) {
+        let ProgressEvent::Download(event) = event else { return };
+        match event {
+            DownloadEvent::Start { total_bytes, .. } => self.0.set_length(*total_bytes),
+            DownloadEvent::Progress { files } => {
+                files.iter().for_each(|file| self.0.set_position(file.bytes_completed));
+            }
+            DownloadEvent::AggregateProgress { bytes_completed, .. } => {
+                self.0.set_position(*bytes_completed);
+            }
+            DownloadEvent::Complete => self.0.finish_and_clear(),
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        // A failed download sends no Complete.
+        self.0.finish_and_clear();
+    }
+}
