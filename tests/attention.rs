@@ -212,8 +212,10 @@ fn errors_name_the_values() -> TestResult {
         smooth_q: false,
         ..ScoreConfig::default()
     };
-    let config =
-        AttentionConfig { backend: Backend::Int8(Int8Config { scores }), softmax_scale: None };
+    let config = AttentionConfig {
+        backend: Backend::Int8(Int8Config { scores, ..Int8Config::default() }),
+        ..AttentionConfig::default()
+    };
     let error = attention(&q, &q, &q, &AttnMask::None, &config).unwrap_err();
     assert!(matches!(error, Error::Config(_)), "{error}");
     Ok(())

@@ -1,6 +1,7 @@
 //! What can be chosen: how scores are quantized, what leaves the op, which backend computes.
 
 use crate::quant::{Granularity, QuantConfig, Scheme};
+use crate::{Error, Result};
 
 /// How `attention_scores` quantizes, and what it returns.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,11 +81,26 @@ impl Default for RequantConfig {
     }
 }
 
+/// In which precision probabilities are multiplied with values; sums are f32 in all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PvPrecision {
+    /// bf16 where the hardware multiplies it (AVX512-BF16), f32 elsewhere.
+    #[default]
+    Auto,
+    /// f32.
+    F32,
+    /// bf16; an error on a machine without an instruction for it.
+    Bf16,
+}
+
 /// Numeric choices of the int8 backend.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Int8Config {
     /// How scores are computed.
     pub scores: ScoreConfig,
+    /// How the probabilities are multiplied with the values.
+    pub pv: PvPrecision,
 }
 
 /// Who computes attention. A model holds one per layer.
@@ -103,22 +119,67 @@ impl Default for Backend {
 }
 
 /// Everything `attention` needs besides tensors and mask.
+///
+/// A query's position among the keys, which windows and ALiBi need, is that of the causal mask's
+/// `kv_offset` where there is one; otherwise the queries are the last `M` of the `N` keys.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AttentionConfig {
     /// Who computes.
     pub backend: Backend,
-    /// Factor on the scores before the mask and the softmax; `None` means `1 / sqrt(D)`.
+    /// Factor on the scores before everything else; `None` means `1 / sqrt(D)`.
     pub softmax_scale: Option<f32>,
+    /// Bends scaled scores: `cap * tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
+    /// One slope for each query head: `-slope * |position - key|` is added to the scores (Press et
+    /// al. 2021, arXiv:2108.12409).
+    pub alibi_slopes: Option<Vec<f32>>,
+    /// Sliding window: a query sees at most this many keys to the left of its position.
+    pub window_left: Option<usize>,
+    /// And at most this many to the right.
+    pub window_right: Option<usize>,
+    /// How many keys of each sequence of the batch are real; the others are not seen.
+    pub kv_lens: Option<Vec<usize>>,
 }
 
 impl AttentionConfig {
     /// Candle's fp32 operations with the default scale.
     pub fn fp32() -> Self {
-        Self { backend: Backend::Fp32, softmax_scale: None }
+        Self { backend: Backend::Fp32, ..Self::default() }
     }
 
     /// Int8 with the default configuration and the default scale.
     pub fn int8() -> Self {
         Self::default()
+    }
+
+    /// The same for a batch whose sequences have these numbers of keys.
+    pub fn with_kv_lens(&self, lens: Vec<usize>) -> Self {
+        Self { kv_lens: Some(lens), ..self.clone() }
+    }
+
+    /// The factor on scores of `depth` elements.
+    pub(super) fn scale(&self, depth: usize) -> Result<f32> {
+        let scale = self.softmax_scale.unwrap_or(1.0 / (depth.max(1) as f32).sqrt());
+        match scale.is_finite() {
+            true => Ok(scale),
+            false => Err(Error::Config(format!("softmax scale {scale}, expected a finite number"))),
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for numbers that make no sense with `heads` query heads.
+    pub(super) fn check(&self, heads: usize) -> Result<()> {
+        if let Some(cap) = self.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+            return Err(Error::Config(format!("softcap {cap}, expected finite and positive")));
+        }
+        let Some(slopes) = &self.alibi_slopes else { return Ok(()) };
+        if slopes.len() != heads {
+            let found = slopes.len();
+            return Err(Error::Config(format!("{found} ALiBi slopes for {heads} heads")));
+        }
+        match slopes.iter().find(|slope| !slope.is_finite()) {
+            Some(slope) => Err(Error::Config(format!("ALiBi slope {slope}, expected finite"))),
+            None => Ok(()),
+        }
     }
 }

@@ -1,8 +1,7 @@
 //! Masks on scores, and the softmax that survives a row in which everything is masked.
 
 use crate::{Error, Result};
-use candle_core::{D, DType, Device, Tensor};
-use candle_nn::attention::AttnMask;
+use candle_core::{D, DType, Tensor};
 
 /// The smallest finite number of a mask's dtype. Hugging Face models write it where they mean
 /// minus infinity, so both count as masked.
@@ -15,54 +14,49 @@ fn masked_below(dtype: DType) -> f64 {
     }
 }
 
-/// `keep[i, j] = j <= i + kv_offset`, U8, `[M, N]`.
-fn causal(m: usize, n: usize, kv_offset: usize, device: &Device) -> Result<Tensor> {
-    let keep: Vec<u8> = (0..m)
-        .flat_map(|i| (0..n).map(move |j| u8::from(j <= i.saturating_add(kv_offset))))
-        .collect();
-    Ok(Tensor::from_vec(keep, (m, n), device)?)
-}
-
-/// Applies `mask` to f32 `scores` `[B, H, M, N]`: masked scores become minus infinity whatever
-/// they were (NaN included), an additive mask is added to the others.
+/// Applies a mask tensor to f32 `scores` `[B, H, M, N]`: masked scores become minus infinity
+/// whatever they were (NaN included), an additive mask is added to the others.
 ///
 /// # Errors
-/// [`Error::Shape`] if a mask tensor does not broadcast to the scores, [`Error::DType`] if it is
+/// [`Error::Shape`] if the mask does not broadcast to the scores, [`Error::DType`] if it is
 /// neither U8 (boolean, non-zero = attend) nor a float (additive).
-pub fn apply_mask(scores: &Tensor, mask: &AttnMask) -> Result<Tensor> {
-    let (_, _, m, n) = scores.dims4()?;
-    let (keep, scores) = match mask {
-        AttnMask::None => return Ok(scores.clone()),
-        AttnMask::Causal { kv_offset } => {
-            (causal(m, n, *kv_offset, scores.device())?, scores.clone())
+pub(super) fn apply_tensor(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let mask = broadcast_mask(mask, scores.dims())?;
+    match mask.dtype() {
+        DType::U8 => keep(scores, &mask.ne(0u8)?),
+        DType::F32 | DType::F16 | DType::BF16 | DType::F64 => {
+            let attended = mask.gt(masked_below(mask.dtype()))?;
+            keep(&(scores + mask.to_dtype(DType::F32)?)?, &attended)
         }
-        AttnMask::Mask(mask) => match mask.dtype() {
-            DType::U8 => (mask.ne(0u8)?, scores.clone()),
-            DType::F32 | DType::F16 | DType::BF16 | DType::F64 => {
-                let keep = mask.gt(masked_below(mask.dtype()))?;
-                let wide = broadcast(&mask.to_dtype(DType::F32)?, scores)?;
-                (keep, (scores + wide)?)
-            }
-            dtype => {
-                return Err(Error::DType {
-                    op: "attention",
-                    tensor: "mask",
-                    dtype,
-                    expected: "U8 (boolean, non-zero = attend) or a float (additive)",
-                });
-            }
-        },
-    };
-    let masked = Tensor::new(f32::NEG_INFINITY, scores.device())?.broadcast_as(scores.shape())?;
-    Ok(broadcast(&keep, &scores)?.where_cond(&scores, &masked)?)
+        dtype => Err(unsupported(dtype)),
+    }
 }
 
-fn broadcast(mask: &Tensor, scores: &Tensor) -> Result<Tensor> {
-    mask.broadcast_as(scores.shape()).map_err(|_| Error::Shape {
+/// `scores` where `attended` (U8, broadcasts) is not 0, minus infinity elsewhere.
+pub(super) fn keep(scores: &Tensor, attended: &Tensor) -> Result<Tensor> {
+    let masked = Tensor::new(f32::NEG_INFINITY, scores.device())?.broadcast_as(scores.shape())?;
+    Ok(attended.broadcast_as(scores.shape())?.where_cond(scores, &masked)?)
+}
+
+pub(super) fn unsupported(dtype: DType) -> Error {
+    Error::DType {
+        op: "attention",
+        tensor: "mask",
+        dtype,
+        expected: "U8 (boolean, non-zero = attend) or a float (additive)",
+    }
+}
+
+/// The mask as a view of shape `[B, H, M, N]`, not a copy.
+pub(super) fn broadcast_mask(mask: &Tensor, scores: &[usize]) -> Result<Tensor> {
+    if !matches!(mask.dtype(), DType::U8 | DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
+        return Err(unsupported(mask.dtype()));
+    }
+    mask.broadcast_as(scores).map_err(|_| Error::Shape {
         op: "attention",
         tensor: "mask",
         shape: mask.dims().to_vec(),
-        expected: format!("something that broadcasts to the scores {:?}", scores.dims()),
+        expected: format!("something that broadcasts to the scores {scores:?}"),
     })
 }
 
@@ -70,7 +64,7 @@ fn broadcast(mask: &Tensor, scores: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// Candle's own, on an unsupported dtype.
-pub fn masked_softmax(scores: &Tensor) -> Result<Tensor> {
+pub(super) fn masked_softmax(scores: &Tensor) -> Result<Tensor> {
     if scores.elem_count() == 0 {
         return Ok(scores.zeros_like()?);
     }

@@ -1,11 +1,13 @@
 //! Int8 attention for Candle tensors.
 //!
-//! * [`attention_scores`]: `q·k^T` through int8, a differentiable Candle op.
-//! * [`attention`]: scores, scale, mask, softmax, times V, with the backend of its configuration.
+//! * [`attention`]: scores, scale, mask, softmax, times V, in one fused op or in fp32.
 //! * [`QuantizedAttention`]: the same as a module that a model holds, one per layer.
-//! * [`tensor_ops`]: the same numbers from ordinary tensor operations, on any device.
+//! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op.
+//! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
+//! * [`tensor_ops`]: the scores from ordinary tensor operations, on any device.
 
 mod config;
+mod fused;
 mod mask;
 mod module;
 mod operand;
@@ -13,11 +15,70 @@ mod scorer;
 mod scores;
 mod shapes;
 pub mod tensor_ops;
-mod unfused;
+pub mod unfused;
 mod view;
+mod visible;
 
-pub use config::{AttentionConfig, Backend, Int8Config, RequantConfig, ScoreConfig, ScoreOutput};
-pub use mask::{apply_mask, masked_softmax};
+pub use config::{
+    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
+};
 pub use module::QuantizedAttention;
 pub use scores::{attention_scores, attention_scores_int8};
-pub use unfused::{attention, attention_probs};
+pub use unfused::attention_probs;
+
+use crate::Result;
+use candle_core::Tensor;
+use candle_nn::attention::AttnMask;
+
+/// `softmax(scale * q·k^T + mask)·v` with the backend that `config` names.
+///
+/// `q` `[B, H, M, D]`, `k` `[B, H_kv, N, D]`, `v` `[B, H_kv, N, Dv]`, each f32, f16 or bf16 with
+/// any strides; `H_kv` divides `H`. The result is `[B, H, M, Dv]` in the dtype of `q`.
+///
+/// Masks are Candle's own: [`AttnMask::None`]; [`AttnMask::Causal`], where query `i` attends to
+/// keys `j <= i + kv_offset`; or a tensor that broadcasts to `[B, H, M, N]`, U8 (boolean, non-zero
+/// = attend) or float (added to the scaled scores). Minus infinity and the smallest finite number
+/// of the mask's dtype both mean masked. A query with every key masked gives zeros.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::{AttentionConfig, AttnMask, attention};
+///
+/// let q = Tensor::randn(0f32, 1., (1, 8, 16, 32), &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 16, 32), &Device::Cpu)?; // 4 query heads share one
+/// let out = attention(&q, &kv, &kv, &AttnMask::causal(), &AttentionConfig::int8())?;
+/// assert_eq!(out.dims(), [1, 8, 16, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`attention_scores`]; [`Error::Shape`](crate::Error::Shape) for a `v` or a mask that does not fit;
+/// [`Error::DType`](crate::Error::DType) for a mask that is neither U8 nor float;
+/// [`Error::Config`](crate::Error::Config) for a configuration that contradicts itself or the
+/// shapes.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttnMask,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
+    if !fused_runs(q, config) {
+        return unfused::attention(q, k, v, mask, config);
+    }
+    shapes::check_attention("attention", q.dims(), k.dims(), v.dims())?;
+    shapes::check_float("attention", &[("q", q), ("k", k), ("v", v)])?;
+    shapes::check_cpu("attention", &[("q", q), ("k", k), ("v", v)])?;
+    config.check(q.dim(1)?)?;
+    fused::attention(q, k, v, mask, config)
+}
+
+/// The fused op has the scores straight from int32; requantized ones need the whole matrix.
+fn fused_runs(q: &Tensor, config: &AttentionConfig) -> bool {
+    match &config.backend {
+        Backend::Int8(int8) => {
+            q.device().is_cpu() && int8.scores.output == ScoreOutput::Dequantized
+        }
+        Backend::Fp32 => false,
+    }
+}

@@ -1,7 +1,7 @@
 //! One side of the product: a float tensor, and how its rows become codes.
 
 use super::view::View;
-use crate::quant::rows::{quantize_row, row_range, subtract};
+use crate::quant::rows::{BlockCodes, RowParams, quantize_block, row_range, subtract};
 use crate::quant::{
     Granularity, MeanBuilder, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
 };
@@ -89,38 +89,40 @@ impl<'a> Operand<'a> {
         tokens: std::ops::Range<usize>,
         rows: &mut QuantizedRows,
     ) {
-        let depth = self.view.depth();
-        rows.values.resize(tokens.len() * depth, 0.0);
-        rows.codes.resize(tokens.len() * depth, 0);
-        (rows.scales.clear(), rows.zeros.clear(), rows.sums.clear());
+        let (count, depth) = (tokens.len(), self.view.depth());
+        rows.values.resize(count * depth, 0.0);
+        rows.codes.resize(count * depth, 0);
+        rows.scales.resize(count, 0.0);
+        rows.zeros.resize(count, 0);
+        rows.sums.resize(count, 0);
         self.load_smoothed(head, tokens.clone(), &mut rows.values);
-        for (i, token) in tokens.enumerate() {
-            let (values, codes) = (
-                &rows.values[i * depth..(i + 1) * depth],
-                &mut rows.codes[i * depth..(i + 1) * depth],
-            );
-            let found = row_range(values);
-            if !found.finite {
-                codes.fill(0);
-                rows.scales.push(f32::NAN);
-                rows.zeros.push(0);
-                rows.sums.push(0);
-                continue;
-            }
-            let params = match &self.params {
-                None => QuantParams::from_finite_range(self.scheme, found.range),
-                Some(params) => params[self.granularity.group(head, token, self.view.tokens())],
-            };
-            rows.sums.push(quantize_row(values, params, codes));
-            rows.scales.push(params.scale());
-            rows.zeros.push(i32::from(params.zero_point()));
+        if depth == 0 {
+            rows.scales.fill(1.0);
+            return;
         }
+        let given: Vec<QuantParams>;
+        let params = match &self.params {
+            None => RowParams::Own(self.scheme),
+            Some(params) => {
+                let of_token =
+                    |token| params[self.granularity.group(head, token, self.view.tokens())];
+                given = tokens.map(of_token).collect();
+                RowParams::Given(&given)
+            }
+        };
+        let out = BlockCodes {
+            codes: &mut rows.codes,
+            scales: &mut rows.scales,
+            zeros: &mut rows.zeros,
+            sums: &mut rows.sums,
+        };
+        quantize_block(&rows.values, depth, params, out);
     }
 
     fn load_smoothed(&self, head: usize, tokens: std::ops::Range<usize>, out: &mut [f32]) {
         self.view.load_rows(head, tokens, out);
-        if let (Some(mean), 1..) = (self.mean(head), self.view.depth()) {
-            out.chunks_exact_mut(mean.len()).for_each(|row| subtract(row, mean));
+        if let Some(mean) = self.mean(head) {
+            subtract(out, mean);
         }
     }
 
@@ -147,7 +149,10 @@ impl<'a> Operand<'a> {
             ranges
         };
         let mut ranges = vec![Range::EMPTY; groups];
-        let found: Vec<_> = (0..heads).into_par_iter().map(of_head).collect();
+        let found: Vec<_> = match self.view.is_small() {
+            true => (0..heads).map(of_head).collect(),
+            false => (0..heads).into_par_iter().map(of_head).collect(),
+        };
         for (group, range) in found.into_iter().flatten() {
             ranges[group] = ranges[group].union(range);
         }
@@ -167,15 +172,19 @@ fn means(view: &View<'_>) -> Vec<f32> {
     if depth == 0 {
         return means;
     }
-    means.par_chunks_exact_mut(depth).enumerate().for_each(|(head, mean)| {
+    let of_head = |(head, mean): (usize, &mut [f32])| {
         let mut builder = MeanBuilder::new(depth);
         let mut buffer = Vec::new();
         for block in blocks(view.tokens()) {
             buffer.resize(block.len() * depth, 0.0);
             view.load_rows(head, block, &mut buffer);
-            buffer.chunks_exact(depth).for_each(|row| builder.push(row));
+            builder.push(&buffer);
         }
         mean.copy_from_slice(&builder.finish());
-    });
+    };
+    match view.is_small() {
+        true => means.chunks_exact_mut(depth).enumerate().for_each(of_head),
+        false => means.par_chunks_exact_mut(depth).enumerate().for_each(of_head),
+    }
     means
 }

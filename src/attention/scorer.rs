@@ -4,7 +4,7 @@ use super::ScoreConfig;
 use super::operand::{BLOCK, Operand, QuantizedRows, blocks};
 use super::view::View;
 use crate::gemm::{self, Kernel, PackedLhs, PackedRhs, ScoreScales, ZeroCorrection};
-use crate::quant::rows::dot;
+use crate::quant::rows::dots;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -20,6 +20,31 @@ struct PackedKeys {
     biases: Vec<Vec<f32>>,
 }
 
+/// Some queries of a head, quantized and packed.
+pub(super) struct QueryBlock {
+    head: usize,
+    lhs: PackedLhs,
+    scales: Vec<f32>,
+    biases: Vec<f32>,
+    zeros: Vec<i32>,
+    terms: Vec<i32>,
+}
+
+/// What is done to every score on its way out.
+#[derive(Clone, Copy)]
+pub(super) struct ScoreScale {
+    /// Multiplies every score.
+    pub factor: f32,
+    /// Whether smooth-K's correction, the same for a whole row, is added. A softmax does not see
+    /// it, and is more exact without.
+    pub row_constants: bool,
+}
+
+impl ScoreScale {
+    /// `q·k^T` itself.
+    pub(super) const RAW: ScoreScale = ScoreScale { factor: 1.0, row_constants: true };
+}
+
 /// Queries that are quantized block by block, against keys that are ready.
 pub(super) struct Scorer<'a> {
     kernel: &'static dyn Kernel,
@@ -28,6 +53,7 @@ pub(super) struct Scorer<'a> {
     keys: Vec<PackedKeys>,
     /// Query heads that share a key head.
     group: usize,
+    scale: ScoreScale,
 }
 
 impl<'a> Scorer<'a> {
@@ -36,7 +62,12 @@ impl<'a> Scorer<'a> {
     /// # Errors
     /// [`Error::Depth`] beyond the depth limit, [`Error::Config`] for parameters that do not fit
     /// the shapes, [`Error::Kernel`] for a forced kernel that cannot be used.
-    pub(super) fn prepare(q: View<'a>, k: View<'a>, config: &ScoreConfig) -> Result<Self> {
+    pub(super) fn prepare(
+        q: View<'a>,
+        k: View<'a>,
+        config: &ScoreConfig,
+        scale: ScoreScale,
+    ) -> Result<Self> {
         let kernel = gemm::select()?;
         let (q, k) = (
             Operand::prepare(q, &config.q, config.smooth_q)?,
@@ -48,9 +79,13 @@ impl<'a> Scorer<'a> {
             return Err(Error::Depth { depth, limit });
         }
         let group = (q.view().dims()[1]).checked_div(k.view().dims()[1]).unwrap_or(0);
-        let mut scorer = Self { kernel, q, k, keys: Vec::new(), group };
+        let mut scorer = Self { kernel, q, k, keys: Vec::new(), group, scale };
         let heads = scorer.k.view().heads();
-        scorer.keys = (0..heads).into_par_iter().map(|head| scorer.pack_keys(head)).collect();
+        let pack = |head| scorer.pack_keys(head);
+        scorer.keys = match scorer.k.view().is_small() {
+            true => (0..heads).map(pack).collect(),
+            false => (0..heads).into_par_iter().map(pack).collect(),
+        };
         Ok(scorer)
     }
 
@@ -69,7 +104,7 @@ impl<'a> Scorer<'a> {
             scales: Vec::with_capacity(padded),
             zeros: Vec::with_capacity(padded),
             sums: Vec::with_capacity(padded),
-            biases: vec![Vec::with_capacity(padded); self.group],
+            biases: vec![vec![0.0; padded]; self.group],
         };
         let mut rows = QuantizedRows::default();
         for block in blocks(tokens) {
@@ -79,83 +114,108 @@ impl<'a> Scorer<'a> {
             keys.zeros.extend(&rows.zeros);
             keys.sums.extend(&rows.sums);
             for (query, biases) in queries.clone().zip(&mut keys.biases) {
-                if let (Some(mean), 1..) = (self.q.mean(query), depth) {
-                    biases.extend(rows.values.chunks_exact(depth).map(|key| dot(mean, key)));
+                if let Some(mean) = self.q.mean(query) {
+                    dots(&rows.values, mean, &mut biases[block.clone()]);
+                    biases[block.clone()].iter_mut().for_each(|b| *b *= self.scale.factor);
                 }
             }
         }
         keys.scales.resize(padded, 0.0);
         keys.zeros.resize(padded, 0);
         keys.sums.resize(padded, 0);
-        keys.biases.iter_mut().for_each(|biases| biases.resize(padded, 0.0));
         keys
     }
 
-    /// Quantizes a block of queries and hands it, with the keys of its head, to `f`.
-    fn with_block<R>(
-        &self,
-        head: usize,
-        tokens: Range<usize>,
-        f: impl FnOnce(&PackedLhs, &PackedKeys, &QuantizedRows, Option<&ZeroCorrection<'_>>) -> R,
-    ) -> R {
+    /// `D`.
+    pub(super) fn depth(&self) -> usize {
+        self.q.view().depth()
+    }
+
+    /// Query heads that share a key head.
+    pub(super) fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Quantizes and packs queries `tokens` of `head`.
+    pub(super) fn query_block(&self, head: usize, tokens: Range<usize>) -> QueryBlock {
         let depth = self.q.view().depth();
         let mut rows = QuantizedRows::default();
         self.q.quantize_rows(head, tokens.clone(), &mut rows);
         let lhs = PackedLhs::new(self.kernel, &rows.codes, tokens.len(), depth);
-        let keys = &self.keys[head / self.group];
-        if self.q.is_symmetric() && self.k.is_symmetric() {
-            return f(&lhs, keys, &rows, None);
-        }
+        let biases = self.row_biases(head, &rows);
         let terms = rows.sums.iter().zip(&rows.zeros).map(|(sum, zero)| sum - depth as i32 * zero);
-        let zeros = ZeroCorrection {
-            row_zeros: &rows.zeros,
-            row_terms: &terms.collect::<Vec<_>>(),
-            column_zeros: &keys.zeros,
-            column_sums: &keys.sums,
-        };
-        f(&lhs, keys, &rows, Some(&zeros))
+        let terms = terms.collect();
+        rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
+        QueryBlock { head, lhs, scales: rows.scales, biases, zeros: rows.zeros, terms }
     }
 
-    /// f32 scores of queries `tokens` of `head` against all keys: `[tokens, N]`, row-major.
-    fn scores(&self, head: usize, tokens: Range<usize>, out: &mut [f32]) {
-        self.with_block(head, tokens, |lhs, keys, rows, zeros| {
-            let scales = ScoreScales {
-                row_scales: &rows.scales,
-                row_biases: &self.row_biases(head, rows),
-                column_scales: &keys.scales,
-                column_biases: &keys.biases[head % self.group],
-                zeros,
-            };
-            gemm::score_tiles(lhs, &keys.rhs, &scales, out, keys.rhs.rows());
-        });
+    /// Zero points and sums, unless both sides are symmetric.
+    fn zeros<'b>(&'b self, block: &'b QueryBlock) -> Option<ZeroCorrection<'b>> {
+        let keys = &self.keys[block.head / self.group];
+        (!(self.q.is_symmetric() && self.k.is_symmetric())).then_some(ZeroCorrection {
+            row_zeros: &block.zeros,
+            row_terms: &block.terms,
+            column_zeros: &keys.zeros,
+            column_sums: &keys.sums,
+        })
+    }
+
+    /// f32 scores of a block against `keys` of its head, whose start is a multiple of
+    /// [`Scorer::key_step`], row-major, rows `stride` elements apart. Where `stride` leaves room,
+    /// up to one step more is overwritten behind each row.
+    pub(super) fn score(
+        &self,
+        block: &QueryBlock,
+        keys: Range<usize>,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        let packed = &self.keys[block.head / self.group];
+        let scales = ScoreScales {
+            row_scales: &block.scales,
+            row_biases: &block.biases,
+            column_scales: &packed.scales,
+            column_biases: &packed.biases[block.head % self.group],
+            zeros: self.zeros(block),
+        };
+        gemm::score_tiles(&block.lhs, &packed.rhs, keys, &scales, out, stride);
+    }
+
+    /// Keys are scored in steps of this many.
+    pub(super) fn key_step(&self) -> usize {
+        self.kernel.geometry().nr
     }
 
     /// Smooth-K's correction of each row, `q·mean(k) = q'·mean(k) + mean(q)·mean(k)`, from the
     /// smoothed queries `q'`.
     fn row_biases(&self, head: usize, rows: &QuantizedRows) -> Vec<f32> {
-        let (Some(mean), depth @ 1..) = (self.k.mean(head / self.group), self.q.view().depth())
-        else {
-            return vec![0.0; rows.scales.len()];
-        };
-        let constant = self.q.mean(head).map_or(0.0, |q| dot(q, mean));
-        rows.values.chunks_exact(depth).map(|q| dot(q, mean) + constant).collect()
-    }
-
-    /// Exact int32 sums of queries `tokens` of `head` against all keys, zero points corrected.
-    fn sums(&self, head: usize, tokens: Range<usize>, out: &mut [i32]) {
-        self.with_block(head, tokens, |lhs, keys, _, zeros| {
-            gemm::int_tiles(lhs, &keys.rhs, zeros, out, keys.rhs.rows());
-        });
+        let mut biases = vec![0.0; rows.scales.len()];
+        if let (Some(mean), true) = (self.k.mean(head / self.group), self.scale.row_constants) {
+            dots(&rows.values, mean, &mut biases);
+            let mut constant = [0.0];
+            if let Some(q_mean) = self.q.mean(head) {
+                dots(q_mean, mean, &mut constant);
+            }
+            biases.iter_mut().for_each(|b| *b = (*b + constant[0]) * self.scale.factor);
+        }
+        biases
     }
 
     /// All f32 scores, `[B, H, M, N]`.
     pub(super) fn all_scores(&self) -> Vec<f32> {
-        self.for_all_blocks(|head, tokens, out| self.scores(head, tokens, out))
+        let n = self.k.view().tokens();
+        self.for_all_blocks(|head, tokens, out| {
+            self.score(&self.query_block(head, tokens), 0..n, out, n);
+        })
     }
 
     /// All int32 sums, `[B, H, M, N]`.
     pub(super) fn all_sums(&self) -> Vec<i32> {
-        self.for_all_blocks(|head, tokens, out| self.sums(head, tokens, out))
+        self.for_all_blocks(|head, tokens, out| {
+            let block = self.query_block(head, tokens);
+            let keys = &self.keys[head / self.group].rhs;
+            gemm::int_tiles(&block.lhs, keys, self.zeros(&block).as_ref(), out, keys.rows());
+        })
     }
 
     /// Fills `[B, H, M, N]` block by block of queries. Blocks do not depend on each other, so the

@@ -1,7 +1,7 @@
 //! Raw attention scores `q·k^T` through int8: the custom op, and the variants that return integers.
 
 use super::config::{RequantConfig, ScoreConfig, ScoreOutput};
-use super::scorer::Scorer;
+use super::scorer::{ScoreScale, Scorer};
 use super::shapes::{self, check_scores};
 use super::view::View;
 use crate::quant::{QuantConfig, QuantizedTensor, RangeSource};
@@ -100,7 +100,7 @@ impl ScoreOp {
     ) -> Result<(CpuStorage, Shape)> {
         let q = View::new(OP, "q", q, q_layout)?;
         let k = View::new(OP, "k", k, k_layout)?;
-        let scorer = Scorer::prepare(q, k, &self.config)?;
+        let scorer = Scorer::prepare(q, k, &self.config, ScoreScale::RAW)?;
         let dims = scorer.dims();
         let requantize = |requant: RequantConfig| {
             let scores = scorer.all_scores();

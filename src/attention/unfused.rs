@@ -1,41 +1,23 @@
-//! Attention from the score op and Candle's tensor operations.
+//! Attention from the score op and Candle's tensor operations, with all `M * N` probabilities in
+//! memory: the check of the fused op, the fp32 backend, and what gives probabilities to look at.
 
 use super::config::{AttentionConfig, Backend, ScoreOutput};
-use super::mask::{apply_mask, masked_softmax};
+use super::mask::{apply_tensor, keep, masked_softmax};
 use super::scores::attention_scores;
 use super::shapes::{check_attention, check_float, check_scores};
 use super::tensor_ops::repeat_heads;
+use super::visible::Visible;
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
 
 const OP: &str = "attention";
 
-/// `softmax(scale * q·k^T + mask)·v` with the backend that `config` names.
-///
-/// `q` `[B, H, M, D]`, `k` `[B, H_kv, N, D]`, `v` `[B, H_kv, N, Dv]`, each f32, f16 or bf16 with
-/// any strides; `H_kv` divides `H`. The result is `[B, H, M, Dv]` in the dtype of `q`.
-///
-/// Masks are Candle's own: [`AttnMask::None`]; [`AttnMask::Causal`], where query `i` attends to
-/// keys `j <= i + kv_offset`; or a tensor that broadcasts to `[B, H, M, N]`, U8 (boolean, non-zero
-/// = attend) or float (added to the scaled scores). Minus infinity and the smallest finite number
-/// of the mask's dtype both mean masked. A query with every key masked gives zeros.
-///
-/// ```
-/// use candle_core::{Device, Tensor};
-/// use candle_int8_attention::{AttentionConfig, AttnMask, attention};
-///
-/// let q = Tensor::randn(0f32, 1., (1, 8, 16, 32), &Device::Cpu)?;
-/// let kv = Tensor::randn(0f32, 1., (1, 2, 16, 32), &Device::Cpu)?; // 4 query heads share one
-/// let out = attention(&q, &kv, &kv, &AttnMask::causal(), &AttentionConfig::int8())?;
-/// assert_eq!(out.dims(), [1, 8, 16, 32]);
-/// # Ok::<(), candle_core::Error>(())
-/// ```
+/// [`attention`](super::attention) without the fused op, in both backends. Probabilities and
+/// values are f32 here whatever the P·V precision.
 ///
 /// # Errors
-/// Those of [`attention_scores`]; [`Error::Shape`] for a `v` or a mask that does not fit;
-/// [`Error::DType`] for a mask that is neither U8 nor float; [`Error::Config`] if the score
-/// configuration asks for integers instead of f32 scores.
+/// Those of [`attention`](super::attention).
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -81,11 +63,37 @@ pub fn attention_probs(
             }
         },
     };
-    let scale = config.softmax_scale.unwrap_or(1.0 / (q.dim(3)?.max(1) as f32).sqrt());
-    if !scale.is_finite() {
-        return Err(Error::Config(format!("softmax scale {scale}, expected a finite number")));
+    let (b, h, m, d) = q.dims4()?;
+    let n = k.dim(2)?;
+    config.check(h)?;
+    let mut scores = (scores * f64::from(config.scale(d)?))?;
+    if let Some(cap) = config.softcap {
+        scores = ((scores / f64::from(cap))?.tanh()? * f64::from(cap))?;
     }
-    masked_softmax(&apply_mask(&(scores * f64::from(scale))?, mask)?)
+    let visible = Visible::new((b, m, n), mask, config)?;
+    if let Some(slopes) = &config.alibi_slopes {
+        scores = scores.broadcast_add(&alibi(&visible, slopes, m, n, q.device())?)?;
+    }
+    if let AttnMask::Mask(mask) = mask {
+        scores = apply_tensor(&scores, mask)?;
+    }
+    if !visible.is_everything() {
+        scores = keep(&scores, &visible.to_tensor(b, m, q.device())?)?;
+    }
+    masked_softmax(&scores)
+}
+
+/// `-slope * |position - key|`, `[1, H, M, N]`.
+fn alibi(visible: &Visible, slopes: &[f32], m: usize, n: usize, device: &Device) -> Result<Tensor> {
+    let distance = |i: usize, j: usize| (visible.position(i) - j as isize).unsigned_abs() as f32;
+    let all: Vec<f32> = (0..m).flat_map(|i| (0..n).map(move |j| -distance(i, j))).collect();
+    let distances = Tensor::from_vec(all, (1, 1, m, n), device)?;
+    Ok(distances.broadcast_mul(&Tensor::new(slopes, device)?.reshape((
+        1,
+        slopes.len(),
+        1,
+        1,
+    ))?)?)
 }
 
 fn fp32_scores(q: &Tensor, k: &Tensor) -> Result<Tensor> {

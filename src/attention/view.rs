@@ -58,6 +58,11 @@ impl<'a> View<'a> {
         self.dims[0] * self.dims[1]
     }
 
+    /// Whether one core is done with it before another wakes up.
+    pub(super) fn is_small(&self) -> bool {
+        self.dims.iter().product::<usize>() < 1 << 16
+    }
+
     /// `S`.
     pub(super) fn tokens(&self) -> usize {
         self.dims[2]

@@ -44,21 +44,24 @@ pub(crate) struct ScoreScales<'a> {
     pub column_scales: &'a [f32],
     pub column_biases: &'a [f32],
     /// Zero points, unless both sides are symmetric.
-    pub zeros: Option<&'a ZeroCorrection<'a>>,
+    pub zeros: Option<ZeroCorrection<'a>>,
 }
 
-/// Calls `f(rows, columns, input)` for every tile.
+/// Calls `f(rows, columns, input)` for every tile of `columns`, whose start is a multiple of the
+/// kernel's `nr`.
 fn for_each_tile(
     lhs: &PackedLhs,
     rhs: &PackedRhs,
+    columns: Range<usize>,
     mut f: impl FnMut(Range<usize>, Range<usize>, TileInput),
 ) {
     assert_eq!(lhs.kernel().name(), rhs.kernel().name(), "operands packed for different kernels");
     assert_eq!(lhs.depth(), rhs.depth(), "operands of different depth");
     let geometry = lhs.kernel().geometry();
     let groups = lhs.depth().div_ceil(geometry.group);
-    for column in (0..rhs.rows()).step_by(geometry.nr) {
-        let columns = column..(column + geometry.nr).min(rhs.rows());
+    assert!(columns.end <= rhs.rows() && columns.start.is_multiple_of(geometry.nr));
+    for column in columns.clone().step_by(geometry.nr) {
+        let columns = column..(column + geometry.nr).min(columns.end);
         for row in (0..lhs.rows()).step_by(geometry.mr) {
             let rows = row..(row + geometry.mr).min(lhs.rows());
             let input = TileInput {
@@ -82,7 +85,7 @@ pub(crate) fn int_tiles(
     stride: usize,
 ) {
     let (kernel, nr) = (lhs.kernel(), lhs.kernel().geometry().nr);
-    for_each_tile(lhs, rhs, |rows, columns, input| {
+    for_each_tile(lhs, rhs, 0..rhs.rows(), |rows, columns, input| {
         let mut sums = [0i32; MAX_TILE];
         // SAFETY: packing asserted that the kernel is available and that its tile fits MAX_TILE;
         // `for_each_tile` gives 1..=mr rows and whole panels, which live as long as `lhs` and
@@ -95,28 +98,36 @@ pub(crate) fn int_tiles(
     });
 }
 
-/// `out[m * stride + n]` = the f32 scores.
+/// `out[m * stride + n - columns.start]` = the f32 scores of `columns`, whose start is a multiple
+/// of the kernel's `nr`. Where `stride` leaves room for whole panels, what follows the last column
+/// is overwritten with scores of padding.
 pub(crate) fn score_tiles(
     lhs: &PackedLhs,
     rhs: &PackedRhs,
+    columns: Range<usize>,
     scales: &ScoreScales<'_>,
     out: &mut [f32],
     stride: usize,
 ) {
     let (kernel, nr) = (lhs.kernel(), lhs.kernel().geometry().nr);
-    assert!(stride >= rhs.rows());
+    let first = columns.start;
+    assert!(stride >= columns.len());
     let before_last = lhs.rows().saturating_sub(1).checked_mul(stride);
-    let needed = before_last.and_then(|before| before.checked_add(rhs.rows()));
+    let needed = before_last.and_then(|before| before.checked_add(columns.len()));
     assert!(lhs.rows() == 0 || needed.is_some_and(|needed| out.len() >= needed));
     assert_eq!(scales.row_scales.len(), lhs.rows());
     assert_eq!(scales.row_biases.len(), lhs.rows());
     assert!(scales.column_scales.len() >= rhs.rows().next_multiple_of(nr));
     assert!(scales.column_biases.len() >= rhs.rows().next_multiple_of(nr));
-    for_each_tile(lhs, rhs, |rows, columns, input| {
+    for_each_tile(lhs, rhs, columns, |rows, columns, input| {
         let mut edge = [0f32; MAX_TILE];
-        let whole = columns.len() == nr;
+        let at = rows.start * stride + columns.start - first;
+        // A panel that reaches over the row's end would overwrite the next row's start, or end
+        // outside of the buffer.
+        let inside = columns.start - first + nr <= stride;
+        let whole = inside && at + (rows.len() - 1) * stride + nr <= out.len();
         let (target, target_stride) = match whole {
-            true => (out[rows.start * stride + columns.start..].as_mut_ptr(), stride),
+            true => (out[at..].as_mut_ptr(), stride),
             false => (edge.as_mut_ptr(), nr),
         };
         let tile = ScoreTile {
@@ -127,10 +138,10 @@ pub(crate) fn score_tiles(
             column_scales: scales.column_scales[columns.start..].as_ptr(),
             column_biases: scales.column_biases[columns.start..].as_ptr(),
         };
-        match scales.zeros {
+        match &scales.zeros {
             // SAFETY: as in `int_tiles` for `input`. The scales and biases were asserted to cover
-            // all rows and whole panels of columns. A whole tile lies inside `out`, which was
-            // asserted to hold all rows, `stride` >= `nr` apart; any other goes to `edge`.
+            // all rows and whole panels of columns. The target holds `rows` rows of `nr` scores:
+            // inside `out` (checked as `whole`), or `edge`, which holds any tile.
             None => unsafe { kernel.score_tile(input, tile) },
             Some(zeros) => {
                 let mut sums = [0i32; MAX_TILE];
@@ -142,6 +153,7 @@ pub(crate) fn score_tiles(
             }
         }
         if !whole {
+            let columns = columns.start - first..columns.end - first;
             copy_tile(&edge, nr, rows, columns, out, stride);
         }
     });
@@ -242,18 +254,22 @@ mod tests {
                 row_biases: &self.factors[1],
                 column_scales: &pad_f32(&self.factors[2]),
                 column_biases: &pad_f32(&self.factors[3]),
-                zeros: affine.then_some(&zeros),
+                zeros: affine.then_some(zeros),
             };
             let mut out = vec![POISON; m * stride];
-            score_tiles(&lhs, &rhs, &scales, &mut out, stride);
+            score_tiles(&lhs, &rhs, 0..n, &scales, &mut out, stride);
             out
         }
 
         /// Compares every kernel with the formula, bit by bit.
         fn check(&self, stride: usize) {
             for kernel in runnable() {
+                let room = stride >= self.dims.1.next_multiple_of(kernel.geometry().nr);
                 for (i, x) in self.run(kernel, stride).iter().enumerate() {
                     let (row, column) = (i / stride, i % stride);
+                    if room && column >= self.dims.1 {
+                        continue; // may hold scores of padding
+                    }
                     let expected =
                         if column < self.dims.1 { self.expected(row, column) } else { POISON };
                     let at = (kernel.name(), self.dims, row, column);

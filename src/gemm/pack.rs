@@ -1,32 +1,7 @@
 //! Operands in the order a kernel reads them. Packed data remembers its kernel.
 
 use super::kernel::{Geometry, Kernel, LhsFormat, MAX_TILE};
-
-/// One cache line; buffers of these start on a line, so no vector load straddles two.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// Zeroed bytes that start on a cache line.
-#[derive(Clone)]
-struct AlignedBytes(Vec<Line>);
-
-impl AlignedBytes {
-    fn zeroed(len: usize) -> Self {
-        Self(vec![Line([0; 64]); len.div_ceil(64)])
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [u8] {
-        let len = self.0.len() * 64;
-        // SAFETY: `Line` is 64 bytes without padding, so the vector's memory is `len` valid bytes;
-        // the borrow of `self` keeps it alive and unaliased.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
-    }
-
-    fn as_ptr(&self) -> *const u8 {
-        self.0.as_ptr().cast()
-    }
-}
+use crate::aligned::AlignedBytes;
 
 /// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
 /// pointers into panels are sound only if the buffer has the size that it should have.

@@ -1,29 +1,16 @@
 //! The loops over rows of f32, compiled once for every vector width and chosen at run time.
 //!
 //! They are plain Rust: `pulp` compiles each body for the baseline, for AVX2 and for AVX-512
-//! (NEON is part of the Arm baseline), and LLVM vectorizes it. Every width gives the same bits,
-//! because no result here depends on the order of evaluation.
+//! (NEON is part of the Arm baseline), and LLVM vectorizes it. Every width gives the same bits:
+//! sums have a fixed order, and nothing is fused.
+//!
+//! A call works on a block of rows, because finding out the width costs as much as a short row.
 
-use super::{QuantParams, Range};
+use super::{QuantParams, Range, Scheme};
+use crate::simd::widest;
 
-/// A function and its arguments, to be compiled for one vector width after the other.
-struct Call<F, A>(F, A);
-
-impl<R, A, F: FnOnce(A) -> R> pulp::WithSimd for Call<F, A> {
-    type Output = R;
-
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) -> R {
-        (self.0)(self.1)
-    }
-}
-
-/// Runs `f(args)` compiled for the widest vectors of this machine. `f` must be a function marked
-/// `#[inline(always)]`, or it is compiled for the baseline only.
-#[inline]
-fn widest<A, R>(f: impl FnOnce(A) -> R, args: A) -> R {
-    pulp::Arch::new().dispatch(Call(f, args))
-}
+/// Independent partial results of a reduction: enough to fill the widest vectors.
+const LANES: usize = 16;
 
 /// What a pass over a row finds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,7 +28,6 @@ pub(crate) fn row_range(row: &[f32]) -> RowRange {
 
 #[inline(always)]
 fn row_range_body(row: &[f32]) -> RowRange {
-    const LANES: usize = 16;
     let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
     // The exponent bits are all set in infinities and NaN alone: the largest magnitude tells.
     let mut magnitude = [0u32; LANES];
@@ -63,6 +49,82 @@ fn row_range_body(row: &[f32]) -> RowRange {
     let max = high.into_iter().fold(f32::NEG_INFINITY, f32::max);
     let finite = magnitude.into_iter().max().unwrap_or(0) < f32::INFINITY.to_bits();
     RowRange { range: Range { min, max }, finite }
+}
+
+/// The largest magnitude of `row`; infinite or NaN if an element is.
+#[inline(always)]
+fn max_abs_body(row: &[f32]) -> f32 {
+    let mut magnitude = [0u32; LANES];
+    let (chunks, tail) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (magnitude, x) in magnitude.iter_mut().zip(chunk) {
+            *magnitude = (*magnitude).max(x.to_bits() & 0x7fff_ffff);
+        }
+    }
+    for (magnitude, x) in magnitude.iter_mut().zip(tail) {
+        *magnitude = (*magnitude).max(x.to_bits() & 0x7fff_ffff);
+    }
+    f32::from_bits(magnitude.into_iter().max().unwrap_or(0))
+}
+
+/// How each row of a block finds its scale and zero point.
+pub(crate) enum RowParams<'a> {
+    /// From its own range.
+    Own(Scheme),
+    /// Given, one a row.
+    Given(&'a [QuantParams]),
+}
+
+/// Codes of a block of rows.
+pub(crate) struct BlockCodes<'a> {
+    /// `[rows, depth]`.
+    pub codes: &'a mut [i8],
+    /// One a row. NaN for a row that holds NaN or infinity; its codes are 0.
+    pub scales: &'a mut [f32],
+    /// One a row.
+    pub zeros: &'a mut [i32],
+    /// The sum of the codes of each row.
+    pub sums: &'a mut [i32],
+}
+
+/// Quantizes `[rows, depth]` values, `depth` at least 1, row by row.
+pub(crate) fn quantize_block(
+    values: &[f32],
+    depth: usize,
+    params: RowParams<'_>,
+    out: BlockCodes<'_>,
+) {
+    assert_eq!(values.len(), out.codes.len());
+    widest(quantize_block_body, (values, depth, params, out));
+}
+
+#[inline(always)]
+fn quantize_block_body(
+    (values, depth, params, out): (&[f32], usize, RowParams<'_>, BlockCodes<'_>),
+) {
+    let rows = values.chunks_exact(depth).zip(out.codes.chunks_exact_mut(depth));
+    for (row, (values, codes)) in rows.enumerate() {
+        let (finite, params) = match params {
+            RowParams::Own(Scheme::Symmetric) => {
+                let max = max_abs_body(values);
+                let range = Range { min: -max, max };
+                (max.is_finite(), QuantParams::from_finite_range(Scheme::Symmetric, range))
+            }
+            RowParams::Own(scheme) => {
+                let found = row_range_body(values);
+                (found.finite, QuantParams::from_finite_range(scheme, found.range))
+            }
+            RowParams::Given(params) => (max_abs_body(values).is_finite(), params[row]),
+        };
+        if finite {
+            out.sums[row] = quantize_row_body((values, params, codes));
+            out.scales[row] = params.scale();
+            out.zeros[row] = i32::from(params.zero_point());
+        } else {
+            codes.fill(0);
+            (out.sums[row], out.scales[row], out.zeros[row]) = (0, f32::NAN, 0);
+        }
+    }
 }
 
 /// `clamp(round(x / scale) + zero_point)` for a row of finite numbers; returns the sum of the
@@ -87,48 +149,66 @@ fn quantize_row_body((row, params, codes): (&[f32], QuantParams, &mut [i8])) -> 
     let mut sum = 0i32;
     for (code, &x) in codes.iter_mut().zip(row) {
         // Clamping first is the same, as the bounds are integers. Multiplying by 1 / scale would
-        // save little (the division hides behind the loads) and round differently at ties.
-        let steps = (x / scale).max(low).min(high);
-        let q = (steps + ROUND).to_bits() as i32 + bias;
+        // save little (the division hides behind the rest) and round differently at ties.
+        let steps = x / scale;
+        let steps = if steps > low { steps } else { low };
+        let steps = if steps < high { steps } else { high };
+        let q = ((steps + ROUND).to_bits() as i32).wrapping_add(bias);
         *code = q as i8;
-        sum = sum.wrapping_add(i32::from(q as i8));
+        sum = sum.wrapping_add(q);
     }
     sum
 }
 
-/// Subtracts `offset` from `row`, element by element.
-pub(crate) fn subtract(row: &mut [f32], offset: &[f32]) {
-    widest(subtract_body, (row, offset));
+/// Subtracts `offset` from every row of a `[rows, offset.len()]` block.
+pub(crate) fn subtract(rows: &mut [f32], offset: &[f32]) {
+    widest(subtract_body, (rows, offset));
 }
 
 #[inline(always)]
-fn subtract_body((row, offset): (&mut [f32], &[f32])) {
-    for (x, o) in row.iter_mut().zip(offset) {
-        *x -= o;
+fn subtract_body((rows, offset): (&mut [f32], &[f32])) {
+    for row in rows.chunks_exact_mut(offset.len().max(1)) {
+        for (x, o) in row.iter_mut().zip(offset) {
+            *x -= o;
+        }
     }
 }
 
-/// Adds `row` to the f64 sums of its columns.
-pub(crate) fn accumulate(sums: &mut [f64], row: &[f32]) {
-    widest(accumulate_body, (sums, row));
+/// Adds the finite rows of a `[rows, sums.len()]` block to the f64 sums of their columns; returns
+/// how many they are.
+pub(crate) fn accumulate_finite(sums: &mut [f64], rows: &[f32]) -> usize {
+    widest(accumulate_finite_body, (sums, rows))
 }
 
 #[inline(always)]
-fn accumulate_body((sums, row): (&mut [f64], &[f32])) {
-    for (sum, &x) in sums.iter_mut().zip(row) {
-        *sum += f64::from(x);
+fn accumulate_finite_body((sums, rows): (&mut [f64], &[f32])) -> usize {
+    let mut finite = 0;
+    for row in rows.chunks_exact(sums.len().max(1)) {
+        if max_abs_body(row).is_finite() {
+            finite += 1;
+            for (sum, &x) in sums.iter_mut().zip(row) {
+                *sum += f64::from(x);
+            }
+        }
+    }
+    finite
+}
+
+/// The dot product of `vector` with every row of a `[out.len(), vector.len()]` block, in f32, 16
+/// partial sums wide.
+pub(crate) fn dots(rows: &[f32], vector: &[f32], out: &mut [f32]) {
+    widest(dots_body, (rows, vector, out));
+}
+
+#[inline(always)]
+fn dots_body((rows, vector, out): (&[f32], &[f32], &mut [f32])) {
+    for (row, out) in rows.chunks_exact(vector.len().max(1)).zip(out) {
+        *out = dot_body(row, vector);
     }
 }
 
-/// Dot product in f32, 16 partial sums wide. The order is fixed, so every width gives the same.
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    widest(dot_body, (a, b))
-}
-
 #[inline(always)]
-fn dot_body((a, b): (&[f32], &[f32])) -> f32 {
-    const LANES: usize = 16;
+fn dot_body(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0f32; LANES];
     let ((a_chunks, a_tail), (b_chunks, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (x, y) in a_chunks.iter().zip(b_chunks) {
@@ -145,7 +225,6 @@ fn dot_body((a, b): (&[f32], &[f32])) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::Scheme;
     use proptest::prelude::*;
 
     fn any_finite() -> impl Strategy<Value = f32> {
@@ -177,6 +256,37 @@ mod tests {
                 prop_assert_eq!(codes, expected);
             }
         }
+
+        #[test]
+        fn a_block_equals_its_rows(
+            rows in prop::collection::vec(prop::collection::vec(any_finite(), 19), 0..5),
+            bad in prop::option::of(0usize..95),
+            affine: bool,
+        ) {
+            let mut values = rows.concat();
+            if let Some(x) = bad.and_then(|at| values.get_mut(at)) {
+                *x = f32::NAN;
+            }
+            let scheme = if affine { Scheme::Affine } else { Scheme::Symmetric };
+            let n = rows.len();
+            let (mut codes, mut scales) = (vec![1i8; n * 19], vec![0f32; n]);
+            let (mut zeros, mut sums) = (vec![9i32; n], vec![9i32; n]);
+            let out = BlockCodes {
+                codes: &mut codes, scales: &mut scales, zeros: &mut zeros, sums: &mut sums,
+            };
+            quantize_block(&values, 19, RowParams::Own(scheme), out);
+            for (i, row) in values.chunks_exact(19).enumerate() {
+                if row.iter().any(|x| x.is_nan()) {
+                    prop_assert!(scales[i].is_nan() && zeros[i] == 0 && sums[i] == 0);
+                    continue;
+                }
+                let params = QuantParams::from_range(scheme, row_range(row).range).unwrap();
+                let expected: Vec<i8> = row.iter().map(|&x| params.quantize(x)).collect();
+                prop_assert_eq!(&codes[i * 19..(i + 1) * 19], expected);
+                prop_assert_eq!(scales[i], params.scale());
+                prop_assert_eq!(zeros[i], i32::from(params.zero_point()));
+            }
+        }
     }
 
     #[test]
@@ -187,6 +297,7 @@ mod tests {
                     let mut row = vec![1.0; len];
                     row[at] = bad;
                     assert!(!row_range(&row).finite, "{bad} at {at} of {len}");
+                    assert_eq!(accumulate_finite(&mut vec![0.0; len], &row), 0);
                 }
             }
         }
@@ -195,15 +306,16 @@ mod tests {
     }
 
     #[test]
-    fn dot_and_sums() {
+    fn dots_sums_and_differences() {
         let a: Vec<f32> = (0..37).map(|i| i as f32).collect();
-        assert_eq!(dot(&a, &a), (0..37).map(|i| (i * i) as f32).sum::<f32>());
+        let mut out = [0.0; 2];
+        dots(&a.repeat(2), &a, &mut out);
+        assert_eq!(out, [(0..37).map(|i| (i * i) as f32).sum::<f32>(); 2]);
         let mut sums = vec![1.0; 37];
-        accumulate(&mut sums, &a);
-        assert_eq!(sums[36], 37.0);
-        let mut row = a.clone();
-        subtract(&mut row, &a);
-        assert_eq!(row, vec![0.0; 37]);
-        assert_eq!(Scheme::Symmetric.qmin(), -127);
+        assert_eq!(accumulate_finite(&mut sums, &a.repeat(3)), 3);
+        assert_eq!(sums[36], 3.0 * 36.0 + 1.0);
+        let mut rows = a.repeat(2);
+        subtract(&mut rows, &a);
+        assert_eq!(rows, vec![0.0; 74]);
     }
 }

@@ -13,19 +13,17 @@
 //! is exact; the mean over tokens removes most of the range. Smooth-K is from SageAttention (Zhang
 //! et al. 2024, arXiv:2410.02367), smooth-Q from SageAttention2 (arXiv:2411.10958).
 
-use super::rows::{accumulate, row_range};
+use super::rows::accumulate_finite;
 
 /// The mean over the rows of a `[rows, depth]` matrix, summed in f64. Rows that hold NaN or
 /// infinity do not count; without any other the mean is 0.
 pub fn token_mean(matrix: &[f32], depth: usize) -> Vec<f32> {
     let mut mean = MeanBuilder::new(depth);
-    if depth > 0 {
-        matrix.chunks_exact(depth).for_each(|row| mean.push(row));
-    }
+    mean.push(matrix);
     mean.finish()
 }
 
-/// [`token_mean`] for rows that come one by one.
+/// [`token_mean`] for rows that come in blocks.
 pub(crate) struct MeanBuilder {
     sums: Vec<f64>,
     rows: usize,
@@ -36,11 +34,8 @@ impl MeanBuilder {
         Self { sums: vec![0.0; depth], rows: 0 }
     }
 
-    pub(crate) fn push(&mut self, row: &[f32]) {
-        if row_range(row).finite {
-            accumulate(&mut self.sums, row);
-            self.rows += 1;
-        }
+    pub(crate) fn push(&mut self, rows: &[f32]) {
+        self.rows += accumulate_finite(&mut self.sums, rows);
     }
 
     pub(crate) fn finish(self) -> Vec<f32> {

@@ -1,0 +1,152 @@
+//! The question's pipeline, step by step: `A` `[1, 4, 1024, 256]` in fp32 becomes int8, is
+//! multiplied by its own transpose, and has to come back to fp32.
+//!
+//! It shows the way this is often tried first, what each step does to the numbers, the right way
+//! with the error in dB after every stage, and a short answer to each of the three questions:
+//! which offset, which scale, how to dequantize.
+//!
+//! ```text
+//! cargo run --release --example affine_walkthrough
+//! cargo run --release --example affine_walkthrough -- --data glove
+//! ```
+
+mod data;
+mod first_tried;
+mod report;
+mod right_way;
+mod scores;
+
+use anyhow::{Result, ensure};
+use clap::Parser;
+use data::Input;
+use first_tried::FirstTried;
+use right_way::RightWay;
+use scores::Scores;
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// The question's int8 pipeline: first tried, then right, with the error after every stage.
+#[derive(Debug, Parser)]
+struct Args {
+    /// What A holds: random (normal, mean 0, deviation 1) or glove (word embeddings)
+    #[arg(long, value_name = "DATA", default_value = "random")]
+    data: data::Source,
+
+    /// Matrices in A
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    heads: usize,
+
+    /// Rows of each matrix
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    tokens: usize,
+
+    /// Elements of each row [default: 256 for random, the embeddings' width for glove]
+    #[arg(long, value_name = "N")]
+    depth: Option<usize>,
+
+    /// Seed of the random data
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    seed: u64,
+
+    /// Folder with model-f16.safetensors and vocab.txt [default: the one of this project]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// Print JSON; an infinite ratio (nothing differs) is null
+    #[arg(long)]
+    json: bool,
+}
+
+/// Everything that is printed.
+#[derive(serde::Serialize)]
+struct Walkthrough {
+    data: String,
+    shape: [usize; 4],
+    kernel: &'static str,
+    samples: Vec<scores::Sample>,
+    first_tried: FirstTried,
+    right_way: RightWay,
+}
+
+/// All scores of a run, and more than 8 vectors of them, have to fit the memory of a laptop.
+const MAX_ELEMENTS: usize = 1 << 26;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args).map(|text| print(&text)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        // A reader that closes the pipe early (`| head`) is no error.
+        Ok(Err(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Ok(Err(error)) => failure(&format!("the report could not be written: {error}")),
+        Err(error) => failure(&format!("{error:#}")),
+    }
+}
+
+fn run(args: &Args) -> Result<String> {
+    let walkthrough = walk(args)?;
+    Ok(if args.json {
+        serde_json::to_string_pretty(&walkthrough)?
+    } else {
+        report::text(&walkthrough)
+    })
+}
+
+fn walk(args: &Args) -> Result<Walkthrough> {
+    check_sizes(args)?;
+    let kernel = candle_int8_attention::gemm::active_kernel()?;
+    let Input { name, shape, values, words } = data::load(args)?;
+    let scores = Scores::compute(&values, shape)?;
+    let samples = scores.samples(&words);
+    Ok(Walkthrough {
+        data: name,
+        shape,
+        kernel,
+        first_tried: first_tried::run(&scores, &samples)?,
+        right_way: right_way::run(&scores, &samples)?,
+        samples,
+    })
+}
+
+fn check_sizes(args: &Args) -> Result<()> {
+    for (option, value) in
+        [("--heads", args.heads), ("--tokens", args.tokens), ("--depth", args.depth.unwrap_or(1))]
+    {
+        ensure!(value > 0, "{option} is 0, expected at least 1");
+    }
+    // One stage quantizes A with a zero point, so the smaller of the two limits counts.
+    let limit = candle_int8_attention::gemm::max_depth(true);
+    let depth = args.depth.unwrap_or(1);
+    ensure!(
+        depth <= limit,
+        "--depth {depth} is more than {limit}: the sum of so many int8 products may not fit int32"
+    );
+    let product = |sizes: [usize; 3]| {
+        sizes.into_iter().try_fold(1usize, usize::checked_mul).filter(|&n| n <= MAX_ELEMENTS)
+    };
+    ensure!(
+        product([args.heads, args.tokens, args.tokens]).is_some(),
+        "--heads {} and --tokens {} make more than {MAX_ELEMENTS} scores (heads * tokens * tokens)",
+        args.heads,
+        args.tokens
+    );
+    ensure!(
+        product([args.heads, args.tokens, depth]).is_some(),
+        "--heads {}, --tokens {} and --depth {depth} make A larger than {MAX_ELEMENTS} elements",
+        args.heads,
+        args.tokens
+    );
+    Ok(())
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", text.trim_end())?;
+    out.flush()
+}
+
+fn failure(message: &str) -> ExitCode {
+    // stderr may be closed as well; there is nobody left to tell.
+    let _ = writeln!(std::io::stderr(), "error: {message}");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,112 @@
+//! Flags that choose how scores are computed in int8.
+
+use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
+use candle_int8_attention::{
+    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
+};
+use std::str::FromStr;
+
+/// How queries and keys become int8, and what becomes of their int32 product.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Int8")]
+pub struct Int8Args {
+    /// symmetric (zero stays zero) or affine (the range need not be centred on zero)
+    #[arg(long, value_name = "SCHEME", default_value = "symmetric")]
+    pub scheme: Scheme,
+
+    /// What shares one scale: tensor, head, token or block:N (N tokens)
+    #[arg(long, value_name = "WHAT", default_value = "token")]
+    pub granularity: Granularity,
+
+    /// Subtract from the keys their mean before quantizing (the default)
+    #[arg(long, overrides_with = "no_smooth_k")]
+    pub smooth_k: bool,
+
+    /// Quantize the keys as they are
+    #[arg(long)]
+    pub no_smooth_k: bool,
+
+    /// Subtract from the queries their mean before quantizing (the default)
+    #[arg(long, overrides_with = "no_smooth_q")]
+    pub smooth_q: bool,
+
+    /// Quantize the queries as they are
+    #[arg(long)]
+    pub no_smooth_q: bool,
+
+    /// What becomes of the int32 scores: dequantized, or requantized[:tensor|head|token] (to int8
+    /// and back, with one scale for each of these)
+    #[arg(long, value_name = "HOW", default_value = "dequantized")]
+    pub output: Output,
+}
+
+impl Int8Args {
+    /// The score configuration that these flags describe.
+    pub fn scores(&self) -> ScoreConfig {
+        let side = QuantConfig {
+            scheme: self.scheme,
+            granularity: self.granularity,
+            ..QuantConfig::default()
+        };
+        ScoreConfig {
+            q: side.clone(),
+            k: side,
+            smooth_k: !self.no_smooth_k,
+            smooth_q: !self.no_smooth_q,
+            output: self.output.0,
+        }
+    }
+
+    /// Attention with these scores.
+    pub fn attention(&self) -> AttentionConfig {
+        int8_attention(self.scores(), PvPrecision::default())
+    }
+}
+
+/// Attention with the scores of this configuration, and probabilities times values as `pv` says.
+pub fn int8_attention(scores: ScoreConfig, pv: PvPrecision) -> AttentionConfig {
+    AttentionConfig {
+        backend: Backend::Int8(Int8Config { scores, pv }),
+        ..AttentionConfig::default()
+    }
+}
+
+/// The value of `--output`.
+#[derive(Debug, Clone, Copy)]
+pub struct Output(ScoreOutput);
+
+impl FromStr for Output {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unknown = || "expected dequantized or requantized[:tensor|head|token]".to_string();
+        let (name, shared) = text.split_once(':').map_or((text, None), |(n, s)| (n, Some(s)));
+        match (name, shared) {
+            ("dequantized", None) => Ok(Self(ScoreOutput::Dequantized)),
+            ("requantized", None) => Ok(Self(ScoreOutput::Requantized(RequantConfig::default()))),
+            ("requantized", Some(shared @ ("tensor" | "head" | "token"))) => {
+                let granularity = shared.parse().map_err(|_| unknown())?;
+                Ok(Self(ScoreOutput::Requantized(RequantConfig {
+                    granularity,
+                    ..RequantConfig::default()
+                })))
+            }
+            _ => Err(unknown()),
+        }
+    }
+}
+
+/// A configuration in words: `symmetric, per-token, smooth-K, smooth-Q, dequantized`.
+pub fn describe(config: &ScoreConfig) -> String {
+    let mut words = vec![config.q.scheme.to_string(), config.q.granularity.to_string()];
+    if config.k.granularity != config.q.granularity {
+        words.push(format!("keys {}", config.k.granularity));
+    }
+    words.extend(config.smooth_k.then(|| "smooth-K".to_string()));
+    words.extend(config.smooth_q.then(|| "smooth-Q".to_string()));
+    words.push(match config.output {
+        ScoreOutput::Requantized(r) => format!("requantized {}", r.granularity),
+        _ => "dequantized".to_string(),
+    });
+    words.join(", ")
+}

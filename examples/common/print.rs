@@ -1,0 +1,63 @@
+//! Tables, numbers and the end of the program.
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+/// No line is wider, so that a terminal of 100 columns does not fold them.
+const WIDTH: u16 = 100;
+
+/// An empty table. The first column is text, the others are numbers (aligned to the right).
+///
+/// The lines are those of a Markdown table: a report can be pasted into an issue as it is.
+pub fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::ASCII_MARKDOWN)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(WIDTH)
+        .set_header(header);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// A signal-to-noise ratio: one decimal; equal data has none.
+pub fn decibel(sqnr: f64) -> String {
+    if sqnr == f64::INFINITY { "exact".into() } else { format!("{sqnr:.1}") }
+}
+
+/// Small numbers with two digits, zero as `0`.
+pub fn scientific(x: f64) -> String {
+    if x == 0.0 { "0".into() } else { format!("{x:.1e}") }
+}
+
+/// A change, with its sign.
+pub fn signed(x: f64) -> String {
+    format!("{x:+.5}")
+}
+
+/// Prints the report, or the error on stderr, and gives the exit code.
+///
+/// A reader that closes the pipe early (`| head`) is no error.
+pub fn finish(report: anyhow::Result<String>) -> ExitCode {
+    match report.map(|text| print(&text)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Ok(Err(error)) => failure(&format!("the report could not be written: {error}")),
+        Err(error) => failure(&format!("{error:#}")),
+    }
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", text.trim_end())?;
+    out.flush()
+}
+
+fn failure(message: &str) -> ExitCode {
+    // stderr may be closed as well; there is nobody left to tell.
+    let _ = writeln!(std::io::stderr(), "error: {message}");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,59 @@
+//! Every different sentence embedded once, in batches of similar length.
+
+use crate::pairs::Pair;
+use anyhow::Result;
+use candle_int8_attention::models::TextEncoder;
+use std::collections::HashMap;
+
+/// Sentences of a batch.
+const BATCH: usize = 32;
+
+/// The different sentences of all pairs.
+pub struct Corpus {
+    sentences: Vec<String>,
+    positions: HashMap<String, usize>,
+}
+
+impl Corpus {
+    pub fn of(pairs: &[Pair]) -> Self {
+        let mut corpus = Self { sentences: Vec::new(), positions: HashMap::new() };
+        for sentence in pairs.iter().flat_map(|pair| [&pair.a, &pair.b]) {
+            corpus.positions.entry(sentence.clone()).or_insert_with(|| {
+                corpus.sentences.push(sentence.clone());
+                corpus.sentences.len() - 1
+            });
+        }
+        corpus
+    }
+
+    pub fn len(&self) -> usize {
+        self.sentences.len()
+    }
+
+    /// Where the embedding of a sentence of these pairs is.
+    pub fn index(&self, sentence: &str) -> usize {
+        self.positions[sentence]
+    }
+
+    /// One embedding a sentence. Sentences of similar length share a batch, so that little is
+    /// computed for padding.
+    pub fn embed(&self, encoder: &TextEncoder) -> Result<Vec<Vec<f32>>> {
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        order.sort_by_key(|&i| self.sentences[i].len());
+        let mut embeddings = vec![Vec::new(); self.len()];
+        for batch in order.chunks(BATCH) {
+            let sentences: Vec<&str> = batch.iter().map(|&i| self.sentences[i].as_str()).collect();
+            let rows = encoder.embed_sentences(&sentences)?.to_vec2::<f32>()?;
+            for (&i, row) in batch.iter().zip(rows) {
+                embeddings[i] = row;
+            }
+        }
+        Ok(embeddings)
+    }
+
+    /// How many sentences are longer than the model reads.
+    pub fn cut(&self, encoder: &TextEncoder) -> Result<usize> {
+        let truncated = encoder.tokenize(&self.sentences)?.truncated;
+        Ok(truncated.iter().filter(|&&tokens| tokens > 0).count())
+    }
+}

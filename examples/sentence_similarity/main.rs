@@ -1,0 +1,88 @@
+//! How much int8 attention changes what a sentence encoder says about pairs of sentences.
+//!
+//! Embeds every sentence twice with the same weights, with attention in f32 and in int8, takes the
+//! cosine of the two embeddings of each pair, and correlates it with scores that people gave.
+//!
+//! ```text
+//! cargo run --release --example sentence_similarity
+//! cargo run --release --example sentence_similarity -- --pairs my-pairs.tsv --json
+//! ```
+//!
+//! A line of the file is `score<TAB>sentence<TAB>sentence`, or `sentence<TAB>sentence` for a pair
+//! without a score. The score is any finite number; larger means more similar.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod correlation;
+mod embed;
+mod pairs;
+mod report;
+
+use anyhow::Result;
+use candle_int8_attention::AttentionConfig;
+use candle_int8_attention::drift::metrics::cosine;
+use clap::Parser;
+use common::config::{Int8Args, describe};
+use common::model::ModelArgs;
+use common::print::finish;
+use report::{Report, Similarity, Subject};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Similarity of sentence pairs with fp32 and with int8 attention.
+///
+/// Without --pairs, ten built-in pairs are used; their scores are the author's own.
+#[derive(Debug, Parser)]
+#[command(name = "sentence_similarity")]
+struct Args {
+    /// File of pairs (UTF-8), one a line: score<TAB>sentence<TAB>sentence, or
+    /// sentence<TAB>sentence for a pair without a score
+    #[arg(long, value_name = "FILE")]
+    pairs: Option<PathBuf>,
+
+    /// Print JSON; a correlation that is undefined is null
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    int8: Int8Args,
+}
+
+fn main() -> ExitCode {
+    finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<String> {
+    let pairs = args.pairs.as_deref().map_or_else(|| Ok(pairs::built_in()), pairs::read)?;
+    let report = compare(args, &pairs)?;
+    Ok(if args.json { serde_json::to_string_pretty(&report)? } else { report.render() })
+}
+
+fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
+    let corpus = embed::Corpus::of(pairs);
+    let (mut encoder, model) = args.model.encoder()?;
+    encoder.model.set_attention(&AttentionConfig::fp32());
+    let fp32 = corpus.embed(&encoder)?;
+    encoder.model.set_attention(&args.int8.attention());
+    let int8 = corpus.embed(&encoder)?;
+
+    let min_cosine = fp32.iter().zip(&int8).map(|(a, b)| cosine(a, b)).fold(1.0, f64::min);
+    let similarities = pairs
+        .iter()
+        .map(|pair| {
+            let (a, b) = (corpus.index(&pair.a), corpus.index(&pair.b));
+            Similarity::new(pair, cosine(&fp32[a], &fp32[b]), cosine(&int8[a], &int8[b]))
+        })
+        .collect();
+    let subject = Subject {
+        model,
+        config: describe(&args.int8.scores()),
+        sentences: corpus.len(),
+        sentences_cut: corpus.cut(&encoder)?,
+        min_cosine,
+    };
+    Ok(Report::new(subject, similarities))
+}

@@ -1,0 +1,199 @@
+//! The same text through every int8 configuration worth choosing from.
+
+use crate::common::config::{describe, int8_attention};
+use crate::common::print::{decibel, scientific, table};
+use crate::heads::{HeadDrift, Path, Qkv, drift_per_head};
+use crate::report::Subject;
+use crate::windows::Window;
+use anyhow::Result;
+use candle_int8_attention::models::BertModel;
+use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
+use candle_int8_attention::{
+    AttentionConfig, AttnMask, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
+};
+use serde::Serialize;
+
+/// The drift of one configuration over all layers, heads and windows of the text.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    /// A short name.
+    pub name: String,
+    /// All of the configuration in words.
+    pub config: String,
+    pub is_default: bool,
+    /// Signal-to-noise ratio of the attention output, mean over everything.
+    pub mean_sqnr_db: f64,
+    /// The layer with the lowest mean.
+    pub lowest_layer_sqnr_db: f64,
+    /// The layer with the highest mean.
+    pub highest_layer_sqnr_db: f64,
+    /// The lowest of any head in any layer and window.
+    pub worst_head_sqnr_db: f64,
+    /// The lowest cosine of any head in any layer and window.
+    pub worst_cosine: f64,
+    pub mean_kl: f64,
+    pub top1_agreement: f64,
+}
+
+/// The configurations with their names, coarse scales first, then the requantized variants of the
+/// default.
+fn configs() -> Vec<(&'static str, ScoreConfig)> {
+    use Granularity::{PerBlock, PerHead, PerTensor, PerToken};
+    let plain = |granularity| ScoreConfig::plain(Scheme::Symmetric, granularity);
+    let affine = ScoreConfig::plain(Scheme::Affine, PerToken);
+    let block = |tokens| QuantConfig { granularity: PerBlock(tokens), ..QuantConfig::default() };
+    let smooth_k = |config| ScoreConfig { smooth_k: true, ..config };
+    let requantized = |granularity| ScoreConfig {
+        output: ScoreOutput::Requantized(RequantConfig { granularity, ..RequantConfig::default() }),
+        ..ScoreConfig::default()
+    };
+    vec![
+        ("tensor", plain(PerTensor)),
+        ("head", plain(PerHead)),
+        ("block of 64", plain(PerBlock(64))),
+        // SageAttention's recipe.
+        (
+            "block of 128/64, smooth-K",
+            smooth_k(ScoreConfig { q: block(128), k: block(64), ..plain(PerTensor) }),
+        ),
+        ("token", plain(PerToken)),
+        ("token, smooth-K", smooth_k(plain(PerToken))),
+        ("token, smooth-K, smooth-Q", ScoreConfig::default()),
+        ("token, affine", affine.clone()),
+        ("token, affine, smooth-K, smooth-Q", ScoreConfig { smooth_q: true, ..smooth_k(affine) }),
+        ("default, requantized per tensor", requantized(PerTensor)),
+        ("default, requantized per head", requantized(PerHead)),
+        ("default, requantized per token", requantized(PerToken)),
+    ]
+}
+
+/// What `--compare` prints.
+#[derive(Debug, Serialize)]
+pub struct Comparison {
+    #[serde(flatten)]
+    pub subject: Subject,
+    pub comparison: Vec<Row>,
+}
+
+impl Comparison {
+    /// Runs every attention block of `model`, which computes in fp32, over every window. Each layer
+    /// gets fp32 input, so that its own error is seen and not that of the layers before.
+    pub fn of(model: &BertModel, windows: &[Window], subject: Subject) -> Result<Self> {
+        let mut drifts = Drifts::new(model.layers().len());
+        for window in windows {
+            let mut hidden = model.embed(&window.ids, None)?;
+            for (i, layer) in model.layers().iter().enumerate() {
+                let (q, k, v) = layer.qkv(&hidden)?;
+                drifts.add(i, &Qkv { q, k, v })?;
+                hidden = layer.forward(&hidden, &AttnMask::None)?;
+            }
+        }
+        Ok(Self { subject, comparison: drifts.rows() })
+    }
+}
+
+/// Gathers the drift of every configuration, block by block.
+struct Drifts {
+    configs: Vec<(&'static str, ScoreConfig)>,
+    /// `[config][layer]`, all heads of all windows.
+    heads: Vec<Vec<Vec<HeadDrift>>>,
+}
+
+impl Drifts {
+    fn new(layers: usize) -> Self {
+        let configs = configs();
+        let heads = vec![vec![Vec::new(); layers]; configs.len()];
+        Self { configs, heads }
+    }
+
+    /// Runs one block in fp32 and in every configuration.
+    fn add(&mut self, layer: usize, block: &Qkv) -> Result<()> {
+        let fp32 = Path::run(block, &AttentionConfig::fp32())?;
+        for ((_, config), heads) in self.configs.iter().zip(&mut self.heads) {
+            // In f32, so that only the scores differ, and equally on every machine.
+            let attention = int8_attention(config.clone(), PvPrecision::F32);
+            let int8 = Path::run(block, &attention)?;
+            heads[layer].extend(drift_per_head(&fp32, &int8)?);
+        }
+        Ok(())
+    }
+
+    /// One row a configuration.
+    fn rows(&self) -> Vec<Row> {
+        let configs = self.configs.iter().zip(&self.heads);
+        configs.map(|((name, config), layers)| row(name, config, layers)).collect()
+    }
+}
+
+fn row(name: &str, config: &ScoreConfig, layers: &[Vec<HeadDrift>]) -> Row {
+    let all: Vec<&HeadDrift> = layers.iter().flatten().collect();
+    let layer_means: Vec<f64> =
+        layers.iter().map(|heads| mean(heads.iter().map(|h| h.output.sqnr_db))).collect();
+    Row {
+        name: name.to_string(),
+        config: describe(config),
+        is_default: *config == ScoreConfig::default(),
+        mean_sqnr_db: mean(all.iter().map(|h| h.output.sqnr_db)),
+        lowest_layer_sqnr_db: lowest(layer_means.iter().copied()),
+        highest_layer_sqnr_db: layer_means.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+        worst_head_sqnr_db: lowest(all.iter().map(|h| h.output.sqnr_db)),
+        worst_cosine: lowest(all.iter().map(|h| h.output.cosine)),
+        mean_kl: mean(all.iter().map(|h| h.probabilities.mean_kl)),
+        top1_agreement: mean(all.iter().map(|h| h.probabilities.top1_agreement)),
+    }
+}
+
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len() as f64;
+    values.sum::<f64>() / count
+}
+
+fn lowest(values: impl Iterator<Item = f64>) -> f64 {
+    values.fold(f64::INFINITY, f64::min)
+}
+
+impl Comparison {
+    pub fn render(&self) -> String {
+        format!(
+            "{}\n\
+             Each line is one way to compute attention scores in int8, measured against f32 on every\n\
+             head of every layer (each layer gets the input of the f32 run).\n\
+             Only the scores differ. `*` is the default.\n\n\
+             - Scales: shared by the whole tensor, a head, a block of tokens (of queries/of keys), or\n  \
+             for one token alone. Symmetric unless it says affine (zero may lie anywhere).\n\
+             - Smooth-K, smooth-Q: the mean over tokens is taken off before rounding and put back after.\n\
+             - Requantized: the scores become int8 and f32 again; otherwise int32 becomes f32 at once.\n\
+             - SQNR: signal to error of the attention output. 20 dB is an error of 10 %, 40 dB of 1 %;\n  \
+             6 dB more halve it. Mean, mean of the lowest layer, and lowest head.\n\
+             - KL: distance of the attention probabilities in nats, 0 is equal. Top-1: share of tokens\n  \
+             that attend most to the same token as in f32.\n\n{}\n",
+            self.subject.render(),
+            rows_table(&self.comparison)
+        )
+    }
+}
+
+fn rows_table(rows: &[Row]) -> String {
+    let mut out = table(&[
+        "one scale for each",
+        "SQNR dB\nmean",
+        "lowest\nlayer",
+        "worst\nhead",
+        "worst\ncosine",
+        "KL\nmean",
+        "top-1\nagrees",
+    ]);
+    for row in rows {
+        let mark = if row.is_default { "* " } else { "" };
+        out.add_row([
+            format!("{mark}{}", row.name),
+            decibel(row.mean_sqnr_db),
+            decibel(row.lowest_layer_sqnr_db),
+            decibel(row.worst_head_sqnr_db),
+            format!("{:.5}", row.worst_cosine),
+            scientific(row.mean_kl),
+            format!("{:.3}", row.top1_agreement),
+        ]);
+    }
+    out.to_string()
+}

@@ -1,0 +1,71 @@
+//! One attention block computed by one path, and what two paths differ in, head by head.
+
+use anyhow::Result;
+use candle_core::Tensor;
+use candle_int8_attention::attention::attention_probs;
+use candle_int8_attention::drift::{Drift, ProbabilityDrift};
+use candle_int8_attention::{AttentionConfig, AttnMask, attention};
+use rayon::prelude::*;
+use serde::Serialize;
+
+/// Queries, keys and values `[1, H, N, D]`.
+pub struct Qkv {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+}
+
+/// What one path makes of them.
+pub struct Path {
+    /// `[1, H, N, N]`
+    pub probs: Tensor,
+    /// `[1, H, N, D]`
+    pub output: Tensor,
+}
+
+impl Path {
+    /// Runs the block without a mask: one text, no padding, every token sees every token.
+    pub fn run(block: &Qkv, config: &AttentionConfig) -> Result<Self> {
+        let Qkv { q, k, v } = block;
+        Ok(Self {
+            probs: attention_probs(q, k, &AttnMask::None, config)?,
+            output: attention(q, k, v, &AttnMask::None, config)?,
+        })
+    }
+}
+
+/// What int8 changes in one head.
+#[derive(Debug, Clone, Serialize)]
+pub struct HeadDrift {
+    pub head: usize,
+    #[serde(flatten)]
+    pub output: Drift,
+    pub probabilities: ProbabilityDrift,
+}
+
+/// The drift of every head.
+pub fn drift_per_head(fp32: &Path, int8: &Path) -> Result<Vec<HeadDrift>> {
+    let (_, heads, tokens, dim) = fp32.output.dims4()?;
+    let (p, q) = (flat(&fp32.probs)?, flat(&int8.probs)?);
+    let (a, b) = (flat(&fp32.output)?, flat(&int8.output)?);
+    let of_head = |head: usize| {
+        let probs = head * tokens * tokens..(head + 1) * tokens * tokens;
+        let output = head * tokens * dim..(head + 1) * tokens * dim;
+        HeadDrift {
+            head,
+            output: Drift::of_outputs(&a[output.clone()], &b[output]),
+            probabilities: ProbabilityDrift::of_rows(&p[probs.clone()], &q[probs], tokens),
+        }
+    };
+    Ok((0..heads).into_par_iter().map(of_head).collect())
+}
+
+/// The head with the lowest signal-to-noise ratio.
+pub fn worst_head(heads: &[HeadDrift]) -> Option<&HeadDrift> {
+    heads.iter().min_by(|a, b| a.output.sqnr_db.total_cmp(&b.output.sqnr_db))
+}
+
+/// The numbers of a tensor in row-major order.
+pub fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}

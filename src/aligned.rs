@@ -1,0 +1,28 @@
+//! Bytes that start on a cache line.
+
+/// One cache line; buffers of these start on a line, so no vector load straddles two.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Zeroed bytes that start on a cache line.
+#[derive(Clone)]
+pub(crate) struct AlignedBytes(Vec<Line>);
+
+impl AlignedBytes {
+    /// At least `len` bytes.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        Self(vec![Line([0; 64]); len.div_ceil(64)])
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        let len = self.0.len() * 64;
+        // SAFETY: `Line` is 64 bytes without padding, so the vector's memory is `len` valid bytes;
+        // the borrow of `self` keeps it alive and unaliased.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.0.as_ptr().cast()
+    }
+}

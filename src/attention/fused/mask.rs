@@ -1,0 +1,90 @@
+//! Mask tensors, read where they lie: a row at a time, broadcast by strides.
+
+use crate::{Error, Result};
+use candle_core::{CpuStorage, Layout};
+use half::{bf16, f16};
+use std::ops::Range;
+
+enum Data<'a> {
+    Bool(&'a [u8]),
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+    F64(&'a [f64]),
+}
+
+/// A mask tensor seen as `[B, H, M, N]`: U8 (boolean, non-zero = attend) or float (additive).
+pub(super) struct MaskView<'a> {
+    data: Data<'a>,
+    strides: [usize; 4],
+}
+
+impl<'a> MaskView<'a> {
+    /// `layout` is already broadcast to `[B, H, M, N]`.
+    ///
+    /// # Errors
+    /// [`Error::DType`] unless the mask is U8 or a float.
+    pub(super) fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let start = layout.start_offset();
+        let data = match storage {
+            CpuStorage::U8(data) => Data::Bool(&data[start..]),
+            CpuStorage::F32(data) => Data::F32(&data[start..]),
+            CpuStorage::F16(data) => Data::F16(&data[start..]),
+            CpuStorage::BF16(data) => Data::BF16(&data[start..]),
+            CpuStorage::F64(data) => Data::F64(&data[start..]),
+            other => {
+                let dtype = candle_core::backend::BackendStorage::dtype(other);
+                return Err(super::super::mask::unsupported(dtype));
+            }
+        };
+        let strides = <[usize; 4]>::try_from(layout.stride()).map_err(|_| Error::Rank {
+            op: "attention",
+            tensor: "mask",
+            shape: layout.dims().to_vec(),
+            expected: "[B, H, M, N]",
+        })?;
+        Ok(Self { data, strides })
+    }
+
+    /// Applies one row to scores that are in units of `log2`: masked ones become minus infinity
+    /// whatever they were, an additive mask is added to the others.
+    pub(super) fn apply(&self, at: [usize; 3], keys: Range<usize>, scores: &mut [f32]) {
+        let [batch, head, query, step] = self.strides;
+        let start = at[0] * batch + at[1] * head + at[2] * query + keys.start * step;
+        let log2e = std::f32::consts::LOG2_E;
+        let additive = |score: f32, mask: f32, masked: bool| match masked {
+            true => f32::NEG_INFINITY,
+            false => score + mask * log2e,
+        };
+        match self.data {
+            Data::Bool(data) => {
+                each(&data[start..], step, scores, |score, keep| match keep {
+                    0 => f32::NEG_INFINITY,
+                    _ => score,
+                });
+            }
+            Data::F32(data) => {
+                each(&data[start..], step, scores, |s, x| additive(s, x, x <= f32::MIN));
+            }
+            Data::F16(data) => {
+                each(&data[start..], step, scores, |s, x| additive(s, x.to_f32(), x <= f16::MIN));
+            }
+            Data::BF16(data) => {
+                each(&data[start..], step, scores, |s, x| additive(s, x.to_f32(), x <= bf16::MIN));
+            }
+            Data::F64(data) => {
+                each(&data[start..], step, scores, |s, x| additive(s, x as f32, x <= f64::MIN));
+            }
+        }
+    }
+}
+
+/// `scores[i] = f(scores[i], mask[i * step])`.
+#[inline]
+fn each<T: Copy>(mask: &[T], step: usize, scores: &mut [f32], f: impl Fn(f32, T) -> f32) {
+    match step {
+        0 => scores.iter_mut().for_each(|s| *s = f(*s, mask[0])),
+        1 => scores.iter_mut().zip(mask).for_each(|(s, &x)| *s = f(*s, x)),
+        _ => scores.iter_mut().zip(mask.iter().step_by(step)).for_each(|(s, &x)| *s = f(*s, x)),
+    }
+}

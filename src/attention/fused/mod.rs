@@ -1,0 +1,124 @@
+//! Attention in one op: quantize, score, mask, softmax and multiply with the values tile by tile,
+//! so that nothing as large as `M * N` ever exists.
+//!
+//! ```text
+//! once a key head:      keys -> int8 panels        values -> panels of bf16 (or f32)
+//! for 48 queries:       quantize and pack
+//!   for a tile of keys: int8 scores -> f32 (scale and log2(e) folded in)
+//!                       softcap, ALiBi, mask
+//!                       running softmax -> probabilities (bf16 or f32)
+//!                       sums += probabilities x values
+//!   divide by the running sum
+//! ```
+
+mod engine;
+mod mask;
+mod softmax;
+
+use super::config::{AttentionConfig, Backend, Int8Config};
+use super::mask::broadcast_mask;
+use super::unfused;
+use super::view::View;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor, Var};
+use candle_nn::attention::AttnMask;
+use engine::Engine;
+use mask::MaskView;
+
+/// `attention` for the int8 backend on the CPU; shapes and dtypes are checked.
+pub(super) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttnMask,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
+    let (b, h, m, _) = q.dims4()?;
+    let mask = match mask {
+        AttnMask::Mask(mask) => {
+            AttnMask::Mask(broadcast_mask(&mask.detach(), &[b, h, m, k.dim(2)?])?)
+        }
+        other => other.clone(),
+    };
+    let op = FusedAttention { mask, config: config.clone() };
+    Ok(q.apply_op3(k, v, op)?)
+}
+
+struct FusedAttention {
+    mask: AttnMask,
+    config: AttentionConfig,
+}
+
+impl FusedAttention {
+    fn int8(&self) -> Result<&Int8Config> {
+        match &self.config.backend {
+            Backend::Int8(int8) => Ok(int8),
+            Backend::Fp32 => Err(Error::Config("the fused op computes in int8".into())),
+        }
+    }
+
+    fn forward(&self, q: View<'_>, k: View<'_>, v: View<'_>, dtype: DType) -> Result<CpuStorage> {
+        let int8 = self.int8()?;
+        // The guard keeps the mask's storage readable while the engine runs.
+        let guard = match &self.mask {
+            AttnMask::Mask(mask) => Some(mask.storage_and_layout()),
+            _ => None,
+        };
+        let mask = match guard.as_ref().map(|(storage, layout)| (&**storage, layout)) {
+            None => None,
+            Some((Storage::Cpu(storage), layout)) => Some(MaskView::new(storage, layout)?),
+            Some(_) => return Err(Error::Config("the mask is not on the CPU like q".into())),
+        };
+        let engine = Engine::prepare(q, k, v, (&self.mask, mask), &self.config, int8)?;
+        Ok(match dtype {
+            DType::F16 => CpuStorage::F16(engine.run(half::f16::from_f32)),
+            DType::BF16 => CpuStorage::BF16(engine.run(half::bf16::from_f32)),
+            _ => CpuStorage::F32(engine.run(|x| x)),
+        })
+    }
+}
+
+impl CustomOp3 for FusedAttention {
+    fn name(&self) -> &'static str {
+        "int8-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let op = "attention";
+        let dtype = candle_core::backend::BackendStorage::dtype(q);
+        let [b, h, m, _] = View::new(op, "q", q, q_layout)?.dims();
+        let (q, k) = (View::new(op, "q", q, q_layout)?, View::new(op, "k", k, k_layout)?);
+        let v = View::new(op, "v", v, v_layout)?;
+        let shape = Shape::from(vec![b, h, m, v.depth()]);
+        Ok((self.forward(q, k, v, dtype)?, shape))
+    }
+
+    /// Straight-through: the gradient of the same attention in fp32, recomputed.
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _out: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let var = |x: &Tensor| Var::from_tensor(&x.detach().to_dtype(DType::F32)?);
+        let vars = [var(q)?, var(k)?, var(v)?];
+        let config = AttentionConfig { backend: Backend::Fp32, ..self.config.clone() };
+        let out = unfused::attention(&vars[0], &vars[1], &vars[2], &self.mask, &config)?;
+        let grads = (out * grad.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
+        let of = |var: &Var, x: &Tensor| match grads.get(var) {
+            Some(grad) => grad.to_dtype(x.dtype()),
+            None => x.zeros_like(),
+        };
+        Ok((Some(of(&vars[0], q)?), Some(of(&vars[1], k)?), Some(of(&vars[2], v)?)))
+    }
+}

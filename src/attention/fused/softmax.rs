@@ -1,0 +1,244 @@
+//! The softmax over a tile of keys, with running maximum and sum (Milakov and Gimelshein 2018,
+//! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
+
+use crate::pv::bf16_bits;
+use crate::simd::widest;
+use std::ops::Range;
+
+const LANES: usize = 16;
+
+/// What the softmax of one query has seen so far.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Running {
+    /// The largest score.
+    pub max: f32,
+    /// The sum of `2^(score - max)`.
+    pub sum: f32,
+    /// What the sums of values so far must be multiplied by after this tile.
+    pub rescale: f32,
+}
+
+impl Running {
+    pub(super) const START: Running = Running { max: f32::NEG_INFINITY, sum: 0.0, rescale: 1.0 };
+}
+
+/// Where the probabilities of a tile go: row-major, rows `stride` elements apart.
+pub(super) enum Probs<'a> {
+    /// In the place of the scores.
+    F32,
+    /// Rounded to bf16.
+    Bf16(&'a mut [u16]),
+}
+
+/// Scores of some queries against a tile of keys.
+pub(super) struct Tile<'a> {
+    /// Row-major, rows `stride` elements apart.
+    pub scores: &'a mut [f32],
+    pub stride: usize,
+    /// Keys in the tile; probabilities are written for these, and one more if it is odd.
+    pub keys: usize,
+    /// The keys of the tile that each query sees.
+    pub visible: &'a [Range<usize>],
+    pub probs: Probs<'a>,
+}
+
+/// Turns scores into probabilities (not yet divided by their sum), row by row. What a query does
+/// not see becomes 0. A NaN score makes the sum of its row NaN.
+pub(super) fn softmax_tile(tile: Tile<'_>, running: &mut [Running]) {
+    widest(softmax_tile_body, (tile, running));
+}
+
+#[inline(always)]
+fn softmax_tile_body((mut tile, running): (Tile<'_>, &mut [Running])) {
+    let padded = tile.keys.next_multiple_of(2);
+    for (row, running) in running.iter_mut().enumerate() {
+        let Range { start, end } = tile.visible[row].clone();
+        let scores = &mut tile.scores[row * tile.stride..][..padded];
+        let old = running.max;
+        let tile_max = max_body(&scores[start..end]);
+        let max = if tile_max > old { tile_max } else { old };
+        let nothing_seen = max == f32::NEG_INFINITY;
+        if nothing_seen && scores[start..end].iter().any(|x| x.is_nan()) {
+            running.sum = f32::NAN;
+        }
+        // Any finite maximum gives zeros for minus infinity, without the NaN of -inf - (-inf).
+        let max_or_zero = if nothing_seen { 0.0 } else { max };
+        running.rescale = if max == old { 1.0 } else { exp2(old - max_or_zero) };
+        running.max = max;
+        let sum = match &mut tile.probs {
+            Probs::F32 => {
+                scores[..start].fill(0.0);
+                scores[end..].fill(0.0);
+                exp_f32_body(&mut scores[start..end], max_or_zero)
+            }
+            Probs::Bf16(probs) => {
+                let probs = &mut probs[row * tile.stride..][..padded];
+                probs[..start].fill(0);
+                probs[end..].fill(0);
+                exp_bf16_body(&scores[start..end], max_or_zero, &mut probs[start..end])
+            }
+        };
+        running.sum = running.sum * running.rescale + sum;
+    }
+}
+
+/// The largest element; NaN does not count.
+#[inline(always)]
+fn max_body(row: &[f32]) -> f32 {
+    let mut max = [f32::NEG_INFINITY; LANES];
+    let (chunks, tail) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (max, &x) in max.iter_mut().zip(chunk) {
+            *max = if x > *max { x } else { *max };
+        }
+    }
+    for (max, &x) in max.iter_mut().zip(tail) {
+        *max = if x > *max { x } else { *max };
+    }
+    max.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+}
+
+/// `2^x` for `x <= 0`, relative error below 2e-7; exactly 0 below -126, NaN for NaN.
+///
+/// `2^x = 2^n * 2^f` with `n` the nearest integer: `2^f` is a polynomial of degree 5, minimax in
+/// relative error over [-1/2, 1/2] with a constant term of 1, so that `2^0 = 1`.
+#[inline(always)]
+pub(super) fn exp2(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+    let clamped = if x < -126.0 { -126.0 } else { x };
+    let rounded = clamped + ROUND;
+    let f = clamped - (rounded - ROUND);
+    let p = 1.326_472_7e-3_f32;
+    let p = p * f + 9.671_513e-3;
+    let p = p * f + 5.550_733_6e-2;
+    let p = p * f + 2.402_224_2e-1;
+    let p = p * f + 6.931_47e-1;
+    let p = p * f + 1.0;
+    // The integer is in the low mantissa bits of `rounded`; as an exponent it is a power of two.
+    let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
+    if x < -126.0 { 0.0 } else { p * power }
+}
+
+/// Replaces scores by `2^(score - max)`; returns their sum.
+#[inline(always)]
+fn exp_f32_body(row: &mut [f32], max: f32) -> f32 {
+    let mut sums = [0f32; LANES];
+    let (chunks, tail) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (x, sum) in chunk.iter_mut().zip(&mut sums) {
+            *x = exp2(*x - max);
+            *sum += *x;
+        }
+    }
+    for (x, sum) in tail.iter_mut().zip(&mut sums) {
+        *x = exp2(*x - max);
+        *sum += *x;
+    }
+    sums.iter().sum()
+}
+
+/// Writes `2^(score - max)` rounded to bf16; returns the sum of the rounded ones, so that the
+/// probabilities sum to 1 after the division.
+#[inline(always)]
+fn exp_bf16_body(row: &[f32], max: f32, probs: &mut [u16]) -> f32 {
+    let mut sums = [0f32; LANES];
+    let ((chunks, tail), (outs, out_tail)) =
+        (row.as_chunks::<LANES>(), probs.as_chunks_mut::<LANES>());
+    let one = |x: f32, out: &mut u16, sum: &mut f32| {
+        *out = bf16_bits(exp2(x - max));
+        *sum += f32::from_bits(u32::from(*out) << 16);
+    };
+    for (chunk, out) in chunks.iter().zip(outs) {
+        for lane in 0..LANES {
+            one(chunk[lane], &mut out[lane], &mut sums[lane]);
+        }
+    }
+    for ((&x, out), sum) in tail.iter().zip(out_tail).zip(&mut sums) {
+        one(x, out, sum);
+    }
+    sums.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp2_is_within_its_stated_error() {
+        let mut worst = 0f64;
+        for i in 0..=1_260_000 {
+            let x = -(i as f32) * 1e-4;
+            let (found, exact) = (f64::from(exp2(x)), f64::exp2(f64::from(x)));
+            worst = worst.max((found / exact - 1.0).abs());
+        }
+        assert!(worst < 2e-7, "{worst}");
+        assert_eq!(exp2(0.0), 1.0);
+        assert_eq!(exp2(-1.0), 0.5);
+        assert_eq!(exp2(-126.5), 0.0);
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert!(exp2(f32::NAN).is_nan());
+    }
+
+    /// Scores through tiles of some size, as one row of probabilities that sum to 1.
+    fn softmax(scores: &[f32], visible: Range<usize>, tile: usize, bf16: bool) -> Vec<f32> {
+        let mut running = [Running::START];
+        let mut all: Vec<f32> = Vec::new();
+        for (index, keys) in scores.chunks(tile).enumerate() {
+            let start = index * tile;
+            let clamp = |x: usize| x.clamp(start, start + keys.len()) - start;
+            let mut buffer = keys.to_vec();
+            buffer.push(123.0);
+            let mut halves = vec![0x7fc0u16; buffer.len()];
+            let stride = buffer.len();
+            let probs = if bf16 { Probs::Bf16(&mut halves) } else { Probs::F32 };
+            let (scores, visible) = (&mut buffer, &[clamp(visible.start)..clamp(visible.end)]);
+            let job = Tile { scores, stride, keys: keys.len(), visible, probs };
+            softmax_tile(job, &mut running);
+            all.iter_mut().for_each(|p| *p *= running[0].rescale);
+            let half = |&h: &u16| f32::from_bits(u32::from(h) << 16);
+            match bf16 {
+                true => all.extend(halves[..keys.len()].iter().map(half)),
+                false => all.extend(&buffer[..keys.len()]),
+            }
+        }
+        all.iter().map(|p| p / running[0].sum).collect()
+    }
+
+    #[test]
+    fn tiles_and_ranges_give_the_softmax() {
+        let scores: Vec<f32> = (0..77).map(|i| ((i * 37) % 61) as f32 / 3.0 - 10.0).collect();
+        for visible in [0..77, 0..1, 5..70, 33..34, 76..77] {
+            let seen = |i: usize| visible.contains(&i);
+            let term = |i: usize| if seen(i) { f64::from(scores[i]).exp2() } else { 0.0 };
+            let sum: f64 = (0..77).map(term).sum();
+            for tile in [77, 100, 1, 2, 16, 17, 32] {
+                for (bf16, bound) in [(false, 1e-6), (true, 0.004)] {
+                    let found = softmax(&scores, visible.clone(), tile, bf16);
+                    for (i, p) in found.iter().enumerate() {
+                        let exact = term(i) / sum;
+                        let off = (f64::from(*p) - exact).abs();
+                        assert!(off <= bound * exact, "{visible:?} {tile} {bf16} {i}: {p} {exact}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn infinities_and_nan() {
+        let inf = f32::INFINITY;
+        for bf16 in [false, true] {
+            let masked = softmax(&[-inf, 1.0, -inf, 1.0], 0..4, 2, bf16);
+            assert_eq!(masked, [0.0, 0.5, 0.0, 0.5]);
+            // Nothing to see: 0 / 0, which the caller turns into zeros by the sum.
+            assert!(softmax(&[-inf; 3], 0..3, 2, bf16).iter().all(|p| p.is_nan()));
+            for scores in [[f32::NAN, 1.0, 2.0], [f32::NAN, -inf, -inf], [-inf, -inf, f32::NAN]] {
+                for tile in [1, 3] {
+                    assert!(softmax(&scores, 0..3, tile, bf16).iter().any(|p| p.is_nan()));
+                }
+            }
+            let unseen = softmax(&[f32::NAN, 1.0, 1.0, f32::NAN], 1..3, 4, bf16);
+            assert_eq!(unseen, [0.0, 0.5, 0.5, 0.0]);
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! The metrics, one pure function each.
+//!
+//! In the formulas `a` is the reference, `b` the candidate, `p` and `q` the same for
+//! probabilities. Everything is accumulated in f64, so an f32 tensor of a billion elements loses
+//! nothing that shows. NaN in either slice gives NaN, never a good-looking number.
+//!
+//! Every function panics if the slices differ in length: that is a mistake of the caller, and no
+//! number would describe it.
+
+fn pairs<'a>(reference: &'a [f32], candidate: &'a [f32]) -> impl Iterator<Item = (f64, f64)> + 'a {
+    assert_eq!(reference.len(), candidate.len(), "slices to compare differ in length");
+    reference.iter().zip(candidate).map(|(&a, &b)| (f64::from(a), f64::from(b)))
+}
+
+/// `max(x, y)`, but NaN wins (`f64::max` would drop it).
+pub(super) fn nan_max(x: f64, y: f64) -> f64 {
+    if x.is_nan() || y.is_nan() { f64::NAN } else { x.max(y) }
+}
+
+/// Cosine similarity `sum(a·b) / (|a| |b|)`: 1 for the same direction, whatever the lengths.
+///
+/// Two zero vectors (or two empty ones) are equal: 1. If only one is zero: 0.
+///
+/// Source: the accuracy column of SageAttention (Zhang et al. 2024, arXiv:2410.02367, section 4.1).
+pub fn cosine(reference: &[f32], candidate: &[f32]) -> f64 {
+    let (mut dot, mut aa, mut bb) = (0.0, 0.0, 0.0);
+    for (a, b) in pairs(reference, candidate) {
+        dot += a * b;
+        aa += a * a;
+        bb += b * b;
+    }
+    match (aa == 0.0, bb == 0.0) {
+        (true, true) => 1.0,
+        (true, false) | (false, true) if !dot.is_nan() => 0.0,
+        _ => dot / (aa.sqrt() * bb.sqrt()),
+    }
+}
+
+/// Relative L1 distance `sum|a - b| / sum|a|`.
+///
+/// If the reference is all zeros: 0 when the candidate is too, infinity otherwise.
+///
+/// Source: SageAttention (arXiv:2410.02367, section 4.1).
+pub fn relative_l1(reference: &[f32], candidate: &[f32]) -> f64 {
+    let (mut difference, mut size) = (0.0, 0.0);
+    for (a, b) in pairs(reference, candidate) {
+        difference += (a - b).abs();
+        size += a.abs();
+    }
+    if difference == 0.0 { 0.0 } else { difference / size }
+}
+
+/// Root mean square error `sqrt(mean((a - b)^2))`, in the unit of the data; 0 for empty slices.
+///
+/// Source: textbook definition; also used by SageAttention (arXiv:2410.02367, section 4.1).
+pub fn rmse(reference: &[f32], candidate: &[f32]) -> f64 {
+    if reference.is_empty() && candidate.is_empty() {
+        return 0.0;
+    }
+    let squares: f64 = pairs(reference, candidate).map(|(a, b)| (a - b) * (a - b)).sum();
+    (squares / reference.len() as f64).sqrt()
+}
+
+/// Largest absolute difference `max|a - b|`; 0 for empty slices.
+///
+/// Source: textbook definition (the Chebyshev distance).
+pub fn max_abs(reference: &[f32], candidate: &[f32]) -> f64 {
+    pairs(reference, candidate).map(|(a, b)| (a - b).abs()).fold(0.0, nan_max)
+}
+
+/// Signal-to-quantization-noise ratio in decibel, `10 log10(sum(a^2) / sum((a - b)^2))`.
+///
+/// Every 6 dB halve the error: 20 dB is an error of 10 % of the signal, 40 dB of 1 %. Equal slices
+/// (empty ones too) give infinity; a zero reference with a candidate that is not gives minus
+/// infinity.
+///
+/// Source: Widrow and Kollár, Quantization Noise, 2008; Nagel et al. 2021, arXiv:2106.08295,
+/// section 2.
+pub fn sqnr_db(reference: &[f32], candidate: &[f32]) -> f64 {
+    let (mut signal, mut noise) = (0.0, 0.0);
+    for (a, b) in pairs(reference, candidate) {
+        signal += a * a;
+        noise += (a - b) * (a - b);
+    }
+    if noise == 0.0 { f64::INFINITY } else { 10.0 * (signal / noise).log10() }
+}
+
+/// Kullback-Leibler divergence of one row, `sum(p ln(p/q) - p + q)`, in nats.
+///
+/// The two extra terms cancel for rows that sum to exactly 1. Rows of f32 do so only to 1e-7 or
+/// so, and there they keep the result from going below 0 (`scipy.special.kl_div` is the same).
+///
+/// `0 ln 0` is 0. Where `q = 0 < p` the mathematical answer is infinity; here `q` counts as
+/// [`f32::MIN_POSITIVE`], because a zero that a softmax gives in f32 means "too small to be held".
+/// A weight `p = 0.5` that got lost this way still adds 43 nats.
+///
+/// Source: Kullback and Leibler, On Information and Sufficiency, 1951.
+pub fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
+    let floor = f64::from(f32::MIN_POSITIVE);
+    let term = |p: f64, q: f64| {
+        if p == 0.0 {
+            return q;
+        }
+        let q = if q < floor { floor } else { q };
+        p * (p / q).ln() - p + q
+    };
+    pairs(p, q).map(|(p, q)| term(p, q)).sum()
+}
+
+/// Total variation distance of one row, `sum|p - q| / 2`: the probability that went elsewhere, 0
+/// to 1.
+///
+/// Source: textbook definition.
+pub fn total_variation(p: &[f32], q: &[f32]) -> f64 {
+    pairs(p, q).map(|(p, q)| (p - q).abs()).sum::<f64>() / 2.0
+}
+
+/// Whether both rows have their largest value at the same place; among equals the first counts.
+/// Empty rows agree; a row with NaN agrees with none.
+///
+/// Source: textbook definition; averaged over rows it is the top-1 agreement.
+pub fn same_top1(p: &[f32], q: &[f32]) -> bool {
+    assert_eq!(p.len(), q.len(), "slices to compare differ in length");
+    match (top1(p), top1(q)) {
+        (Some(p), Some(q)) => p == q,
+        _ => p.is_empty(),
+    }
+}
+
+/// Index of the first largest value; none in an empty row or beside NaN.
+fn top1(row: &[f32]) -> Option<usize> {
+    if row.iter().any(|x| x.is_nan()) {
+        return None;
+    }
+    let largest = row.iter().copied().reduce(f32::max)?;
+    row.iter().position(|&x| x == largest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: [f32; 6] = [0.5, -1.25, 2.0, 3.75, -0.125, 1.0];
+    const B: [f32; 6] = [0.5, -1.0, 2.25, 3.5, 0.0, 1.0625];
+
+    fn close(found: f64, expected: f64) {
+        assert!((found - expected).abs() < 1e-9, "found {found}, expected {expected}");
+    }
+
+    /// Expected values: numpy 2 and scipy 1 in f64, on the same (exactly representable) data.
+    #[test]
+    fn distances_equal_numpy_and_scipy() {
+        close(cosine(&A, &B), 0.995_333_123_179_986);
+        close(relative_l1(&A, &B), 0.108_695_652_173_913_04);
+        close(rmse(&A, &B), 0.185_755_776_042_989_68);
+        close(max_abs(&A, &B), 0.25);
+        close(sqnr_db(&A, &B), 20.039_155_289_891_575);
+    }
+
+    #[test]
+    fn divergences_equal_scipy() {
+        let (p, q) = ([0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.375, 0.125]);
+        close(kl_divergence(&p, &q), 0.209_247_054_196_458_9);
+        close(total_variation(&p, &q), 0.25);
+        let (p, q) = ([0.75, 0.25, 0.0, 0.0], [0.625, 0.25, 0.125, 0.0]);
+        close(kl_divergence(&p, &q), 0.136_741_167_595_465_95);
+        close(total_variation(&p, &q), 0.125);
+    }
+
+    #[test]
+    fn a_lost_probability_is_expensive_but_finite() {
+        close(kl_divergence(&[0.5, 0.5], &[1.0, 0.0]), 42.975_125_194_716_61);
+        assert!(kl_divergence(&[1.0, 1e-44], &[1.0, 0.0]) < 1e-30);
+        assert_eq!(kl_divergence(&[0.0, 1.0], &[0.0, 1.0]), 0.0);
+    }
+
+    #[test]
+    fn rounding_of_the_rows_does_not_turn_the_divergence_negative() {
+        let p = [1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0];
+        let q = p.map(|x: f32| x.next_up());
+        assert!(kl_divergence(&p, &q) >= 0.0);
+    }
+
+    #[test]
+    fn equal_slices_have_no_drift() {
+        close(cosine(&A, &A), 1.0);
+        assert_eq!(relative_l1(&A, &A), 0.0);
+        assert_eq!(rmse(&A, &A), 0.0);
+        assert_eq!(max_abs(&A, &A), 0.0);
+        assert_eq!(sqnr_db(&A, &A), f64::INFINITY);
+        assert_eq!(total_variation(&A, &A), 0.0);
+        assert!(same_top1(&A, &A));
+    }
+
+    #[test]
+    fn zeros_and_empty_slices_are_defined() {
+        for empty in [&[][..], &[0.0; 3][..]] {
+            assert_eq!(cosine(empty, empty), 1.0);
+            assert_eq!(relative_l1(empty, empty), 0.0);
+            assert_eq!(rmse(empty, empty), 0.0);
+            assert_eq!(max_abs(empty, empty), 0.0);
+            assert_eq!(sqnr_db(empty, empty), f64::INFINITY);
+            assert_eq!(kl_divergence(empty, empty), 0.0);
+            assert_eq!(total_variation(empty, empty), 0.0);
+            assert!(same_top1(empty, empty));
+        }
+        let (zeros, ones) = ([0.0; 3], [1.0; 3]);
+        assert_eq!(cosine(&zeros, &ones), 0.0);
+        assert_eq!(cosine(&ones, &zeros), 0.0);
+        assert_eq!(relative_l1(&zeros, &ones), f64::INFINITY);
+        assert_eq!(relative_l1(&ones, &zeros), 1.0);
+        assert_eq!(sqnr_db(&zeros, &ones), f64::NEG_INFINITY);
+        assert_eq!(sqnr_db(&ones, &zeros), 0.0);
+    }
+
+    #[test]
+    fn opposite_vectors_have_cosine_minus_one() {
+        close(cosine(&A, &A.map(|x| -x)), -1.0);
+        close(cosine(&A, &A.map(|x| 3.0 * x)), 1.0);
+    }
+
+    #[test]
+    fn squares_beyond_the_range_of_f32_are_kept() {
+        let unit = 2f32.powi(100);
+        let (a, b) = ([3.0 * unit, 4.0 * unit], [3.0 * unit, 3.0 * unit]);
+        close(sqnr_db(&a, &b), 10.0 * 25f64.log10());
+        close(rmse(&a, &b) / f64::from(unit), 0.5f64.sqrt());
+    }
+
+    #[test]
+    fn the_first_of_equals_is_the_top() {
+        assert!(same_top1(&[0.5, 0.5, 0.0], &[0.6, 0.2, 0.2]));
+        assert!(!same_top1(&[0.5, 0.5, 0.0], &[0.2, 0.6, 0.2]));
+        assert!(!same_top1(&[f32::NAN, 0.5], &[f32::NAN, 0.5]));
+    }
+
+    #[test]
+    #[should_panic(expected = "differ in length")]
+    fn slices_of_different_length_are_a_mistake() {
+        cosine(&[1.0], &[1.0, 2.0]);
+    }
+}

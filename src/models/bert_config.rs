@@ -1,0 +1,93 @@
+//! The part of a BERT `config.json` that decides what is computed.
+
+use super::files::{corrupt, read_text};
+use crate::{Error, Result};
+use std::path::Path;
+
+/// The activation between the two feed-forward layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HiddenAct {
+    /// `x * Phi(x)` with the exact error function.
+    Gelu,
+    /// GELU by its tanh approximation.
+    #[serde(alias = "gelu_pytorch_tanh", alias = "gelu_approximate")]
+    GeluNew,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// A BERT configuration, as Hugging Face writes it; other fields are ignored.
+#[derive(Debug, Clone, PartialEq, serde::Deserialize)]
+pub struct BertConfig {
+    /// Rows of the word embedding table.
+    pub vocab_size: usize,
+    /// Width of a token's vector.
+    pub hidden_size: usize,
+    /// Number of layers.
+    pub num_hidden_layers: usize,
+    /// Heads; their dim is `hidden_size / num_attention_heads`.
+    pub num_attention_heads: usize,
+    /// Width between the two feed-forward layers.
+    pub intermediate_size: usize,
+    /// Activation there.
+    pub hidden_act: HiddenAct,
+    /// The longest input, `[CLS]` and `[SEP]` included.
+    pub max_position_embeddings: usize,
+    /// Rows of the token type table.
+    pub type_vocab_size: usize,
+    /// Added to the variance by layer norm.
+    pub layer_norm_eps: f64,
+    /// Only `absolute` is supported.
+    #[serde(default = "absolute")]
+    pub position_embedding_type: String,
+}
+
+fn absolute() -> String {
+    "absolute".to_string()
+}
+
+impl BertConfig {
+    /// Reads and checks a `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
+    /// configuration, [`Error::Config`] for values that cannot work.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = read_text("config", path)?;
+        let config: Self = serde_json::from_str(&text)
+            .map_err(|e| corrupt(path, format!("not a BERT configuration: {e}")))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// # Errors
+    /// [`Error::Config`] naming the first value that cannot work.
+    pub fn check(&self) -> Result<()> {
+        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
+        if heads == 0 || hidden == 0 || !hidden.is_multiple_of(heads) {
+            return Err(Error::Config(format!(
+                "hidden_size {hidden} with num_attention_heads {heads}, expected a multiple of it"
+            )));
+        }
+        if self.position_embedding_type != "absolute" {
+            return Err(Error::Config(format!(
+                "position_embedding_type {:?}, expected \"absolute\"",
+                self.position_embedding_type
+            )));
+        }
+        if !(self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.0) {
+            return Err(Error::Config(format!(
+                "layer_norm_eps {}, expected a small positive number",
+                self.layer_norm_eps
+            )));
+        }
+        Ok(())
+    }
+
+    /// `hidden_size / num_attention_heads`.
+    pub fn head_dim(&self) -> usize {
+        self.hidden_size / self.num_attention_heads
+    }
+}

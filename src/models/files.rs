@@ -1,0 +1,146 @@
+//! The files of a model, and tensors out of them.
+
+use crate::{Error, Result};
+use candle_core::safetensors::BufferedSafetensors;
+use candle_core::{DType, Device, Tensor};
+use std::path::{Path, PathBuf};
+
+/// The three files of an encoder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelFiles {
+    /// Safetensors weights.
+    pub weights: PathBuf,
+    /// `config.json`.
+    pub config: PathBuf,
+    /// `tokenizer.json`.
+    pub tokenizer: PathBuf,
+}
+
+impl ModelFiles {
+    /// The files in `folder`: `model.safetensors` (or else `model-f16.safetensors`),
+    /// `config.json`, `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`] for the first that is not there.
+    pub fn from_dir(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        if !folder.is_dir() {
+            return Err(Error::MissingFile { what: "model folder", path: folder.to_path_buf() });
+        }
+        let find = |what: &'static str, names: &[&str]| {
+            let mut paths = names.iter().map(|name| folder.join(name));
+            match paths.find(|path| path.is_file()) {
+                Some(path) => Ok(path),
+                None => Err(Error::MissingFile { what, path: folder.join(names[0]) }),
+            }
+        };
+        Ok(Self {
+            weights: find("weights", &["model.safetensors", "model-f16.safetensors"])?,
+            config: find("config", &["config.json"])?,
+            tokenizer: find("tokenizer", &["tokenizer.json"])?,
+        })
+    }
+}
+
+/// Reads a file, telling a missing one from one that cannot be read.
+pub(super) fn read(what: &'static str, path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => Error::MissingFile { what, path: path.to_path_buf() },
+        _ => Error::Io { path: path.to_path_buf(), source },
+    })
+}
+
+/// [`read`] for text.
+pub(super) fn read_text(what: &'static str, path: &Path) -> Result<String> {
+    String::from_utf8(read(what, path)?).map_err(|e| corrupt(path, format!("not UTF-8: {e}")))
+}
+
+pub(super) fn corrupt(path: &Path, problem: impl ToString) -> Error {
+    Error::Corrupt { path: path.to_path_buf(), problem: problem.to_string() }
+}
+
+/// A safetensors file whose tensors are asked for by name and shape.
+pub struct Weights {
+    path: PathBuf,
+    file: BufferedSafetensors,
+    prefix: String,
+}
+
+impl Weights {
+    /// Reads the file and checks its header.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`], [`Error::Io`], or [`Error::Corrupt`] for a file that is truncated
+    /// or is not safetensors.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = read("weights", path)?;
+        let size = bytes.len();
+        let file = BufferedSafetensors::new(bytes).map_err(|e| {
+            corrupt(path, format!("not a whole safetensors file ({size} bytes): {e}"))
+        })?;
+        Ok(Self { path: path.to_path_buf(), file, prefix: String::new() })
+    }
+
+    /// From now on, looks names up behind `prefix` if the file has any tensor there.
+    pub(super) fn with_prefix_if_present(mut self, prefix: &str) -> Self {
+        if self.file.tensors().iter().any(|(name, _)| name.starts_with(prefix)) {
+            self.prefix = prefix.to_string();
+        }
+        self
+    }
+
+    /// The shape of the tensor `name`.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] if there is none.
+    pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
+        let name = format!("{}{name}", self.prefix);
+        match self.file.get(&name) {
+            Ok(view) => Ok(view.shape().to_vec()),
+            Err(_) => Err(self.missing(name)),
+        }
+    }
+
+    /// The tensor `name` as f32; stored as F32, F16, BF16 or F64.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] if there is none, [`Error::ModelShape`] if its shape is not
+    /// `shape`, [`Error::Corrupt`] if it does not hold floats.
+    pub fn get(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
+        let name = format!("{}{name}", self.prefix);
+        let Ok(view) = self.file.get(&name) else {
+            return Err(self.missing(name));
+        };
+        if view.shape() != shape {
+            return Err(Error::ModelShape {
+                path: self.path.clone(),
+                found: view.shape().to_vec(),
+                expected: shape.to_vec(),
+                name,
+            });
+        }
+        let tensor = self.file.load(&name, device).map_err(|e| corrupt(&self.path, e))?;
+        if !tensor.dtype().is_float() {
+            let problem = format!("tensor {name:?} is {:?}, expected floats", tensor.dtype());
+            return Err(corrupt(&self.path, problem));
+        }
+        Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    fn missing(&self, name: String) -> Error {
+        Error::MissingTensor { path: self.path.clone(), hint: self.hint(&name), name }
+    }
+
+    /// What the file holds, for someone who looked for `name`.
+    fn hint(&self, name: &str) -> String {
+        let last = name.rsplit('.').take(2).collect::<Vec<_>>();
+        let mut names: Vec<String> = self.file.tensors().into_iter().map(|(n, _)| n).collect();
+        names.sort();
+        let similar = names.iter().find(|n| last.iter().all(|part| n.contains(part)));
+        match similar.or(names.first()) {
+            Some(other) => format!(" (it holds {} tensors, for example {other:?})", names.len()),
+            None => " (it holds no tensor)".to_string(),
+        }
+    }
+}

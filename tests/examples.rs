@@ -1,0 +1,229 @@
+//! The examples, run as a user runs them: on good input, on bad input, into a closed pipe.
+
+use serde_json::Value;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+/// `cargo test` builds the examples next to the folder of this test's own executable.
+fn example(name: &str) -> Command {
+    let own = std::env::current_exe().unwrap();
+    let profile = own.ancestors().nth(2).unwrap();
+    let path = profile.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
+    Command::new(path)
+}
+
+fn run(name: &str, args: &[&str]) -> Output {
+    example(name).args(args).output().unwrap()
+}
+
+fn succeed(name: &str, args: &[&str]) -> String {
+    let output = run(name, args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{name} {args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn json(name: &str, args: &[&str]) -> Value {
+    let args = [args, &["--json"]].concat();
+    serde_json::from_str(&succeed(name, &args)).unwrap()
+}
+
+/// Fails with a message that contains `expected`, and not with a panic.
+fn fail(name: &str, args: &[&str], expected: &str) {
+    let output = run(name, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{name} {args:?} succeeded");
+    assert!(stderr.contains(expected), "{name} {args:?}: no {expected:?} in {stderr:?}");
+    assert!(!stderr.contains("panicked"), "{name} {args:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{name} {args:?} printed a report all the same");
+}
+
+/// A file in a folder of its own, which goes away with the first of the pair.
+fn file(content: &[u8]) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path: PathBuf = folder.path().join("input.txt");
+    std::fs::File::create(&path).unwrap().write_all(content).unwrap();
+    let path = path.to_str().unwrap().to_string();
+    (folder, path)
+}
+
+fn assert_narrow(report: &str) {
+    for line in report.lines() {
+        assert!(line.chars().count() <= 100, "wider than 100 columns: {line}");
+    }
+}
+
+/// Enough tokens to tell configurations apart, few enough for a build without optimization.
+const SENTENCE: &str = "It is a truth universally acknowledged, that a single man in possession of \
+    a good fortune, must be in want of a wife. However little known the feelings or views of such \
+    a man may be on his first entering a neighbourhood, this truth is so well fixed in the minds.";
+
+const SIMILARITY: &str = "sentence_similarity";
+const WORDS: &str = "word_embeddings";
+
+#[test]
+fn similarity_of_the_built_in_pairs() {
+    let report = json(SIMILARITY, &[]);
+    assert!(report["min_cosine"].as_f64().unwrap() >= 0.9999, "{report}");
+    assert!(report["spearman_fp32"].as_f64().unwrap() > 0.8, "{report}");
+    assert!(report["spearman_change"].as_f64().unwrap().abs() < 0.01, "{report}");
+    assert!(report["pearson_int8"].as_f64().unwrap() > 0.8, "{report}");
+    assert_eq!(report["similarities"].as_array().unwrap().len(), 10);
+    assert_narrow(&succeed(SIMILARITY, &[]));
+}
+
+#[test]
+fn correlations_that_are_undefined_are_null() {
+    let unscored = "A cat sleeps.\tA dog sleeps.\nIt rains.\tThe sun shines.\n";
+    let constant = "3\tA cat sleeps.\tA dog sleeps.\n3\tIt rains.\tThe sun shines.\n";
+    let single = "3\tA cat sleeps.\tA dog sleeps.\n";
+    for content in [unscored, constant, single] {
+        let (_folder, path) = file(content.as_bytes());
+        let report = json(SIMILARITY, &["--pairs", &path]);
+        assert_eq!(report["spearman_fp32"], Value::Null, "{content}");
+        assert_eq!(report["pearson_change"], Value::Null, "{content}");
+        assert!(report["min_cosine"].as_f64().unwrap() >= 0.9999);
+    }
+}
+
+#[test]
+fn pairs_may_have_windows_line_ends_a_bom_and_empty_lines() {
+    let content = "\u{feff}1.5\tA cat sleeps.\tA dog sleeps.\r\n\r\nIt rains.\tThe sun shines.\r\n";
+    let (_folder, path) = file(content.as_bytes());
+    let report = json(SIMILARITY, &["--pairs", &path]);
+    assert_eq!((report["pairs"].as_u64(), report["scored_pairs"].as_u64()), (Some(2), Some(1)));
+    assert_eq!(report["similarities"][1]["b"], "The sun shines.");
+}
+
+#[test]
+fn malformed_pairs_are_reported_with_their_line() {
+    let cases: [(&[u8], &str); 10] = [
+        (b"1\ta\tb\nonly one column\n", ":2: 1 column;"),
+        (b"1\ta\tb\n1\ta\tb\tc\n", ":2: 4 columns"),
+        (b"high\ta\tb\n", ":1: score \"high\""),
+        (b"1\ta\tb\n2\tc\td\nNaN\te\tf\n", ":3: score \"NaN\""),
+        (b"inf\ta\tb\n", ":1: score \"inf\""),
+        (b"1\ta\t \n", ":1: an empty sentence"),
+        (b"1\ta\tb\n\ta\n", ":2: an empty sentence"),
+        (b"2.5\ta\n", ":1: a score and one sentence"),
+        (b"1\ta\tb\n2\t\xff\tc\n", ":2: not UTF-8"),
+        (b"", ": no pairs in it"),
+    ];
+    for (content, expected) in cases {
+        let (_folder, path) = file(content);
+        fail(SIMILARITY, &["--pairs", &path], &format!("input.txt{expected}"));
+    }
+    fail(SIMILARITY, &["--pairs", "no/such/file.tsv"], "no/such/file.tsv");
+    fail(SIMILARITY, &["--model", "no/such/folder"], "no/such/folder");
+}
+
+#[test]
+fn the_word_report_is_complete_and_narrow() {
+    let report = json(WORDS, &[]);
+    let heads = report["heads"].as_array().unwrap();
+    assert_eq!(heads.len(), 12);
+    for head in heads {
+        assert!(head["sqnr_db"].as_f64().unwrap() > 30.0, "{head}");
+        assert!(head["cosine"].as_f64().unwrap() > 0.999, "{head}");
+        assert!(head["probabilities"]["mean_kl"].as_f64().unwrap() < 1e-3, "{head}");
+    }
+    let stages = report["stages"].as_array().unwrap();
+    for name in ["word embeddings", "Q as int8", "Q·K as int32 (exact)", "attention output"] {
+        assert!(stages.iter().any(|stage| stage["name"] == name), "no stage {name:?}");
+    }
+    assert!(report["encoder"]["text"]["cosine"].as_f64().unwrap() > 0.9999);
+    assert_eq!(report["static_words"]["heads"].as_array().unwrap().len(), 1);
+    assert_eq!(report["attended"]["fp32"].as_array().unwrap().len(), 5);
+    assert_narrow(&succeed(WORDS, &[]));
+    assert_narrow(&succeed(
+        WORDS,
+        &[SENTENCE, "--scheme", "affine", "--output", "requantized:tensor"],
+    ));
+}
+
+#[test]
+fn the_word_report_follows_its_options() {
+    let text = ["The", "river", "bank", "was", "flooded"];
+    let args =
+        [&text[..], &["--word", "bank", "--layer", "2", "--head", "7", "--top", "3"]].concat();
+    let report = json(WORDS, &args);
+    assert_eq!(report["attended"]["word"], "bank");
+    assert_eq!(report["attended"]["head"], 7);
+    assert_eq!(report["attended"]["int8"].as_array().unwrap().len(), 3);
+    assert_eq!(report["layer"], 2);
+    assert_eq!(report["tokens"], 7);
+
+    let sqnr = |args: &[&str]| {
+        let report = json(WORDS, args);
+        let heads = report["heads"].as_array().unwrap().clone();
+        heads.iter().map(|h| h["sqnr_db"].as_f64().unwrap()).sum::<f64>() / heads.len() as f64
+    };
+    let default = sqnr(&[SENTENCE]);
+    assert!(
+        sqnr(&[SENTENCE, "--granularity", "tensor", "--no-smooth-k", "--no-smooth-q"]) < default
+    );
+    assert!(sqnr(&[SENTENCE, "--output", "requantized:head"]) < default);
+}
+
+#[test]
+fn long_texts_are_cut_and_said_so() {
+    let (_folder, path) = file("many words ".repeat(600).as_bytes());
+    let report = json(WORDS, &["--file", &path]);
+    assert_eq!(report["tokens"], 512);
+    assert_eq!(report["tokens_cut"], 1200 - 510);
+    let text = succeed(WORDS, &["--file", &path]);
+    assert!(text.contains("690 tokens are left out"), "{text}");
+}
+
+#[test]
+fn the_comparison_ranks_the_configurations() {
+    let rows = json(WORDS, &[SENTENCE, "--compare"])["comparison"].as_array().unwrap().clone();
+    let row = |name: &str| {
+        let found = rows.iter().find(|row| row["name"] == name);
+        found.unwrap_or_else(|| panic!("no {name:?}"))["mean_sqnr_db"].as_f64().unwrap()
+    };
+    let default = row("token, smooth-K, smooth-Q");
+    assert!(row("tensor") < row("head"));
+    assert!(row("head") < default);
+    assert_eq!(rows.iter().filter(|row| row["is_default"] == true).count(), 1);
+    assert_narrow(&succeed(WORDS, &[SENTENCE, "--compare"]));
+}
+
+#[test]
+fn bad_arguments_of_the_word_report_are_errors() {
+    let (_folder, not_utf8) = file(b"a \xff b");
+    let (_folder, blank) = file(b" \n\n");
+    let cases: [(&[&str], &str); 14] = [
+        (&[""], "the text is empty"),
+        (&["--file", &blank], "the text is empty"),
+        (&["--file", &not_utf8], "not UTF-8"),
+        (&["--file", "no/such/file.txt"], "no/such/file.txt"),
+        (&["--layer", "3"], "layer 3"),
+        (&["--head", "12"], "head 12"),
+        (&["--word", "aardvark"], "aardvark"),
+        (&["--top", "0"], "0"),
+        (&["\u{1f980}\u{1f980}"], "no word"),
+        (&["--granularity", "block:0"], "block:0"),
+        (&["--output", "requantized:block:4"], "expected dequantized"),
+        (&["--compare", "--scheme", "affine"], "cannot be used with"),
+        (&["--model", "no/such/folder"], "no/such/folder"),
+        (&["--frobnicate"], "--frobnicate"),
+    ];
+    for (args, expected) in cases {
+        fail(WORDS, args, expected);
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_error() {
+    for name in [WORDS, SIMILARITY] {
+        let mut child =
+            example(name).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && stderr.is_empty(), "{name}: {stderr}");
+    }
+}

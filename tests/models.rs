@@ -1,0 +1,333 @@
+//! The models: agreement with candle-transformers, and every way in which files can be wrong.
+
+use candle_core::{DType, Device, Tensor};
+use candle_int8_attention::models::{
+    BertConfig, BertModel, ModelFiles, TextEncoder, Weights, WordEmbeddings, mean_pool,
+};
+use candle_int8_attention::{AttentionConfig, Error, QuantizedAttention};
+use candle_nn::VarBuilder;
+use candle_transformers::models::bert;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+const CPU: Device = Device::Cpu;
+
+fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name)
+}
+
+/// The shipped encoder, and any other that `CANDLE_INT8_TEST_MODEL` names.
+fn encoder_folders() -> Vec<PathBuf> {
+    let mut folders = vec![shipped("paraphrase-MiniLM-L3-v2")];
+    match std::env::var_os("CANDLE_INT8_TEST_MODEL") {
+        Some(folder) => folders.push(folder.into()),
+        None => eprintln!("NOT RUN: a second encoder (CANDLE_INT8_TEST_MODEL names no folder)"),
+    }
+    folders
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.dims(), b.dims());
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+fn reference(files: &ModelFiles) -> Result<bert::BertModel, Box<dyn std::error::Error>> {
+    let config = serde_json::from_str(&std::fs::read_to_string(&files.config)?)?;
+    let bytes = std::fs::read(&files.weights)?;
+    let vb = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU)?;
+    Ok(bert::BertModel::load(vb, &config)?)
+}
+
+#[test]
+fn fp32_agrees_with_candle_transformers_padded_batches_included() -> TestResult {
+    let texts = [
+        "It is a truth universally acknowledged.",
+        "You want to tell me, and I have no objection to hearing it. This was invitation enough.",
+        "Bingley.",
+    ];
+    for folder in encoder_folders() {
+        let files = ModelFiles::from_dir(&folder)?;
+        let (encoder, reference) = (TextEncoder::load(&files, &CPU)?, reference(&files)?);
+        let batch = encoder.tokenize(&texts)?;
+        let types = batch.input_ids.zeros_like()?;
+        let ours = encoder.model.forward(&batch.input_ids, Some(&batch.attention_mask))?;
+        let theirs = reference.forward(&batch.input_ids, &types, Some(&batch.attention_mask))?;
+        let tokens = batch.attention_mask.to_dtype(DType::F32)?.unsqueeze(2)?;
+        let (ours, theirs) = (ours.broadcast_mul(&tokens)?, theirs.broadcast_mul(&tokens)?);
+        let difference = largest_difference(&ours, &theirs);
+        eprintln!("{}: largest difference {difference:e}", folder.display());
+        assert!(difference < 1e-4, "{difference}");
+        assert!(largest_difference(&ours, &ours.zeros_like()?) > 0.5, "not all zeros");
+    }
+    Ok(())
+}
+
+#[test]
+fn int8_layers_stay_close_and_switch_one_by_one() -> TestResult {
+    let files = ModelFiles::from_dir(shipped("paraphrase-MiniLM-L3-v2"))?;
+    let mut encoder = TextEncoder::load(&files, &CPU)?;
+    let texts = ["It is a truth universally acknowledged.", "Short."];
+    let exact = encoder.embed_sentences(&texts)?;
+    encoder.model.layers_mut()[1].attention.set_config(AttentionConfig::int8());
+    let one = largest_difference(&exact, &encoder.embed_sentences(&texts)?);
+    encoder.model.set_attention(&AttentionConfig::int8());
+    let all = largest_difference(&exact, &encoder.embed_sentences(&texts)?);
+    assert!(one > 0.0 && all > 0.0 && one < 0.01 && all < 0.02, "{one} {all}");
+    Ok(())
+}
+
+/// A BERT of one layer with random weights, as named tensors.
+fn tiny(prefix: &str, dtype: DType) -> HashMap<String, Tensor> {
+    let (hidden, inner) = (6, 8);
+    let mut tensors = HashMap::new();
+    let mut add = |name: String, shape: &[usize]| {
+        let tensor = Tensor::randn(0f32, 0.5, shape, &CPU).unwrap().to_dtype(dtype).unwrap();
+        tensors.insert(format!("{prefix}{name}"), tensor);
+    };
+    add("embeddings.word_embeddings.weight".into(), &[11, hidden]);
+    add("embeddings.position_embeddings.weight".into(), &[7, hidden]);
+    add("embeddings.token_type_embeddings.weight".into(), &[2, hidden]);
+    let norm = ["embeddings", "encoder.layer.0.attention.output", "encoder.layer.0.output"];
+    for name in norm {
+        add(format!("{name}.LayerNorm.weight"), &[hidden]);
+        add(format!("{name}.LayerNorm.bias"), &[hidden]);
+    }
+    for (name, rows, columns) in [
+        ("attention.self.query", hidden, hidden),
+        ("attention.self.key", hidden, hidden),
+        ("attention.self.value", hidden, hidden),
+        ("attention.output.dense", hidden, hidden),
+        ("intermediate.dense", inner, hidden),
+        ("output.dense", hidden, inner),
+    ] {
+        add(format!("encoder.layer.0.{name}.weight"), &[rows, columns]);
+        add(format!("encoder.layer.0.{name}.bias"), &[rows]);
+    }
+    add("pooler.dense.weight".into(), &[hidden, hidden]);
+    tensors
+}
+
+const TINY_CONFIG: &str = r#"{
+    "vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 8, "hidden_act": "gelu", "max_position_embeddings": 7,
+    "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1,
+    "initializer_range": 0.02, "pad_token_id": 0, "model_type": "bert"
+}"#;
+
+/// A folder with the tiny model; `change` may spoil it first.
+fn tiny_folder(
+    prefix: &str,
+    dtype: DType,
+    change: impl Fn(&mut HashMap<String, Tensor>),
+) -> Result<(tempfile::TempDir, ModelFiles), Box<dyn std::error::Error>> {
+    let folder = tempfile::tempdir()?;
+    let mut tensors = tiny(prefix, dtype);
+    change(&mut tensors);
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+    std::fs::write(folder.path().join("config.json"), TINY_CONFIG)?;
+    let tokenizer = shipped("paraphrase-MiniLM-L3-v2").join("tokenizer.json");
+    std::fs::copy(tokenizer, folder.path().join("tokenizer.json"))?;
+    let files = ModelFiles::from_dir(folder.path())?;
+    Ok((folder, files))
+}
+
+#[test]
+fn prefixes_poolers_and_half_precision_load() -> TestResult {
+    let ids = Tensor::new(&[[1u32, 5, 10, 0], [2, 2, 3, 4]], &CPU)?;
+    for prefix in ["", "bert."] {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let (_folder, files) = tiny_folder(prefix, dtype, |_| {})?;
+            let ours = BertModel::load(&files, &CPU)?.forward(&ids, None)?;
+            let theirs = reference(&files)?.forward(&ids, &ids.zeros_like()?, None)?;
+            let difference = largest_difference(&ours, &theirs);
+            assert!(difference < 1e-4, "{prefix:?} {dtype:?}: {difference}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_named() -> TestResult {
+    let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
+    let model = BertModel::load(&files, &CPU)?;
+    let message =
+        |ids: &Tensor, mask: Option<&Tensor>| model.forward(ids, mask).unwrap_err().to_string();
+    let ids = Tensor::zeros((1, 8), DType::U32, &CPU)?;
+    assert!(message(&ids, None).contains("[1, 8]") && message(&ids, None).contains("N <= 7"));
+    let ids = Tensor::new(&[[1u32, 11]], &CPU)?;
+    assert!(message(&ids, None).contains("input_ids holds 11, expected less than 11"));
+    let ids = Tensor::new(&[1u32, 1], &CPU)?;
+    assert!(message(&ids, None).contains("[2]"));
+    let ids = Tensor::new(&[[1i64, 1]], &CPU)?;
+    assert!(message(&ids, None).contains("I64"));
+    let ids = Tensor::new(&[[1u32, 1]], &CPU)?;
+    let mask = Tensor::new(&[[1u32, 1, 1]], &CPU)?;
+    assert!(message(&ids, Some(&mask)).contains("[1, 3]"));
+    Ok(())
+}
+
+#[test]
+fn missing_files_are_named() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        let error = ModelFiles::from_dir(folder.path()).unwrap_err();
+        assert!(matches!(error, Error::MissingFile { .. }), "{error}");
+        assert!(error.to_string().contains(name), "{error}");
+        std::fs::write(folder.path().join(name), "")?;
+    }
+    let error = ModelFiles::from_dir(folder.path().join("nowhere")).unwrap_err();
+    assert!(error.to_string().contains("model folder not found"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn truncated_and_corrupt_weights_are_told_apart_from_missing_tensors() -> TestResult {
+    let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
+    let bytes = std::fs::read(&files.weights)?;
+    for len in [0, 4, 100, bytes.len() - 1] {
+        std::fs::write(&files.weights, &bytes[..len])?;
+        let error = BertModel::load(&files, &CPU).err().unwrap();
+        assert!(matches!(error, Error::Corrupt { .. }), "{len}: {error}");
+        assert!(error.to_string().contains(&format!("({len} bytes)")), "{error}");
+    }
+    let mut garbage = bytes.clone();
+    garbage[8..40].fill(b'x');
+    std::fs::write(&files.weights, garbage)?;
+    assert!(matches!(BertModel::load(&files, &CPU), Err(Error::Corrupt { .. })));
+
+    let name = "encoder.layer.0.output.dense.bias";
+    let (_folder, files) = tiny_folder("", DType::F32, |tensors| drop(tensors.remove(name)))?;
+    let error = BertModel::load(&files, &CPU).err().unwrap();
+    assert!(matches!(error, Error::MissingTensor { .. }), "{error}");
+    assert!(error.to_string().contains(name), "{error}");
+
+    let (_folder, files) = tiny_folder("", DType::F32, |tensors| {
+        tensors.insert(name.into(), Tensor::zeros(6, DType::U32, &CPU).unwrap());
+    })?;
+    let error = BertModel::load(&files, &CPU).err().unwrap();
+    assert!(error.to_string().contains("U32, expected floats"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_config_that_does_not_fit_the_weights_names_the_tensor() -> TestResult {
+    let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
+    std::fs::write(&files.config, TINY_CONFIG.replace("\"vocab_size\": 11", "\"vocab_size\": 12"))?;
+    let error = BertModel::load(&files, &CPU).err().unwrap();
+    let text = error.to_string();
+    assert!(matches!(error, Error::ModelShape { .. }), "{text}");
+    assert!(
+        text.contains("word_embeddings") && text.contains("[11, 6]") && text.contains("[12, 6]")
+    );
+    for (from, to, message) in [
+        ("\"num_attention_heads\": 2", "\"num_attention_heads\": 4", "num_attention_heads 4"),
+        ("\"num_attention_heads\": 2", "\"num_attention_heads\": 0", "num_attention_heads 0"),
+        ("\"gelu\"", "\"swish\"", "swish"),
+        ("\"vocab_size\": 11,", "", "vocab_size"),
+        ("{", "", "not a BERT configuration"),
+        (
+            "\"type_vocab_size\"",
+            "\"position_embedding_type\": \"rotary\", \"type_vocab_size\"",
+            "rotary",
+        ),
+    ] {
+        std::fs::write(&files.config, TINY_CONFIG.replacen(from, to, 1))?;
+        let text = BertConfig::load(&files.config).unwrap_err().to_string();
+        assert!(text.contains(message), "{text}");
+    }
+    std::fs::write(&files.config, [0xff, 0xfe])?;
+    assert!(BertConfig::load(&files.config).unwrap_err().to_string().contains("UTF-8"));
+    Ok(())
+}
+
+#[test]
+fn tokenizers_that_do_not_fit_are_named() -> TestResult {
+    let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
+    let error = TextEncoder::load(&files, &CPU).err().unwrap().to_string();
+    assert!(error.contains("30522 words, but the model embeds 11"), "{error}");
+    std::fs::write(&files.tokenizer, "{}")?;
+    let error = TextEncoder::load(&files, &CPU).err().unwrap().to_string();
+    assert!(error.contains("not a tokenizer"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn long_and_empty_texts() -> TestResult {
+    let files = ModelFiles::from_dir(shipped("paraphrase-MiniLM-L3-v2"))?;
+    let encoder = TextEncoder::load(&files, &CPU)?;
+    let batch = encoder.tokenize(&["word ".repeat(600), String::new()])?;
+    assert_eq!(batch.input_ids.dims(), [2, 512]);
+    assert_eq!(batch.truncated, [90, 0]);
+    assert_eq!((batch.tokens[0].len(), batch.tokens[1].len()), (512, 2));
+    assert_eq!(batch.tokens[0].last().map(String::as_str), Some("[SEP]"));
+    assert!(encoder.tokenize(&[] as &[&str]).unwrap_err().to_string().contains("no text"));
+    Ok(())
+}
+
+#[test]
+fn mean_pool_leaves_padding_out() -> TestResult {
+    let hidden = Tensor::new(&[[[1f32, 2.0], [3.0, 6.0], [100.0, 100.0]]; 2], &CPU)?;
+    let mask = Tensor::new(&[[1u32, 1, 0], [0, 0, 0]], &CPU)?;
+    assert_eq!(mean_pool(&hidden, &mask)?.to_vec2::<f32>()?, [[2.0, 4.0], [0.0, 0.0]]);
+    Ok(())
+}
+
+#[test]
+fn word_embeddings_look_up_and_attend() -> TestResult {
+    let glove = WordEmbeddings::load(shipped("glove-6b-50d-top20k"), &CPU)?;
+    assert_eq!((glove.len(), glove.dim()), (20_000, 50));
+    let words =
+        glove.tokenize("The Queen's daughters don't walk, \u{201c}Xyzzyq\u{201d} -- said he.");
+    let texts: Vec<&str> = words.iter().map(|w| w.text.as_str()).collect();
+    let expected = [
+        "the",
+        "queen",
+        "'s",
+        "daughters",
+        "do",
+        "n't",
+        "walk",
+        ",",
+        "\u{201c}",
+        "xyzzyq",
+        "\u{201d}",
+        "said",
+        "he",
+        ".",
+    ];
+    assert_eq!(texts, expected);
+    assert_eq!(words[0].id, Some(0));
+    assert_eq!(words[9].id, None);
+    let ids: Vec<u32> = words.iter().filter_map(|w| w.id).collect();
+    let x = glove.lookup(&ids)?;
+    assert_eq!(x.dims(), [ids.len(), 50]);
+    let exact = glove.self_attention(&x, &QuantizedAttention::new(AttentionConfig::fp32()))?;
+    let int8 = glove.self_attention(&x, &QuantizedAttention::new(AttentionConfig::int8()))?;
+    let difference = largest_difference(&exact, &int8);
+    assert!(difference > 0.0 && difference < 0.05, "{difference}");
+    assert!(glove.lookup(&[20_000]).unwrap_err().to_string().contains("20000"));
+    assert_eq!(glove.lookup(&[])?.dims(), [0, 50]);
+    Ok(())
+}
+
+#[test]
+fn word_embedding_files_that_do_not_fit_are_named() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let load = || WordEmbeddings::load(folder.path(), &CPU).err().unwrap().to_string();
+    assert!(load().contains("vocabulary not found"), "{}", load());
+    std::fs::write(folder.path().join("vocab.txt"), "a\nb\n")?;
+    assert!(load().contains("weights not found"), "{}", load());
+    let path = folder.path().join("model.safetensors");
+    let save = |shape: &[usize]| {
+        let table = Tensor::zeros(shape, DType::F32, &CPU).unwrap();
+        candle_core::safetensors::save(&[("embedding.weight", table)].into(), &path).unwrap();
+    };
+    save(&[3, 4]);
+    assert!(load().contains("2 lines for 3 word vectors"), "{}", load());
+    save(&[2, 2, 2]);
+    assert!(load().contains("[2, 2, 2]"), "{}", load());
+    assert!(Weights::open(folder.path().join("vocab.txt")).is_err());
+    Ok(())
+}
