@@ -88,7 +88,8 @@ impl<'a> View<'a> {
         if len == 0 {
             return &[];
         }
-        let together = (depth_stride == 1 || depth == 1) && (token_stride == depth || tokens.len() == 1);
+        let together =
+            (depth_stride == 1 || depth == 1) && (token_stride == depth || tokens.len() == 1);
         if let (Data::F32(data), true) = (&self.data, together) {
             return &data[start..start + len];
         }

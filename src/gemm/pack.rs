@@ -17,25 +17,45 @@ fn packed_bytes(
         .expect("an operand larger than the address space")
 }
 
-/// Where element `(row, depth)` of an operand lies in its packed form.
-fn offset(panel: usize, groups: usize, group: usize, row: usize, depth: usize) -> usize {
-    ((row / panel * groups + depth / group) * panel + row % panel) * group + depth % group
+/// Spreads rows of codes over panels, `GROUP` elements at a time, each through `encode`. `out`
+/// starts with the panel of the row `first`.
+fn spread<const GROUP: usize, T: Copy>(
+    codes: &[i8],
+    depth: usize,
+    (first, panel): (usize, usize),
+    out: &mut [[T; GROUP]],
+    encode: impl Fn(i8) -> T,
+) {
+    let groups = depth.div_ceil(GROUP);
+    for (row, codes) in (first..).zip(codes.chunks_exact(depth.max(1))) {
+        let out = &mut out[row / panel * groups * panel + row % panel..];
+        let (whole, tail) = codes.as_chunks::<GROUP>();
+        // One group every `panel` groups. Padding at the end of the depth stays as it is.
+        let mut places = out.iter_mut().step_by(panel);
+        for (group, place) in whole.iter().zip(&mut places) {
+            *place = group.map(&encode);
+        }
+        if let (false, Some(place)) = (tail.is_empty(), places.next()) {
+            place.iter_mut().zip(tail).for_each(|(to, &code)| *to = encode(code));
+        }
+    }
 }
 
-/// Runs `put(destination, source)` for every stretch of up to `group` elements of a row.
-fn for_each_group(
-    (rows, depth): (usize, usize),
-    (panel, group): (usize, usize),
-    mut put: impl FnMut(usize, std::ops::Range<usize>),
+/// [`spread`] for operands of one byte an element.
+fn spread_bytes(
+    codes: &[i8],
+    depth: usize,
+    (first, panel): (usize, usize),
+    group: usize,
+    out: &mut [u8],
+    flip: u8,
 ) {
-    let groups = depth.div_ceil(group);
-    for row in 0..rows {
-        let start = offset(panel, groups, group, row, 0);
-        for g in 0..groups {
-            let from = row * depth + g * group;
-            let to = row * depth + ((g + 1) * group).min(depth);
-            put(start + g * panel * group, from..to);
-        }
+    let encode = |code: i8| code as u8 ^ flip;
+    match group {
+        2 => spread(codes, depth, (first, panel), out.as_chunks_mut::<2>().0, encode),
+        4 => spread(codes, depth, (first, panel), out.as_chunks_mut::<4>().0, encode),
+        8 => spread(codes, depth, (first, panel), out.as_chunks_mut::<8>().0, encode),
+        _ => unreachable!("no kernel sums {group} elements a step"),
     }
 }
 
@@ -62,22 +82,16 @@ impl PackedLhs {
         let mut bytes = AlignedBytes::zeroed(packed_bytes((rows, depth), (mr, group), lhs.size()));
         assert_eq!(codes.len(), rows * depth);
         let out = bytes.as_mut_slice();
-        for_each_group((rows, depth), (mr, group), |at, source| {
-            let source = &codes[source];
-            match lhs {
-                LhsFormat::Signed => {
-                    out[at..].iter_mut().zip(source).for_each(|(o, &q)| *o = q as u8);
-                }
-                LhsFormat::Biased => {
-                    out[at..].iter_mut().zip(source).for_each(|(o, &q)| *o = q as u8 ^ 0x80);
-                }
-                LhsFormat::Wide => {
-                    let pairs = out[2 * at..].as_chunks_mut::<2>().0;
-                    let wide = source.iter().map(|&q| i16::from(q).to_ne_bytes());
-                    pairs.iter_mut().zip(wide).for_each(|(o, q)| *o = q);
-                }
+        match lhs {
+            LhsFormat::Signed => spread_bytes(codes, depth, (0, mr), group, out, 0),
+            LhsFormat::Biased => spread_bytes(codes, depth, (0, mr), group, out, 0x80),
+            LhsFormat::Wide => {
+                assert_eq!(group, 2, "{}", kernel.name());
+                // Two i16 in native byte order.
+                let pairs = out.as_chunks_mut::<2>().0.as_chunks_mut::<2>().0;
+                spread(codes, depth, (0, mr), pairs, |code| i16::from(code).to_ne_bytes());
             }
-        });
+        }
         Self { kernel, bytes, rows, depth }
     }
 
@@ -128,18 +142,10 @@ impl PackedRhs {
         assert_eq!(codes.len(), sums.len() * self.depth);
         assert!(first + sums.len() <= self.rows);
         let Geometry { nr, group, lhs, .. } = self.kernel.geometry();
-        let groups = self.depth.div_ceil(group);
-        let out = self.bytes.as_mut_slice();
-        for (i, &sum) in sums.iter().enumerate() {
-            let row = first + i;
-            self.init[row] = (-lhs.bias()).wrapping_mul(sum);
-            let source = &codes[i * self.depth..(i + 1) * self.depth];
-            let start = offset(nr, groups, group, row, 0);
-            for (g, stretch) in source.chunks(group).enumerate() {
-                let at = start + g * nr * group;
-                out[at..].iter_mut().zip(stretch).for_each(|(o, &q)| *o = q as u8);
-            }
+        for (init, sum) in self.init[first..].iter_mut().zip(sums) {
+            *init = (-lhs.bias()).wrapping_mul(*sum);
         }
+        spread_bytes(codes, self.depth, (first, nr), group, self.bytes.as_mut_slice(), 0);
     }
 
     pub(crate) fn rows(&self) -> usize {
