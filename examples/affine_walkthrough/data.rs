@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 /// The word embeddings that come with this project.
 const BUNDLED: &str = "models/glove-6b-50d-top20k";
 
+/// Elements of a random row, unless the options say otherwise.
+pub const RANDOM_DEPTH: usize = 256;
+
 /// Where the numbers come from.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 pub enum Source {
@@ -39,7 +42,7 @@ pub fn load(args: &Args) -> Result<Input> {
 
 fn random(args: &Args) -> Result<Input> {
     ensure!(args.model.is_none(), "--model goes with --data glove, not with random data");
-    let depth = args.depth.unwrap_or(256);
+    let depth = args.depth.unwrap_or(RANDOM_DEPTH);
     Ok(Input {
         name: format!("random, normal, mean 0, deviation 1, seed {}", args.seed),
         shape: [1, args.heads, args.tokens, depth],

@@ -116,7 +116,11 @@ fn check_sizes(args: &Args) -> Result<()> {
     }
     // One stage quantizes A with a zero point, so the smaller of the two limits counts.
     let limit = candle_int8_attention::gemm::max_depth(true);
-    let depth = args.depth.unwrap_or(1);
+    // Embeddings have their own width, and the vocabulary bounds how many there are.
+    let depth = args.depth.unwrap_or(match args.data {
+        data::Source::Random => data::RANDOM_DEPTH,
+        data::Source::Glove => 1,
+    });
     ensure!(
         depth <= limit,
         "--depth {depth} is more than {limit}: the sum of so many int8 products may not fit int32"
