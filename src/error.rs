@@ -85,10 +85,7 @@ pub enum Error {
     Config(String),
 
     /// The sum over the depth could leave the range of int32.
-    #[error(
-        "depth (head dim) {depth} is too large for exact int32 accumulation: {depth} * 255 * 128 \
-         exceeds 2^31 - 1; the limit is {limit}"
-    )]
+    #[error("depth (head dim) {depth} is too large for exact int32 sums; the limit is {limit}")]
     Depth {
         /// The depth that was asked for.
         depth: usize,

@@ -50,6 +50,7 @@ pub mod models;
 mod pv;
 pub mod quant;
 mod simd;
+mod uninit;
 
 pub use attention::{
     AttentionConfig, Backend, Int8Config, PvPrecision, QuantizedAttention, RequantConfig,

@@ -21,3 +21,17 @@ macro_rules! widest {
     }};
 }
 pub(crate) use widest;
+
+/// Elements that a loop takes at a time: enough for the widest vectors.
+pub(crate) const LANES: usize = 16;
+
+/// `[f(0), f(1), ..]`. The standard library's `array::map` and `array::from_fn` are not always
+/// inlined into a [`widest!`] body, and are then compiled for the baseline.
+#[inline(always)]
+pub(crate) fn each_lane<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES] {
+    let mut lanes = [T::default(); LANES];
+    for (i, lane) in lanes.iter_mut().enumerate() {
+        *lane = f(i);
+    }
+    lanes
+}

@@ -66,6 +66,8 @@ struct Timing {
     name: &'static str,
     /// Median seconds.
     seconds: f64,
+    /// The fastest round: what a busy machine hides.
+    best: f64,
     /// How many times as long as this crate.
     ratio: f64,
     rounds: usize,
@@ -136,19 +138,19 @@ fn measure(
         "scores" => peaks.int8.map(|peak| macs / peak),
         _ => peaks.int8.zip(peaks.bf16.or(peaks.f32)).map(|(qk, pv)| macs / qk + macs / pv),
     };
-    let fraction_of_peak = ideal.map(|ideal| ideal / times[0].0);
-    let timings = contenders.iter().zip(&times).map(|(contender, &(seconds, rounds))| Timing {
+    let fraction_of_peak = ideal.map(|ideal| ideal / times[0].seconds);
+    let ours = times[0].seconds;
+    let timings = contenders.iter().zip(&times).map(|(contender, times)| Timing {
         name: contender.name,
-        seconds,
-        ratio: seconds / times[0].0,
-        rounds,
+        ratio: times.seconds / ours,
+        ..*times
     });
     Ok(Outcome { what, shape, timings: timings.collect(), fraction_of_peak })
 }
 
 /// Lets everyone run once to warm up, then in turns until the time is over, at least three times;
-/// median seconds and rounds of each.
-fn in_turns(contenders: &mut [Contender], budget: Duration) -> Result<Vec<(f64, usize)>> {
+/// the timing of each, without name and ratio.
+fn in_turns(contenders: &mut [Contender], budget: Duration) -> Result<Vec<Timing>> {
     let mut times = vec![Vec::new(); contenders.len()];
     for contender in contenders.iter_mut() {
         (contender.run)()?;
@@ -163,7 +165,13 @@ fn in_turns(contenders: &mut [Contender], budget: Duration) -> Result<Vec<(f64, 
     }
     let median = |times: &mut Vec<f64>| {
         times.sort_by(f64::total_cmp);
-        (times[times.len() / 2], times.len())
+        Timing {
+            name: "",
+            seconds: times[times.len() / 2],
+            best: times[0],
+            ratio: 1.0,
+            rounds: times.len(),
+        }
     };
     Ok(times.iter_mut().map(median).collect())
 }

@@ -5,8 +5,10 @@ use super::operand::{BLOCK, Operand, QuantizedRows, blocks};
 use super::view::View;
 use crate::gemm::{self, Kernel, PackedLhs, PackedRhs, ScoreScales, ZeroCorrection};
 use crate::quant::rows::dots;
+use crate::uninit::written;
 use crate::{Error, Result};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The keys of one head, quantized, packed and shared by its query heads. All vectors are padded
@@ -167,7 +169,7 @@ impl<'a> Scorer<'a> {
         &self,
         block: &QueryBlock,
         keys: Range<usize>,
-        out: &mut [f32],
+        out: &mut [MaybeUninit<f32>],
         stride: usize,
     ) {
         let packed = &self.keys[block.head / self.group];
@@ -204,44 +206,56 @@ impl<'a> Scorer<'a> {
     /// All f32 scores, `[B, H, M, N]`.
     pub(super) fn all_scores(&self) -> Vec<f32> {
         let n = self.k.view().tokens();
-        self.for_all_blocks(|head, tokens, out| {
+        let write = |head, tokens, out: &mut [MaybeUninit<f32>]| {
             self.score(&self.query_block(head, tokens), 0..n, out, n);
-        })
+        };
+        // SAFETY: `score_tiles` writes every score.
+        unsafe { self.for_all_blocks(write) }
     }
 
     /// All int32 sums, `[B, H, M, N]`.
     pub(super) fn all_sums(&self) -> Vec<i32> {
-        self.for_all_blocks(|head, tokens, out| {
+        let write = |head, tokens, out: &mut [MaybeUninit<i32>]| {
             let block = self.query_block(head, tokens);
             let keys = &self.keys[head / self.group].rhs;
             gemm::int_tiles(&block.lhs, keys, self.zeros(&block).as_ref(), out, keys.rows());
-        })
+        };
+        // SAFETY: `int_tiles` writes every sum.
+        unsafe { self.for_all_blocks(write) }
     }
 
     /// Fills `[B, H, M, N]` block by block of queries. Blocks do not depend on each other, so the
     /// result is the same with any number of threads.
-    fn for_all_blocks<T: Clone + Default + Send>(
+    ///
+    /// # Safety
+    /// `f` writes all of the slice it is given.
+    unsafe fn for_all_blocks<T: Send>(
         &self,
-        f: impl Fn(usize, Range<usize>, &mut [T]) + Sync,
+        f: impl Fn(usize, Range<usize>, &mut [MaybeUninit<T>]) + Sync,
     ) -> Vec<T> {
         let [b, h, m, n] = self.dims();
-        let mut out = vec![T::default(); b * h * m * n];
-        if out.is_empty() {
-            return out;
-        }
-        let of_block = |head: usize, (index, out): (usize, &mut [T])| {
+        let len = b * h * m * n;
+        let of_block = |head: usize, (index, out): (usize, &mut [MaybeUninit<T>])| {
             let start = index * BLOCK;
             f(head, start..start + out.len() / n, out);
         };
-        if b * h * m * n * self.q.view().depth() < gemm::SERIAL_BELOW {
-            for (head, out) in out.chunks_mut(m * n).enumerate() {
-                out.chunks_mut(BLOCK * n).enumerate().for_each(|block| of_block(head, block));
+        let all = |out: &mut [MaybeUninit<T>]| match (len, len * self.depth() < gemm::SERIAL_BELOW)
+        {
+            (0, _) => {}
+            (_, true) => {
+                for (head, out) in out.chunks_mut(m * n).enumerate() {
+                    out.chunks_mut(BLOCK * n).enumerate().for_each(|block| of_block(head, block));
+                }
             }
-        } else {
-            out.par_chunks_mut(m * n).enumerate().for_each(|(head, out)| {
-                out.par_chunks_mut(BLOCK * n).enumerate().for_each(|block| of_block(head, block));
-            });
-        }
-        out
+            (_, false) => {
+                let heads = out.par_chunks_mut(m * n).enumerate();
+                heads.for_each(|(head, out)| {
+                    let blocks = out.par_chunks_mut(BLOCK * n).enumerate();
+                    blocks.for_each(|block| of_block(head, block));
+                });
+            }
+        };
+        // SAFETY: the blocks of all heads cover the result, and `f` writes all of each.
+        unsafe { written(len, all) }
     }
 }

@@ -134,8 +134,8 @@ impl Codes {
 
 /// Which rows are finite, `[B, H, S, 1]` U8, and `x` with zeros in the others.
 fn without_bad_rows(x: &Tensor) -> Result<(Tensor, Tensor)> {
-    // x - x is 0 for a finite number and NaN otherwise.
-    let finite = (x - x)?.sum_keepdim(D::Minus1)?.eq(0f32)?;
+    // x * 0 is 0 for a finite number and NaN otherwise.
+    let finite = (x * 0.0)?.sum_keepdim(D::Minus1)?.eq(0f32)?;
     let clean = finite.broadcast_as(x.shape())?.where_cond(x, &x.zeros_like()?)?;
     Ok((finite, clean))
 }

@@ -3,6 +3,7 @@
 
 use super::kernel::{MAX_TILE, ScoreTile, TileInput};
 use super::pack::{PackedLhs, PackedRhs};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Zero points and sums of the codes, for `sum (a - za)(b - zb)`:
@@ -76,12 +77,12 @@ fn for_each_tile(
     }
 }
 
-/// `out[m * stride + n]` = the exact int32 sums, zero points corrected.
+/// `out[m * stride + n]` = the exact int32 sums, zero points corrected. Every one is written.
 pub(crate) fn int_tiles(
     lhs: &PackedLhs,
     rhs: &PackedRhs,
     zeros: Option<&ZeroCorrection<'_>>,
-    out: &mut [i32],
+    out: &mut [MaybeUninit<i32>],
     stride: usize,
 ) {
     let (kernel, nr) = (lhs.kernel(), lhs.kernel().geometry().nr);
@@ -100,13 +101,13 @@ pub(crate) fn int_tiles(
 
 /// `out[m * stride + n - columns.start]` = the f32 scores of `columns`, whose start is a multiple
 /// of the kernel's `nr`. Where `stride` leaves room for whole panels, what follows the last column
-/// is overwritten with scores of padding.
+/// is overwritten with scores of padding. Every score of `columns` is written.
 pub(crate) fn score_tiles(
     lhs: &PackedLhs,
     rhs: &PackedRhs,
     columns: Range<usize>,
     scales: &ScoreScales<'_>,
-    out: &mut [f32],
+    out: &mut [MaybeUninit<f32>],
     stride: usize,
 ) {
     let (kernel, nr) = (lhs.kernel(), lhs.kernel().geometry().nr);
@@ -127,7 +128,7 @@ pub(crate) fn score_tiles(
         let inside = columns.start - first + nr <= stride;
         let whole = inside && at + (rows.len() - 1) * stride + nr <= out.len();
         let (target, target_stride) = match whole {
-            true => (out[at..].as_mut_ptr(), stride),
+            true => (out[at..].as_mut_ptr().cast(), stride),
             false => (edge.as_mut_ptr(), nr),
         };
         let tile = ScoreTile {
@@ -165,12 +166,14 @@ fn copy_tile<T: Copy>(
     nr: usize,
     rows: Range<usize>,
     columns: Range<usize>,
-    out: &mut [T],
+    out: &mut [MaybeUninit<T>],
     stride: usize,
 ) {
     for (tile, row) in tile.chunks_exact(nr).zip(rows) {
         let at = row * stride + columns.start;
-        out[at..at + columns.len()].copy_from_slice(&tile[..columns.len()]);
+        for (to, &from) in out[at..at + columns.len()].iter_mut().zip(tile) {
+            to.write(from);
+        }
     }
 }
 
@@ -179,6 +182,7 @@ mod tests {
     use super::*;
     use crate::gemm::Kernel;
     use crate::gemm::dispatch::{TABLE, runnable};
+    use crate::uninit::overwrite;
     use proptest::prelude::*;
     use proptest::test_runner::{TestRng, TestRunner};
 
@@ -257,7 +261,7 @@ mod tests {
                 zeros: affine.then_some(zeros),
             };
             let mut out = vec![POISON; m * stride];
-            score_tiles(&lhs, &rhs, 0..n, &scales, &mut out, stride);
+            score_tiles(&lhs, &rhs, 0..n, &scales, overwrite(&mut out), stride);
             out
         }
 

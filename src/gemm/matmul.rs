@@ -4,8 +4,10 @@ use super::dispatch::select;
 use super::driver::{ZeroCorrection, int_tiles};
 use super::kernel::Kernel;
 use super::pack::{PackedLhs, PackedRhs};
+use crate::uninit::written;
 use crate::{Error, Result};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Rows of the left side that one task takes.
 const ROW_BLOCK: usize = 48;
@@ -156,8 +158,7 @@ pub(super) fn matmul_nt_with(
     rhs_zeros.resize(padded, 0);
     let corrected = lhs_zeros.iter().chain(&rhs_zeros).any(|&zero| zero != 0);
 
-    let mut out = vec![0i32; len];
-    let block = |(index, out): (usize, &mut [i32])| {
+    let block = |(index, out): (usize, &mut [MaybeUninit<i32>])| {
         let rows = index * ROW_BLOCK..(index * ROW_BLOCK + out.len() / n);
         let codes = &lhs[rows.start * depth..rows.end * depth];
         let packed = PackedLhs::new(kernel, codes, rows.len(), depth);
@@ -175,12 +176,13 @@ pub(super) fn matmul_nt_with(
         });
         int_tiles(&packed, &keys, zeros.as_ref(), out, n);
     };
-    match (len, len.saturating_mul(depth) < SERIAL_BELOW) {
+    let all = |out: &mut [MaybeUninit<i32>]| match (len, len.saturating_mul(depth) < SERIAL_BELOW) {
         (0, _) => {}
         (_, true) => out.chunks_mut(ROW_BLOCK * n).enumerate().for_each(block),
         (_, false) => out.par_chunks_mut(ROW_BLOCK * n).enumerate().for_each(block),
-    }
-    Ok(out)
+    };
+    // SAFETY: the blocks cover all rows, and `int_tiles` writes every sum of a block.
+    Ok(unsafe { written(len, all) })
 }
 
 fn check_len(tensor: &'static str, len: usize, rows: usize, depth: usize) -> Result<()> {

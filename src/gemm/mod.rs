@@ -11,7 +11,7 @@
 //! * `kernel` says what a kernel is; `kernels/` holds one file for each instruction set.
 //! * `dispatch` is the one ordered table of them, and picks one at run time.
 //! * `pack` puts operands into the order a kernel reads.
-//! * [`reference`] is the plain triple loop that every kernel must equal, bit for bit.
+//! * [`mod@reference`] is the plain triple loop that every kernel must equal, bit for bit.
 //!
 //! # Why it is exact
 //! No instruction used here saturates on the way, and a sum of `D` products of u8 and i8 fits an

@@ -33,7 +33,10 @@ fn spread<const GROUP: usize, T: Copy>(
         // One group every `panel` groups. Padding at the end of the depth stays as it is.
         let mut places = out.iter_mut().step_by(panel);
         for (group, place) in whole.iter().zip(&mut places) {
-            *place = group.map(&encode);
+            // Not `map`, which is not always inlined.
+            for (to, &code) in place.iter_mut().zip(group) {
+                *to = encode(code);
+            }
         }
         if let (false, Some(place)) = (tail.is_empty(), places.next()) {
             place.iter_mut().zip(tail).for_each(|(to, &code)| *to = encode(code));
@@ -63,6 +66,7 @@ fn spread_bytes(
 #[derive(Clone)]
 pub(crate) struct PackedLhs {
     kernel: &'static dyn Kernel,
+    geometry: Geometry,
     bytes: AlignedBytes,
     rows: usize,
     depth: usize,
@@ -92,7 +96,7 @@ impl PackedLhs {
                 spread(codes, depth, (0, mr), pairs, |code| i16::from(code).to_ne_bytes());
             }
         }
-        Self { kernel, bytes, rows, depth }
+        Self { kernel, geometry: kernel.geometry(), bytes, rows, depth }
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -101,7 +105,7 @@ impl PackedLhs {
 
     /// The panel that starts at row `row`, a multiple of the kernel's `mr`.
     pub(super) fn panel(&self, row: usize) -> *const u8 {
-        let Geometry { mr, group, lhs, .. } = self.kernel.geometry();
+        let Geometry { mr, group, lhs, .. } = self.geometry;
         assert!(row < self.rows && row.is_multiple_of(mr));
         let panel_bytes = mr * self.depth.div_ceil(group) * group * lhs.size();
         // SAFETY: `packed_bytes` made room for ceil(rows / mr) panels of this size, and row < rows.
@@ -121,6 +125,7 @@ impl PackedLhs {
 #[derive(Clone)]
 pub(crate) struct PackedRhs {
     kernel: &'static dyn Kernel,
+    geometry: Geometry,
     bytes: AlignedBytes,
     rows: usize,
     depth: usize,
@@ -134,14 +139,15 @@ impl PackedRhs {
         assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
         let Geometry { nr, group, .. } = kernel.geometry();
         let bytes = AlignedBytes::zeroed(packed_bytes((rows, depth), (nr, group), 1));
-        Self { kernel, bytes, rows, depth, init: vec![0; rows.next_multiple_of(nr)] }
+        let init = vec![0; rows.next_multiple_of(nr)];
+        Self { kernel, geometry: kernel.geometry(), bytes, rows, depth, init }
     }
 
     /// Packs the rows from `first` on: row-major codes, and the sum of each row.
     pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
         assert_eq!(codes.len(), sums.len() * self.depth);
         assert!(first + sums.len() <= self.rows);
-        let Geometry { nr, group, lhs, .. } = self.kernel.geometry();
+        let Geometry { nr, group, lhs, .. } = self.geometry;
         for (init, sum) in self.init[first..].iter_mut().zip(sums) {
             *init = (-lhs.bias()).wrapping_mul(*sum);
         }
@@ -154,7 +160,7 @@ impl PackedRhs {
 
     /// The panel that starts at row `row`, a multiple of the kernel's `nr`.
     pub(super) fn panel(&self, row: usize) -> *const i8 {
-        let Geometry { nr, group, .. } = self.kernel.geometry();
+        let Geometry { nr, group, .. } = self.geometry;
         assert!(row < self.rows && row.is_multiple_of(nr));
         let panel_bytes = nr * self.depth.div_ceil(group) * group;
         // SAFETY: `packed_bytes` made room for ceil(rows / nr) panels of this size, and row < rows.
@@ -163,7 +169,7 @@ impl PackedRhs {
 
     /// The `nr` starting sums of that panel.
     pub(super) fn init(&self, row: usize) -> &[i32] {
-        &self.init[row..row + self.kernel.geometry().nr]
+        &self.init[row..row + self.geometry.nr]
     }
 
     pub(super) fn kernel(&self) -> &'static dyn Kernel {

@@ -114,7 +114,7 @@ impl BertModel {
     /// `attention_mask` `[B, N]` is 1 for tokens and 0 for padding; without it all are tokens.
     ///
     /// # Errors
-    /// Those of [`BertModel::embed`], [`padding_mask`] and [`attention`](crate::attention).
+    /// Those of [`BertModel::embed`], [`padding_mask`] and [`attention`](crate::attention()).
     pub fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
         let mask = match attention_mask {
             None => AttnMask::None,
@@ -206,7 +206,7 @@ impl BertLayer {
     /// `norm(hidden + projection(attention))`, `[B, N, hidden_size]`.
     ///
     /// # Errors
-    /// Those of [`attention`](crate::attention).
+    /// Those of [`attention`](crate::attention()).
     pub fn attention_block(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
         let (q, k, v) = self.qkv(hidden)?;
         let context = self.attention.forward(&q, &k, &v, mask)?;
@@ -217,7 +217,7 @@ impl BertLayer {
     /// The whole layer, `[B, N, hidden_size]` to the same.
     ///
     /// # Errors
-    /// Those of [`attention`](crate::attention).
+    /// Those of [`attention`](crate::attention()).
     pub fn forward(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
         let hidden = self.attention_block(hidden, mask)?;
         let inner = self.up.forward(&hidden)?;

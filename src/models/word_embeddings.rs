@@ -99,7 +99,7 @@ impl WordEmbeddings {
     /// themselves, in one head. The result is `[N, dim]`.
     ///
     /// # Errors
-    /// Those of [`attention`](crate::attention).
+    /// Those of [`attention`](crate::attention()).
     pub fn self_attention(&self, x: &Tensor, attention: &QuantizedAttention) -> Result<Tensor> {
         let x = x.unsqueeze(0)?.unsqueeze(0)?;
         let out = attention.forward(&x, &x, &x, &AttnMask::None)?;

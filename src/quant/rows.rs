@@ -7,10 +7,7 @@
 //! A call works on a block of rows, because finding out the width costs as much as a short row.
 
 use super::{QuantParams, Range, Scheme};
-use crate::simd::widest;
-
-/// Independent partial results of a reduction: enough to fill the widest vectors.
-const LANES: usize = 16;
+use crate::simd::{LANES, each_lane, widest};
 
 /// What a pass over a row finds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,9 +28,9 @@ fn row_range_body(row: &[f32]) -> RowRange {
     let start = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES], [0f32; LANES]);
     let (low, high, poison) = lanes(row, start, |(low, high, poison), chunk| {
         (
-            std::array::from_fn(|i| if chunk[i] < low[i] { chunk[i] } else { low[i] }),
-            std::array::from_fn(|i| if chunk[i] > high[i] { chunk[i] } else { high[i] }),
-            std::array::from_fn(|i| poison[i] + chunk[i] * 0.0),
+            each_lane(|i| if chunk[i] < low[i] { chunk[i] } else { low[i] }),
+            each_lane(|i| if chunk[i] > high[i] { chunk[i] } else { high[i] }),
+            each_lane(|i| poison[i] + chunk[i] * 0.0),
         )
     });
     let min = low.into_iter().fold(f32::INFINITY, f32::min);
@@ -46,10 +43,10 @@ fn row_range_body(row: &[f32]) -> RowRange {
 fn max_abs_body(row: &[f32]) -> (f32, bool) {
     let start = ([0f32; LANES], [0f32; LANES]);
     let (max, poison) = lanes(row, start, |(max, poison), chunk| {
-        let abs = chunk.map(f32::abs);
+        let abs = each_lane(|i| chunk[i].abs());
         (
-            std::array::from_fn(|i| if abs[i] > max[i] { abs[i] } else { max[i] }),
-            std::array::from_fn(|i| poison[i] + chunk[i] * 0.0),
+            each_lane(|i| if abs[i] > max[i] { abs[i] } else { max[i] }),
+            each_lane(|i| poison[i] + chunk[i] * 0.0),
         )
     });
     (max.into_iter().fold(0.0, f32::max), all_zero(poison))
@@ -230,7 +227,7 @@ fn dot_body(a: &[f32], b: &[f32]) -> f32 {
     let ((a_chunks, a_tail), (b_chunks, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut sums = [0f32; LANES];
     for (x, y) in a_chunks.iter().zip(b_chunks) {
-        sums = std::array::from_fn(|i| sums[i] + x[i] * y[i]);
+        sums = each_lane(|i| sums[i] + x[i] * y[i]);
     }
     let tail: f32 = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
     sums.iter().sum::<f32>() + tail

@@ -9,6 +9,7 @@ use crate::attention::view::View;
 use crate::attention::visible::Visible;
 use crate::gemm::SERIAL_BELOW;
 use crate::pv::{self, PackedValues, PvKernel, ValueFormat};
+use crate::uninit::overwrite;
 use crate::{Error, Result};
 use candle_nn::attention::AttnMask;
 use rayon::prelude::*;
@@ -33,6 +34,8 @@ pub(super) struct Engine<'a> {
 
 /// Buffers of one worker.
 struct Scratch {
+    /// Elements from one row of scores, or of probabilities, to the next.
+    stride: usize,
     scores: Vec<f32>,
     probs: Vec<u16>,
     sums: Vec<f32>,
@@ -107,6 +110,7 @@ impl<'a> Engine<'a> {
         // Whole steps, so that a step that reaches over the last key has room.
         let stride = n.min(TILE).next_multiple_of(self.scorer.key_step().max(2));
         Scratch {
+            stride,
             scores: vec![0.0; rows * stride],
             probs: match self.format {
                 ValueFormat::F32 => Vec::new(),
@@ -160,9 +164,8 @@ impl<'a> Engine<'a> {
         scratch: &mut Scratch,
         running: &mut [Running],
     ) {
-        let stride = scratch.scores.len() / (scratch.sums.len() / values.width());
-        let width = values.width();
-        self.scorer.score(block, keys.clone(), &mut scratch.scores, stride);
+        let (stride, width) = (scratch.stride, values.width());
+        self.scorer.score(block, keys.clone(), overwrite(&mut scratch.scores), stride);
         let inside = |r: &Range<usize>| {
             let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
             clamp(r.start)..clamp(r.end)

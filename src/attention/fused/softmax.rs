@@ -2,10 +2,8 @@
 //! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
 
 use crate::pv::bf16_bits;
-use crate::simd::widest;
+use crate::simd::{LANES, each_lane, widest};
 use std::ops::Range;
-
-const LANES: usize = 16;
 
 /// What the softmax of one query has seen so far.
 #[derive(Debug, Clone, Copy)]
@@ -89,10 +87,14 @@ fn max_body(row: &[f32]) -> f32 {
     let (chunks, tail) = row.as_chunks::<LANES>();
     let mut max = [f32::NEG_INFINITY; LANES];
     for chunk in chunks {
-        max = std::array::from_fn(|i| larger(max[i], chunk[i]));
+        max = each_lane(|i| larger(max[i], chunk[i]));
     }
     max.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
 }
+
+/// The coefficients of `f` to `f^5` in the polynomial for `2^f`.
+#[expect(clippy::approx_constant, reason = "minimax, not Taylor: the first is not ln 2")]
+const EXP2: [f32; 5] = [6.931_47e-1, 2.402_224_2e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];
 
 /// `2^x` for `x <= 0`, relative error below 2e-7; exactly 0 below -126, NaN for NaN.
 ///
@@ -104,12 +106,8 @@ pub(super) fn exp2(x: f32) -> f32 {
     let clamped = if x < -126.0 { -126.0 } else { x };
     let rounded = clamped + ROUND;
     let f = clamped - (rounded - ROUND);
-    let p = 1.326_472_7e-3_f32;
-    let p = p * f + 9.671_513e-3;
-    let p = p * f + 5.550_733_6e-2;
-    let p = p * f + 2.402_224_2e-1;
-    let p = p * f + 6.931_47e-1;
-    let p = p * f + 1.0;
+    let [c1, c2, c3, c4, c5] = EXP2;
+    let p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + 1.0;
     // The integer is in the low mantissa bits of `rounded`; as an exponent it is a power of two.
     let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
     if x < -126.0 { 0.0 } else { p * power }
@@ -123,11 +121,12 @@ fn exp_f32_body(row: &mut [f32], max: f32) -> f32 {
     let (chunks, tail) = row.as_chunks_mut::<LANES>();
     let mut sums = [0f32; LANES];
     for chunk in chunks {
-        *chunk = chunk.map(|x| exp2(x - max));
-        sums = std::array::from_fn(|i| sums[i] + chunk[i]);
+        *chunk = each_lane(|i| exp2(chunk[i] - max));
+        sums = each_lane(|i| sums[i] + chunk[i]);
     }
-    let mut rest = padded(tail).map(|x| exp2(x - max));
-    sums = std::array::from_fn(|i| sums[i] + rest[i]);
+    let rest = padded(tail);
+    let mut rest = each_lane(|i| exp2(rest[i] - max));
+    sums = each_lane(|i| sums[i] + rest[i]);
     tail.swap_with_slice(&mut rest[..tail.len()]);
     sums.iter().sum()
 }
@@ -140,11 +139,12 @@ fn exp_bf16_body(row: &[f32], max: f32, probs: &mut [u16]) -> f32 {
         (row.as_chunks::<LANES>(), probs.as_chunks_mut::<LANES>());
     let mut sums = [0f32; LANES];
     for (chunk, out) in chunks.iter().zip(outs) {
-        *out = chunk.map(|x| bf16_bits(exp2(x - max)));
-        sums = std::array::from_fn(|i| sums[i] + f32::from_bits(u32::from(out[i]) << 16));
+        *out = each_lane(|i| bf16_bits(exp2(chunk[i] - max)));
+        sums = each_lane(|i| sums[i] + f32::from_bits(u32::from(out[i]) << 16));
     }
-    let rest = padded(tail).map(|x| bf16_bits(exp2(x - max)));
-    sums = std::array::from_fn(|i| sums[i] + f32::from_bits(u32::from(rest[i]) << 16));
+    let rest = padded(tail);
+    let rest = each_lane(|i| bf16_bits(exp2(rest[i] - max)));
+    sums = each_lane(|i| sums[i] + f32::from_bits(u32::from(rest[i]) << 16));
     out_tail.copy_from_slice(&rest[..out_tail.len()]);
     sums.iter().sum()
 }
@@ -189,7 +189,8 @@ mod tests {
             let mut halves = vec![0x7fc0u16; buffer.len()];
             let stride = buffer.len();
             let probs = if bf16 { Probs::Bf16(&mut halves) } else { Probs::F32 };
-            let (scores, visible) = (&mut buffer, &[clamp(visible.start)..clamp(visible.end)]);
+            let inside = clamp(visible.start)..clamp(visible.end);
+            let (scores, visible) = (&mut buffer, std::slice::from_ref(&inside));
             let job = Tile { scores, stride, keys: keys.len(), visible, probs };
             softmax_tile(job, &mut running);
             all.iter_mut().for_each(|p| *p *= running[0].rescale);
