@@ -26,6 +26,21 @@ pub struct ModelArgs {
     /// [default: models/paraphrase-MiniLM-L3-v2 of this project]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
+
+    /// Take this BERT model of the Hugging Face Hub instead, from the cache or downloaded
+    #[cfg(feature = "hub")]
+    #[arg(long, value_name = "OWNER/NAME", conflicts_with = "model")]
+    pub model_id: Option<String>,
+
+    /// Branch, tag or commit of --model-id [default: main]
+    #[cfg(feature = "hub")]
+    #[arg(long, value_name = "REVISION", requires = "model_id")]
+    pub revision: Option<String>,
+
+    /// Use what is in the cache of the Hub, and no network
+    #[cfg(feature = "hub")]
+    #[arg(long, requires = "model_id")]
+    pub offline: bool,
 }
 
 impl ModelArgs {
@@ -39,9 +54,21 @@ impl ModelArgs {
 
     /// The files, and a name for people.
     fn files(&self) -> Result<(ModelFiles, String)> {
+        #[cfg(feature = "hub")]
+        if let Some(id) = &self.model_id {
+            return self.hub_files(id);
+        }
         let folder = self.model.clone().unwrap_or_else(|| project_file(BUNDLED));
         let files = ModelFiles::from_dir(&folder)
             .with_context(|| format!("cannot use the model in {}", shown(&folder)))?;
         Ok((files, shown(&folder)))
+    }
+
+    #[cfg(feature = "hub")]
+    fn hub_files(&self, id: &str) -> Result<(ModelFiles, String)> {
+        let (revision, offline) = (self.revision.clone(), self.offline);
+        let name = format!("{id} at {}", revision.as_deref().unwrap_or("main"));
+        let model = candle_int8_attention::hub::HubModel { revision, offline, id: id.to_string() };
+        Ok((model.fetch()?, name))
     }
 }
