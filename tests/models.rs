@@ -149,6 +149,23 @@ fn prefixes_poolers_and_half_precision_load() -> TestResult {
 }
 
 #[test]
+fn tensorflow_names_of_layer_norm_load() -> TestResult {
+    let ids = Tensor::new(&[[1u32, 5, 10, 0]], &CPU)?;
+    let (_folder, files) = tiny_folder("bert.", DType::F32, |_| {})?;
+    let (_old_folder, old) = tiny_folder("bert.", DType::F32, |_| {})?;
+    let tensors = candle_core::safetensors::load(&files.weights, &CPU)?;
+    let rename = |name: String| match name.contains("LayerNorm") {
+        true => name.replace(".weight", ".gamma").replace(".bias", ".beta"),
+        false => name,
+    };
+    let renamed: HashMap<_, _> = tensors.into_iter().map(|(name, x)| (rename(name), x)).collect();
+    candle_core::safetensors::save(&renamed, &old.weights)?;
+    let (new, old) = (BertModel::load(&files, &CPU)?, BertModel::load(&old, &CPU)?);
+    assert_eq!(largest_difference(&new.forward(&ids, None)?, &old.forward(&ids, None)?), 0.0);
+    Ok(())
+}
+
+#[test]
 fn inputs_that_do_not_fit_are_named() -> TestResult {
     let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
     let model = BertModel::load(&files, &CPU)?;
@@ -192,6 +209,8 @@ fn truncated_and_corrupt_weights_are_told_apart_from_missing_tensors() -> TestRe
         assert!(matches!(error, Error::Corrupt { .. }), "{len}: {error}");
         assert!(error.to_string().contains(&format!("({len} bytes)")), "{error}");
     }
+    std::fs::write(&files.weights, "version https://git-lfs.github.com/spec/v1\noid sha256:0")?;
+    assert!(BertModel::load(&files, &CPU).err().unwrap().to_string().contains("Git LFS pointer"));
     let mut garbage = bytes.clone();
     garbage[8..40].fill(b'x');
     std::fs::write(&files.weights, garbage)?;
@@ -235,6 +254,14 @@ fn a_config_that_does_not_fit_the_weights_names_the_tensor() -> TestResult {
     ] {
         std::fs::write(&files.config, TINY_CONFIG.replacen(from, to, 1))?;
         let text = BertConfig::load(&files.config).unwrap_err().to_string();
+        assert!(text.contains(message), "{text}");
+    }
+    for (from, to, message) in [
+        ("\"num_hidden_layers\": 1", "\"num_hidden_layers\": 0", "num_hidden_layers 0"),
+        ("\"model_type\": \"bert\"", "\"model_type\": \"t5\"", "model_type \"t5\""),
+    ] {
+        std::fs::write(&files.config, TINY_CONFIG.replacen(from, to, 1))?;
+        let text = BertModel::load(&files, &CPU).err().unwrap().to_string();
         assert!(text.contains(message), "{text}");
     }
     std::fs::write(&files.config, [0xff, 0xfe])?;
@@ -293,11 +320,13 @@ fn word_embeddings_look_up_and_attend() -> TestResult {
         "\u{201c}",
         "xyzzyq",
         "\u{201d}",
+        "--",
         "said",
         "he",
         ".",
     ];
     assert_eq!(texts, expected);
+    assert_eq!(glove.tokenize("Mr. Bennet")[0].text, "mr.");
     assert_eq!(words[0].id, Some(0));
     assert_eq!(words[9].id, None);
     let ids: Vec<u32> = words.iter().filter_map(|w| w.id).collect();

@@ -34,6 +34,13 @@ impl BertModel {
     pub fn new(weights: Weights, config: BertConfig, device: &Device) -> Result<Self> {
         config.check()?;
         let weights = weights.with_prefix_if_present("bert.");
+        let beyond = format!("encoder.layer.{}.", config.num_hidden_layers);
+        if weights.has_any(&beyond) {
+            return Err(Error::Config(format!(
+                "num_hidden_layers {}, but the weights hold more: {beyond}*",
+                config.num_hidden_layers
+            )));
+        }
         let from = Loader { weights: &weights, eps: config.layer_norm_eps, device };
         let hidden = config.hidden_size;
         let table = |name: &str, rows: usize| {
@@ -281,8 +288,13 @@ impl Loader<'_> {
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<LayerNorm> {
-        let weight = self.get(&format!("{name}.weight"), &[width])?;
-        let bias = self.get(&format!("{name}.bias"), &[width])?;
+        // The oldest files use TensorFlow's names.
+        let (weight, bias) = match self.weights.has_any(&format!("{name}.gamma")) {
+            true => ("gamma", "beta"),
+            false => ("weight", "bias"),
+        };
+        let weight = self.get(&format!("{name}.{weight}"), &[width])?;
+        let bias = self.get(&format!("{name}.{bias}"), &[width])?;
         Ok(LayerNorm::new(weight, bias, self.eps))
     }
 }

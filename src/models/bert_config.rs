@@ -38,6 +38,8 @@ pub struct BertConfig {
     pub type_vocab_size: usize,
     /// Added to the variance by layer norm.
     pub layer_norm_eps: f64,
+    /// Only `bert`, where it is given.
+    pub model_type: Option<String>,
     /// Only `absolute` is supported.
     #[serde(default = "absolute")]
     pub position_embedding_type: String,
@@ -70,6 +72,9 @@ impl BertConfig {
             return Err(Error::Config(format!(
                 "hidden_size {hidden} with num_attention_heads {heads}, expected a multiple of it"
             )));
+        }
+        if let Some(other) = self.model_type.as_ref().filter(|name| *name != "bert") {
+            return Err(Error::Config(format!("model_type {other:?}, expected \"bert\"")));
         }
         if self.position_embedding_type != "absolute" {
             return Err(Error::Config(format!(

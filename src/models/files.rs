@@ -75,6 +75,9 @@ impl Weights {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = read("weights", path)?;
+        if bytes.starts_with(b"version https://git-lfs") {
+            return Err(corrupt(path, "a Git LFS pointer; fetch the file itself (git lfs pull)"));
+        }
         let size = bytes.len();
         let file = BufferedSafetensors::new(bytes).map_err(|e| {
             corrupt(path, format!("not a whole safetensors file ({size} bytes): {e}"))
@@ -84,10 +87,16 @@ impl Weights {
 
     /// From now on, looks names up behind `prefix` if the file has any tensor there.
     pub(super) fn with_prefix_if_present(mut self, prefix: &str) -> Self {
-        if self.file.tensors().iter().any(|(name, _)| name.starts_with(prefix)) {
+        if self.has_any(prefix) {
             self.prefix = prefix.to_string();
         }
         self
+    }
+
+    /// Whether there is a tensor whose name starts with `start`.
+    pub(super) fn has_any(&self, start: &str) -> bool {
+        let start = format!("{}{start}", self.prefix);
+        self.file.tensors().iter().any(|(name, _)| name.starts_with(&start))
     }
 
     /// The shape of the tensor `name`.

@@ -69,12 +69,15 @@ impl WordEmbeddings {
     }
 
     /// Splits a text the way GloVe 6B was: lower case, words and punctuation apart, English
-    /// contractions as two words (`don't` is `do` `n't`, `it's` is `it` `'s`). Unknown words are
-    /// kept, with no row.
+    /// contractions as two words (`don't` is `do` `n't`, `it's` is `it` `'s`); what the vocabulary
+    /// has as a whole (`u.s.`, `mr.`, `1,000`) stays whole. Unknown words are kept, with no row.
     pub fn tokenize(&self, text: &str) -> Vec<Word> {
         let mut words = Vec::new();
         for chunk in text.to_lowercase().replace('\u{2019}', "'").split_whitespace() {
-            split_chunk(chunk, &mut words);
+            match self.rows.contains_key(chunk) {
+                true => words.push(chunk.to_string()),
+                false => split_chunk(chunk, &mut words),
+            }
         }
         let find = |text: String| Word { id: self.rows.get(&text).copied(), text };
         words.into_iter().map(find).collect()
