@@ -63,15 +63,9 @@ fn for_each_tile(
     assert!(columns.end <= rhs.rows() && columns.start.is_multiple_of(geometry.nr));
     for column in columns.clone().step_by(geometry.nr) {
         let columns = column..(column + geometry.nr).min(columns.end);
-        for row in (0..lhs.rows()).step_by(geometry.mr) {
-            let rows = row..(row + geometry.mr).min(lhs.rows());
-            let input = TileInput {
-                rows: rows.len(),
-                groups,
-                lhs: lhs.panel(row),
-                rhs: rhs.panel(column),
-                init: rhs.init(column).as_ptr(),
-            };
+        let (panel, init) = (rhs.panel(column), rhs.init(column).as_ptr());
+        for (rows, lhs) in lhs.panels() {
+            let input = TileInput { rows: rows.len(), groups, lhs, rhs: panel, init };
             f(rows, columns.clone(), input);
         }
     }

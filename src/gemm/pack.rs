@@ -2,6 +2,7 @@
 
 use super::kernel::{Geometry, Kernel, LhsFormat, MAX_TILE};
 use crate::aligned::AlignedBytes;
+use std::ops::Range;
 
 /// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
 /// pointers into panels are sound only if the buffer has the size that it should have.
@@ -103,13 +104,15 @@ impl PackedLhs {
         self.rows
     }
 
-    /// The panel that starts at row `row`, a multiple of the kernel's `mr`.
-    pub(super) fn panel(&self, row: usize) -> *const u8 {
+    /// Every panel: the rows in it, and its first byte.
+    pub(super) fn panels(&self) -> impl Iterator<Item = (Range<usize>, *const u8)> {
         let Geometry { mr, group, lhs, .. } = self.geometry;
-        assert!(row < self.rows && row.is_multiple_of(mr));
         let panel_bytes = mr * self.depth.div_ceil(group) * group * lhs.size();
-        // SAFETY: `packed_bytes` made room for ceil(rows / mr) panels of this size, and row < rows.
-        unsafe { self.bytes.as_ptr().add(row / mr * panel_bytes) }
+        (0..self.rows).step_by(mr).enumerate().map(move |(index, row)| {
+            // SAFETY: `packed_bytes` made room for ceil(rows / mr) panels of this size.
+            let panel = unsafe { self.bytes.as_ptr().add(index * panel_bytes) };
+            (row..(row + mr).min(self.rows), panel)
+        })
     }
 
     pub(super) fn kernel(&self) -> &'static dyn Kernel {

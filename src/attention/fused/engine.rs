@@ -32,6 +32,16 @@ pub(super) struct Engine<'a> {
     value_dim: usize,
 }
 
+/// A block of queries of one head.
+struct Queries<'a> {
+    head: usize,
+    tokens: Range<usize>,
+    block: QueryBlock,
+    /// The keys that each query sees.
+    visible: Vec<Range<usize>>,
+    values: &'a PackedValues,
+}
+
 /// Buffers of one worker.
 struct Scratch {
     /// Elements from one row of scores, or of probabilities, to the next.
@@ -130,19 +140,20 @@ impl<'a> Engine<'a> {
         convert: impl Fn(f32) -> T,
     ) {
         let [_, h, _, n] = self.scorer.dims();
-        let block = self.scorer.query_block(head, tokens.clone());
-        let ranges: Vec<Range<usize>> =
-            tokens.clone().map(|query| self.visible.range(head / h, query)).collect();
-        let first = ranges.iter().map(|r| r.start).min().unwrap_or(0);
-        let end = ranges.iter().map(|r| r.end).max().unwrap_or(0);
-        let mut running = vec![Running::START; tokens.len()];
-        let values = &self.values[head / self.scorer.group()];
-        let width = values.width();
-        scratch.sums[..tokens.len() * width].fill(0.0);
-        let start = first / TILE * TILE;
-        for start in (start..end).step_by(TILE) {
-            let keys = start..(start + TILE).min(n);
-            self.tile((head, tokens.clone()), &block, &ranges, keys, values, scratch, &mut running);
+        let queries = Queries {
+            head,
+            block: self.scorer.query_block(head, tokens.clone()),
+            visible: tokens.clone().map(|query| self.visible.range(head / h, query)).collect(),
+            values: &self.values[head / self.scorer.group()],
+            tokens,
+        };
+        let mut running = vec![Running::START; queries.tokens.len()];
+        let width = queries.values.width();
+        scratch.sums[..running.len() * width].fill(0.0);
+        let first = queries.visible.iter().map(|keys| keys.start).min().unwrap_or(0);
+        let end = queries.visible.iter().map(|keys| keys.end).max().unwrap_or(0);
+        for start in (first / TILE * TILE..end).step_by(TILE) {
+            self.tile(&queries, start..(start + TILE).min(n), scratch, &mut running);
         }
         let sums = scratch.sums.chunks_exact(width).zip(out.chunks_exact_mut(self.value_dim));
         for ((sums, out), running) in sums.zip(running) {
@@ -153,28 +164,24 @@ impl<'a> Engine<'a> {
     }
 
     /// Adds one tile of keys to the sums of a block of queries.
-    #[allow(clippy::too_many_arguments)]
     fn tile(
         &self,
-        (head, tokens): (usize, Range<usize>),
-        block: &QueryBlock,
-        ranges: &[Range<usize>],
+        queries: &Queries<'_>,
         keys: Range<usize>,
-        values: &PackedValues,
         scratch: &mut Scratch,
         running: &mut [Running],
     ) {
-        let (stride, width) = (scratch.stride, values.width());
-        self.scorer.score(block, keys.clone(), overwrite(&mut scratch.scores), stride);
-        let inside = |r: &Range<usize>| {
+        let (stride, width) = (scratch.stride, queries.values.width());
+        self.scorer.score(&queries.block, keys.clone(), overwrite(&mut scratch.scores), stride);
+        let inside = |seen: &Range<usize>| {
             let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
-            clamp(r.start)..clamp(r.end)
+            clamp(seen.start)..clamp(seen.end)
         };
-        let visible: Vec<Range<usize>> = ranges.iter().map(inside).collect();
-        for ((row, query), visible) in tokens.clone().enumerate().zip(&visible) {
+        let visible: Vec<Range<usize>> = queries.visible.iter().map(inside).collect();
+        for ((row, query), visible) in queries.tokens.clone().enumerate().zip(&visible) {
             let scores = &mut scratch.scores[row * stride..][visible.clone()];
             let seen = keys.start + visible.start..keys.start + visible.end;
-            self.modify(head, query, seen, scores);
+            self.modify(queries.head, query, seen, scores);
         }
         let probs = match self.format {
             ValueFormat::F32 => Probs::F32,
@@ -182,24 +189,28 @@ impl<'a> Engine<'a> {
         };
         let scores = &mut scratch.scores;
         softmax_tile(Tile { scores, stride, keys: keys.len(), visible: &visible, probs }, running);
-        let sums = &mut scratch.sums[..tokens.len() * width];
+        let sums = &mut scratch.sums[..running.len() * width];
         for (sums, running) in sums.chunks_exact_mut(width).zip(running.iter()) {
             if running.rescale != 1.0 {
                 sums.iter_mut().for_each(|sum| *sum *= running.rescale);
             }
         }
+        let (scores, probs) = (&scratch.scores, &scratch.probs);
         match self.format {
-            ValueFormat::F32 => values.accumulate_f32(keys.clone(), &scratch.scores, stride, sums),
-            ValueFormat::Bf16 => values.accumulate_bf16(keys.clone(), &scratch.probs, stride, sums),
+            ValueFormat::F32 => queries.values.accumulate_f32(keys.clone(), scores, stride, sums),
+            ValueFormat::Bf16 => queries.values.accumulate_bf16(keys.clone(), probs, stride, sums),
         }
+        self.add_exceptions(queries.values, keys, scratch);
+    }
+
+    /// Adds the values that the packed format cannot hold, where a query sees their key.
+    fn add_exceptions(&self, values: &PackedValues, keys: Range<usize>, scratch: &mut Scratch) {
         for (key, value) in values.exceptions().iter().filter(|(key, _)| keys.contains(key)) {
-            let at = key - keys.start;
-            for (row, sums) in sums.chunks_exact_mut(width).enumerate() {
+            for (row, sums) in scratch.sums.chunks_exact_mut(values.width()).enumerate() {
+                let at = row * scratch.stride + key - keys.start;
                 let p = match self.format {
-                    ValueFormat::F32 => scratch.scores[row * stride + at],
-                    ValueFormat::Bf16 => {
-                        f32::from_bits(u32::from(scratch.probs[row * stride + at]) << 16)
-                    }
+                    ValueFormat::F32 => scratch.scores[at],
+                    ValueFormat::Bf16 => f32::from_bits(u32::from(scratch.probs[at]) << 16),
                 };
                 if p != 0.0 {
                     sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
