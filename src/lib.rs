@@ -10,7 +10,7 @@
 //!   -> times v     bf16 or f32 with f32 sums
 //! ```
 //!
-//! [`attention`] is all of it, [`attention_scores`] the part up to the scores, and
+//! [`attention()`] is all of it, [`attention_scores`] the part up to the scores, and
 //! [`QuantizedAttention`] a module that switches between int8 and fp32 in a model's layer.
 //!
 //! ```

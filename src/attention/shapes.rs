@@ -23,9 +23,13 @@ fn dims4(
 
 /// `q` against `k`.
 pub(super) fn check_scores(op: &'static str, q: &[usize], k: &[usize]) -> Result<()> {
-    let [b, h, _, d] = dims4(op, "q", q, Q)?;
+    let [b, h, m, d] = dims4(op, "q", q, Q)?;
     let [b_k, h_kv, n, d_k] = dims4(op, "k", k, K)?;
     let divides = h_kv != 0 && h.is_multiple_of(h_kv) || h == h_kv;
+    if [b, h, m, n].iter().try_fold(4usize, |bytes, x| bytes.checked_mul(*x)).is_none() {
+        let expected = format!("fewer scores with q {q:?} than memory has addresses");
+        return Err(Error::Shape { op, tensor: "k", shape: k.to_vec(), expected });
+    }
     if b_k == b && d_k == d && divides {
         return Ok(());
     }

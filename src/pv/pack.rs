@@ -134,6 +134,7 @@ impl PackedValues {
         out: &mut [f32],
     ) {
         assert!(keys.end <= self.keys);
+        assert!(out.len().is_multiple_of(self.width().max(1)), "whole rows of sums");
         let (format, width) = (self.kernel.format(), self.width());
         let (group, size) = (format.group(), format.size());
         if keys.is_empty() || width == 0 {
