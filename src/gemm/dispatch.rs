@@ -82,15 +82,16 @@ fn choose(
 /// Every kernel that this machine can run; says aloud, once, which it cannot, for CI to see.
 #[cfg(test)]
 pub(super) fn runnable() -> Vec<&'static dyn Kernel> {
+    use std::io::Write;
     static REPORT: std::sync::Once = std::sync::Once::new();
     let (run, not_run): (Vec<_>, Vec<_>) = TABLE.iter().copied().partition(|k| k.is_available());
     REPORT.call_once(|| {
-        for kernel in &run {
-            eprintln!("RUN: kernel {}", kernel.name());
-        }
-        for kernel in &not_run {
-            eprintln!("NOT RUN: kernel {} (this machine lacks its instructions)", kernel.name());
-        }
+        // Not `eprintln!`, which the test harness keeps to itself while tests pass.
+        let mut stderr = std::io::stderr().lock();
+        let lacks = "(this machine lacks its instructions)";
+        let mut say = |text: String| writeln!(stderr, "{text}").expect("stderr takes a line");
+        run.iter().for_each(|kernel| say(format!("RUN: kernel {}", kernel.name())));
+        not_run.iter().for_each(|kernel| say(format!("NOT RUN: kernel {} {lacks}", kernel.name())));
     });
     run
 }

@@ -42,6 +42,22 @@ mod tests {
     use super::kernel::bf16_bits;
     use super::*;
     use proptest::prelude::*;
+    use std::io::Write;
+
+    /// Every kernel that this machine can run; says aloud, once, which it cannot.
+    fn runnable() -> Vec<&'static dyn PvKernel> {
+        static REPORT: std::sync::Once = std::sync::Once::new();
+        let (run, not_run): (Vec<_>, Vec<_>) =
+            TABLE.iter().copied().partition(|kernel| kernel.is_available());
+        REPORT.call_once(|| {
+            for kernel in not_run {
+                // Not `eprintln!`, which the test harness keeps to itself while tests pass.
+                let text = format!("NOT RUN: kernel {} (no instructions for it)\n", kernel.name());
+                std::io::stderr().write_all(text.as_bytes()).expect("stderr takes a line");
+            }
+        });
+        run
+    }
 
     /// Every kernel against f64, on operands that its format holds exactly.
     fn check(rows: usize, keys: usize, depth: usize, seed: u64) {
@@ -53,15 +69,8 @@ mod tests {
         let round = |x: f32| f32::from_bits(u32::from(bf16_bits(x)) << 16);
         let probs: Vec<f32> = (0..rows * keys).map(|_| round(next())).collect();
         let values: Vec<f32> = (0..keys * depth).map(|_| round(next())).collect();
-        for kernel in TABLE {
-            if !kernel.is_available() {
-                eprintln!(
-                    "NOT RUN: kernel {} (this machine lacks its instructions)",
-                    kernel.name()
-                );
-                continue;
-            }
-            let mut packed = PackedValues::new(*kernel, keys, depth);
+        for kernel in runnable() {
+            let mut packed = PackedValues::new(kernel, keys, depth);
             packed.put(0, &values);
             let stride = keys.next_multiple_of(2);
             let mut padded = vec![0f32; rows * stride];
