@@ -357,6 +357,7 @@ fn errors_name_the_values() -> TestResult {
     let deep = Tensor::zeros((1, 1, 1, 65_794), DType::F32, &Device::Cpu)?;
     let text = message(&deep, &deep, &config);
     assert!(text.contains("65794") && text.contains("65793"), "{text}");
+    assert!(matches!(attention_scores(&deep, &deep, &config), Err(Error::Depth { .. })));
     let int32 = ScoreConfig { output: ScoreOutput::Int32, ..ScoreConfig::default() };
     assert!(message(&q, &q, &int32).contains("smooth"));
     let mut bad = ScoreConfig::default();

@@ -4,6 +4,7 @@ use super::ScoreConfig;
 use super::operand::{BLOCK, Operand, QuantizedRows, blocks};
 use super::view::View;
 use crate::gemm::{self, Kernel, PackedLhs, PackedRhs, ScoreScales, ZeroCorrection};
+use crate::quant::Scheme;
 use crate::quant::rows::dots;
 use crate::uninit::written;
 use crate::{Error, Result};
@@ -58,6 +59,20 @@ pub(super) struct Scorer<'a> {
     scale: ScoreScale,
 }
 
+/// The kernel for a product of this depth. Ops ask before Candle calls them too, because Candle
+/// turns an error from inside an op into text.
+///
+/// # Errors
+/// [`Error::Kernel`] for a forced kernel that cannot be used, [`Error::Depth`] beyond the limit.
+pub(super) fn check_product(depth: usize, config: &ScoreConfig) -> Result<&'static dyn Kernel> {
+    let affine = [config.q.scheme, config.k.scheme].contains(&Scheme::Affine);
+    let limit = gemm::max_depth(affine);
+    if depth > limit {
+        return Err(Error::Depth { depth, limit });
+    }
+    gemm::select()
+}
+
 impl<'a> Scorer<'a> {
     /// Quantizes and packs all keys, and finds the ranges and means of the queries.
     ///
@@ -70,16 +85,11 @@ impl<'a> Scorer<'a> {
         config: &ScoreConfig,
         scale: ScoreScale,
     ) -> Result<Self> {
-        let kernel = gemm::select()?;
+        let kernel = check_product(q.depth(), config)?;
         let (q, k) = (
             Operand::prepare(q, &config.q, config.smooth_q)?,
             Operand::prepare(k, &config.k, config.smooth_k)?,
         );
-        let symmetric = q.is_symmetric() && k.is_symmetric();
-        let (depth, limit) = (q.view().depth(), gemm::max_depth(!symmetric));
-        if depth > limit {
-            return Err(Error::Depth { depth, limit });
-        }
         let group = (q.view().dims()[1]).checked_div(k.view().dims()[1]).unwrap_or(0);
         let mut scorer = Self { kernel, q, k, keys: Vec::new(), group, scale };
         let heads = scorer.k.view().heads();

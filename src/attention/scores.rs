@@ -1,7 +1,7 @@
 //! Raw attention scores `q·k^T` through int8: the custom op, and the variants that return integers.
 
 use super::config::{RequantConfig, ScoreConfig, ScoreOutput};
-use super::scorer::{ScoreScale, Scorer};
+use super::scorer::{ScoreScale, Scorer, check_product};
 use super::shapes::{self, check_scores};
 use super::view::View;
 use crate::quant::{QuantConfig, QuantizedTensor, RangeSource};
@@ -45,6 +45,7 @@ pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<
     shapes::check_cpu(OP, &[("q", q), ("k", k)])?;
     check_scores(OP, q.dims(), k.dims())?;
     config.check()?;
+    check_product(q.dim(D::Minus1)?, config)?;
     Ok(q.apply_op2(k, ScoreOp { config: config.clone() })?)
 }
 

@@ -17,6 +17,7 @@ mod softmax;
 
 use super::config::{AttentionConfig, Backend, Int8Config};
 use super::mask::broadcast_mask;
+use super::scorer::check_product;
 use super::unfused;
 use super::view::View;
 use crate::{Error, Result};
@@ -33,7 +34,7 @@ pub(super) fn attention(
     mask: &AttnMask,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    let (b, h, m, _) = q.dims4()?;
+    let (b, h, m, d) = q.dims4()?;
     let mask = match mask {
         AttnMask::Mask(mask) => {
             AttnMask::Mask(broadcast_mask(&mask.detach(), &[b, h, m, k.dim(2)?])?)
@@ -41,6 +42,7 @@ pub(super) fn attention(
         other => other.clone(),
     };
     let op = FusedAttention { mask, config: config.clone() };
+    check_product(d, &op.int8()?.scores)?;
     Ok(q.apply_op3(k, v, op)?)
 }
 
