@@ -12,6 +12,9 @@
 
 mod data;
 mod first_tried;
+#[path = "../common/print.rs"]
+#[allow(dead_code, reason = "the other examples use the rest of it")]
+mod print;
 mod report;
 mod right_way;
 mod scores;
@@ -22,7 +25,6 @@ use data::Input;
 use first_tried::FirstTried;
 use right_way::RightWay;
 use scores::Scores;
-use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -74,13 +76,7 @@ const MAX_ELEMENTS: usize = 1 << 26;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match run(&args).map(|text| print(&text)) {
-        Ok(Ok(())) => ExitCode::SUCCESS,
-        // A reader that closes the pipe early (`| head`) is no error.
-        Ok(Err(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Ok(Err(error)) => failure(&format!("the report could not be written: {error}")),
-        Err(error) => failure(&format!("{error:#}")),
-    }
+    print::finish(run(&args))
 }
 
 fn run(args: &Args) -> Result<String> {
@@ -141,16 +137,4 @@ fn check_sizes(args: &Args) -> Result<()> {
         args.tokens
     );
     Ok(())
-}
-
-fn print(text: &str) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", text.trim_end())?;
-    out.flush()
-}
-
-fn failure(message: &str) -> ExitCode {
-    // stderr may be closed as well; there is nobody left to tell.
-    let _ = writeln!(std::io::stderr(), "error: {message}");
-    ExitCode::FAILURE
 }

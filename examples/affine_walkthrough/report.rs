@@ -2,12 +2,10 @@
 
 use crate::Walkthrough;
 use crate::first_tried::{Attempt, FirstTried};
+use crate::print::{decibel, table};
 use crate::right_way::{Modes, Multiplier, Quantized, RightWay, Stage};
 use crate::scores::Sample;
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
-
-const WIDTH: u16 = 100;
 
 /// The whole report.
 pub fn text(walkthrough: &Walkthrough) -> String {
@@ -222,24 +220,6 @@ fn fp32_row(samples: &[Sample], first: usize) -> Vec<String> {
     row[0] = "fp32".into();
     row.extend(samples.iter().map(|sample| number(sample.fp32)));
     row
-}
-
-/// A Markdown table: the first column is text, the others are numbers.
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_style(presets::ASCII_MARKDOWN)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_width(WIDTH)
-        .set_header(header);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
-}
-
-fn decibel(sqnr: f64) -> String {
-    if sqnr == f64::INFINITY { "exact".into() } else { format!("{sqnr:.1}") }
 }
 
 /// Four significant digits or more; whole numbers without a fraction.

@@ -138,30 +138,12 @@ unsafe impl<E: Encoding> Kernel for Vnni256<E> {
 
     unsafe fn tile(&self, input: TileInput, out: *mut i32, stride: usize) {
         // SAFETY: the encoding is available and the pointers are valid, by contract.
-        unsafe {
-            match input.rows {
-                1 => E::store::<1>(input, out, stride),
-                2 => E::store::<2>(input, out, stride),
-                3 => E::store::<3>(input, out, stride),
-                4 => E::store::<4>(input, out, stride),
-                5 => E::store::<5>(input, out, stride),
-                _ => E::store::<6>(input, out, stride),
-            }
-        }
+        unsafe { for_rows!(input.rows, E::store, (input, out, stride)) }
     }
 
     unsafe fn score_tile(&self, input: TileInput, scores: ScoreTile) {
         // SAFETY: the encoding is available and the pointers are valid, by contract.
-        unsafe {
-            match input.rows {
-                1 => E::store_scores::<1>(input, scores),
-                2 => E::store_scores::<2>(input, scores),
-                3 => E::store_scores::<3>(input, scores),
-                4 => E::store_scores::<4>(input, scores),
-                5 => E::store_scores::<5>(input, scores),
-                _ => E::store_scores::<6>(input, scores),
-            }
-        }
+        unsafe { for_rows!(input.rows, E::store_scores, (input, scores)) }
     }
 }
 

@@ -34,30 +34,12 @@ unsafe impl Kernel for NeonDotprod {
 
     unsafe fn tile(&self, input: TileInput, out: *mut i32, stride: usize) {
         // SAFETY: the dot product is there and the pointers are valid, by contract.
-        unsafe {
-            match input.rows {
-                1 => store::<1>(input, out, stride),
-                2 => store::<2>(input, out, stride),
-                3 => store::<3>(input, out, stride),
-                4 => store::<4>(input, out, stride),
-                5 => store::<5>(input, out, stride),
-                _ => store::<6>(input, out, stride),
-            }
-        }
+        unsafe { for_rows!(input.rows, store, (input, out, stride)) }
     }
 
     unsafe fn score_tile(&self, input: TileInput, scores: ScoreTile) {
         // SAFETY: the dot product is there and the pointers are valid, by contract.
-        unsafe {
-            match input.rows {
-                1 => store_scores::<1>(input, scores),
-                2 => store_scores::<2>(input, scores),
-                3 => store_scores::<3>(input, scores),
-                4 => store_scores::<4>(input, scores),
-                5 => store_scores::<5>(input, scores),
-                _ => store_scores::<6>(input, scores),
-            }
-        }
+        unsafe { for_rows!(input.rows, store_scores, (input, scores)) }
     }
 }
 
