@@ -35,3 +35,23 @@ pub(crate) fn each_lane<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES]
     }
     lanes
 }
+
+/// All lanes in one, by halves: one after the other they would wait for each other 15 times, which
+/// in a short row costs more than the row.
+#[inline(always)]
+pub(crate) fn fold_lanes(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The sum of all lanes.
+#[inline(always)]
+pub(crate) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+    fold_lanes(lanes, |a, b| a + b)
+}

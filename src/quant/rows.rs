@@ -7,7 +7,7 @@
 //! A call works on a block of rows, because finding out the width costs as much as a short row.
 
 use super::{QuantParams, Range, Scheme};
-use crate::simd::{LANES, each_lane, widest};
+use crate::simd::{LANES, each_lane, fold_lanes, sum_lanes, widest};
 
 /// What a pass over a row finds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,6 +25,7 @@ pub(crate) fn row_range(row: &[f32]) -> RowRange {
 
 #[inline(always)]
 fn row_range_body(row: &[f32]) -> RowRange {
+    // `x * 0` is 0 for every finite x and NaN otherwise, and a sum keeps NaN.
     let start = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES], [0f32; LANES]);
     let (low, high, poison) = lanes(row, start, |(low, high, poison), chunk| {
         (
@@ -33,9 +34,9 @@ fn row_range_body(row: &[f32]) -> RowRange {
             each_lane(|i| poison[i] + chunk[i] * 0.0),
         )
     });
-    let min = low.into_iter().fold(f32::INFINITY, f32::min);
-    let max = high.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    RowRange { range: Range { min, max }, finite: all_zero(poison) }
+    let min = fold_lanes(low, |a, b| if b < a { b } else { a });
+    let max = fold_lanes(high, larger);
+    RowRange { range: Range { min, max }, finite: sum_lanes(poison) == 0.0 }
 }
 
 /// The largest magnitude of `row`, and whether all of it is finite.
@@ -49,7 +50,7 @@ fn max_abs_body(row: &[f32]) -> (f32, bool) {
             each_lane(|i| poison[i] + chunk[i] * 0.0),
         )
     });
-    (max.into_iter().fold(0.0, f32::max), all_zero(poison))
+    (fold_lanes(max, larger), sum_lanes(poison) == 0.0)
 }
 
 /// Folds a row 16 elements at a time; what is missing in the last 16 repeats its last element,
@@ -70,10 +71,9 @@ fn lanes<A>(row: &[f32], start: A, step: impl Fn(A, [f32; LANES]) -> A) -> A {
     folded
 }
 
-/// `x * 0` is 0 for every finite x and NaN otherwise, and a sum keeps NaN.
 #[inline(always)]
-fn all_zero(poison: [f32; LANES]) -> bool {
-    poison.into_iter().sum::<f32>() == 0.0
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 /// How each row of a block finds its scale and zero point.
@@ -196,14 +196,29 @@ pub(crate) fn accumulate_finite(sums: &mut [f64], rows: &[f32]) -> usize {
 }
 
 #[inline(always)]
+fn add_row(sums: &mut [f64], row: &[f32]) {
+    for (sum, &x) in sums.iter_mut().zip(row) {
+        *sum += f64::from(x);
+    }
+}
+
+#[inline(always)]
 fn accumulate_finite_body((sums, rows): (&mut [f64], &[f32])) -> usize {
+    let width = sums.len().max(1);
+    // Sums of finite f32 cannot overflow f64: if they are finite, so were all rows.
+    let mut all = sums.to_vec();
+    for row in rows.chunks_exact(width) {
+        add_row(&mut all, row);
+    }
+    if all.iter().all(|sum| sum.is_finite()) {
+        sums.copy_from_slice(&all);
+        return rows.len() / width;
+    }
     let mut finite = 0;
-    for row in rows.chunks_exact(sums.len().max(1)) {
+    for row in rows.chunks_exact(width) {
         if max_abs_body(row).1 {
+            add_row(sums, row);
             finite += 1;
-            for (sum, &x) in sums.iter_mut().zip(row) {
-                *sum += f64::from(x);
-            }
         }
     }
     finite
@@ -230,7 +245,7 @@ fn dot_body(a: &[f32], b: &[f32]) -> f32 {
         sums = each_lane(|i| sums[i] + x[i] * y[i]);
     }
     let tail: f32 = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
-    sums.iter().sum::<f32>() + tail
+    sum_lanes(sums) + tail
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
 
 use crate::pv::bf16_bits;
-use crate::simd::{LANES, each_lane, widest};
+use crate::simd::{LANES, each_lane, fold_lanes, sum_lanes, widest};
 use std::ops::Range;
 
 /// What the softmax of one query has seen so far.
@@ -89,7 +89,7 @@ fn max_body(row: &[f32]) -> f32 {
     for chunk in chunks {
         max = each_lane(|i| larger(max[i], chunk[i]));
     }
-    max.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
+    tail.iter().copied().fold(fold_lanes(max, larger), larger)
 }
 
 /// The coefficients of `f` to `f^5` in the polynomial for `2^f`.
@@ -128,7 +128,7 @@ fn exp_f32_body(row: &mut [f32], max: f32) -> f32 {
     let mut rest = each_lane(|i| exp2(rest[i] - max));
     sums = each_lane(|i| sums[i] + rest[i]);
     tail.swap_with_slice(&mut rest[..tail.len()]);
-    sums.iter().sum()
+    sum_lanes(sums)
 }
 
 /// Writes `2^(score - max)` rounded to bf16; returns the sum of the rounded ones, so that the
@@ -146,7 +146,7 @@ fn exp_bf16_body(row: &[f32], max: f32, probs: &mut [u16]) -> f32 {
     let rest = each_lane(|i| bf16_bits(exp2(rest[i] - max)));
     sums = each_lane(|i| sums[i] + f32::from_bits(u32::from(rest[i]) << 16));
     out_tail.copy_from_slice(&rest[..out_tail.len()]);
-    sums.iter().sum()
+    sum_lanes(sums)
 }
 
 /// The last elements of a row, filled up with scores whose probability is 0.
