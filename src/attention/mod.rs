@@ -52,8 +52,8 @@ use candle_nn::attention::AttnMask;
 /// ```
 ///
 /// # Errors
-/// Those of [`attention_scores`]; [`Error::Shape`](crate::Error::Shape) for a `v` or a mask that does not fit;
-/// [`Error::DType`](crate::Error::DType) for a mask that is neither U8 nor float;
+/// Those of [`attention_scores`]; [`Error::Shape`](crate::Error::Shape) for a `v` or a mask that
+/// does not fit; [`Error::DType`](crate::Error::DType) for a mask that is neither U8 nor float;
 /// [`Error::Config`](crate::Error::Config) for a configuration that contradicts itself or the
 /// shapes.
 pub fn attention(
