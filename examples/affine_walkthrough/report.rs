@@ -5,6 +5,7 @@ use crate::first_tried::{Attempt, FirstTried};
 use crate::print::{decibel, table};
 use crate::right_way::{Modes, Multiplier, Quantized, RightWay, Stage};
 use crate::scores::Sample;
+use comfy_table::Table;
 use std::fmt::Write;
 
 /// The whole report.
