@@ -5,7 +5,7 @@
 ///
 /// `body` must be a function marked `#[inline(always)]`. It is called from a method that is so
 /// marked too, because a closure or a function passed as a value is not inlined for certain, and
-/// would then be compiled for the baseline only, with the same results at a fourth of the speed.
+/// would then be compiled for the baseline only: the same results, at less than half the speed.
 macro_rules! widest {
     ($body:path, $arguments:expr, $types:ty => $result:ty) => {{
         struct Job<A>(A);
