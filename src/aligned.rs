@@ -15,6 +15,13 @@ impl AlignedBytes {
         Self(vec![Line([0; 64]); len.div_ceil(64)])
     }
 
+    /// At least `len` bytes; what was there stays, what comes is zero.
+    pub(crate) fn grow(&mut self, len: usize) {
+        if self.0.len() < len.div_ceil(64) {
+            self.0.resize(len.div_ceil(64), Line([0; 64]));
+        }
+    }
+
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         let len = self.0.len() * 64;
         // SAFETY: `Line` is 64 bytes without padding, so the vector's memory is `len` valid bytes;

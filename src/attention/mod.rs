@@ -11,6 +11,7 @@ mod fused;
 mod mask;
 mod module;
 mod operand;
+mod pace;
 mod scorer;
 mod scores;
 mod shapes;

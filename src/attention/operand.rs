@@ -1,7 +1,7 @@
 //! One side of the product: a float tensor, and how its rows become codes.
 
 use super::view::View;
-use crate::quant::rows::{BlockCodes, RowParams, quantize_block, row_range, subtract};
+use crate::quant::rows::{BlockCodes, RowParams, Rows, quantize_block, row_range};
 use crate::quant::{
     Granularity, MeanBuilder, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
 };
@@ -16,19 +16,14 @@ pub(super) struct Operand<'a> {
     view: View<'a>,
     scheme: Scheme,
     granularity: Granularity,
+    smooth: bool,
     /// One a group; `None` when every row has its own, found when the row is quantized.
     params: Option<Vec<QuantParams>>,
-    /// `[heads, D]`: what smoothing subtracts.
-    means: Option<Vec<f32>>,
 }
 
 /// Some rows of a head, quantized.
 #[derive(Default)]
 pub(super) struct QuantizedRows {
-    /// The rows in f32, after smoothing.
-    pub values: Vec<f32>,
-    /// Where rows that do not lie together are gathered.
-    buffer: Vec<f32>,
     /// Their codes, row-major.
     pub codes: Vec<i8>,
     /// Their scales. NaN for a row that holds NaN or infinity, which makes its scores NaN.
@@ -40,25 +35,17 @@ pub(super) struct QuantizedRows {
 }
 
 impl<'a> Operand<'a> {
-    /// Finds the means and ranges that the configuration asks for. Rows that are not finite take
-    /// part in neither.
+    /// Finds the ranges that the configuration asks for. Rows that are not finite take no part.
     pub(super) fn prepare(view: View<'a>, config: &QuantConfig, smooth: bool) -> Result<Self> {
         let groups = config.granularity.groups(view.heads(), view.tokens())?;
-        let means = smooth.then(|| means(&view));
-        let mut operand = Self {
-            view,
-            scheme: config.scheme,
-            granularity: config.granularity,
-            params: None,
-            means,
-        };
-        operand.params = match (&config.range, config.granularity) {
+        let (scheme, granularity) = (config.scheme, config.granularity);
+        let mut operand = Self { view, scheme, granularity, smooth, params: None };
+        operand.params = match (&config.range, granularity) {
             (RangeSource::Static(given), granularity) => {
-                if let Some(other) = given.iter().find(|p| p.scheme() != config.scheme) {
+                if let Some(other) = given.iter().find(|p| p.scheme() != scheme) {
                     return Err(Error::Config(format!(
-                        "static parameters are {}, but the scheme is {}",
+                        "static parameters are {}, but the scheme is {scheme}",
                         other.scheme(),
-                        config.scheme
                     )));
                 }
                 Some(static_params(given, granularity, &operand.view.dims(), groups)?)
@@ -78,29 +65,27 @@ impl<'a> Operand<'a> {
         self.scheme == Scheme::Symmetric
     }
 
-    /// What smoothing subtracts from the rows of a head.
-    pub(super) fn mean(&self, head: usize) -> Option<&[f32]> {
-        let depth = self.view.depth();
-        self.means.as_ref().map(|means| &means[head * depth..(head + 1) * depth])
+    /// What smoothing subtracts from the rows of a head: their mean, without those that are not
+    /// finite.
+    pub(super) fn mean(&self, head: usize) -> Option<Vec<f32>> {
+        self.smooth.then(|| {
+            let mut builder = MeanBuilder::new(self.view.depth());
+            let mut buffer = Vec::new();
+            for block in blocks(self.view.tokens()) {
+                builder.push(self.view.rows(head, block, &mut buffer));
+            }
+            builder.finish()
+        })
     }
 
-    /// Quantizes rows `tokens` of head `head` into `rows`.
-    pub(super) fn quantize_rows(
+    /// Quantizes the rows `tokens` of head `head`, less their `mean`, into `out`.
+    pub(super) fn quantize(
         &self,
-        head: usize,
-        tokens: std::ops::Range<usize>,
-        rows: &mut QuantizedRows,
+        rows: Rows<'_>,
+        (head, tokens): (usize, std::ops::Range<usize>),
+        mean: Option<&[f32]>,
+        out: &mut QuantizedRows,
     ) {
-        let (count, depth) = (tokens.len(), self.view.depth());
-        rows.codes.resize(count * depth, 0);
-        rows.scales.resize(count, 0.0);
-        rows.zeros.resize(count, 0);
-        rows.sums.resize(count, 0);
-        self.load_smoothed(head, tokens.clone(), &mut rows.buffer, &mut rows.values);
-        if depth == 0 {
-            rows.scales.fill(1.0);
-            return;
-        }
         let given: Vec<QuantParams>;
         let params = match &self.params {
             None => RowParams::Own(self.scheme),
@@ -111,92 +96,59 @@ impl<'a> Operand<'a> {
                 RowParams::Given(&given)
             }
         };
-        let out = BlockCodes {
-            codes: &mut rows.codes,
-            scales: &mut rows.scales,
-            zeros: &mut rows.zeros,
-            sums: &mut rows.sums,
-        };
-        quantize_block(&rows.values, depth, params, out);
-    }
-
-    /// Rows of a head, less their mean if they are smoothed.
-    fn load_smoothed(
-        &self,
-        head: usize,
-        tokens: std::ops::Range<usize>,
-        buffer: &mut Vec<f32>,
-        out: &mut Vec<f32>,
-    ) {
-        let rows = self.view.rows(head, tokens, buffer);
-        match self.mean(head) {
-            Some(mean) => {
-                out.resize(rows.len(), 0.0);
-                subtract(rows, mean, out);
-            }
-            None => {
-                out.clear();
-                out.extend_from_slice(rows);
-            }
+        out.resize(rows.count(), rows.depth());
+        if rows.depth() == 0 {
+            return out.scales.fill(1.0); // sums of nothing are 0 at any scale
         }
+        let QuantizedRows { codes, scales, zeros, sums } = out;
+        quantize_block(rows, mean, params, BlockCodes { codes, scales, zeros, sums });
     }
 
     /// The parameters of every group, from the ranges of the smoothed data.
     fn dynamic_params(&self, groups: usize) -> Vec<QuantParams> {
-        let (heads, tokens) = (self.view.heads(), self.view.tokens());
-        let of_head = |head: usize| {
-            let mut ranges: Vec<(usize, Range)> = Vec::new();
-            let (mut buffer, mut values) = (Vec::new(), Vec::new());
-            for block in blocks(tokens) {
-                self.load_smoothed(head, block.clone(), &mut buffer, &mut values);
-                let rows = values.chunks_exact(self.view.depth().max(1));
-                for (token, row) in block.zip(rows) {
-                    let found = row_range(row);
-                    let range = if found.finite { found.range } else { Range::EMPTY };
-                    let group = self.granularity.group(head, token, tokens);
-                    match ranges.last_mut() {
-                        Some((last, union)) if *last == group => *union = union.union(range),
-                        _ => ranges.push((group, range)),
-                    }
-                }
-            }
-            ranges
-        };
         let mut ranges = vec![Range::EMPTY; groups];
-        let found: Vec<_> = match self.view.is_small() {
-            true => (0..heads).map(of_head).collect(),
-            false => (0..heads).into_par_iter().map(of_head).collect(),
-        };
+        let heads = (0..self.view.heads()).into_par_iter();
+        let found: Vec<_> = heads.map(|head| self.head_ranges(head)).collect();
         for (group, range) in found.into_iter().flatten() {
             ranges[group] = ranges[group].union(range);
         }
         ranges.into_iter().map(|r| QuantParams::from_finite_range(self.scheme, r)).collect()
+    }
+
+    /// The range of each group that has rows in `head`.
+    fn head_ranges(&self, head: usize) -> Vec<(usize, Range)> {
+        let (depth, tokens) = (self.view.depth(), self.view.tokens());
+        let mean = self.mean(head).unwrap_or_else(|| vec![0.0; depth]);
+        let mut ranges: Vec<(usize, Range)> = Vec::new();
+        let (mut buffer, mut smoothed) = (Vec::new(), vec![0.0; depth]);
+        for block in blocks(tokens) {
+            let rows = self.view.rows(head, block.clone(), &mut buffer);
+            for (token, row) in block.zip(rows.iter()) {
+                let from = row.iter().zip(&mean);
+                smoothed.iter_mut().zip(from).for_each(|(to, (x, mean))| *to = x - mean);
+                let found = row_range(&smoothed);
+                let range = if found.finite { found.range } else { Range::EMPTY };
+                let group = self.granularity.group(head, token, tokens);
+                match ranges.last_mut() {
+                    Some((last, union)) if *last == group => *union = union.union(range),
+                    _ => ranges.push((group, range)),
+                }
+            }
+        }
+        ranges
+    }
+}
+
+impl QuantizedRows {
+    fn resize(&mut self, rows: usize, depth: usize) {
+        self.codes.resize(rows * depth, 0);
+        self.scales.resize(rows, 0.0);
+        self.zeros.resize(rows, 0);
+        self.sums.resize(rows, 0);
     }
 }
 
 /// `0..tokens` in runs of [`BLOCK`].
 pub(super) fn blocks(tokens: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     (0..tokens).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(tokens))
-}
-
-/// The mean over tokens of every head, `[heads, D]`.
-fn means(view: &View<'_>) -> Vec<f32> {
-    let depth = view.depth();
-    let mut means = vec![0f32; view.heads() * depth];
-    if depth == 0 {
-        return means;
-    }
-    let of_head = |(head, mean): (usize, &mut [f32])| {
-        let mut builder = MeanBuilder::new(depth);
-        let mut buffer = Vec::new();
-        for block in blocks(view.tokens()) {
-            builder.push(view.rows(head, block, &mut buffer));
-        }
-        mean.copy_from_slice(&builder.finish());
-    };
-    match view.is_small() {
-        true => means.chunks_exact_mut(depth).enumerate().for_each(of_head),
-        false => means.par_chunks_exact_mut(depth).enumerate().for_each(of_head),
-    }
-    means
 }

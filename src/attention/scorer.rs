@@ -2,35 +2,48 @@
 
 use super::ScoreConfig;
 use super::operand::{BLOCK, Operand, QuantizedRows, blocks};
+use super::pace::{Pace, Work};
 use super::view::View;
-use crate::gemm::{self, Kernel, PackedLhs, PackedRhs, ScoreScales, ZeroCorrection};
+use crate::gemm::{self, Kernel, PackedLhs, PackedRhs, RhsChunk, ScoreScales, ZeroCorrection};
 use crate::quant::Scheme;
 use crate::quant::rows::dots;
 use crate::uninit::written;
 use crate::{Error, Result};
-use rayon::prelude::*;
+use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The keys of one head, quantized, packed and shared by its query heads. All vectors are padded
 /// to whole panels of the kernel.
-struct PackedKeys {
+pub(super) struct PackedKeys {
+    head: usize,
     rhs: PackedRhs,
     scales: Vec<f32>,
     zeros: Vec<i32>,
     sums: Vec<i32>,
-    /// Smooth-Q's correction, one vector for each query head that shares these keys.
-    biases: Vec<Vec<f32>>,
+    /// What smooth-K subtracted.
+    mean: Option<Vec<f32>>,
+    /// Smooth-Q, for each query head that shares these keys.
+    smooth_q: Vec<SmoothQ>,
 }
 
-/// Some queries of a head, quantized and packed.
-pub(super) struct QueryBlock {
-    head: usize,
-    lhs: PackedLhs,
-    scales: Vec<f32>,
+/// What smooth-Q subtracts from the queries of one head, and the score of that with every key.
+#[derive(Default)]
+struct SmoothQ {
+    mean: Option<Vec<f32>>,
     biases: Vec<f32>,
-    zeros: Vec<i32>,
+}
+
+/// Some queries of a head, quantized and packed, with what it takes to make them.
+#[derive(Default)]
+pub(super) struct QueryBlock {
+    /// Among the query heads that share keys.
+    member: usize,
+    lhs: Option<PackedLhs>,
+    rows: QuantizedRows,
+    biases: Vec<f32>,
     terms: Vec<i32>,
+    buffer: Vec<f32>,
 }
 
 /// What is done to every score on its way out.
@@ -48,12 +61,11 @@ impl ScoreScale {
     pub(super) const RAW: ScoreScale = ScoreScale { factor: 1.0, row_constants: true };
 }
 
-/// Queries that are quantized block by block, against keys that are ready.
+/// Queries that are quantized block by block, against keys that are packed head by head.
 pub(super) struct Scorer<'a> {
     kernel: &'static dyn Kernel,
     q: Operand<'a>,
     k: Operand<'a>,
-    keys: Vec<PackedKeys>,
     /// Query heads that share a key head.
     group: usize,
     scale: ScoreScale,
@@ -74,7 +86,7 @@ pub(super) fn check_product(depth: usize, config: &ScoreConfig) -> Result<&'stat
 }
 
 impl<'a> Scorer<'a> {
-    /// Quantizes and packs all keys, and finds the ranges and means of the queries.
+    /// Finds the ranges of queries and keys.
     ///
     /// # Errors
     /// [`Error::Depth`] beyond the depth limit, [`Error::Config`] for parameters that do not fit
@@ -91,14 +103,7 @@ impl<'a> Scorer<'a> {
             Operand::prepare(k, &config.k, config.smooth_k)?,
         );
         let group = (q.view().dims()[1]).checked_div(k.view().dims()[1]).unwrap_or(0);
-        let mut scorer = Self { kernel, q, k, keys: Vec::new(), group, scale };
-        let heads = scorer.k.view().heads();
-        let pack = |head| scorer.pack_keys(head);
-        scorer.keys = match scorer.k.view().is_small() {
-            true => (0..heads).map(pack).collect(),
-            false => (0..heads).into_par_iter().map(pack).collect(),
-        };
-        Ok(scorer)
+        Ok(Self { kernel, q, k, group, scale })
     }
 
     /// `[B, H, M, N]`.
@@ -107,90 +112,19 @@ impl<'a> Scorer<'a> {
         [b, h, m, self.k.view().tokens()]
     }
 
-    fn pack_keys(&self, head: usize) -> PackedKeys {
-        let (tokens, depth) = (self.k.view().tokens(), self.k.view().depth());
-        let padded = tokens.next_multiple_of(self.kernel.geometry().nr);
-        let queries = head * self.group..(head + 1) * self.group;
-        let mut keys = PackedKeys {
-            rhs: PackedRhs::new(self.kernel, tokens, depth),
-            scales: Vec::with_capacity(padded),
-            zeros: Vec::with_capacity(padded),
-            sums: Vec::with_capacity(padded),
-            biases: vec![vec![0.0; padded]; self.group],
-        };
-        let mut rows = QuantizedRows::default();
-        for block in blocks(tokens) {
-            self.k.quantize_rows(head, block.clone(), &mut rows);
-            keys.rhs.put(block.start, &rows.codes, &rows.sums);
-            keys.scales.extend(&rows.scales);
-            keys.zeros.extend(&rows.zeros);
-            keys.sums.extend(&rows.sums);
-            for (query, biases) in queries.clone().zip(&mut keys.biases) {
-                if let Some(mean) = self.q.mean(query) {
-                    dots(&rows.values, mean, &mut biases[block.clone()]);
-                    biases[block.clone()].iter_mut().for_each(|b| *b *= self.scale.factor);
-                }
-            }
-        }
-        keys.scales.resize(padded, 0.0);
-        keys.zeros.resize(padded, 0);
-        keys.sums.resize(padded, 0);
-        keys
-    }
-
     /// `D`.
     pub(super) fn depth(&self) -> usize {
         self.q.view().depth()
     }
 
-    /// Query heads that share a key head.
-    pub(super) fn group(&self) -> usize {
-        self.group
+    /// `B * H_kv`.
+    pub(super) fn key_heads(&self) -> usize {
+        self.k.view().heads()
     }
 
-    /// Quantizes and packs queries `tokens` of `head`.
-    pub(super) fn query_block(&self, head: usize, tokens: Range<usize>) -> QueryBlock {
-        let depth = self.q.view().depth();
-        let mut rows = QuantizedRows::default();
-        self.q.quantize_rows(head, tokens.clone(), &mut rows);
-        let lhs = PackedLhs::new(self.kernel, &rows.codes, tokens.len(), depth);
-        let biases = self.row_biases(head, &rows);
-        let terms = rows.sums.iter().zip(&rows.zeros).map(|(sum, zero)| sum - depth as i32 * zero);
-        let terms = terms.collect();
-        rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
-        QueryBlock { head, lhs, scales: rows.scales, biases, zeros: rows.zeros, terms }
-    }
-
-    /// Zero points and sums, unless both sides are symmetric.
-    fn zeros<'b>(&'b self, block: &'b QueryBlock) -> Option<ZeroCorrection<'b>> {
-        let keys = &self.keys[block.head / self.group];
-        (!(self.q.is_symmetric() && self.k.is_symmetric())).then_some(ZeroCorrection {
-            row_zeros: &block.zeros,
-            row_terms: &block.terms,
-            column_zeros: &keys.zeros,
-            column_sums: &keys.sums,
-        })
-    }
-
-    /// f32 scores of a block against `keys` of its head, whose start is a multiple of
-    /// [`Scorer::key_step`], row-major, rows `stride` elements apart. Where `stride` leaves room,
-    /// up to one step more is overwritten behind each row.
-    pub(super) fn score(
-        &self,
-        block: &QueryBlock,
-        keys: Range<usize>,
-        out: &mut [MaybeUninit<f32>],
-        stride: usize,
-    ) {
-        let packed = &self.keys[block.head / self.group];
-        let scales = ScoreScales {
-            row_scales: &block.scales,
-            row_biases: &block.biases,
-            column_scales: &packed.scales,
-            column_biases: &packed.biases[block.head % self.group],
-            zeros: self.zeros(block),
-        };
-        gemm::score_tiles(&block.lhs, &packed.rhs, keys, &scales, out, stride);
+    /// The query heads, counted over the batch, that share the keys of key head `head`.
+    pub(super) fn query_heads(&self, head: usize) -> Range<usize> {
+        head * self.group..(head + 1) * self.group
     }
 
     /// Keys are scored in steps of this many.
@@ -198,26 +132,130 @@ impl<'a> Scorer<'a> {
         self.kernel.geometry().nr
     }
 
-    /// Smooth-K's correction of each row, `q·mean(k) = q'·mean(k) + mean(q)·mean(k)`, from the
-    /// smoothed queries `q'`.
-    fn row_biases(&self, head: usize, rows: &QuantizedRows) -> Vec<f32> {
-        let mut biases = vec![0.0; rows.scales.len()];
-        if let (Some(mean), true) = (self.k.mean(head / self.group), self.scale.row_constants) {
-            dots(&rows.values, mean, &mut biases);
-            let mut constant = [0.0];
-            if let Some(q_mean) = self.q.mean(head) {
-                dots(q_mean, mean, &mut constant);
-            }
-            biases.iter_mut().for_each(|b| *b = (*b + constant[0]) * self.scale.factor);
+    /// Quantizes and packs the keys of `head`.
+    pub(super) fn pack_keys(&self, head: usize, pace: Pace) -> PackedKeys {
+        let (tokens, depth) = (self.k.view().tokens(), self.k.view().depth());
+        let padded = tokens.next_multiple_of(self.key_step());
+        let mut keys = PackedKeys {
+            head,
+            rhs: PackedRhs::new(self.kernel, tokens, depth),
+            scales: vec![0.0; padded],
+            zeros: vec![0; padded],
+            sums: vec![0; padded],
+            mean: self.k.mean(head),
+            smooth_q: Vec::new(),
+        };
+        // Panels do not depend on each other.
+        let chunk = CHUNK.next_multiple_of(self.key_step());
+        let mut chunks: Vec<KeyChunk<'_>> = (keys.rhs.chunks_mut(chunk).into_iter())
+            .zip(keys.scales.chunks_mut(chunk))
+            .zip(keys.zeros.chunks_mut(chunk).zip(keys.sums.chunks_mut(chunk)))
+            .enumerate()
+            .map(|(index, ((rhs, scales), (zeros, sums)))| {
+                let tokens = index * chunk..((index + 1) * chunk).min(tokens);
+                KeyChunk { tokens, rhs, scales, zeros, sums }
+            })
+            .collect();
+        pace.for_each(&mut chunks, |chunk| self.pack_chunk(head, keys.mean.as_deref(), chunk));
+        keys.smooth_q = self.query_heads(head).map(|q| self.smooth_q(q, &keys, pace)).collect();
+        keys
+    }
+
+    fn pack_chunk(&self, head: usize, mean: Option<&[f32]>, chunk: &mut KeyChunk<'_>) {
+        let (mut rows, mut buffer) = (QuantizedRows::default(), Vec::new());
+        for block in blocks(chunk.tokens.len()) {
+            let tokens = chunk.tokens.start + block.start..chunk.tokens.start + block.end;
+            let values = self.k.view().rows(head, tokens.clone(), &mut buffer);
+            self.k.quantize(values, (head, tokens), mean, &mut rows);
+            chunk.rhs.put(block.start, &rows.codes, &rows.sums);
+            chunk.scales[block.clone()].copy_from_slice(&rows.scales);
+            chunk.zeros[block.clone()].copy_from_slice(&rows.zeros);
+            chunk.sums[block].copy_from_slice(&rows.sums);
         }
-        biases
+    }
+
+    /// The mean of the queries of `head`, and its scores with the smoothed keys.
+    fn smooth_q(&self, head: usize, keys: &PackedKeys, pace: Pace) -> SmoothQ {
+        let mut biases = vec![0.0; keys.scales.len()];
+        let mean = self.q.mean(head);
+        if let Some(mean) = &mean {
+            let tokens = self.k.view().tokens();
+            let mut chunks: Vec<_> = biases[..tokens].chunks_mut(CHUNK).enumerate().collect();
+            pace.for_each(&mut chunks, |(index, biases)| {
+                let tokens = *index * CHUNK..*index * CHUNK + biases.len();
+                let mut buffer = Vec::new();
+                let rows = self.k.view().rows(keys.head, tokens, &mut buffer);
+                dots(rows, keys.mean.as_deref(), mean, biases);
+                biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
+            });
+        }
+        SmoothQ { mean, biases }
+    }
+
+    /// Quantizes and packs queries `tokens` of `head`, one of those that share `keys`.
+    pub(super) fn quantize_queries(
+        &self,
+        keys: &PackedKeys,
+        (head, tokens): (usize, Range<usize>),
+        block: &mut QueryBlock,
+    ) {
+        let (depth, count) = (self.depth(), tokens.len());
+        block.member = head - self.query_heads(keys.head).start;
+        let q_mean = keys.smooth_q[block.member].mean.as_deref();
+        let values = self.q.view().rows(head, tokens.clone(), &mut block.buffer);
+        let rows = &mut block.rows;
+        self.q.quantize(values, (head, tokens), q_mean, rows);
+        block.biases.clear();
+        block.biases.resize(count, 0.0);
+        if let (Some(k_mean), true) = (&keys.mean, self.scale.row_constants) {
+            // Smooth-K's correction, with the queries as they are: the same for a whole row.
+            dots(values, None, k_mean, &mut block.biases);
+            block.biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
+        }
+        block.terms.clear();
+        let terms = rows.sums.iter().zip(&rows.zeros).map(|(sum, zero)| sum - depth as i32 * zero);
+        block.terms.extend(terms);
+        rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
+        let lhs = block.lhs.get_or_insert_with(|| PackedLhs::new(self.kernel));
+        lhs.put(&rows.codes, count, depth);
+    }
+
+    /// Zero points and sums, unless both sides are symmetric.
+    fn zeros<'b>(&self, keys: &'b PackedKeys, block: &'b QueryBlock) -> Option<ZeroCorrection<'b>> {
+        (!(self.q.is_symmetric() && self.k.is_symmetric())).then_some(ZeroCorrection {
+            row_zeros: &block.rows.zeros,
+            row_terms: &block.terms,
+            column_zeros: &keys.zeros,
+            column_sums: &keys.sums,
+        })
+    }
+
+    /// f32 scores of a block against `columns` of its keys, whose start is a multiple of
+    /// [`Scorer::key_step`], row-major, rows `stride` elements apart. Where `stride` leaves room,
+    /// up to one step more is overwritten behind each row.
+    pub(super) fn score(
+        &self,
+        keys: &PackedKeys,
+        block: &QueryBlock,
+        columns: Range<usize>,
+        out: &mut [MaybeUninit<f32>],
+        stride: usize,
+    ) {
+        let scales = ScoreScales {
+            row_scales: &block.rows.scales,
+            row_biases: &block.biases,
+            column_scales: &keys.scales,
+            column_biases: &keys.smooth_q[block.member].biases,
+            zeros: self.zeros(keys, block),
+        };
+        gemm::score_tiles(block.lhs(), &keys.rhs, columns, &scales, out, stride);
     }
 
     /// All f32 scores, `[B, H, M, N]`.
     pub(super) fn all_scores(&self) -> Vec<f32> {
         let n = self.k.view().tokens();
-        let write = |head, tokens, out: &mut [MaybeUninit<f32>]| {
-            self.score(&self.query_block(head, tokens), 0..n, out, n);
+        let write = |keys: &PackedKeys, block: &QueryBlock, out: &mut [MaybeUninit<f32>]| {
+            self.score(keys, block, 0..n, out, n);
         };
         // SAFETY: `score_tiles` writes every score.
         unsafe { self.for_all_blocks(write) }
@@ -225,10 +263,9 @@ impl<'a> Scorer<'a> {
 
     /// All int32 sums, `[B, H, M, N]`.
     pub(super) fn all_sums(&self) -> Vec<i32> {
-        let write = |head, tokens, out: &mut [MaybeUninit<i32>]| {
-            let block = self.query_block(head, tokens);
-            let keys = &self.keys[head / self.group].rhs;
-            gemm::int_tiles(&block.lhs, keys, self.zeros(&block).as_ref(), out, keys.rows());
+        let n = self.k.view().tokens();
+        let write = |keys: &PackedKeys, block: &QueryBlock, out: &mut [MaybeUninit<i32>]| {
+            gemm::int_tiles(block.lhs(), &keys.rhs, self.zeros(keys, block).as_ref(), out, n);
         };
         // SAFETY: `int_tiles` writes every sum.
         unsafe { self.for_all_blocks(write) }
@@ -241,31 +278,60 @@ impl<'a> Scorer<'a> {
     /// `f` writes all of the slice it is given.
     unsafe fn for_all_blocks<T: Send>(
         &self,
-        f: impl Fn(usize, Range<usize>, &mut [MaybeUninit<T>]) + Sync,
+        f: impl Fn(&PackedKeys, &QueryBlock, &mut [MaybeUninit<T>]) + Sync,
     ) -> Vec<T> {
         let [b, h, m, n] = self.dims();
         let len = b * h * m * n;
-        let of_block = |head: usize, (index, out): (usize, &mut [MaybeUninit<T>])| {
-            let start = index * BLOCK;
-            f(head, start..start + out.len() / n, out);
+        let work = Work {
+            int8_macs: len * self.depth(),
+            elements: (b * h * m + self.key_heads() * n) * self.depth() + 2 * len,
+            ..Work::default()
         };
-        let all = |out: &mut [MaybeUninit<T>]| match (len, len * self.depth() < gemm::SERIAL_BELOW)
-        {
-            (0, _) => {}
-            (_, true) => {
-                for (head, out) in out.chunks_mut(m * n).enumerate() {
-                    out.chunks_mut(BLOCK * n).enumerate().for_each(|block| of_block(head, block));
-                }
-            }
-            (_, false) => {
-                let heads = out.par_chunks_mut(m * n).enumerate();
-                heads.for_each(|(head, out)| {
-                    let blocks = out.par_chunks_mut(BLOCK * n).enumerate();
-                    blocks.for_each(|block| of_block(head, block));
+        let of_head = |pace: Pace, head: usize, out: &mut [MaybeUninit<T>]| {
+            let keys = self.pack_keys(head, pace);
+            let first = self.query_heads(head).start;
+            let mut jobs: Vec<_> = (out.chunks_mut(m * n).enumerate())
+                .flat_map(|(member, out)| {
+                    let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
+                    blocks.map(move |(tokens, out)| (first + member, tokens, out))
+                })
+                .collect();
+            pace.for_each(&mut jobs, |(head, tokens, out)| {
+                QUERIES.with_borrow_mut(|block| {
+                    self.quantize_queries(&keys, (*head, tokens.clone()), block);
+                    f(&keys, block, out);
                 });
+            });
+        };
+        let all = |out: &mut [MaybeUninit<T>]| {
+            if len > 0 {
+                work.for_each_chunk(out, self.group * m * n, of_head);
             }
         };
         // SAFETY: the blocks of all heads cover the result, and `f` writes all of each.
         unsafe { written(len, all) }
     }
+}
+
+impl QueryBlock {
+    fn lhs(&self) -> &PackedLhs {
+        self.lhs.as_ref().expect("queries are quantized before they are scored")
+    }
+}
+
+thread_local! {
+    /// The queries that a thread works on, kept so that a block allocates nothing.
+    static QUERIES: RefCell<QueryBlock> = RefCell::default();
+}
+
+/// Keys that one thread packs at a time, where a head is shared by several.
+const CHUNK: usize = 512;
+
+/// Keys `tokens` of a head, and where they go.
+struct KeyChunk<'a> {
+    tokens: Range<usize>,
+    rhs: RhsChunk<'a>,
+    scales: &'a mut [f32],
+    zeros: &'a mut [i32],
+    sums: &'a mut [i32],
 }

@@ -1,6 +1,7 @@
 //! A four-dimensional float tensor in CPU storage, whatever its strides: read row by row, never
 //! copied whole.
 
+use crate::quant::rows::Rows;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Layout};
 use half::slice::HalfFloatSliceExt;
@@ -58,11 +59,6 @@ impl<'a> View<'a> {
         self.dims[0] * self.dims[1]
     }
 
-    /// Whether one core is done with it before another wakes up.
-    pub(super) fn is_small(&self) -> bool {
-        self.dims.iter().product::<usize>() < 1 << 16
-    }
-
     /// `S`.
     pub(super) fn tokens(&self) -> usize {
         self.dims[2]
@@ -73,27 +69,25 @@ impl<'a> View<'a> {
         self.dims[3]
     }
 
-    /// Rows `tokens` of head `head` (counted over the batch), as f32 `[tokens, D]`: where they lie
-    /// if they lie together as f32, else gathered into `buffer`.
+    /// Rows `tokens` of head `head` (counted over the batch) as f32: where they lie, if they are
+    /// f32 and their elements lie together, else gathered into `buffer`.
     pub(super) fn rows<'b>(
         &'b self,
         head: usize,
         tokens: Range<usize>,
         buffer: &'b mut Vec<f32>,
-    ) -> &'b [f32] {
+    ) -> Rows<'b> {
         let [batch_stride, head_stride, token_stride, depth_stride] = self.strides;
         let (batch, head) = (head / self.dims[1], head % self.dims[1]);
+        let (count, depth) = (tokens.len(), self.depth());
+        if count == 0 || depth == 0 {
+            return Rows::new(&[], count, depth, 0);
+        }
         let start = batch * batch_stride + head * head_stride + tokens.start * token_stride;
-        let (depth, len) = (self.depth(), tokens.len() * self.depth());
-        if len == 0 {
-            return &[];
+        if let (Data::F32(data), true) = (&self.data, depth_stride == 1 || depth == 1) {
+            return Rows::new(&data[start..], count, depth, token_stride);
         }
-        let together =
-            (depth_stride == 1 || depth == 1) && (token_stride == depth || tokens.len() == 1);
-        if let (Data::F32(data), true) = (&self.data, together) {
-            return &data[start..start + len];
-        }
-        buffer.resize(len, 0.0);
+        buffer.resize(count * depth, 0.0);
         match self.data {
             Data::F32(data) => {
                 let copy = |from: &[f32], to: &mut [f32]| to.copy_from_slice(from);
@@ -108,7 +102,7 @@ impl<'a> View<'a> {
                 self.gather(&data[start..], buffer, bf16::to_f32, convert);
             }
         }
-        buffer
+        Rows::contiguous(buffer, depth)
     }
 
     fn gather<T: Copy>(

@@ -1,7 +1,7 @@
 //! The loops around a kernel: panels of the right side outermost, so that one stays in L1 while
 //! all rows of the left side pass over it.
 
-use super::kernel::{MAX_TILE, ScoreTile, TileInput};
+use super::kernel::{Geometry, MAX_TILE, ScoreTile, TileInput};
 use super::pack::{PackedLhs, PackedRhs};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -48,26 +48,32 @@ pub(crate) struct ScoreScales<'a> {
     pub zeros: Option<ZeroCorrection<'a>>,
 }
 
-/// Calls `f(rows, columns, input)` for every tile of `columns`, whose start is a multiple of the
-/// kernel's `nr`.
-fn for_each_tile(
+/// Calls `f(columns, input)` for every panel of `columns`, whose start is a multiple of the
+/// kernel's `nr`; `input` is all rows of the left side against it.
+fn for_each_panel(
     lhs: &PackedLhs,
     rhs: &PackedRhs,
     columns: Range<usize>,
-    mut f: impl FnMut(Range<usize>, Range<usize>, TileInput),
+    mut f: impl FnMut(Range<usize>, TileInput),
 ) {
     assert_eq!(lhs.kernel().name(), rhs.kernel().name(), "operands packed for different kernels");
     assert_eq!(lhs.depth(), rhs.depth(), "operands of different depth");
-    let geometry = lhs.kernel().geometry();
-    let groups = lhs.depth().div_ceil(geometry.group);
-    assert!(columns.end <= rhs.rows() && columns.start.is_multiple_of(geometry.nr));
-    for column in columns.clone().step_by(geometry.nr) {
-        let columns = column..(column + geometry.nr).min(columns.end);
-        let (panel, init) = (rhs.panel(column), rhs.init(column).as_ptr());
-        for (rows, lhs) in lhs.panels() {
-            let input = TileInput { rows: rows.len(), groups, lhs, rhs: panel, init };
-            f(rows, columns.clone(), input);
-        }
+    let nr = lhs.kernel().geometry().nr;
+    assert!(columns.end <= rhs.rows() && columns.start.is_multiple_of(nr));
+    if lhs.rows() == 0 {
+        return;
+    }
+    for column in columns.clone().step_by(nr) {
+        f(column..(column + nr).min(columns.end), lhs.against(rhs, column));
+    }
+}
+
+/// Calls `f(rows, input)` for every tile of a panel.
+fn for_each_tile(mr: usize, panel: TileInput, mut f: impl FnMut(Range<usize>, TileInput)) {
+    for row in (0..panel.rows).step_by(mr) {
+        // SAFETY: `PackedLhs::against` gives rows that are there.
+        let input = unsafe { panel.rows_from(row, mr) };
+        f(row..row + input.rows, input);
     }
 }
 
@@ -79,17 +85,19 @@ pub(crate) fn int_tiles(
     out: &mut [MaybeUninit<i32>],
     stride: usize,
 ) {
-    let (kernel, nr) = (lhs.kernel(), lhs.kernel().geometry().nr);
-    for_each_tile(lhs, rhs, 0..rhs.rows(), |rows, columns, input| {
-        let mut sums = [0i32; MAX_TILE];
-        // SAFETY: packing asserted that the kernel is available and that its tile fits MAX_TILE;
-        // `for_each_tile` gives 1..=mr rows and whole panels, which live as long as `lhs` and
-        // `rhs`.
-        unsafe { kernel.tile(input, sums.as_mut_ptr(), nr) };
-        if let Some(zeros) = zeros {
-            zeros.apply(&mut sums[..rows.len() * nr], nr, rows.clone(), columns.start);
-        }
-        copy_tile(&sums, nr, rows, columns, out, stride);
+    let (kernel, Geometry { mr, nr, .. }) = (lhs.kernel(), lhs.kernel().geometry());
+    for_each_panel(lhs, rhs, 0..rhs.rows(), |columns, panel| {
+        for_each_tile(mr, panel, |rows, input| {
+            let mut sums = [0i32; MAX_TILE];
+            // SAFETY: packing asserted that the kernel is available and that its tile fits
+            // MAX_TILE; the input is 1..=mr rows and a whole panel, which live as long as `lhs`
+            // and `rhs`.
+            unsafe { kernel.tile(input, sums.as_mut_ptr(), nr) };
+            if let Some(zeros) = zeros {
+                zeros.apply(&mut sums[..rows.len() * nr], nr, rows.clone(), columns.start);
+            }
+            copy_tile(&sums, nr, rows, columns.clone(), out, stride);
+        });
     });
 }
 
@@ -104,54 +112,65 @@ pub(crate) fn score_tiles(
     out: &mut [MaybeUninit<f32>],
     stride: usize,
 ) {
-    let (kernel, nr) = (lhs.kernel(), lhs.kernel().geometry().nr);
+    let (kernel, Geometry { mr, nr, .. }) = (lhs.kernel(), lhs.kernel().geometry());
     let first = columns.start;
+    scales.check(lhs, rhs, nr);
     assert!(stride >= columns.len());
     let before_last = lhs.rows().saturating_sub(1).checked_mul(stride);
     let needed = before_last.and_then(|before| before.checked_add(columns.len()));
     assert!(lhs.rows() == 0 || needed.is_some_and(|needed| out.len() >= needed));
-    assert_eq!(scales.row_scales.len(), lhs.rows());
-    assert_eq!(scales.row_biases.len(), lhs.rows());
-    assert!(scales.column_scales.len() >= rhs.rows().next_multiple_of(nr));
-    assert!(scales.column_biases.len() >= rhs.rows().next_multiple_of(nr));
     let mut edge = [0f32; MAX_TILE];
-    for_each_tile(lhs, rhs, columns, |rows, columns, input| {
-        let at = rows.start * stride + columns.start - first;
+    for_each_panel(lhs, rhs, columns, |columns, panel| {
+        let at = columns.start - first;
         // A panel that reaches over the row's end would overwrite the next row's start, or end
         // outside of the buffer.
-        let inside = columns.start - first + nr <= stride;
-        let whole = inside && at + (rows.len() - 1) * stride + nr <= out.len();
-        let (target, target_stride) = match whole {
-            true => (out[at..].as_mut_ptr().cast(), stride),
-            false => (edge.as_mut_ptr(), nr),
-        };
-        let tile = ScoreTile {
-            out: target,
-            stride: target_stride,
-            row_scales: scales.row_scales[rows.clone()].as_ptr(),
-            row_biases: scales.row_biases[rows.clone()].as_ptr(),
-            column_scales: scales.column_scales[columns.start..].as_ptr(),
-            column_biases: scales.column_biases[columns.start..].as_ptr(),
-        };
-        match &scales.zeros {
-            // SAFETY: as in `int_tiles` for `input`. The scales and biases were asserted to cover
-            // all rows and whole panels of columns. The target holds `rows` rows of `nr` scores:
-            // inside `out` (checked as `whole`), or `edge`, which holds any tile.
-            None => unsafe { kernel.score_tile(input, tile) },
-            Some(zeros) => {
-                let mut sums = [0i32; MAX_TILE];
-                // SAFETY: as above; a tile fits MAX_TILE.
-                unsafe { kernel.tile(input, sums.as_mut_ptr(), nr) };
-                zeros.apply(&mut sums[..rows.len() * nr], nr, rows.clone(), columns.start);
-                // SAFETY: as above.
-                unsafe { tile.write(&sums, rows.len(), nr) };
+        let whole = at + nr <= stride && at + (panel.rows - 1) * stride + nr <= out.len();
+        if whole && scales.zeros.is_none() {
+            let tile = scales.tile(out[at..].as_mut_ptr().cast(), stride, 0, columns.start);
+            // SAFETY: as in `int_tiles` for the panel. The scales and biases were checked to cover
+            // all rows and whole panels of columns, and every row of the panel lies inside `out`.
+            return unsafe { kernel.score_panel(panel, tile) };
+        }
+        for_each_tile(mr, panel, |rows, input| {
+            let tile = scales.tile(edge.as_mut_ptr(), nr, rows.start, columns.start);
+            match &scales.zeros {
+                // SAFETY: as above; `edge` holds any tile.
+                None => unsafe { kernel.score_tile(input, tile) },
+                Some(zeros) => {
+                    let mut sums = [0i32; MAX_TILE];
+                    // SAFETY: as above; a tile fits MAX_TILE.
+                    unsafe { kernel.tile(input, sums.as_mut_ptr(), nr) };
+                    zeros.apply(&mut sums[..rows.len() * nr], nr, rows.clone(), columns.start);
+                    // SAFETY: as above.
+                    unsafe { tile.write(&sums, rows.len(), nr) };
+                }
             }
-        }
-        if !whole {
-            let columns = columns.start - first..columns.end - first;
-            copy_tile(&edge, nr, rows, columns, out, stride);
-        }
+            copy_tile(&edge, nr, rows, at..at + columns.len(), out, stride);
+        });
     });
+}
+
+impl ScoreScales<'_> {
+    /// Panics unless there is something for every row and for whole panels of columns.
+    fn check(&self, lhs: &PackedLhs, rhs: &PackedRhs, nr: usize) {
+        let columns = rhs.rows().next_multiple_of(nr);
+        assert_eq!(self.row_scales.len(), lhs.rows());
+        assert_eq!(self.row_biases.len(), lhs.rows());
+        assert!(self.column_scales.len() >= columns);
+        assert!(self.column_biases.len() >= columns);
+    }
+
+    /// A tile from `row` and `column` on that goes to `out`.
+    fn tile(&self, out: *mut f32, stride: usize, row: usize, column: usize) -> ScoreTile {
+        ScoreTile {
+            out,
+            stride,
+            row_scales: self.row_scales[row..].as_ptr(),
+            row_biases: self.row_biases[row..].as_ptr(),
+            column_scales: self.column_scales[column..].as_ptr(),
+            column_biases: self.column_biases[column..].as_ptr(),
+        }
+    }
 }
 
 /// Copies the part of a tile that lies inside the result.
@@ -235,7 +254,8 @@ mod tests {
             let padded = n.next_multiple_of(kernel.geometry().nr);
             let pad_i32 = |x: &[i32]| [x, &vec![0; padded - n]].concat();
             let pad_f32 = |x: &[f32]| [x, &vec![0.0; padded - n]].concat();
-            let lhs = PackedLhs::new(kernel, &self.lhs, m, depth);
+            let mut lhs = PackedLhs::new(kernel);
+            lhs.put(&self.lhs, m, depth);
             let mut rhs = PackedRhs::new(kernel, n, depth);
             let column_sums = sums(&self.rhs, n);
             rhs.put(0, &self.rhs, &column_sums);

@@ -6,7 +6,11 @@
 //!
 //! ```text
 //! left   [M / mr][D / group][mr][group]      right   [N / nr][D / group][nr][group]
+//!    or  [M][D / group][group]
 //! ```
+//!
+//! The second layout of the left side, plain rows, is for kernels that broadcast one group of it:
+//! they read it from wherever it is ([`LhsFormat::Biased`]).
 //!
 //! Rows and depth are padded to whole panels and groups. Padding in the depth is 0 on the right
 //! side, so it adds nothing whatever stands on the left; padded rows are computed and dropped.
@@ -20,11 +24,11 @@
 #[allow(dead_code)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LhsFormat {
-    /// u8, `a + 128`.
+    /// u8, `a + 128`, in plain rows.
     Biased,
-    /// i8, as they are.
+    /// i8, as they are, in panels.
     Signed,
-    /// i16, as they are; for instructions that multiply 16-bit pairs.
+    /// i16, as they are, in panels; for instructions that multiply 16-bit pairs.
     Wide,
 }
 
@@ -62,15 +66,18 @@ pub(crate) struct Geometry {
 /// Larger than any tile of any kernel, for buffers on the stack.
 pub(crate) const MAX_TILE: usize = 512;
 
-/// Pointers of one tile, all for whole panels.
+/// Pointers of one tile, or of all tiles of one right panel.
 #[derive(Clone, Copy)]
 pub(crate) struct TileInput {
-    /// How many rows of the left panel are wanted, `1..=mr`.
+    /// How many rows of the left side are wanted.
     pub rows: usize,
     /// Depth groups.
     pub groups: usize,
-    /// Left panel: `groups * mr * group` elements in the kernel's [`LhsFormat`], aligned for them.
+    /// The first of those rows: whole panels, or plain rows, in the kernel's [`LhsFormat`], aligned
+    /// for it.
     pub lhs: *const u8,
+    /// Bytes of one row of the left side; a panel has `mr` times as many.
+    pub row_bytes: usize,
     /// Right panel: `groups * nr * group` elements.
     pub rhs: *const i8,
     /// What each column's sum starts from: `nr` elements.
@@ -133,9 +140,53 @@ pub(crate) unsafe trait Kernel: Send + Sync {
         // SAFETY: the caller's promise on `scores`.
         unsafe { scores.write(&sums, input.rows, nr) };
     }
+
+    /// Writes `rows` x `nr` scores for any number of rows: all tiles of one right panel, which
+    /// stays in L1 meanwhile.
+    ///
+    /// # Safety
+    /// As for [`Kernel::score_tile`], but for `input.rows`, which may be any number.
+    unsafe fn score_panel(&self, input: TileInput, scores: ScoreTile) {
+        let mr = self.geometry().mr;
+        for row in (0..input.rows).step_by(mr) {
+            // SAFETY: at most `mr` of the rows that are valid by contract; `row` is a multiple of
+            // `mr`.
+            unsafe { self.score_tile(input.rows_from(row, mr), scores.rows_from(row)) };
+        }
+    }
+}
+
+impl TileInput {
+    /// At most `count` rows from `row` on, which is a multiple of the kernel's `mr`.
+    ///
+    /// # Safety
+    /// `row < self.rows`, and the left side is valid for all rows.
+    #[inline(always)]
+    pub(super) unsafe fn rows_from(self, row: usize, count: usize) -> Self {
+        // SAFETY: panels and plain rows alike have `row_bytes` for each row before `row`.
+        let lhs = unsafe { self.lhs.add(row * self.row_bytes) };
+        Self { rows: count.min(self.rows - row), lhs, ..self }
+    }
 }
 
 impl ScoreTile {
+    /// The same from row `row` on.
+    ///
+    /// # Safety
+    /// There is such a row.
+    #[inline(always)]
+    pub(super) unsafe fn rows_from(self, row: usize) -> Self {
+        // SAFETY: by contract, each pointer is valid for that row.
+        unsafe {
+            Self {
+                out: self.out.add(row * self.stride),
+                row_scales: self.row_scales.add(row),
+                row_biases: self.row_biases.add(row),
+                ..self
+            }
+        }
+    }
+
     /// The epilogue for sums that lie in memory, rows `nr` elements apart.
     ///
     /// # Safety

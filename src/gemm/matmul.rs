@@ -13,7 +13,7 @@ use std::mem::MaybeUninit;
 const ROW_BLOCK: usize = 48;
 
 /// Below this many multiplications, waking another thread costs more than it saves.
-pub(crate) const SERIAL_BELOW: usize = 1 << 20;
+const SERIAL_BELOW: usize = 1 << 20;
 
 /// The left side, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -161,7 +161,8 @@ pub(super) fn matmul_nt_with(
     let block = |(index, out): (usize, &mut [MaybeUninit<i32>])| {
         let rows = index * ROW_BLOCK..(index * ROW_BLOCK + out.len() / n);
         let codes = &lhs[rows.start * depth..rows.end * depth];
-        let packed = PackedLhs::new(kernel, codes, rows.len(), depth);
+        let mut packed = PackedLhs::new(kernel);
+        packed.put(codes, rows.len(), depth);
         let row_zeros = &lhs_zeros[rows.clone()];
         let row_terms: Vec<i32> = row_sums(codes, rows.len(), depth)
             .iter()

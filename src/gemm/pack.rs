@@ -1,8 +1,7 @@
 //! Operands in the order a kernel reads them. Packed data remembers its kernel.
 
-use super::kernel::{Geometry, Kernel, LhsFormat, MAX_TILE};
+use super::kernel::{Geometry, Kernel, LhsFormat, MAX_TILE, TileInput};
 use crate::aligned::AlignedBytes;
-use std::ops::Range;
 
 /// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
 /// pointers into panels are sound only if the buffer has the size that it should have.
@@ -52,9 +51,8 @@ fn spread_bytes(
     (first, panel): (usize, usize),
     group: usize,
     out: &mut [u8],
-    flip: u8,
 ) {
-    let encode = |code: i8| code as u8 ^ flip;
+    let encode = |code: i8| code as u8;
     match group {
         2 => spread(codes, depth, (first, panel), out.as_chunks_mut::<2>().0, encode),
         4 => spread(codes, depth, (first, panel), out.as_chunks_mut::<4>().0, encode),
@@ -63,7 +61,7 @@ fn spread_bytes(
     }
 }
 
-/// Left side, any number of rows.
+/// Left side, any number of rows. The memory is kept from one [`PackedLhs::put`] to the next.
 #[derive(Clone)]
 pub(crate) struct PackedLhs {
     kernel: &'static dyn Kernel,
@@ -74,45 +72,61 @@ pub(crate) struct PackedLhs {
 }
 
 impl PackedLhs {
-    /// Packs row-major signed codes, `rows * depth` of them.
-    pub(crate) fn new(
-        kernel: &'static dyn Kernel,
-        codes: &[i8],
-        rows: usize,
-        depth: usize,
-    ) -> Self {
+    /// No rows yet.
+    pub(crate) fn new(kernel: &'static dyn Kernel) -> Self {
         assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
-        let Geometry { mr, nr, group, lhs } = kernel.geometry();
+        let geometry = kernel.geometry();
+        let Geometry { mr, nr, .. } = geometry;
         assert!(mr * nr <= MAX_TILE, "{}: a tile of {mr} x {nr}", kernel.name());
-        let mut bytes = AlignedBytes::zeroed(packed_bytes((rows, depth), (mr, group), lhs.size()));
+        Self { kernel, geometry, bytes: AlignedBytes::zeroed(0), rows: 0, depth: 0 }
+    }
+
+    /// Packs row-major signed codes, `rows * depth` of them, in the place of what was there.
+    pub(crate) fn put(&mut self, codes: &[i8], rows: usize, depth: usize) {
+        let Geometry { mr, group, lhs, .. } = self.geometry;
         assert_eq!(codes.len(), rows * depth);
-        let out = bytes.as_mut_slice();
+        (self.rows, self.depth) = (rows, depth);
+        // Padding may hold anything: in the depth it meets zeros on the right side, and padded rows
+        // are dropped.
+        self.bytes.grow(packed_bytes((rows, depth), (mr, group), lhs.size()));
+        let stride = self.row_bytes();
+        let out = self.bytes.as_mut_slice();
         match lhs {
-            LhsFormat::Signed => spread_bytes(codes, depth, (0, mr), group, out, 0),
-            LhsFormat::Biased => spread_bytes(codes, depth, (0, mr), group, out, 0x80),
+            LhsFormat::Signed => spread_bytes(codes, depth, (0, mr), group, out),
+            LhsFormat::Biased if depth > 0 => {
+                for (row, codes) in out.chunks_exact_mut(stride).zip(codes.chunks_exact(depth)) {
+                    row.iter_mut().zip(codes).for_each(|(to, &code)| *to = code as u8 ^ 0x80);
+                }
+            }
+            LhsFormat::Biased => {}
             LhsFormat::Wide => {
-                assert_eq!(group, 2, "{}", kernel.name());
+                assert_eq!(group, 2, "{}", self.kernel.name());
                 // Two i16 in native byte order.
                 let pairs = out.as_chunks_mut::<2>().0.as_chunks_mut::<2>().0;
                 spread(codes, depth, (0, mr), pairs, |code| i16::from(code).to_ne_bytes());
             }
         }
-        Self { kernel, geometry: kernel.geometry(), bytes, rows, depth }
     }
 
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Every panel: the rows in it, and its first byte.
-    pub(super) fn panels(&self) -> impl Iterator<Item = (Range<usize>, *const u8)> {
-        let Geometry { mr, group, lhs, .. } = self.geometry;
-        let panel_bytes = mr * self.depth.div_ceil(group) * group * lhs.size();
-        (0..self.rows).step_by(mr).enumerate().map(move |(index, row)| {
-            // SAFETY: `packed_bytes` made room for ceil(rows / mr) panels of this size.
-            let panel = unsafe { self.bytes.as_ptr().add(index * panel_bytes) };
-            (row..(row + mr).min(self.rows), panel)
-        })
+    /// Bytes of one row: whole groups.
+    fn row_bytes(&self) -> usize {
+        self.depth.next_multiple_of(self.geometry.group) * self.geometry.lhs.size()
+    }
+
+    /// All rows as the input of a kernel, against the right panel of column `column`.
+    pub(super) fn against(&self, rhs: &PackedRhs, column: usize) -> TileInput {
+        TileInput {
+            rows: self.rows,
+            groups: self.depth.div_ceil(self.geometry.group),
+            lhs: self.bytes.as_ptr(),
+            row_bytes: self.row_bytes(),
+            rhs: rhs.panel(column),
+            init: rhs.init(column).as_ptr(),
+        }
     }
 
     pub(super) fn kernel(&self) -> &'static dyn Kernel {
@@ -136,6 +150,27 @@ pub(crate) struct PackedRhs {
     init: Vec<i32>,
 }
 
+/// Some whole panels of the right side, to be filled by one thread.
+pub(crate) struct RhsChunk<'a> {
+    geometry: Geometry,
+    bytes: &'a mut [u8],
+    init: &'a mut [i32],
+    depth: usize,
+}
+
+impl RhsChunk<'_> {
+    /// Packs the rows from `first` of this chunk on: row-major codes, and the sum of each row.
+    pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
+        assert_eq!(codes.len(), sums.len() * self.depth);
+        let Geometry { nr, group, lhs, .. } = self.geometry;
+        let init = &mut self.init[first..first + sums.len()];
+        for (init, sum) in init.iter_mut().zip(sums) {
+            *init = (-lhs.bias()).wrapping_mul(*sum);
+        }
+        spread_bytes(codes, self.depth, (first, nr), group, self.bytes);
+    }
+}
+
 impl PackedRhs {
     /// Room for `rows` rows of `depth` codes; [`PackedRhs::put`] fills it.
     pub(crate) fn new(kernel: &'static dyn Kernel, rows: usize, depth: usize) -> Self {
@@ -148,13 +183,26 @@ impl PackedRhs {
 
     /// Packs the rows from `first` on: row-major codes, and the sum of each row.
     pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
-        assert_eq!(codes.len(), sums.len() * self.depth);
         assert!(first + sums.len() <= self.rows);
-        let Geometry { nr, group, lhs, .. } = self.geometry;
-        for (init, sum) in self.init[first..].iter_mut().zip(sums) {
-            *init = (-lhs.bias()).wrapping_mul(*sum);
-        }
-        spread_bytes(codes, self.depth, (first, nr), group, self.bytes.as_mut_slice(), 0);
+        let (geometry, depth) = (self.geometry, self.depth);
+        let (bytes, init) = (self.bytes.as_mut_slice(), self.init.as_mut_slice());
+        RhsChunk { geometry, bytes, init, depth }.put(first, codes, sums);
+    }
+
+    /// The whole in chunks of `rows` rows, a multiple of the kernel's `nr`; the last may be
+    /// shorter.
+    pub(crate) fn chunks_mut(&mut self, rows: usize) -> Vec<RhsChunk<'_>> {
+        assert!(rows > 0 && rows.is_multiple_of(self.geometry.nr));
+        let (geometry, depth) = (self.geometry, self.depth);
+        let row_bytes = depth.next_multiple_of(geometry.group);
+        let mut bytes = self.bytes.as_mut_slice();
+        let chunk = |init| {
+            let whole = std::mem::take(&mut bytes);
+            let (chunk, rest) = whole.split_at_mut((rows * row_bytes).min(whole.len()));
+            bytes = rest;
+            RhsChunk { geometry, bytes: chunk, init, depth }
+        };
+        self.init.chunks_mut(rows).map(chunk).collect()
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -162,7 +210,7 @@ impl PackedRhs {
     }
 
     /// The panel that starts at row `row`, a multiple of the kernel's `nr`.
-    pub(super) fn panel(&self, row: usize) -> *const i8 {
+    fn panel(&self, row: usize) -> *const i8 {
         let Geometry { nr, group, .. } = self.geometry;
         assert!(row < self.rows && row.is_multiple_of(nr));
         let panel_bytes = nr * self.depth.div_ceil(group) * group;
@@ -171,7 +219,7 @@ impl PackedRhs {
     }
 
     /// The `nr` starting sums of that panel.
-    pub(super) fn init(&self, row: usize) -> &[i32] {
+    fn init(&self, row: usize) -> &[i32] {
         &self.init[row..row + self.geometry.nr]
     }
 

@@ -13,13 +13,16 @@
 //! is exact; the mean over tokens removes most of the range. Smooth-K is from SageAttention (Zhang
 //! et al. 2024, arXiv:2410.02367), smooth-Q from SageAttention2 (arXiv:2411.10958).
 
-use super::rows::accumulate_finite;
+use super::rows::{Rows, accumulate_finite};
 
-/// The mean over the rows of a `[rows, depth]` matrix, summed in f64. Rows that hold NaN or
+/// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that are
+/// summed in f32. Rows that hold NaN or
 /// infinity do not count; without any other the mean is 0.
 pub fn token_mean(matrix: &[f32], depth: usize) -> Vec<f32> {
     let mut mean = MeanBuilder::new(depth);
-    mean.push(matrix);
+    for rows in matrix.chunks(256 * depth.max(1)).filter(|_| depth > 0) {
+        mean.push(Rows::contiguous(rows, depth));
+    }
     mean.finish()
 }
 
@@ -34,7 +37,7 @@ impl MeanBuilder {
         Self { sums: vec![0.0; depth], rows: 0 }
     }
 
-    pub(crate) fn push(&mut self, rows: &[f32]) {
+    pub(crate) fn push(&mut self, rows: Rows<'_>) {
         self.rows += accumulate_finite(&mut self.sums, rows);
     }
 

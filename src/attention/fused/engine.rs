@@ -1,49 +1,59 @@
 //! The loops of fused attention.
 
 use super::mask::MaskView;
+use super::output::Element;
 use super::softmax::{Probs, Running, Tile, softmax_tile};
 use crate::attention::config::{AttentionConfig, Int8Config, PvPrecision};
 use crate::attention::operand::{BLOCK, blocks};
-use crate::attention::scorer::{QueryBlock, ScoreScale, Scorer};
+use crate::attention::pace::{Pace, Work};
+use crate::attention::scorer::{PackedKeys, QueryBlock, ScoreScale, Scorer};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
-use crate::gemm::SERIAL_BELOW;
 use crate::pv::{self, PackedValues, PvKernel, ValueFormat};
-use crate::uninit::overwrite;
+use crate::uninit::{overwrite, written};
 use crate::{Error, Result};
 use candle_nn::attention::AttnMask;
-use rayon::prelude::*;
+use std::cell::RefCell;
 use std::f32::consts::LOG2_E;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Keys of a tile. 48 rows of scores and probabilities, with the keys and values of the tile, stay
 /// in a 1 MiB L2; smaller tiles rescale the sums more often.
 const TILE: usize = 512;
 
-/// Everything that is ready before the first query.
+/// Everything that is known before the first head.
 pub(super) struct Engine<'a> {
     scorer: Scorer<'a>,
-    values: Vec<PackedValues>,
-    format: ValueFormat,
+    values: View<'a>,
+    kernel: &'static dyn PvKernel,
     visible: Visible,
     mask: Option<MaskView<'a>>,
     softcap: Option<f32>,
     slopes: Option<Vec<f32>>,
-    value_dim: usize,
+}
+
+/// Keys and values of one head, packed.
+struct KeyHead {
+    keys: PackedKeys,
+    values: PackedValues,
 }
 
 /// A block of queries of one head.
 struct Queries<'a> {
     head: usize,
     tokens: Range<usize>,
-    block: QueryBlock,
-    /// The keys that each query sees.
-    visible: Vec<Range<usize>>,
-    values: &'a PackedValues,
+    from: &'a KeyHead,
 }
 
-/// Buffers of one worker.
+/// What a thread works in, kept so that a block of queries allocates nothing.
+#[derive(Default)]
 struct Scratch {
+    block: QueryBlock,
+    /// The keys that each query sees: all of them, and those of the tile.
+    visible: Vec<Range<usize>>,
+    visible_in_tile: Vec<Range<usize>>,
+    running: Vec<Running>,
     /// Elements from one row of scores, or of probabilities, to the next.
     stride: usize,
     scores: Vec<f32>,
@@ -51,8 +61,12 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
 impl<'a> Engine<'a> {
-    /// Quantizes and packs keys and values.
+    /// Checks the configuration and finds the ranges of queries and keys.
     pub(super) fn prepare(
         q: View<'a>,
         k: View<'a>,
@@ -62,7 +76,6 @@ impl<'a> Engine<'a> {
         int8: &Int8Config,
     ) -> Result<Self> {
         let ([b, _, m, d], n) = (q.dims(), k.tokens());
-        let kernel = value_kernel(int8.pv)?;
         let scale = config.scale(d)?;
         // A softcap bends the true score, so the row's constant matters, and log2(e) comes after.
         let scale = match config.softcap {
@@ -70,9 +83,8 @@ impl<'a> Engine<'a> {
             None => ScoreScale { factor: scale * LOG2_E, row_constants: false },
         };
         Ok(Self {
-            value_dim: v.depth(),
-            values: pack_values(kernel, &v),
-            format: kernel.format(),
+            values: v,
+            kernel: value_kernel(int8.pv)?,
             visible: Visible::new((b, m, n), attn_mask, config)?,
             mask,
             softcap: config.softcap,
@@ -81,126 +93,118 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// The output `[B, H, M, Dv]`, each element through `convert`. Blocks of queries do not depend
-    /// on each other, so the result is the same with any number of threads.
-    pub(super) fn run<T: Default + Clone + Send>(
-        &self,
-        convert: impl Fn(f32) -> T + Sync,
-    ) -> Vec<T> {
+    /// The output `[B, H, M, Dv]`. Heads and blocks of queries do not depend on each other, so the
+    /// result is the same with any number of threads.
+    pub(super) fn run<T: Element>(&self) -> Vec<T> {
         let [b, h, m, n] = self.scorer.dims();
-        let mut out = vec![T::default(); b * h * m * self.value_dim];
-        if out.is_empty() || n == 0 {
-            return out;
+        let (depth, value_dim) = (self.scorer.depth(), self.values.depth());
+        let len = b * h * m * value_dim;
+        if len == 0 || n == 0 {
+            return vec![T::default(); len];
         }
-        let per_head = m.div_ceil(BLOCK);
-        let mut tasks: Vec<(usize, Range<usize>, &mut [T])> = Vec::with_capacity(b * h * per_head);
-        for (head, mut rest) in out.chunks_exact_mut(m * self.value_dim).enumerate() {
-            for tokens in blocks(m) {
-                let (rows, after) = rest.split_at_mut(tokens.len() * self.value_dim);
-                tasks.push((head, tokens, rows));
-                rest = after;
-            }
-        }
-        let scratch = || self.scratch(m.min(BLOCK));
-        let attend = |scratch: &mut Scratch,
-                      (head, tokens, out): (usize, Range<usize>, &mut [T])| {
-            self.attend(head, tokens, scratch, out, &convert);
+        let (rows, scores) = (b * h * m + self.values.heads() * n, b * h * m * n);
+        let work = Work {
+            int8_macs: scores * depth,
+            value_macs: scores * value_dim,
+            elements: scores + rows * (depth + value_dim),
         };
-        if b * h * m * n * (self.scorer.depth() + self.value_dim) < SERIAL_BELOW {
-            let mut scratch = scratch();
-            tasks.into_iter().for_each(|task| attend(&mut scratch, task));
-        } else {
-            tasks.into_par_iter().for_each_init(scratch, attend);
-        }
-        out
-    }
-
-    fn scratch(&self, rows: usize) -> Scratch {
-        let [_, _, _, n] = self.scorer.dims();
-        // Whole steps, so that a step that reaches over the last key has room.
-        let stride = n.min(TILE).next_multiple_of(self.scorer.key_step().max(2));
-        Scratch {
-            stride,
-            scores: vec![0.0; rows * stride],
-            probs: match self.format {
-                ValueFormat::F32 => Vec::new(),
-                ValueFormat::Bf16 => vec![0; rows * stride],
-            },
-            sums: vec![0.0; rows * self.value_dim.next_multiple_of(16)],
+        let per_key_head = self.scorer.query_heads(0).len() * m * value_dim;
+        // SAFETY: the key heads cover the output, and `attend_head` writes all of its part.
+        unsafe {
+            written(len, |out| {
+                work.for_each_chunk(out, per_key_head, |pace, head, out| {
+                    self.attend_head::<T>(pace, head, out);
+                });
+            })
         }
     }
 
-    /// Attention of queries `tokens` of `head`.
-    fn attend<T>(
+    /// Writes the output of all query heads that share key head `head`.
+    fn attend_head<T: Element>(&self, pace: Pace, head: usize, out: &mut [MaybeUninit<T>]) {
+        let ([_, _, m, _], value_dim) = (self.scorer.dims(), self.values.depth());
+        let keys = self.scorer.pack_keys(head, pace);
+        let from = KeyHead { keys, values: self.pack_values(head, pace) };
+        let mut blocks: Vec<_> = (self.scorer.query_heads(head))
+            .zip(out.chunks_exact_mut(m * value_dim))
+            .flat_map(|(head, out)| {
+                let from = &from;
+                let outs = out.chunks_mut(BLOCK * value_dim);
+                blocks(m).zip(outs).map(move |(tokens, out)| (Queries { head, tokens, from }, out))
+            })
+            .collect();
+        pace.for_each(&mut blocks, |(queries, out)| {
+            SCRATCH.with_borrow_mut(|scratch| self.attend::<T>(queries, scratch, out));
+        });
+    }
+
+    fn pack_values(&self, head: usize, pace: Pace) -> PackedValues {
+        let mut packed = PackedValues::new(self.kernel, self.values.tokens(), self.values.depth());
+        let (mut gathered, mut buffer) = (Vec::new(), Vec::new());
+        let _ = pace;
+        for block in blocks(self.values.tokens()) {
+            let rows = self.values.rows(head, block.clone(), &mut gathered);
+            packed.put(block.start, rows.as_slice(&mut buffer));
+        }
+        packed
+    }
+
+    /// Attention of a block of queries.
+    fn attend<T: Element>(
         &self,
-        head: usize,
-        tokens: Range<usize>,
+        queries: &Queries<'_>,
         scratch: &mut Scratch,
-        out: &mut [T],
-        convert: impl Fn(f32) -> T,
+        out: &mut [MaybeUninit<T>],
     ) {
         let [_, h, _, n] = self.scorer.dims();
-        let queries = Queries {
-            head,
-            block: self.scorer.query_block(head, tokens.clone()),
-            visible: tokens.clone().map(|query| self.visible.range(head / h, query)).collect(),
-            values: &self.values[head / self.scorer.group()],
-            tokens,
-        };
-        let mut running = vec![Running::START; queries.tokens.len()];
-        let width = queries.values.width();
-        scratch.sums[..running.len() * width].fill(0.0);
-        let first = queries.visible.iter().map(|keys| keys.start).min().unwrap_or(0);
-        let end = queries.visible.iter().map(|keys| keys.end).max().unwrap_or(0);
+        let width = queries.from.values.width();
+        let seen = |query| self.visible.range(queries.head / h, query);
+        scratch.start(queries.tokens.clone().map(seen), n, self.scorer.key_step(), width);
+        let at = (queries.head, queries.tokens.clone());
+        self.scorer.quantize_queries(&queries.from.keys, at, &mut scratch.block);
+        let first = scratch.visible.iter().map(|keys| keys.start).min().unwrap_or(0);
+        let end = scratch.visible.iter().map(|keys| keys.end).max().unwrap_or(0);
         for start in (first / TILE * TILE..end).step_by(TILE) {
-            self.tile(&queries, start..(start + TILE).min(n), scratch, &mut running);
+            self.tile(queries, start..(start + TILE).min(n), scratch);
         }
-        let sums = scratch.sums.chunks_exact(width).zip(out.chunks_exact_mut(self.value_dim));
-        for ((sums, out), running) in sums.zip(running) {
+        let outs = out.chunks_exact_mut(self.values.depth());
+        let rows = scratch.sums.chunks_exact_mut(width).zip(outs);
+        for ((sums, out), running) in rows.zip(&scratch.running) {
             // No key was seen: zeros. A NaN sum stays NaN.
             let inverse = if running.sum == 0.0 { 0.0 } else { 1.0 / running.sum };
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = convert(sum * inverse));
+            T::write_scaled(&sums[..out.len()], inverse, out);
         }
     }
 
     /// Adds one tile of keys to the sums of a block of queries.
-    fn tile(
-        &self,
-        queries: &Queries<'_>,
-        keys: Range<usize>,
-        scratch: &mut Scratch,
-        running: &mut [Running],
-    ) {
-        let (stride, width) = (scratch.stride, queries.values.width());
-        self.scorer.score(&queries.block, keys.clone(), overwrite(&mut scratch.scores), stride);
-        let inside = |seen: &Range<usize>| {
-            let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
-            clamp(seen.start)..clamp(seen.end)
-        };
-        let visible: Vec<Range<usize>> = queries.visible.iter().map(inside).collect();
-        for ((row, query), visible) in queries.tokens.clone().enumerate().zip(&visible) {
-            let scores = &mut scratch.scores[row * stride..][visible.clone()];
-            let seen = keys.start + visible.start..keys.start + visible.end;
-            self.modify(queries.head, query, seen, scores);
+    fn tile(&self, queries: &Queries<'_>, keys: Range<usize>, scratch: &mut Scratch) {
+        let (from, stride) = (queries.from, scratch.stride);
+        let scores = overwrite(&mut scratch.scores);
+        self.scorer.score(&from.keys, &scratch.block, keys.clone(), scores, stride);
+        let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
+        let inside = scratch.visible.iter().map(|seen| clamp(seen.start)..clamp(seen.end));
+        scratch.visible_in_tile.clear();
+        scratch.visible_in_tile.extend(inside);
+        if self.modifies() {
+            let rows = scratch.scores.chunks_mut(stride).zip(&scratch.visible_in_tile);
+            for (query, (scores, visible)) in queries.tokens.clone().zip(rows) {
+                let seen = keys.start + visible.start..keys.start + visible.end;
+                self.modify(queries.head, query, seen, &mut scores[visible.clone()]);
+            }
         }
-        let probs = match self.format {
+        let probs = match self.kernel.format() {
             ValueFormat::F32 => Probs::F32,
             ValueFormat::Bf16 => Probs::Bf16(&mut scratch.probs),
         };
-        let scores = &mut scratch.scores;
-        softmax_tile(Tile { scores, stride, keys: keys.len(), visible: &visible, probs }, running);
-        let sums = &mut scratch.sums[..running.len() * width];
-        for (sums, running) in sums.chunks_exact_mut(width).zip(running.iter()) {
-            if running.rescale != 1.0 {
-                sums.iter_mut().for_each(|sum| *sum *= running.rescale);
-            }
+        let (scores, visible) = (&mut scratch.scores, &scratch.visible_in_tile);
+        let tile = Tile { scores, stride, keys: keys.len(), visible, probs };
+        softmax_tile(tile, &mut scratch.running);
+        scratch.rescale_sums(from.values.width());
+        let (scores, probs, sums) = (&scratch.scores, &scratch.probs, &mut scratch.sums);
+        match self.kernel.format() {
+            ValueFormat::F32 => from.values.accumulate_f32(keys.clone(), scores, stride, sums),
+            ValueFormat::Bf16 => from.values.accumulate_bf16(keys.clone(), probs, stride, sums),
         }
-        let (scores, probs) = (&scratch.scores, &scratch.probs);
-        match self.format {
-            ValueFormat::F32 => queries.values.accumulate_f32(keys.clone(), scores, stride, sums),
-            ValueFormat::Bf16 => queries.values.accumulate_bf16(keys.clone(), probs, stride, sums),
-        }
-        self.add_exceptions(queries.values, keys, scratch);
+        self.add_exceptions(&from.values, keys, scratch);
     }
 
     /// Adds the values that the packed format cannot hold, where a query sees their key.
@@ -208,7 +212,7 @@ impl<'a> Engine<'a> {
         for (key, value) in values.exceptions().iter().filter(|(key, _)| keys.contains(key)) {
             for (row, sums) in scratch.sums.chunks_exact_mut(values.width()).enumerate() {
                 let at = row * scratch.stride + key - keys.start;
-                let p = match self.format {
+                let p = match self.kernel.format() {
                     ValueFormat::F32 => scratch.scores[at],
                     ValueFormat::Bf16 => f32::from_bits(u32::from(scratch.probs[at]) << 16),
                 };
@@ -217,6 +221,11 @@ impl<'a> Engine<'a> {
                 }
             }
         }
+    }
+
+    /// Whether anything but a scale and a range of keys is between scores and softmax.
+    fn modifies(&self) -> bool {
+        self.softcap.is_some() || self.slopes.is_some() || self.mask.is_some()
     }
 
     /// Softcap, ALiBi and mask tensor on the scores of one query; leaves them in units of log2.
@@ -251,18 +260,36 @@ fn value_kernel(precision: PvPrecision) -> Result<&'static dyn PvKernel> {
     })
 }
 
-/// The values of every head, packed.
-fn pack_values(kernel: &'static dyn PvKernel, v: &View<'_>) -> Vec<PackedValues> {
-    let pack = |head: usize| {
-        let mut packed = PackedValues::new(kernel, v.tokens(), v.depth());
-        let mut buffer = Vec::new();
-        for block in blocks(v.tokens()) {
-            packed.put(block.start, v.rows(head, block.clone(), &mut buffer));
+impl Scratch {
+    /// For queries that see these ranges of `keys` keys, which are scored in steps of `step`, and
+    /// sums of `width` channels.
+    fn start(
+        &mut self,
+        visible: impl Iterator<Item = Range<usize>>,
+        keys: usize,
+        step: usize,
+        width: usize,
+    ) {
+        self.visible.clear();
+        self.visible.extend(visible);
+        let rows = self.visible.len();
+        self.running.clear();
+        self.running.resize(rows, Running::START);
+        // Whole steps, so that a step that reaches over the last key has room.
+        self.stride = keys.min(TILE).next_multiple_of(step.max(2));
+        let grow = self.scores.len().max(rows * self.stride);
+        self.scores.resize(grow, 0.0);
+        self.probs.resize(grow, 0);
+        self.sums.clear();
+        self.sums.resize(rows * width, 0.0);
+    }
+
+    /// To the new maxima of their rows.
+    fn rescale_sums(&mut self, width: usize) {
+        for (sums, running) in self.sums.chunks_exact_mut(width).zip(&self.running) {
+            if running.rescale != 1.0 {
+                sums.iter_mut().for_each(|sum| *sum *= running.rescale);
+            }
         }
-        packed
-    };
-    match v.is_small() {
-        true => (0..v.heads()).map(pack).collect(),
-        false => (0..v.heads()).into_par_iter().map(pack).collect(),
     }
 }

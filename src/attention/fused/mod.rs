@@ -13,6 +13,7 @@
 
 mod engine;
 mod mask;
+mod output;
 mod softmax;
 
 use super::config::{AttentionConfig, Backend, Int8Config};
@@ -73,9 +74,9 @@ impl FusedAttention {
         };
         let engine = Engine::prepare(q, k, v, (&self.mask, mask), &self.config, int8)?;
         Ok(match dtype {
-            DType::F16 => CpuStorage::F16(engine.run(half::f16::from_f32)),
-            DType::BF16 => CpuStorage::BF16(engine.run(half::bf16::from_f32)),
-            _ => CpuStorage::F32(engine.run(|x| x)),
+            DType::F16 => CpuStorage::F16(engine.run()),
+            DType::BF16 => CpuStorage::BF16(engine.run()),
+            _ => CpuStorage::F32(engine.run()),
         })
     }
 }

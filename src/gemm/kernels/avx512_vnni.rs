@@ -39,6 +39,23 @@ unsafe impl Kernel for Avx512Vnni {
         // SAFETY: AVX-512 VNNI is there and the pointers are valid, by contract.
         unsafe { for_rows!(input.rows, store_scores, (input, scores)) }
     }
+
+    unsafe fn score_panel(&self, input: TileInput, scores: ScoreTile) {
+        // SAFETY: AVX-512 VNNI is there and the pointers are valid, by contract.
+        unsafe { score_panel(input, scores) }
+    }
+}
+
+/// The tiles of a panel, called directly.
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn score_panel(input: TileInput, scores: ScoreTile) {
+    for row in (0..input.rows).step_by(MR) {
+        // SAFETY: rows that are there, by contract.
+        unsafe {
+            let (input, scores) = (input.rows_from(row, MR), scores.rows_from(row));
+            for_rows!(input.rows, store_scores, (input, scores));
+        }
+    }
 }
 
 /// The sums of `ROWS` rows, 64 columns each.
@@ -60,8 +77,10 @@ unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[__m512i; VECTORS]; ROWS
             };
         }
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: the left panel holds `groups` times 6 words of 4 bytes by contract.
-            let a = unsafe { input.lhs.cast::<i32>().add(group * MR + row).read_unaligned() };
+            // SAFETY: each row holds `groups` words of 4 bytes by contract.
+            let a = unsafe {
+                input.lhs.add(row * input.row_bytes + group * GROUP).cast::<i32>().read_unaligned()
+            };
             let a = _mm512_set1_epi32(a);
             for (sum, b) in sums.iter_mut().zip(b) {
                 *sum = _mm512_dpbusd_epi32(*sum, a, b);

@@ -155,7 +155,7 @@ unsafe impl<E: Encoding> Kernel for Vnni256<E> {
 #[inline(always)]
 unsafe fn sums<E: Encoding, const ROWS: usize>(input: TileInput) -> [[__m256i; VECTORS]; ROWS] {
     // SAFETY: the instructions are there. `init` holds 16 elements, the right panel `groups`
-    // times 64 bytes and the left one `groups` times 6 words of 4 bytes, by contract.
+    // times 64 bytes and each row of the left side `groups` words of 4 bytes, by contract.
     unsafe {
         let load = |from: *const i8| _mm256_loadu_si256(from.cast());
         let init = input.init.cast::<i8>();
@@ -163,9 +163,9 @@ unsafe fn sums<E: Encoding, const ROWS: usize>(input: TileInput) -> [[__m256i; V
         for group in 0..input.groups {
             let b = input.rhs.add(group * NR * GROUP);
             let b = [load(b), load(b.add(LANES * GROUP))];
-            let a = input.lhs.cast::<i32>().add(group * MR);
             for (row, sums) in sums.iter_mut().enumerate() {
-                let a = _mm256_set1_epi32(a.add(row).read_unaligned());
+                let a = input.lhs.add(row * input.row_bytes + group * GROUP);
+                let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
                 for (sum, b) in sums.iter_mut().zip(b) {
                     *sum = E::dpbusd(*sum, a, b);
                 }

@@ -1,0 +1,73 @@
+//! How much work an op is, and whether other threads are worth waking for it.
+
+use rayon::prelude::*;
+
+/// The parts of an op that take time.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Work {
+    /// Multiplications of codes.
+    pub int8_macs: usize,
+    /// Multiplications of probabilities with values.
+    pub value_macs: usize,
+    /// Elements that are read, quantized, packed or written, and exponentials.
+    pub elements: usize,
+}
+
+/// What one core of a recent machine does in a nanosecond; only orders of magnitude matter.
+const INT8_MACS_PER_NS: usize = 128;
+const VALUE_MACS_PER_NS: usize = 64;
+const ELEMENTS_PER_NS: usize = 3;
+
+/// To wake a sleeping thread and to be woken by it takes about this long together.
+const WAKE_NS: usize = 60_000;
+/// Waking is paid once; after that a piece of work must only be worth a place in a queue.
+const PIECE_NS: usize = 10_000;
+
+impl Work {
+    fn nanoseconds(self) -> usize {
+        self.int8_macs / INT8_MACS_PER_NS
+            + self.value_macs / VALUE_MACS_PER_NS
+            + self.elements / ELEMENTS_PER_NS
+    }
+
+    /// Calls `f(pace, index, chunk)` for every `size` elements of `out`, each of which is the same
+    /// part of this work; `pace` is how the parts of a chunk are to be done.
+    pub(super) fn for_each_chunk<T: Send>(
+        self,
+        out: &mut [T],
+        size: usize,
+        f: impl Fn(Pace, usize, &mut [T]) + Sync,
+    ) {
+        let (chunks, whole) = (out.len().div_ceil(size).max(1), self.nanoseconds());
+        let threads = rayon::current_num_threads();
+        if whole < WAKE_NS || threads == 1 {
+            let chunks = out.chunks_mut(size).enumerate();
+            return chunks.for_each(|(index, chunk)| f(Pace::Serial, index, chunk));
+        }
+        let each = whole / chunks;
+        // Threads that have run out of chunks take parts of those that are left.
+        let pace = if each >= 4 * PIECE_NS { Pace::Parallel } else { Pace::Serial };
+        let at_once = (PIECE_NS / each.max(1)).clamp(1, chunks.div_ceil(threads));
+        let chunks = out.par_chunks_mut(size).enumerate().with_min_len(at_once);
+        chunks.for_each(|(index, chunk)| f(pace, index, chunk));
+    }
+}
+
+/// How independent parts of a piece of work are done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// One after the other.
+    Serial,
+    /// By whoever is idle.
+    Parallel,
+}
+
+impl Pace {
+    /// Calls `f` for all parts.
+    pub(super) fn for_each<T: Send>(self, parts: &mut [T], f: impl Fn(&mut T) + Sync + Send) {
+        match self {
+            Pace::Serial => parts.iter_mut().for_each(f),
+            Pace::Parallel => parts.par_iter_mut().for_each(f),
+        }
+    }
+}
