@@ -1,8 +1,10 @@
 //! AVX-512: symmetric codes with a scale for each row, which is what every query and key of the
-//! default configuration goes through.
+//! default configuration goes through, and dot products.
+//!
+//! Rows are taken 16 at a time, so that what is found for each row (a maximum, a sum) is folded for
+//! all of them at once, and their scales are one vector.
 
 use super::{BlockCodes, Rows};
-use crate::quant::{QuantParams, Range, Scheme};
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -17,102 +19,154 @@ pub(super) fn is_available() -> bool {
 pub(super) fn quantize_symmetric(rows: Rows<'_>, offset: Option<&[f32]>, out: BlockCodes<'_>) {
     assert!(is_available());
     // SAFETY: the instructions are there.
-    unsafe { quantize_rows(rows, offset, out) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn quantize_rows(rows: Rows<'_>, offset: Option<&[f32]>, out: BlockCodes<'_>) {
-    out.zeros.fill(0);
-    let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
-    for (((row, codes), scale), sum) in rows.iter().zip(codes).zip(out.scales).zip(out.sums) {
-        let row = Row { row, offset };
-        let max = row.max_abs();
-        if !max.is_finite() {
-            codes.fill(0);
-            (*scale, *sum) = (f32::NAN, 0);
-            continue;
+    unsafe {
+        match offset {
+            Some(offset) => quantize_rows::<true>(rows, offset, out),
+            None => quantize_rows::<false>(rows, &[], out),
         }
-        let range = Range { min: -max, max };
-        *scale = QuantParams::from_finite_range(Scheme::Symmetric, range).scale();
-        *sum = match row.quantize::<Multiply>(*scale, codes) {
-            Some(sum) => sum,
-            None => row.quantize::<Divide>(*scale, codes).unwrap_or(0),
-        };
     }
 }
 
-/// A row and what is subtracted from it.
+/// [`super::dots`]; the lengths are checked there.
+pub(super) fn dots(rows: Rows<'_>, offset: Option<&[f32]>, vector: &[f32], out: &mut [f32]) {
+    assert!(is_available());
+    // SAFETY: the instructions are there.
+    unsafe {
+        match offset {
+            Some(offset) => dot_rows::<true>(rows, offset, vector, out),
+            None => dot_rows::<false>(rows, &[], vector, out),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn quantize_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], out: BlockCodes<'_>) {
+    let depth = rows.depth();
+    let row = |row: usize| Row::<OFFSET> { row: rows.row(row), offset };
+    out.zeros.fill(0);
+    for start in (0..rows.count()).step_by(LANES) {
+        let count = LANES.min(rows.count() - start);
+        let mut folded = [_mm512_setzero_si512(); LANES];
+        for (i, max) in folded[..count].iter_mut().enumerate() {
+            *max = row(start + i).max_magnitude();
+        }
+        let (scales, reciprocals, finite) = scales(fold_max(folded));
+        let (mut scale, mut reciprocal) = ([0f32; LANES], [0f32; LANES]);
+        // SAFETY: 16 lanes into 16 elements.
+        unsafe {
+            _mm512_storeu_ps(scale.as_mut_ptr(), scales);
+            _mm512_storeu_ps(reciprocal.as_mut_ptr(), reciprocals);
+        }
+        for i in 0..count {
+            let codes = &mut out.codes[(start + i) * depth..(start + i + 1) * depth];
+            folded[i] = row(start + i).quantize::<true>(scale[i], reciprocal[i], codes);
+        }
+        for i in (0..count).filter(|i| finite >> i & 1 == 0) {
+            out.codes[(start + i) * depth..(start + i + 1) * depth].fill(0);
+            (folded[i], scale[i]) = (_mm512_setzero_si512(), f32::NAN);
+        }
+        out.scales[start..start + count].copy_from_slice(&scale[..count]);
+        let mut sums = [0i32; LANES];
+        // SAFETY: 16 lanes into 16 elements.
+        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), fold_sum(folded)) };
+        out.sums[start..start + count].copy_from_slice(&sums[..count]);
+    }
+}
+
+/// The scale of each row, its reciprocal, and which are finite, from the bits of their largest
+/// magnitudes: as `QuantParams::from_finite_range` finds it.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn scales(max: __m512i) -> (__m512, __m512, __mmask16) {
+    let finite = _mm512_cmplt_epu32_mask(max, _mm512_set1_epi32(f32::INFINITY.to_bits() as i32));
+    let zero = _mm512_testn_epi32_mask(max, max);
+    let scale = _mm512_div_ps(_mm512_castsi512_ps(max), _mm512_set1_ps(127.0));
+    let scale = _mm512_max_ps(scale, _mm512_set1_ps(f32::MIN_POSITIVE));
+    let one = _mm512_set1_ps(1.0);
+    let scale = _mm512_mask_blend_ps(zero, scale, one);
+    (scale, _mm512_div_ps(one, scale), finite)
+}
+
+#[target_feature(enable = "avx512f")]
+fn dot_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], vector: &[f32], out: &mut [f32]) {
+    for (index, out) in out.chunks_mut(LANES).enumerate() {
+        let mut sums = [_mm512_setzero_ps(); LANES];
+        for (i, sum) in sums[..out.len()].iter_mut().enumerate() {
+            let row = Row::<OFFSET> { row: rows.row(index * LANES + i), offset };
+            for at in (0..vector.len()).step_by(LANES) {
+                let (mask, x) = row.load(at);
+                // SAFETY: lanes beyond the vector are masked out.
+                let y = unsafe { _mm512_maskz_loadu_ps(mask, vector[at..].as_ptr()) };
+                *sum = _mm512_fmadd_ps(x, y, *sum);
+            }
+        }
+        let mask = first(out.len());
+        // SAFETY: lanes beyond the slice are masked out.
+        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, fold_add(sums)) };
+    }
+}
+
+/// A row and what is subtracted from it, if `OFFSET`.
 #[derive(Clone, Copy)]
-struct Row<'a> {
+struct Row<'a, const OFFSET: bool> {
     row: &'a [f32],
-    offset: Option<&'a [f32]>,
+    offset: &'a [f32],
 }
 
-/// How a number is divided by the scale.
-trait Division {
-    /// Whether the result may be off by so little that only ties are rounded to another code.
-    const CHECKED: bool;
-}
-
-/// By multiplying with the reciprocal: 4 times as fast, and off by less than [`NEAR`].
-struct Multiply;
-struct Divide;
-
-impl Division for Multiply {
-    const CHECKED: bool = true;
-}
-
-impl Division for Divide {
-    const CHECKED: bool = false;
-}
-
-/// Two roundings of a number up to 127 are off by at most `127 * 2^-23 = 1.5e-5`.
+/// Multiplying by a reciprocal is 4 times as fast as dividing. Its two roundings of a number up to
+/// 127 are off by at most `127 * 2^-23 = 1.5e-5`, which only near a tie can give another code.
 const NEAR: f32 = 1e-4;
 
-impl Row<'_> {
+/// The first `len` of 16 lanes, all of them from 16 on.
+#[inline(always)]
+fn first(len: usize) -> __mmask16 {
+    if len >= LANES { !0 } else { (1 << len) - 1 }
+}
+
+impl<const OFFSET: bool> Row<'_, OFFSET> {
     /// Elements `at..at + 16`, zeros in the place of what is missing.
     #[target_feature(enable = "avx512f")]
     #[inline]
     fn load(self, at: usize) -> (__mmask16, __m512) {
-        let len = (self.row.len() - at).min(LANES);
-        let mask = ((1u32 << len) - 1) as __mmask16;
+        let mask = first(self.row.len() - at);
         let load = |from: &[f32]| {
             // SAFETY: lanes beyond the slice are masked out, and are not read.
             unsafe { _mm512_maskz_loadu_ps(mask, from[at..].as_ptr()) }
         };
         let x = load(self.row);
-        (mask, self.offset.map_or(x, |offset| _mm512_sub_ps(x, load(offset))))
+        (mask, if OFFSET { _mm512_sub_ps(x, load(self.offset)) } else { x })
     }
 
-    /// The largest magnitude; infinity or NaN if there is one.
+    /// The bits of the largest magnitude among elements `16 * i + lane`. As integers, magnitudes
+    /// have the same order, with infinity and NaN above all numbers.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn max_abs(self) -> f32 {
-        // As integers, magnitudes have the same order, with infinity and NaN above all numbers.
+    fn max_magnitude(self) -> __m512i {
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
         let mut max = _mm512_setzero_si512();
         for at in (0..self.row.len()).step_by(LANES) {
             let bits = _mm512_and_si512(_mm512_castps_si512(self.load(at).1), magnitude);
             max = _mm512_max_epu32(max, bits);
         }
-        f32::from_bits(_mm512_reduce_max_epu32(max))
+        max
     }
 
-    /// Writes codes, returns their sum; `None` if an element is too near to a tie. The magnitude
-    /// of an element is at most 127 scales, so nothing has to be clamped.
+    /// Writes codes, returns partial sums of them. The magnitude of an element is at most 127
+    /// scales, so nothing has to be clamped. With `FAST`, starts again if a tie may be near.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     #[inline]
-    fn quantize<D: Division>(self, scale: f32, codes: &mut [i8]) -> Option<i32> {
-        let (reciprocal, scale) = (_mm512_set1_ps(1.0 / scale), _mm512_set1_ps(scale));
-        let limit = _mm512_set1_ps(0.5 - NEAR);
+    fn quantize<const FAST: bool>(self, scale: f32, reciprocal: f32, codes: &mut [i8]) -> __m512i {
+        let (by, limit) = (_mm512_set1_ps(reciprocal), _mm512_set1_ps(0.5 - NEAR));
         let mut sums = _mm512_setzero_si512();
         let mut near_tie = 0;
         for at in (0..self.row.len()).step_by(LANES) {
             let (mask, x) = self.load(at);
-            let steps =
-                if D::CHECKED { _mm512_mul_ps(x, reciprocal) } else { _mm512_div_ps(x, scale) };
+            let steps = match FAST {
+                true => _mm512_mul_ps(x, by),
+                false => _mm512_div_ps(x, _mm512_set1_ps(scale)),
+            };
             let q = _mm512_cvtps_epi32(steps); // to nearest, ties to even
-            if D::CHECKED {
+            if FAST {
                 let rest = _mm512_abs_ps(_mm512_sub_ps(steps, _mm512_cvtepi32_ps(q)));
                 near_tie |= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(rest, limit);
             }
@@ -123,6 +177,59 @@ impl Row<'_> {
                 _mm_mask_storeu_epi8(to, mask, _mm512_cvtepi32_epi8(q));
             }
         }
-        (near_tie == 0).then(|| _mm512_reduce_add_epi32(sums))
+        match near_tie {
+            0 => sums,
+            _ => self.quantize_by_division(scale, codes),
+        }
     }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[cold]
+    fn quantize_by_division(self, scale: f32, codes: &mut [i8]) -> __m512i {
+        self.quantize::<false>(scale, 0.0, codes)
+    }
+}
+
+/// `fold!(vectors, op, ..)`: lane `i` of the result is `op` over all lanes of vector `i`. Each
+/// level halves the vectors: first within 128 bits, then across them.
+macro_rules! fold {
+    ($vectors:expr, $op:expr, $to:ident, $from:ident) => {{
+        let v = $vectors.map(|v| $to(v));
+        let op = |a, b| $to($op($from(a), $from(b)));
+        let pairs: [__m512; 8] = std::array::from_fn(|i| {
+            let (a, b) = (v[2 * i], v[2 * i + 1]);
+            op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
+        });
+        let quads: [__m512; 4] = std::array::from_fn(|i| {
+            let (a, b) = (_mm512_castps_pd(pairs[2 * i]), _mm512_castps_pd(pairs[2 * i + 1]));
+            let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+            op(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+        });
+        let halves = |a, b| {
+            let (even, odd) =
+                (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            op(even, odd)
+        };
+        $from(halves(halves(quads[0], quads[1]), halves(quads[2], quads[3])))
+    }};
+}
+
+#[target_feature(enable = "avx512f")]
+fn same(x: __m512) -> __m512 {
+    x
+}
+
+#[target_feature(enable = "avx512f")]
+fn fold_max(v: [__m512i; LANES]) -> __m512i {
+    fold!(v, |a, b| _mm512_max_epu32(a, b), _mm512_castsi512_ps, _mm512_castps_si512)
+}
+
+#[target_feature(enable = "avx512f")]
+fn fold_sum(v: [__m512i; LANES]) -> __m512i {
+    fold!(v, |a, b| _mm512_add_epi32(a, b), _mm512_castsi512_ps, _mm512_castps_si512)
+}
+
+#[target_feature(enable = "avx512f")]
+fn fold_add(v: [__m512; LANES]) -> __m512 {
+    fold!(v, |a, b| _mm512_add_ps(a, b), same, same)
 }

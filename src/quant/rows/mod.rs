@@ -1,8 +1,8 @@
 //! The loops over rows of f32: ranges, codes, means, dot products.
 //!
 //! `portable` holds them all in plain Rust, compiled for every vector width and chosen at run
-//! time; `avx512` holds the one that every query and key goes through, written with that set's
-//! instructions. All of them give the same bits: sums have a fixed order, nothing is fused.
+//! time; `avx512` holds those that every query and key goes through, written with that set's
+//! instructions. All of them give the same codes and scales; dot products differ by rounding.
 //!
 //! A call works on a block of rows, because finding out the width costs as much as a short row.
 
@@ -62,7 +62,12 @@ impl<'a> Rows<'a> {
     /// The rows, first to last.
     #[inline(always)]
     pub(crate) fn iter(self) -> impl Iterator<Item = &'a [f32]> {
-        (0..self.count).map(move |row| &self.data[row * self.stride..][..self.depth])
+        (0..self.count).map(move |row| self.row(row))
+    }
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..self.depth]
     }
 }
 
@@ -114,12 +119,16 @@ pub(crate) fn quantize_block(
     portable::quantize_block(rows, offset, params, out);
 }
 
-/// The dot product of `vector` with every row, less `offset` if there is one, in f32, 16 partial
-/// sums wide.
+/// The dot product of `vector` with every row, less `offset` if there is one, in f32, in
+/// partial sums.
 pub(crate) fn dots(rows: Rows<'_>, offset: Option<&[f32]>, vector: &[f32], out: &mut [f32]) {
     assert_eq!(rows.depth(), vector.len());
     assert_eq!(rows.count(), out.len());
     assert!(offset.is_none_or(|offset| offset.len() == vector.len()));
+    #[cfg(target_arch = "x86_64")]
+    if avx512::is_available() {
+        return avx512::dots(rows, offset, vector, out);
+    }
     portable::dots(rows, offset, vector, out);
 }
 
