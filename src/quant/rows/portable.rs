@@ -158,13 +158,23 @@ pub(crate) fn accumulate_finite(sums: &mut [f64], rows: Rows<'_>) -> usize {
 #[inline(always)]
 fn accumulate_finite_body((sums, rows): (&mut [f64], Rows<'_>)) -> usize {
     let mut block = vec![0f32; sums.len()];
-    let (chunks, tail) = block.as_chunks_mut::<LANES>();
-    for (index, chunk) in chunks.iter_mut().enumerate() {
-        *chunk = column_sums(rows, index * LANES);
+    let mut at = 0;
+    // Rows are read once from start to end, as they come from memory, with the sums in registers.
+    while at + 8 * LANES <= block.len() {
+        at = sum_columns::<8>(rows, at, &mut block);
     }
-    let at = sums.len() - tail.len();
+    if at + 4 * LANES <= block.len() {
+        at = sum_columns::<4>(rows, at, &mut block);
+    }
+    if at + 2 * LANES <= block.len() {
+        at = sum_columns::<2>(rows, at, &mut block);
+    }
+    if at + LANES <= block.len() {
+        at = sum_columns::<1>(rows, at, &mut block);
+    }
+    let rest = &mut block[at..];
     for row in rows.iter() {
-        tail.iter_mut().zip(&row[at..]).for_each(|(sum, x)| *sum += x);
+        rest.iter_mut().zip(&row[at..]).for_each(|(sum, x)| *sum += x);
     }
     // A sum is finite only if all its elements are; finite ones may overflow, which is found out.
     if block.iter().all(|sum| sum.is_finite()) {
@@ -179,28 +189,19 @@ fn accumulate_finite_body((sums, rows): (&mut [f64], Rows<'_>)) -> usize {
     finite
 }
 
-/// The sums of 16 columns from `at` on, four rows at a time.
+/// Writes the sums of `16 * N` columns from `at` on; returns where they end.
 #[inline(always)]
-fn column_sums(rows: Rows<'_>, at: usize) -> [f32; LANES] {
-    let chunk = |row: usize| -> &[f32; LANES] {
-        rows.data[row * rows.stride + at..].first_chunk().expect("16 columns")
-    };
-    let mut sums = [[0f32; LANES]; 4];
-    let whole = rows.count() / 4 * 4;
-    for row in (0..whole).step_by(4) {
-        let [a, b, c, d] = [chunk(row), chunk(row + 1), chunk(row + 2), chunk(row + 3)];
-        sums = [
-            each_lane(|i| sums[0][i] + a[i]),
-            each_lane(|i| sums[1][i] + b[i]),
-            each_lane(|i| sums[2][i] + c[i]),
-            each_lane(|i| sums[3][i] + d[i]),
-        ];
+fn sum_columns<const N: usize>(rows: Rows<'_>, at: usize, out: &mut [f32]) -> usize {
+    let end = at + N * LANES;
+    let mut sums = [[0f32; LANES]; N];
+    for row in rows.iter() {
+        let chunks = row[at..end].as_chunks::<LANES>().0;
+        for (sums, chunk) in sums.iter_mut().zip(chunks) {
+            *sums = each_lane(|i| sums[i] + chunk[i]);
+        }
     }
-    for row in whole..rows.count() {
-        let a = chunk(row);
-        sums[0] = each_lane(|i| sums[0][i] + a[i]);
-    }
-    each_lane(|i| (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]))
+    out[at..end].copy_from_slice(sums.as_flattened());
+    end
 }
 
 /// [`super::dots`]; the lengths are checked there.
