@@ -22,8 +22,12 @@ impl AlignedBytes {
         }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.0.len() * 64
+    }
+
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        let len = self.0.len() * 64;
+        let len = self.len();
         // SAFETY: `Line` is 64 bytes without padding, so the vector's memory is `len` valid bytes;
         // the borrow of `self` keeps it alive and unaliased.
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }

@@ -90,7 +90,12 @@ fn equals_tensor_ops_to_the_bit_without_smoothing() -> TestResult {
 fn equals_tensor_ops_within_float_rounding_with_smoothing() -> TestResult {
     for (q_shape, k_shape) in [((2, 4, 49, 50), (2, 2, 65, 50)), ((1, 2, 1, 64), (1, 2, 300, 64))] {
         let (q, k) = (data(q_shape)?, data(k_shape)?);
-        let largest = values(&fp32(&q, &k)?).iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+        let largest = |x: &[f64]| x.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+        // The dot products with the means are summed in another order: f32 epsilon times a
+        // generous number of terms.
+        let rounding = largest(&values(&fp32(&q, &k)?)) * f64::from(f32::EPSILON) * 100.0;
+        // The means too, so that an element near a tie may get the next code, on both sides.
+        let one_code = 2.0 * 2.0 / 255.0 * largest(&values(&q)) * largest(&values(&k));
         for scheme in [Scheme::Symmetric, Scheme::Affine] {
             for granularity in GRANULARITIES {
                 for (smooth_q, smooth_k) in [(true, false), (false, true), (true, true)] {
@@ -101,10 +106,10 @@ fn equals_tensor_ops_within_float_rounding_with_smoothing() -> TestResult {
                     };
                     let op = attention_scores(&q, &k, &config)?;
                     let oracle = tensor_ops::attention_scores(&q, &k, &config)?;
-                    // The dot products with the means are summed in another order: f32 epsilon
-                    // times a generous number of terms.
-                    let bound = largest * f64::from(f32::EPSILON) * 100.0;
-                    assert!(largest_difference(&op, &oracle) < bound, "{config:?}");
+                    assert!(largest_difference(&op, &oracle) < rounding + one_code, "{config:?}");
+                    let pairs = values(&op).into_iter().zip(values(&oracle));
+                    let off = pairs.filter(|(a, b)| (a - b).abs() > rounding).count();
+                    assert!(off <= op.elem_count() / 20, "{off} scores differ, {config:?}");
                 }
             }
         }

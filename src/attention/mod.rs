@@ -8,6 +8,7 @@
 
 mod config;
 mod fused;
+mod keys;
 mod mask;
 mod module;
 mod operand;

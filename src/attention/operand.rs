@@ -3,7 +3,7 @@
 use super::view::View;
 use crate::quant::rows::{BlockCodes, RowParams, Rows, quantize_block, row_range};
 use crate::quant::{
-    Granularity, MeanBuilder, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
+    Granularity, MeanSums, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
 };
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -19,6 +19,22 @@ pub(super) struct Operand<'a> {
     smooth: bool,
     /// One a group; `None` when every row has its own, found when the row is quantized.
     params: Option<Vec<QuantParams>>,
+}
+
+/// What smoothing subtracts from the rows of one head, with the memory that finding it takes.
+#[derive(Default)]
+pub(super) struct Mean {
+    values: Vec<f32>,
+    used: bool,
+    sums: MeanSums,
+    buffer: Vec<f32>,
+}
+
+impl Mean {
+    /// `None` without smoothing.
+    pub(super) fn get(&self) -> Option<&[f32]> {
+        self.used.then_some(&self.values)
+    }
 }
 
 /// Some rows of a head, quantized.
@@ -67,15 +83,15 @@ impl<'a> Operand<'a> {
 
     /// What smoothing subtracts from the rows of a head: their mean, without those that are not
     /// finite.
-    pub(super) fn mean(&self, head: usize) -> Option<Vec<f32>> {
-        self.smooth.then(|| {
-            let mut builder = MeanBuilder::new(self.view.depth());
-            let mut buffer = Vec::new();
+    pub(super) fn find_mean(&self, head: usize, mean: &mut Mean) {
+        mean.used = self.smooth;
+        if self.smooth {
+            mean.sums.start(self.view.depth());
             for block in blocks(self.view.tokens()) {
-                builder.push(self.view.rows(head, block, &mut buffer));
+                mean.sums.add(self.view.rows(head, block, &mut mean.buffer));
             }
-            builder.finish()
-        })
+            mean.sums.finish(&mut mean.values);
+        }
     }
 
     /// Quantizes the rows `tokens` of head `head`, less their `mean`, into `out`.
@@ -118,13 +134,15 @@ impl<'a> Operand<'a> {
     /// The range of each group that has rows in `head`.
     fn head_ranges(&self, head: usize) -> Vec<(usize, Range)> {
         let (depth, tokens) = (self.view.depth(), self.view.tokens());
-        let mean = self.mean(head).unwrap_or_else(|| vec![0.0; depth]);
+        let (zeros, mut mean) = (vec![0.0; depth], Mean::default());
+        self.find_mean(head, &mut mean);
+        let mean = mean.get().unwrap_or(&zeros);
         let mut ranges: Vec<(usize, Range)> = Vec::new();
         let (mut buffer, mut smoothed) = (Vec::new(), vec![0.0; depth]);
         for block in blocks(tokens) {
             let rows = self.view.rows(head, block.clone(), &mut buffer);
             for (token, row) in block.zip(rows.iter()) {
-                let from = row.iter().zip(&mean);
+                let from = row.iter().zip(mean);
                 smoothed.iter_mut().zip(from).for_each(|(to, (x, mean))| *to = x - mean);
                 let found = row_range(&smoothed);
                 let range = if found.finite { found.range } else { Range::EMPTY };

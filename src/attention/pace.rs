@@ -64,10 +64,14 @@ pub(super) enum Pace {
 
 impl Pace {
     /// Calls `f` for all parts.
-    pub(super) fn for_each<T: Send>(self, parts: &mut [T], f: impl Fn(&mut T) + Sync + Send) {
+    pub(super) fn for_each<T: Send>(
+        self,
+        parts: impl Iterator<Item = T>,
+        f: impl Fn(T) + Sync + Send,
+    ) {
         match self {
-            Pace::Serial => parts.iter_mut().for_each(f),
-            Pace::Parallel => parts.par_iter_mut().for_each(f),
+            Pace::Serial => parts.for_each(f),
+            Pace::Parallel => parts.collect::<Vec<T>>().into_par_iter().for_each(f),
         }
     }
 }

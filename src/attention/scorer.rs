@@ -1,10 +1,11 @@
 //! Scores of any block of queries against all keys of its head: the engine under the ops.
 
 use super::ScoreConfig;
+use super::keys::PackedKeys;
 use super::operand::{BLOCK, Operand, QuantizedRows, blocks};
 use super::pace::{Pace, Work};
 use super::view::View;
-use crate::gemm::{self, Kernel, PackedLhs, PackedRhs, RhsChunk, ScoreScales, ZeroCorrection};
+use crate::gemm::{self, Kernel, PackedLhs, ScoreScales, ZeroCorrection};
 use crate::quant::Scheme;
 use crate::quant::rows::dots;
 use crate::uninit::written;
@@ -12,27 +13,6 @@ use crate::{Error, Result};
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// The keys of one head, quantized, packed and shared by its query heads. All vectors are padded
-/// to whole panels of the kernel.
-pub(super) struct PackedKeys {
-    head: usize,
-    rhs: PackedRhs,
-    scales: Vec<f32>,
-    zeros: Vec<i32>,
-    sums: Vec<i32>,
-    /// What smooth-K subtracted.
-    mean: Option<Vec<f32>>,
-    /// Smooth-Q, for each query head that shares these keys.
-    smooth_q: Vec<SmoothQ>,
-}
-
-/// What smooth-Q subtracts from the queries of one head, and the score of that with every key.
-#[derive(Default)]
-struct SmoothQ {
-    mean: Option<Vec<f32>>,
-    biases: Vec<f32>,
-}
 
 /// Some queries of a head, quantized and packed, with what it takes to make them.
 #[derive(Default)]
@@ -63,12 +43,12 @@ impl ScoreScale {
 
 /// Queries that are quantized block by block, against keys that are packed head by head.
 pub(super) struct Scorer<'a> {
-    kernel: &'static dyn Kernel,
-    q: Operand<'a>,
-    k: Operand<'a>,
+    pub kernel: &'static dyn Kernel,
+    pub q: Operand<'a>,
+    pub k: Operand<'a>,
     /// Query heads that share a key head.
     group: usize,
-    scale: ScoreScale,
+    pub scale: ScoreScale,
 }
 
 /// The kernel for a product of this depth. Ops ask before Candle calls them too, because Candle
@@ -132,66 +112,6 @@ impl<'a> Scorer<'a> {
         self.kernel.geometry().nr
     }
 
-    /// Quantizes and packs the keys of `head`.
-    pub(super) fn pack_keys(&self, head: usize, pace: Pace) -> PackedKeys {
-        let (tokens, depth) = (self.k.view().tokens(), self.k.view().depth());
-        let padded = tokens.next_multiple_of(self.key_step());
-        let mut keys = PackedKeys {
-            head,
-            rhs: PackedRhs::new(self.kernel, tokens, depth),
-            scales: vec![0.0; padded],
-            zeros: vec![0; padded],
-            sums: vec![0; padded],
-            mean: self.k.mean(head),
-            smooth_q: Vec::new(),
-        };
-        // Panels do not depend on each other.
-        let chunk = CHUNK.next_multiple_of(self.key_step());
-        let mut chunks: Vec<KeyChunk<'_>> = (keys.rhs.chunks_mut(chunk).into_iter())
-            .zip(keys.scales.chunks_mut(chunk))
-            .zip(keys.zeros.chunks_mut(chunk).zip(keys.sums.chunks_mut(chunk)))
-            .enumerate()
-            .map(|(index, ((rhs, scales), (zeros, sums)))| {
-                let tokens = index * chunk..((index + 1) * chunk).min(tokens);
-                KeyChunk { tokens, rhs, scales, zeros, sums }
-            })
-            .collect();
-        pace.for_each(&mut chunks, |chunk| self.pack_chunk(head, keys.mean.as_deref(), chunk));
-        keys.smooth_q = self.query_heads(head).map(|q| self.smooth_q(q, &keys, pace)).collect();
-        keys
-    }
-
-    fn pack_chunk(&self, head: usize, mean: Option<&[f32]>, chunk: &mut KeyChunk<'_>) {
-        let (mut rows, mut buffer) = (QuantizedRows::default(), Vec::new());
-        for block in blocks(chunk.tokens.len()) {
-            let tokens = chunk.tokens.start + block.start..chunk.tokens.start + block.end;
-            let values = self.k.view().rows(head, tokens.clone(), &mut buffer);
-            self.k.quantize(values, (head, tokens), mean, &mut rows);
-            chunk.rhs.put(block.start, &rows.codes, &rows.sums);
-            chunk.scales[block.clone()].copy_from_slice(&rows.scales);
-            chunk.zeros[block.clone()].copy_from_slice(&rows.zeros);
-            chunk.sums[block].copy_from_slice(&rows.sums);
-        }
-    }
-
-    /// The mean of the queries of `head`, and its scores with the smoothed keys.
-    fn smooth_q(&self, head: usize, keys: &PackedKeys, pace: Pace) -> SmoothQ {
-        let mut biases = vec![0.0; keys.scales.len()];
-        let mean = self.q.mean(head);
-        if let Some(mean) = &mean {
-            let tokens = self.k.view().tokens();
-            let mut chunks: Vec<_> = biases[..tokens].chunks_mut(CHUNK).enumerate().collect();
-            pace.for_each(&mut chunks, |(index, biases)| {
-                let tokens = *index * CHUNK..*index * CHUNK + biases.len();
-                let mut buffer = Vec::new();
-                let rows = self.k.view().rows(keys.head, tokens, &mut buffer);
-                dots(rows, keys.mean.as_deref(), mean, biases);
-                biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
-            });
-        }
-        SmoothQ { mean, biases }
-    }
-
     /// Quantizes and packs queries `tokens` of `head`, one of those that share `keys`.
     pub(super) fn quantize_queries(
         &self,
@@ -201,13 +121,13 @@ impl<'a> Scorer<'a> {
     ) {
         let (depth, count) = (self.depth(), tokens.len());
         block.member = head - self.query_heads(keys.head).start;
-        let q_mean = keys.smooth_q[block.member].mean.as_deref();
+        let q_mean = keys.smooth_q[block.member].mean.get();
         let values = self.q.view().rows(head, tokens.clone(), &mut block.buffer);
         let rows = &mut block.rows;
         self.q.quantize(values, (head, tokens), q_mean, rows);
         block.biases.clear();
         block.biases.resize(count, 0.0);
-        if let (Some(k_mean), true) = (&keys.mean, self.scale.row_constants) {
+        if let (Some(k_mean), true) = (keys.mean.get(), self.scale.row_constants) {
             // Smooth-K's correction, with the queries as they are: the same for a whole row.
             dots(values, None, k_mean, &mut block.biases);
             block.biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
@@ -288,17 +208,16 @@ impl<'a> Scorer<'a> {
             ..Work::default()
         };
         let of_head = |pace: Pace, head: usize, out: &mut [MaybeUninit<T>]| {
-            let keys = self.pack_keys(head, pace);
-            let first = self.query_heads(head).start;
-            let mut jobs: Vec<_> = (out.chunks_mut(m * n).enumerate())
-                .flat_map(|(member, out)| {
-                    let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
-                    blocks.map(move |(tokens, out)| (first + member, tokens, out))
-                })
-                .collect();
-            pace.for_each(&mut jobs, |(head, tokens, out)| {
+            let mut keys = PackedKeys::new(self.kernel);
+            self.pack_keys(head, pace, &mut keys);
+            let outs = self.query_heads(head).zip(out.chunks_mut(m * n));
+            let blocks = outs.flat_map(|(head, out)| {
+                let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
+                blocks.map(move |(tokens, out)| (head, tokens, out))
+            });
+            pace.for_each(blocks, |(head, tokens, out)| {
                 QUERIES.with_borrow_mut(|block| {
-                    self.quantize_queries(&keys, (*head, tokens.clone()), block);
+                    self.quantize_queries(&keys, (head, tokens), block);
                     f(&keys, block, out);
                 });
             });
@@ -322,16 +241,4 @@ impl QueryBlock {
 thread_local! {
     /// The queries that a thread works on, kept so that a block allocates nothing.
     static QUERIES: RefCell<QueryBlock> = RefCell::default();
-}
-
-/// Keys that one thread packs at a time, where a head is shared by several.
-const CHUNK: usize = 512;
-
-/// Keys `tokens` of a head, and where they go.
-struct KeyChunk<'a> {
-    tokens: Range<usize>,
-    rhs: RhsChunk<'a>,
-    scales: &'a mut [f32],
-    zeros: &'a mut [i32],
-    sums: &'a mut [i32],
 }

@@ -175,10 +175,22 @@ impl PackedRhs {
     /// Room for `rows` rows of `depth` codes; [`PackedRhs::put`] fills it.
     pub(crate) fn new(kernel: &'static dyn Kernel, rows: usize, depth: usize) -> Self {
         assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
-        let Geometry { nr, group, .. } = kernel.geometry();
-        let bytes = AlignedBytes::zeroed(packed_bytes((rows, depth), (nr, group), 1));
-        let init = vec![0; rows.next_multiple_of(nr)];
-        Self { kernel, geometry: kernel.geometry(), bytes, rows, depth, init }
+        let (geometry, bytes) = (kernel.geometry(), AlignedBytes::zeroed(0));
+        let mut packed = Self { kernel, geometry, bytes, rows, depth, init: Vec::new() };
+        packed.reset(rows, depth);
+        packed
+    }
+
+    /// Room for other rows, in the place of those that are there.
+    pub(crate) fn reset(&mut self, rows: usize, depth: usize) {
+        let Geometry { nr, group, .. } = self.geometry;
+        (self.rows, self.depth) = (rows, depth);
+        let used = packed_bytes((rows, depth), (nr, group), 1);
+        self.bytes.grow(used);
+        if !depth.is_multiple_of(group) {
+            self.bytes.as_mut_slice()[..used].fill(0); // the padding of the depth
+        }
+        self.init.resize(rows.next_multiple_of(nr), 0);
     }
 
     /// Packs the rows from `first` on: row-major codes, and the sum of each row.
@@ -191,22 +203,27 @@ impl PackedRhs {
 
     /// The whole in chunks of `rows` rows, a multiple of the kernel's `nr`; the last may be
     /// shorter.
-    pub(crate) fn chunks_mut(&mut self, rows: usize) -> Vec<RhsChunk<'_>> {
+    pub(crate) fn chunks_mut(&mut self, rows: usize) -> impl Iterator<Item = RhsChunk<'_>> {
         assert!(rows > 0 && rows.is_multiple_of(self.geometry.nr));
         let (geometry, depth) = (self.geometry, self.depth);
         let row_bytes = depth.next_multiple_of(geometry.group);
         let mut bytes = self.bytes.as_mut_slice();
-        let chunk = |init| {
+        let chunk = move |init| {
             let whole = std::mem::take(&mut bytes);
             let (chunk, rest) = whole.split_at_mut((rows * row_bytes).min(whole.len()));
             bytes = rest;
             RhsChunk { geometry, bytes: chunk, init, depth }
         };
-        self.init.chunks_mut(rows).map(chunk).collect()
+        self.init.chunks_mut(rows).map(chunk)
     }
 
     pub(crate) fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Bytes of memory in use.
+    pub(crate) fn memory(&self) -> usize {
+        self.bytes.len() + size_of_val(self.init.as_slice())
     }
 
     /// The panel that starts at row `row`, a multiple of the kernel's `nr`.

@@ -21,7 +21,7 @@ mod tensor;
 pub use config::{Granularity, QuantConfig, RangeSource, Scheme};
 pub use params::{QuantParams, Range};
 pub use requantize::{FixedPointMultiplier, Requantizer};
-pub(crate) use smooth::MeanBuilder;
+pub(crate) use smooth::MeanSums;
 pub use smooth::token_mean;
 pub(crate) use tensor::static_params;
 pub use tensor::{CodeStorage, QuantizedTensor};

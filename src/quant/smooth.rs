@@ -15,35 +15,43 @@
 
 use super::rows::{Rows, accumulate_finite};
 
-/// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that are
-/// summed in f32. Rows that hold NaN or
-/// infinity do not count; without any other the mean is 0.
+/// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that
+/// are summed in f32. Rows that hold NaN or infinity do not count; without any other the mean is 0.
 pub fn token_mean(matrix: &[f32], depth: usize) -> Vec<f32> {
-    let mut mean = MeanBuilder::new(depth);
+    let (mut sums, mut mean) = (MeanSums::default(), Vec::new());
+    sums.start(depth);
     for rows in matrix.chunks(256 * depth.max(1)).filter(|_| depth > 0) {
-        mean.push(Rows::contiguous(rows, depth));
+        sums.add(Rows::contiguous(rows, depth));
     }
-    mean.finish()
+    sums.finish(&mut mean);
+    mean
 }
 
-/// [`token_mean`] for rows that come in blocks.
-pub(crate) struct MeanBuilder {
+/// The sums of [`token_mean`] for rows that come in blocks; the memory is kept for the next mean.
+#[derive(Default)]
+pub(crate) struct MeanSums {
     sums: Vec<f64>,
+    block: Vec<f32>,
     rows: usize,
 }
 
-impl MeanBuilder {
-    pub(crate) fn new(depth: usize) -> Self {
-        Self { sums: vec![0.0; depth], rows: 0 }
+impl MeanSums {
+    /// Forgets what was added.
+    pub(crate) fn start(&mut self, depth: usize) {
+        self.sums.clear();
+        self.sums.resize(depth, 0.0);
+        self.rows = 0;
     }
 
-    pub(crate) fn push(&mut self, rows: Rows<'_>) {
-        self.rows += accumulate_finite(&mut self.sums, rows);
+    pub(crate) fn add(&mut self, rows: Rows<'_>) {
+        self.rows += accumulate_finite(&mut self.sums, rows, &mut self.block);
     }
 
-    pub(crate) fn finish(self) -> Vec<f32> {
+    /// Writes the mean.
+    pub(crate) fn finish(&self, mean: &mut Vec<f32>) {
         let rows = self.rows.max(1) as f64;
-        self.sums.into_iter().map(|sum| (sum / rows) as f32).collect()
+        mean.clear();
+        mean.extend(self.sums.iter().map(|sum| (sum / rows) as f32));
     }
 }
 

@@ -4,16 +4,17 @@ use super::mask::MaskView;
 use super::output::Element;
 use super::softmax::{Probs, Running, Tile, softmax_tile};
 use crate::attention::config::{AttentionConfig, Int8Config, PvPrecision};
+use crate::attention::keys::PackedKeys;
 use crate::attention::operand::{BLOCK, blocks};
 use crate::attention::pace::{Pace, Work};
-use crate::attention::scorer::{PackedKeys, QueryBlock, ScoreScale, Scorer};
+use crate::attention::scorer::{QueryBlock, ScoreScale, Scorer};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
 use crate::pv::{self, PackedValues, PvKernel, ValueFormat};
 use crate::uninit::{overwrite, written};
 use crate::{Error, Result};
 use candle_nn::attention::AttnMask;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::f32::consts::LOG2_E;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -61,8 +62,12 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
+/// Bytes of packed keys that a thread may keep for the next head.
+const KEPT: usize = 256 << 10;
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static KEYS: Cell<Option<PackedKeys>> = const { Cell::new(None) };
 }
 
 impl<'a> Engine<'a> {
@@ -122,19 +127,20 @@ impl<'a> Engine<'a> {
     /// Writes the output of all query heads that share key head `head`.
     fn attend_head<T: Element>(&self, pace: Pace, head: usize, out: &mut [MaybeUninit<T>]) {
         let ([_, _, m, _], value_dim) = (self.scorer.dims(), self.values.depth());
-        let keys = self.scorer.pack_keys(head, pace);
+        let mut keys = KEYS.take().unwrap_or_else(|| PackedKeys::new(self.scorer.kernel));
+        self.scorer.pack_keys(head, pace, &mut keys);
         let from = KeyHead { keys, values: self.pack_values(head, pace) };
-        let mut blocks: Vec<_> = (self.scorer.query_heads(head))
-            .zip(out.chunks_exact_mut(m * value_dim))
-            .flat_map(|(head, out)| {
-                let from = &from;
-                let outs = out.chunks_mut(BLOCK * value_dim);
-                blocks(m).zip(outs).map(move |(tokens, out)| (Queries { head, tokens, from }, out))
-            })
-            .collect();
-        pace.for_each(&mut blocks, |(queries, out)| {
-            SCRATCH.with_borrow_mut(|scratch| self.attend::<T>(queries, scratch, out));
+        let outs = self.scorer.query_heads(head).zip(out.chunks_exact_mut(m * value_dim));
+        let blocks = outs.flat_map(|(head, out)| {
+            let (from, outs) = (&from, out.chunks_mut(BLOCK * value_dim));
+            blocks(m).zip(outs).map(move |(tokens, out)| (Queries { head, tokens, from }, out))
         });
+        pace.for_each(blocks, |(queries, out)| {
+            SCRATCH.with_borrow_mut(|scratch| self.attend::<T>(&queries, scratch, out));
+        });
+        if from.keys.memory() <= KEPT {
+            KEYS.set(Some(from.keys));
+        }
     }
 
     fn pack_values(&self, head: usize, pace: Pace) -> PackedValues {

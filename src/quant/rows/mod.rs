@@ -240,7 +240,11 @@ mod tests {
                     row[at] = bad;
                     assert!(!row_range(&row).finite, "{bad} at {at} of {len}");
                     assert_eq!(
-                        accumulate_finite(&mut vec![0.0; len], Rows::contiguous(&row, len)),
+                        accumulate_finite(
+                            &mut vec![0.0; len],
+                            Rows::contiguous(&row, len),
+                            &mut Vec::new()
+                        ),
                         0
                     );
                 }
@@ -261,15 +265,15 @@ mod tests {
         dots(Rows::new(&a, 2, 20, 2), Some(&[1.0; 20]), &[1.0; 20], &mut out);
         assert_eq!(out, [170.0, 210.0]);
         let mut sums = vec![1.0; 37];
-        assert_eq!(accumulate_finite(&mut sums, Rows::contiguous(&three, 37)), 3);
+        assert_eq!(accumulate_finite(&mut sums, Rows::contiguous(&three, 37), &mut Vec::new()), 3);
         assert_eq!(sums[36], 3.0 * 36.0 + 1.0);
         let mut sums = vec![0.0; 17];
-        assert_eq!(accumulate_finite(&mut sums, Rows::new(&a, 9, 17, 2)), 9);
+        assert_eq!(accumulate_finite(&mut sums, Rows::new(&a, 9, 17, 2), &mut Vec::new()), 9);
         let expected: Vec<f64> = (0..17).map(|i| f64::from(9 * i + 72)).collect();
         assert_eq!(sums, expected);
         // Finite numbers whose sum is not.
         let large = [f32::MAX; 34];
-        assert_eq!(accumulate_finite(&mut sums, Rows::contiguous(&large, 17)), 2);
+        assert_eq!(accumulate_finite(&mut sums, Rows::contiguous(&large, 17), &mut Vec::new()), 2);
         assert!(sums.iter().all(|sum| *sum > f64::from(f32::MAX)));
     }
 }

@@ -149,28 +149,31 @@ fn quantize_row_body((row, params, codes): (&[f32], QuantParams, &mut [i8])) -> 
 }
 
 /// Adds the finite rows of a block to the f64 sums of their columns; returns how many they are.
-pub(crate) fn accumulate_finite(sums: &mut [f64], rows: Rows<'_>) -> usize {
+/// `block` is memory for the sums of this block.
+pub(crate) fn accumulate_finite(sums: &mut [f64], rows: Rows<'_>, block: &mut Vec<f32>) -> usize {
     assert_eq!(sums.len(), rows.depth());
-    widest!(accumulate_finite_body, (sums, rows), (&mut [f64], Rows<'_>) => usize)
+    block.clear();
+    block.resize(sums.len(), 0.0);
+    type Arguments<'a> = (&'a mut [f64], Rows<'a>, &'a mut [f32]);
+    widest!(accumulate_finite_body, (sums, rows, block.as_mut_slice()), Arguments<'_> => usize)
 }
 
 /// Sums of a block are in f32, which is enough: smoothing is exact whatever it subtracts.
 #[inline(always)]
-fn accumulate_finite_body((sums, rows): (&mut [f64], Rows<'_>)) -> usize {
-    let mut block = vec![0f32; sums.len()];
+fn accumulate_finite_body((sums, rows, block): (&mut [f64], Rows<'_>, &mut [f32])) -> usize {
     let mut at = 0;
     // Rows are read once from start to end, as they come from memory, with the sums in registers.
     while at + 8 * LANES <= block.len() {
-        at = sum_columns::<8>(rows, at, &mut block);
+        at = sum_columns::<8>(rows, at, block);
     }
     if at + 4 * LANES <= block.len() {
-        at = sum_columns::<4>(rows, at, &mut block);
+        at = sum_columns::<4>(rows, at, block);
     }
     if at + 2 * LANES <= block.len() {
-        at = sum_columns::<2>(rows, at, &mut block);
+        at = sum_columns::<2>(rows, at, block);
     }
     if at + LANES <= block.len() {
-        at = sum_columns::<1>(rows, at, &mut block);
+        at = sum_columns::<1>(rows, at, block);
     }
     let rest = &mut block[at..];
     for row in rows.iter() {
@@ -178,7 +181,7 @@ fn accumulate_finite_body((sums, rows): (&mut [f64], Rows<'_>)) -> usize {
     }
     // A sum is finite only if all its elements are; finite ones may overflow, which is found out.
     if block.iter().all(|sum| sum.is_finite()) {
-        sums.iter_mut().zip(&block).for_each(|(sum, x)| *sum += f64::from(*x));
+        sums.iter_mut().zip(block).for_each(|(sum, x)| *sum += f64::from(*x));
         return rows.count();
     }
     let mut finite = 0;
