@@ -8,7 +8,7 @@ use crate::attention::scorer::{QueryBlock, ScoreScale, Scorer};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
 use crate::gemm::SERIAL_BELOW;
-use crate::pv::{self, PackedValues, PvKernel, ValueFormat};
+use crate::pv::{self, Int8Row, KEY_GROUP, PackedValues, PvKernel, ValueFormat};
 use crate::uninit::overwrite;
 use crate::{Error, Result};
 use candle_nn::attention::AttnMask;
@@ -47,7 +47,11 @@ struct Scratch {
     /// Elements from one row of scores, or of probabilities, to the next.
     stride: usize,
     scores: Vec<f32>,
+    /// Probabilities in bf16.
     probs: Vec<u16>,
+    /// Probabilities in int8, and what they stand for.
+    codes: Vec<u8>,
+    rows: Vec<Int8Row>,
     sums: Vec<f32>,
 }
 
@@ -118,14 +122,14 @@ impl<'a> Engine<'a> {
     fn scratch(&self, rows: usize) -> Scratch {
         let [_, _, _, n] = self.scorer.dims();
         // Whole steps, so that a step that reaches over the last key has room.
-        let stride = n.min(TILE).next_multiple_of(self.scorer.key_step().max(2));
+        let stride = n.min(TILE).next_multiple_of(self.scorer.key_step().max(KEY_GROUP));
+        let room = |format| if self.format == format { rows * stride } else { 0 };
         Scratch {
             stride,
             scores: vec![0.0; rows * stride],
-            probs: match self.format {
-                ValueFormat::F32 => Vec::new(),
-                ValueFormat::Bf16 => vec![0; rows * stride],
-            },
+            probs: vec![0; room(ValueFormat::Bf16)],
+            codes: vec![0; room(ValueFormat::Int8)],
+            rows: vec![Int8Row::default(); rows],
             sums: vec![0.0; rows * self.value_dim.next_multiple_of(16)],
         }
     }
@@ -186,6 +190,7 @@ impl<'a> Engine<'a> {
         let probs = match self.format {
             ValueFormat::F32 => Probs::F32,
             ValueFormat::Bf16 => Probs::Bf16(&mut scratch.probs),
+            ValueFormat::Int8 => Probs::Int8 { codes: &mut scratch.codes, rows: &mut scratch.rows },
         };
         let scores = &mut scratch.scores;
         softmax_tile(Tile { scores, stride, keys: keys.len(), visible: &visible, probs }, running);
@@ -199,6 +204,10 @@ impl<'a> Engine<'a> {
         match self.format {
             ValueFormat::F32 => queries.values.accumulate_f32(keys.clone(), scores, stride, sums),
             ValueFormat::Bf16 => queries.values.accumulate_bf16(keys.clone(), probs, stride, sums),
+            ValueFormat::Int8 => {
+                let rows = &scratch.rows[..running.len()];
+                queries.values.accumulate_int8(keys.clone(), &scratch.codes, stride, rows, sums);
+            }
         }
         self.add_exceptions(queries.values, keys, scratch);
     }
@@ -211,6 +220,7 @@ impl<'a> Engine<'a> {
                 let p = match self.format {
                     ValueFormat::F32 => scratch.scores[at],
                     ValueFormat::Bf16 => f32::from_bits(u32::from(scratch.probs[at]) << 16),
+                    ValueFormat::Int8 => f32::from(scratch.codes[at]) * scratch.rows[row].scale,
                 };
                 if p != 0.0 {
                     sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
@@ -243,10 +253,11 @@ fn value_kernel(precision: PvPrecision) -> Result<&'static dyn PvKernel> {
         PvPrecision::Auto => pv::select(ValueFormat::Bf16).or_else(|| pv::select(ValueFormat::F32)),
         PvPrecision::F32 => pv::select(ValueFormat::F32),
         PvPrecision::Bf16 => pv::select(ValueFormat::Bf16),
+        PvPrecision::Int8 => pv::select(ValueFormat::Int8),
     };
     kernel.ok_or_else(|| {
         Error::Config(format!(
-            "P·V precision {precision:?}: this machine has no instruction for it; use Auto or F32"
+            "P·V precision {precision:?}: this machine has no instruction for it; use Auto, F32 or Int8"
         ))
     })
 }
@@ -256,6 +267,11 @@ fn pack_values(kernel: &'static dyn PvKernel, v: &View<'_>) -> Vec<PackedValues>
     let pack = |head: usize| {
         let mut packed = PackedValues::new(kernel, v.tokens(), v.depth());
         let mut buffer = Vec::new();
+        if packed.needs_ranges() {
+            for block in blocks(v.tokens()) {
+                packed.observe(v.rows(head, block, &mut buffer));
+            }
+        }
         for block in blocks(v.tokens()) {
             packed.put(block.start, v.rows(head, block.clone(), &mut buffer));
         }
