@@ -86,13 +86,20 @@ impl Default for RequantConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PvPrecision {
-    /// bf16 where the hardware multiplies it (AVX512-BF16), f32 elsewhere.
+    /// bf16 where the hardware multiplies it (AVX512-BF16, the bf16 extension of Arm), f32
+    /// elsewhere.
     #[default]
     Auto,
     /// f32.
     F32,
     /// bf16; an error on a machine without an instruction for it.
     Bf16,
+    /// Int8 on every machine, with exact int32 sums over a tile of keys. Probabilities are rounded
+    /// to 1/255 of the largest that their query has in the tile, so small ones vanish beside a
+    /// large one, with all that their values hold (a NaN too). Values have one scale for each
+    /// channel, over all keys of a head, so an outlier makes its channel coarse. The error is
+    /// larger than that of the int8 scores (the README has figures): never chosen by `Auto`.
+    Int8,
 }
 
 /// Numeric choices of the int8 backend.

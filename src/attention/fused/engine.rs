@@ -10,7 +10,7 @@ use crate::attention::pace::{Pace, Work};
 use crate::attention::scorer::{QueryBlock, ScoreScale, Scorer};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
-use crate::pv::{self, PackedValues, PvKernel, ValueFormat};
+use crate::pv::{self, Int8Row, KEY_GROUP, PackedValues, PvKernel, ValueFormat};
 use crate::uninit::{overwrite, written};
 use crate::{Error, Result};
 use candle_nn::attention::AttnMask;
@@ -58,7 +58,11 @@ struct Scratch {
     /// Elements from one row of scores, or of probabilities, to the next.
     stride: usize,
     scores: Vec<f32>,
+    /// Probabilities in bf16.
     probs: Vec<u16>,
+    /// Probabilities in int8, and what they stand for.
+    codes: Vec<u8>,
+    rows: Vec<Int8Row>,
     sums: Vec<f32>,
 }
 
@@ -147,6 +151,12 @@ impl<'a> Engine<'a> {
         let mut packed = PackedValues::new(self.kernel, self.values.tokens(), self.values.depth());
         let (mut gathered, mut buffer) = (Vec::new(), Vec::new());
         let _ = pace;
+        if packed.needs_ranges() {
+            for block in blocks(self.values.tokens()) {
+                let rows = self.values.rows(head, block, &mut gathered);
+                packed.observe(rows.as_slice(&mut buffer));
+            }
+        }
         for block in blocks(self.values.tokens()) {
             let rows = self.values.rows(head, block.clone(), &mut gathered);
             packed.put(block.start, rows.as_slice(&mut buffer));
@@ -200,17 +210,20 @@ impl<'a> Engine<'a> {
         let probs = match self.kernel.format() {
             ValueFormat::F32 => Probs::F32,
             ValueFormat::Bf16 => Probs::Bf16(&mut scratch.probs),
+            ValueFormat::Int8 => Probs::Int8 { codes: &mut scratch.codes, rows: &mut scratch.rows },
         };
         let (scores, visible) = (&mut scratch.scores, &scratch.visible_in_tile);
         let tile = Tile { scores, stride, keys: keys.len(), visible, probs };
         softmax_tile(tile, &mut scratch.running);
         scratch.rescale_sums(from.values.width());
-        let (scores, probs, sums) = (&scratch.scores, &scratch.probs, &mut scratch.sums);
+        let Scratch { scores, probs, codes, rows, sums, .. } = &mut *scratch;
+        let (values, tile) = (&from.values, keys.clone());
         match self.kernel.format() {
-            ValueFormat::F32 => from.values.accumulate_f32(keys.clone(), scores, stride, sums),
-            ValueFormat::Bf16 => from.values.accumulate_bf16(keys.clone(), probs, stride, sums),
+            ValueFormat::F32 => values.accumulate_f32(tile, scores, stride, sums),
+            ValueFormat::Bf16 => values.accumulate_bf16(tile, probs, stride, sums),
+            ValueFormat::Int8 => values.accumulate_int8(tile, codes, stride, rows, sums),
         }
-        self.add_exceptions(&from.values, keys, scratch);
+        self.add_exceptions(values, keys, scratch);
     }
 
     /// Adds the values that the packed format cannot hold, where a query sees their key.
@@ -221,6 +234,7 @@ impl<'a> Engine<'a> {
                 let p = match self.kernel.format() {
                     ValueFormat::F32 => scratch.scores[at],
                     ValueFormat::Bf16 => f32::from_bits(u32::from(scratch.probs[at]) << 16),
+                    ValueFormat::Int8 => f32::from(scratch.codes[at]) * scratch.rows[row].scale,
                 };
                 if p != 0.0 {
                     sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
@@ -258,10 +272,12 @@ fn value_kernel(precision: PvPrecision) -> Result<&'static dyn PvKernel> {
         PvPrecision::Auto => pv::select(ValueFormat::Bf16).or_else(|| pv::select(ValueFormat::F32)),
         PvPrecision::F32 => pv::select(ValueFormat::F32),
         PvPrecision::Bf16 => pv::select(ValueFormat::Bf16),
+        PvPrecision::Int8 => pv::select(ValueFormat::Int8),
     };
     kernel.ok_or_else(|| {
         Error::Config(format!(
-            "P·V precision {precision:?}: this machine has no instruction for it; use Auto or F32"
+            "P·V precision {precision:?}: this machine has no instruction for it; use Auto, F32 or \
+             Int8"
         ))
     })
 }
@@ -282,10 +298,13 @@ impl Scratch {
         self.running.clear();
         self.running.resize(rows, Running::START);
         // Whole steps, so that a step that reaches over the last key has room.
-        self.stride = keys.min(TILE).next_multiple_of(step.max(2));
+        self.stride = keys.min(TILE).next_multiple_of(step.max(KEY_GROUP));
         let grow = self.scores.len().max(rows * self.stride);
         self.scores.resize(grow, 0.0);
         self.probs.resize(grow, 0);
+        self.codes.resize(grow, 0);
+        self.rows.clear();
+        self.rows.resize(rows, Int8Row::default());
         self.sums.clear();
         self.sums.resize(rows * width, 0.0);
     }

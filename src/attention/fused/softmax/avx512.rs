@@ -4,7 +4,7 @@
 //! `[0, 1]`, and `vscalefps` multiplies by the power, with minus infinity, underflow and NaN as
 //! they should be. The polynomials are minimax in relative error over `[0, 1]`.
 
-use super::SoftmaxKernel;
+use super::{CODES, SoftmaxKernel};
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -16,6 +16,7 @@ impl SoftmaxKernel for Avx512 {
         is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bf16")
     }
 
@@ -33,14 +34,19 @@ impl SoftmaxKernel for Avx512 {
         // SAFETY: only available kernels are called, so the instructions are there.
         unsafe { exp_bf16(scores, max, probs) }
     }
+
+    fn exp_int8(&self, scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
+        // SAFETY: only available kernels are called, so the instructions are there.
+        unsafe { exp_int8(scores, max, codes) }
+    }
 }
 
 /// Degree 5, error 1.5e-7 when evaluated in f32.
 const EXP2_F32: [f32; 6] =
     [0.999_999_94, 0.693_153_1, 0.240_153_61, 0.055_826_318, 0.008_989_34, 0.001_877_576_7];
 
-/// Degree 3, error 7.5e-5: bf16 rounds by up to 3.9e-3.
-const EXP2_BF16: [f32; 4] = [0.999_925_2, 0.695_833_56, 0.226_067_16, 0.078_024_52];
+/// Degree 3, error 7.5e-5: bf16 rounds by up to 3.9e-3, int8 by more.
+const EXP2_SHORT: [f32; 4] = [0.999_925_2, 0.695_833_56, 0.226_067_16, 0.078_024_52];
 
 #[target_feature(enable = "avx512f,avx512dq")]
 #[inline]
@@ -113,7 +119,7 @@ fn exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
     let mut sums = _mm512_setzero_ps();
     let ((pairs, tail), (outs, out_tail)) =
         (scores.as_chunks::<{ 2 * LANES }>(), probs.as_chunks_mut::<{ 2 * LANES }>());
-    let exp = |x: __m512| exp2(&EXP2_BF16, _mm512_sub_ps(x, max));
+    let exp = |x: __m512| exp2(&EXP2_SHORT, _mm512_sub_ps(x, max));
     for (pair, out) in pairs.iter().zip(outs) {
         let (a, b) = (pair.first_chunk().expect("32"), pair.last_chunk().expect("32"));
         let p = _mm512_cvtne2ps_pbh(exp(load_chunk(b)), exp(load_chunk(a)));
@@ -129,6 +135,23 @@ fn exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
         let mask = (1 << tail.len()) - 1;
         // SAFETY: lanes beyond the slice are masked out.
         unsafe { _mm512_mask_storeu_epi16(out_tail.as_mut_ptr().cast(), mask, bits(p)) };
+    }
+    _mm512_reduce_add_ps(sums)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
+    assert_eq!(scores.len(), codes.len());
+    let (max, factor) = (_mm512_set1_ps(max), _mm512_set1_ps(CODES));
+    let mut sums = _mm512_setzero_ps();
+    for (chunk, out) in scores.chunks(LANES).zip(codes.chunks_mut(LANES)) {
+        let p = exp2(&EXP2_SHORT, _mm512_sub_ps(load(chunk), max));
+        // Rounded as floats, because the sum has to keep a NaN.
+        let code = _mm512_roundscale_ps::<0b0000_1000>(_mm512_mul_ps(p, factor));
+        sums = _mm512_add_ps(sums, code);
+        let code = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code));
+        // SAFETY: lanes beyond the chunk are masked out.
+        unsafe { _mm_mask_storeu_epi8(out.as_mut_ptr().cast(), first(chunk.len()), code) };
     }
     _mm512_reduce_add_ps(sums)
 }

@@ -7,6 +7,7 @@
 mod avx512;
 mod portable;
 
+use crate::pv::{Int8Row, KEY_GROUP};
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -31,6 +32,12 @@ pub(super) enum Probs<'a> {
     F32,
     /// Rounded to bf16.
     Bf16(&'a mut [u16]),
+    /// Rounded to 1/255 of the row's largest in the tile.
+    Int8 {
+        codes: &'a mut [u8],
+        /// What the codes of each row stand for.
+        rows: &'a mut [Int8Row],
+    },
 }
 
 /// Scores of some queries against a tile of keys.
@@ -38,7 +45,7 @@ pub(super) struct Tile<'a> {
     /// Row-major, rows `stride` elements apart.
     pub scores: &'a mut [f32],
     pub stride: usize,
-    /// Keys in the tile; probabilities are written for these, and one more if it is odd.
+    /// Keys in the tile; probabilities are written for these, and zeros up to whole groups.
     pub keys: usize,
     /// The keys of the tile that each query sees.
     pub visible: &'a [Range<usize>],
@@ -59,7 +66,14 @@ trait SoftmaxKernel: Sync {
     /// Writes `2^(score - max)` rounded to bf16, relative error before that below [`ERROR_BF16`];
     /// returns the sum of the rounded ones, so that they sum to 1 after the division.
     fn exp_bf16(&self, scores: &[f32], max: f32, probs: &mut [u16]) -> f32;
+
+    /// Writes `255 * 2^(score - max)` rounded; returns the sum of these codes, or NaN if there is a
+    /// NaN. The sum is exact up to 65,793 scores.
+    fn exp_int8(&self, scores: &[f32], max: f32, codes: &mut [u8]) -> f32;
 }
+
+/// The code of a probability as large as the largest.
+const CODES: f32 = 255.0;
 
 /// The relative error of `2^x` in f32, where it is not below the smallest normal number.
 #[cfg(test)]
@@ -90,11 +104,12 @@ pub(super) fn softmax_tile(tile: Tile<'_>, running: &mut [Running]) {
 }
 
 fn softmax_tile_with(kernel: &dyn SoftmaxKernel, mut tile: Tile<'_>, running: &mut [Running]) {
-    let padded = tile.keys.next_multiple_of(2);
+    let padded = tile.keys.next_multiple_of(KEY_GROUP);
     for (row, running) in running.iter_mut().enumerate() {
         let Range { start, end } = tile.visible[row].clone();
         let scores = &mut tile.scores[row * tile.stride..][..padded];
-        let max = running.advance(kernel.max(&scores[start..end]), &scores[start..end]);
+        let tile_max = kernel.max(&scores[start..end]);
+        let max = running.advance(tile_max, &scores[start..end]);
         let sum = match &mut tile.probs {
             Probs::F32 => {
                 scores[..start].fill(0.0);
@@ -106,6 +121,19 @@ fn softmax_tile_with(kernel: &dyn SoftmaxKernel, mut tile: Tile<'_>, running: &m
                 probs[..start].fill(0);
                 probs[end..].fill(0);
                 kernel.exp_bf16(&scores[start..end], max, &mut probs[start..end])
+            }
+            Probs::Int8 { codes, rows } => {
+                let codes = &mut codes[row * tile.stride..][..padded];
+                codes[..start].fill(0);
+                codes[end..].fill(0);
+                // The tile's own maximum gives all of its codes a use.
+                let (top, scale) = match tile_max == f32::NEG_INFINITY {
+                    true => (0.0, 0.0),
+                    false => (tile_max, portable::exp2(tile_max - max) / CODES),
+                };
+                let sum = kernel.exp_int8(&scores[start..end], top, &mut codes[start..end]);
+                rows[row] = Int8Row { scale, codes: sum as u32 };
+                sum * scale
             }
         };
         running.sum = running.sum * running.rescale + sum;
@@ -131,6 +159,9 @@ impl Running {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pv::ValueFormat;
+
+    const FORMATS: [ValueFormat; 3] = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8];
 
     fn runnable() -> impl Iterator<Item = &'static dyn SoftmaxKernel> {
         TABLE.iter().copied().filter(|kernel| kernel.is_available())
@@ -196,7 +227,7 @@ mod tests {
         scores: &[f32],
         visible: Range<usize>,
         tile: usize,
-        bf16: bool,
+        format: ValueFormat,
     ) -> Vec<f32> {
         let mut running = [Running::START];
         let mut all: Vec<f32> = Vec::new();
@@ -204,19 +235,31 @@ mod tests {
             let start = index * tile;
             let clamp = |x: usize| x.clamp(start, start + keys.len()) - start;
             let mut buffer = keys.to_vec();
-            buffer.push(123.0);
-            let mut halves = vec![0x7fc0u16; buffer.len()];
+            buffer.resize(keys.len().next_multiple_of(KEY_GROUP), 123.0);
             let stride = buffer.len();
-            let probs = if bf16 { Probs::Bf16(&mut halves) } else { Probs::F32 };
+            let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
+            let mut rows = [Int8Row::default()];
+            let probs = match format {
+                ValueFormat::F32 => Probs::F32,
+                ValueFormat::Bf16 => Probs::Bf16(&mut halves),
+                ValueFormat::Int8 => Probs::Int8 { codes: &mut codes, rows: &mut rows },
+            };
             let inside = clamp(visible.start)..clamp(visible.end);
             let (scores, visible) = (&mut buffer, std::slice::from_ref(&inside));
             let job = Tile { scores, stride, keys: keys.len(), visible, probs };
             softmax_tile_with(kernel, job, &mut running);
             all.iter_mut().for_each(|p| *p *= running[0].rescale);
-            match bf16 {
-                true => all.extend(halves[..keys.len()].iter().map(|&half| from_bf16(half))),
-                false => all.extend(&buffer[..keys.len()]),
-            }
+            let written: Vec<f32> = match format {
+                ValueFormat::F32 => buffer,
+                ValueFormat::Bf16 => halves.iter().map(|&half| from_bf16(half)).collect(),
+                ValueFormat::Int8 => {
+                    let sum: u32 = codes.iter().map(|&code| u32::from(code)).sum();
+                    assert!(running[0].sum.is_nan() || rows[0].codes == sum, "{sum} {rows:?}");
+                    codes.iter().map(|&code| f32::from(code) * rows[0].scale).collect()
+                }
+            };
+            assert!(written[keys.len()..].iter().all(|&p| p == 0.0), "zeros fill the last group");
+            all.extend(&written[..keys.len()]);
         }
         all.iter().map(|p| p / running[0].sum).collect()
     }
@@ -229,14 +272,27 @@ mod tests {
             let seen = |i: usize| visible.contains(&i);
             let term = |i: usize| if seen(i) { f64::from(scores[i]).exp2() } else { 0.0 };
             let sum: f64 = (0..77).map(term).sum();
+            let largest = (0..77).map(term).fold(0.0, f64::max) / sum;
             for tile in [77, 100, 1, 2, 16, 17, 32] {
-                for (bf16, bound) in [(false, 1e-6), (true, 0.004)] {
-                    let found = softmax(kernel, &scores, visible.clone(), tile, bf16);
+                for format in FORMATS {
+                    let found = softmax(kernel, &scores, visible.clone(), tile, format);
                     for (i, p) in found.iter().enumerate() {
                         let exact = term(i) / sum;
                         let off = (f64::from(*p) - exact).abs();
-                        assert!(off <= bound * exact, "{visible:?} {tile} {bf16} {i}: {p} {exact}");
+                        let bound = match format {
+                            ValueFormat::F32 => 1e-6 * exact,
+                            ValueFormat::Bf16 => 0.004 * exact,
+                            // Half a code, in this one and in each that the sum is made of. The
+                            // largest probability bounds what a code stands for.
+                            ValueFormat::Int8 => {
+                                0.51 / 255.0 * largest * (1.0 + exact * visible.len() as f64)
+                            }
+                        };
+                        let what = (&visible, tile, format, i);
+                        assert!(off <= bound, "{what:?}: {p} {exact}");
                     }
+                    let sum: f32 = found.iter().sum();
+                    assert!((sum - 1.0).abs() < 1e-5, "{visible:?} {tile} {format:?}: {sum}");
                 }
             }
         }
@@ -245,17 +301,20 @@ mod tests {
     #[test]
     fn infinities_and_nan() {
         let inf = f32::INFINITY;
-        for (kernel, bf16) in runnable().flat_map(|kernel| [(kernel, false), (kernel, true)]) {
-            let masked = softmax(kernel, &[-inf, 1.0, -inf, 1.0], 0..4, 2, bf16);
+        let every = |kernel| FORMATS.map(|format| (kernel, format));
+        for (kernel, format) in runnable().flat_map(every) {
+            let masked = softmax(kernel, &[-inf, 1.0, -inf, 1.0], 0..4, 2, format);
             assert_eq!(masked, [0.0, 0.5, 0.0, 0.5]);
             // Nothing to see: 0 / 0, which the caller turns into zeros by the sum.
-            assert!(softmax(kernel, &[-inf; 3], 0..3, 2, bf16).iter().all(|p| p.is_nan()));
+            assert!(softmax(kernel, &[-inf; 3], 0..3, 2, format).iter().all(|p| p.is_nan()));
             for scores in [[f32::NAN, 1.0, 2.0], [f32::NAN, -inf, -inf], [-inf, -inf, f32::NAN]] {
                 for tile in [1, 3] {
-                    assert!(softmax(kernel, &scores, 0..3, tile, bf16).iter().any(|p| p.is_nan()));
+                    assert!(
+                        softmax(kernel, &scores, 0..3, tile, format).iter().any(|p| p.is_nan())
+                    );
                 }
             }
-            let unseen = softmax(kernel, &[f32::NAN, 1.0, 1.0, f32::NAN], 1..3, 4, bf16);
+            let unseen = softmax(kernel, &[f32::NAN, 1.0, 1.0, f32::NAN], 1..3, 4, format);
             assert_eq!(unseen, [0.0, 0.5, 0.5, 0.0]);
         }
     }

@@ -1,6 +1,6 @@
 //! Plain Rust, compiled for every vector width.
 
-use super::SoftmaxKernel;
+use super::{CODES, SoftmaxKernel};
 use crate::pv::bf16_bits;
 use crate::simd::{LANES, each_lane, fold_lanes, sum_lanes, widest};
 
@@ -21,6 +21,10 @@ impl SoftmaxKernel for Portable {
 
     fn exp_bf16(&self, scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
         widest!(exp_bf16_body, (scores, max, probs), (&[f32], f32, &mut [u16]) => f32)
+    }
+
+    fn exp_int8(&self, scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
+        widest!(exp_int8_body, (scores, max, codes), (&[f32], f32, &mut [u8]) => f32)
     }
 }
 
@@ -84,6 +88,25 @@ fn exp_bf16_body((row, max, probs): (&[f32], f32, &mut [u16])) -> f32 {
     let rest = padded(tail);
     let rest = each_lane(|i| bf16_bits(exp2(rest[i] - max)));
     sums = each_lane(|i| sums[i] + f32::from_bits(u32::from(rest[i]) << 16));
+    out_tail.copy_from_slice(&rest[..out_tail.len()]);
+    sum_lanes(sums)
+}
+
+#[inline(always)]
+fn exp_int8_body((row, max, codes): (&[f32], f32, &mut [u8])) -> f32 {
+    const ROUND: f32 = 8_388_608.0; // 2^23: the integer is in the low bits of the sum.
+    let ((chunks, tail), (outs, out_tail)) =
+        (row.as_chunks::<LANES>(), codes.as_chunks_mut::<LANES>());
+    let mut sums = [0f32; LANES];
+    for (chunk, out) in chunks.iter().zip(outs) {
+        let rounded = each_lane(|i| exp2(chunk[i] - max) * CODES + ROUND);
+        *out = each_lane(|i| rounded[i].to_bits() as u8);
+        sums = each_lane(|i| sums[i] + (rounded[i] - ROUND));
+    }
+    let rest = padded(tail);
+    let rounded = each_lane(|i| exp2(rest[i] - max) * CODES + ROUND);
+    sums = each_lane(|i| sums[i] + (rounded[i] - ROUND));
+    let rest = each_lane(|i| rounded[i].to_bits() as u8);
     out_tail.copy_from_slice(&rest[..out_tail.len()]);
     sum_lanes(sums)
 }

@@ -1,11 +1,11 @@
 //! AVX-512, f32: 6 x 4 accumulators of 16 lanes, 4 values, 1 probability, 29 of 32 registers.
 
-use super::kernel::{LANES, PvKernel, PvTile, ValueFormat, for_tile_size};
+use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
 use std::arch::x86_64::*;
 
 pub(crate) struct Avx512;
 
-// SAFETY: `tile` stays within the lengths of its contract; the instructions are checked.
+// SAFETY: `panel` stays within the lengths of its contract; the instructions are checked.
 unsafe impl PvKernel for Avx512 {
     fn name(&self) -> &'static str {
         "x86_64-avx512-f32"
@@ -15,19 +15,28 @@ unsafe impl PvKernel for Avx512 {
         ValueFormat::F32
     }
 
+    fn group(&self) -> usize {
+        1
+    }
+
     fn is_available(&self) -> bool {
         is_x86_feature_detected!("avx512f")
     }
 
-    unsafe fn tile(&self, tile: PvTile) {
-        // SAFETY: AVX-512 is there and the pointers are valid, by contract.
-        unsafe { for_tile_size!(tile, add) }
+    unsafe fn panel(&self, panel: PvPanel) {
+        for tile in panel.tiles(ROWS) {
+            // SAFETY: AVX-512 is there and the pointers are valid, by contract.
+            unsafe { for_tile!(tile, add) }
+        }
     }
 }
 
 /// Adds to `16 * V` channels of `R` rows.
+///
+/// # Safety
+/// As for [`PvKernel::panel`], with `R` rows and `V` vectors.
 #[target_feature(enable = "avx512f")]
-unsafe fn add<const R: usize, const V: usize>(tile: PvTile) {
+unsafe fn add<const R: usize, const V: usize>(tile: PvPanel) {
     let mut sums = [[_mm512_setzero_ps(); V]; R];
     for key in 0..tile.groups {
         let mut values = [_mm512_setzero_ps(); V];
@@ -37,9 +46,8 @@ unsafe fn add<const R: usize, const V: usize>(tile: PvTile) {
                 unsafe { _mm512_loadu_ps(tile.values.cast::<f32>().add((key * V + v) * LANES)) };
         }
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `groups` probabilities in each of `rows` rows by contract.
-            let p = unsafe { *tile.probs.add(row * tile.probs_stride).cast::<f32>().add(key) };
-            let p = _mm512_set1_ps(p);
+            // SAFETY: `groups` probabilities in each of `R` rows by contract.
+            let p = _mm512_set1_ps(unsafe { *tile.probs_of::<f32>(row).add(key) });
             for (sum, values) in sums.iter_mut().zip(values) {
                 *sum = _mm512_fmadd_ps(p, values, *sum);
             }
@@ -47,9 +55,9 @@ unsafe fn add<const R: usize, const V: usize>(tile: PvTile) {
     }
     for (row, sums) in sums.into_iter().enumerate() {
         for (v, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `V` vectors of sums in each of `rows` rows by contract.
+            // SAFETY: `V` vectors of sums in each of `R` rows by contract.
             unsafe {
-                let out = tile.out.add(row * tile.out_stride + v * LANES);
+                let out = tile.sums_of::<f32>(row, v * LANES);
                 _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));
             }
         }

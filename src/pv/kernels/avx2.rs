@@ -1,12 +1,12 @@
 //! AVX2 with FMA, f32. A panel's vectors of 16 channels are two registers each, so wide panels are
 //! taken 16 channels at a time: 6 x 2 accumulators, 2 values, 1 probability, 15 of 16 registers.
 
-use super::kernel::{LANES, PvKernel, PvTile, ROWS, ValueFormat};
+use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
 use std::arch::x86_64::*;
 
 pub(crate) struct Avx2;
 
-// SAFETY: `tile` stays within the lengths of its contract; the instructions are checked.
+// SAFETY: `panel` stays within the lengths of its contract; the instructions are checked.
 unsafe impl PvKernel for Avx2 {
     fn name(&self) -> &'static str {
         "x86_64-avx2-fma-f32"
@@ -16,30 +16,30 @@ unsafe impl PvKernel for Avx2 {
         ValueFormat::F32
     }
 
+    fn group(&self) -> usize {
+        1
+    }
+
     fn is_available(&self) -> bool {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
     }
 
-    unsafe fn tile(&self, tile: PvTile) {
-        for vector in 0..tile.vectors {
-            // SAFETY: AVX2 and FMA are there and the pointers are valid, by contract.
-            unsafe {
-                match tile.rows {
-                    1 => add::<1>(tile, vector),
-                    2 => add::<2>(tile, vector),
-                    3 => add::<3>(tile, vector),
-                    4 => add::<4>(tile, vector),
-                    5 => add::<5>(tile, vector),
-                    _ => add::<ROWS>(tile, vector),
-                }
+    unsafe fn panel(&self, panel: PvPanel) {
+        for vector in 0..panel.vectors {
+            for tile in panel.tiles(ROWS) {
+                // SAFETY: AVX2 and FMA are there and the pointers are valid, by contract.
+                unsafe { for_rows!(tile.rows, add, (tile, vector)) }
             }
         }
     }
 }
 
 /// Adds to channels `16 * vector ..` of `R` rows.
+///
+/// # Safety
+/// As for [`PvKernel::panel`], with `R` rows and more than `vector` vectors.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn add<const R: usize>(tile: PvTile, vector: usize) {
+unsafe fn add<const R: usize>(tile: PvPanel, vector: usize) {
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
     let values = tile.values.cast::<f32>();
     for key in 0..tile.groups {
@@ -49,18 +49,17 @@ unsafe fn add<const R: usize>(tile: PvTile, vector: usize) {
             [_mm256_loadu_ps(v), _mm256_loadu_ps(v.add(8))]
         };
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `groups` probabilities in each of `rows` rows by contract.
-            let p = unsafe { *tile.probs.add(row * tile.probs_stride).cast::<f32>().add(key) };
-            let p = _mm256_set1_ps(p);
+            // SAFETY: `groups` probabilities in each of `R` rows by contract.
+            let p = _mm256_set1_ps(unsafe { *tile.probs_of::<f32>(row).add(key) });
             sums[0] = _mm256_fmadd_ps(p, v[0], sums[0]);
             sums[1] = _mm256_fmadd_ps(p, v[1], sums[1]);
         }
     }
     for (row, sums) in sums.into_iter().enumerate() {
         for (half, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `vectors * 16` sums in each of `rows` rows by contract.
+            // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
             unsafe {
-                let out = tile.out.add(row * tile.out_stride + vector * LANES + 8 * half);
+                let out = tile.sums_of::<f32>(row, vector * LANES + 8 * half);
                 _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum));
             }
         }

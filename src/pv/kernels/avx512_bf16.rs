@@ -1,12 +1,15 @@
 //! AVX512-BF16: `vdpbf16ps` adds two bf16 products to each of 16 f32 lanes. The tile is that of
 //! the f32 kernel, with pairs of keys in the place of keys.
+//!
+//! The instruction takes denormal operands for 0 and flushes denormal sums to 0, whatever the
+//! control register says: what is lost is below 2^-126 a product.
 
-use super::kernel::{LANES, PvKernel, PvTile, ValueFormat, for_tile_size};
+use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
 use std::arch::x86_64::*;
 
 pub(crate) struct Avx512Bf16;
 
-// SAFETY: `tile` stays within the lengths of its contract; the instructions are checked.
+// SAFETY: `panel` stays within the lengths of its contract; the instructions are checked.
 unsafe impl PvKernel for Avx512Bf16 {
     fn name(&self) -> &'static str {
         "x86_64-avx512-bf16"
@@ -16,19 +19,28 @@ unsafe impl PvKernel for Avx512Bf16 {
         ValueFormat::Bf16
     }
 
+    fn group(&self) -> usize {
+        2
+    }
+
     fn is_available(&self) -> bool {
         is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
     }
 
-    unsafe fn tile(&self, tile: PvTile) {
-        // SAFETY: AVX512-BF16 is there and the pointers are valid, by contract.
-        unsafe { for_tile_size!(tile, add) }
+    unsafe fn panel(&self, panel: PvPanel) {
+        for tile in panel.tiles(ROWS) {
+            // SAFETY: AVX512-BF16 is there and the pointers are valid, by contract.
+            unsafe { for_tile!(tile, add) }
+        }
     }
 }
 
 /// Adds to `16 * V` channels of `R` rows.
+///
+/// # Safety
+/// As for [`PvKernel::panel`], with `R` rows and `V` vectors.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn add<const R: usize, const V: usize>(tile: PvTile) {
+unsafe fn add<const R: usize, const V: usize>(tile: PvPanel) {
     let mut sums = [[_mm512_setzero_ps(); V]; R];
     for pair in 0..tile.groups {
         let mut values = [_mm512_setzero_si512(); V];
@@ -39,10 +51,8 @@ unsafe fn add<const R: usize, const V: usize>(tile: PvTile) {
             };
         }
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `groups` pairs of probabilities in each of `rows` rows by contract.
-            let p = unsafe {
-                tile.probs.add(row * tile.probs_stride).cast::<i32>().add(pair).read_unaligned()
-            };
+            // SAFETY: `groups` pairs of probabilities in each of `R` rows by contract.
+            let p = unsafe { tile.probs_of::<i32>(row).add(pair).read_unaligned() };
             let p = _mm512_set1_epi32(p);
             for (sum, values) in sums.iter_mut().zip(values) {
                 // SAFETY: same size, and every bit pattern is a vector of bf16.
@@ -58,9 +68,9 @@ unsafe fn add<const R: usize, const V: usize>(tile: PvTile) {
     }
     for (row, sums) in sums.into_iter().enumerate() {
         for (v, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `V` vectors of sums in each of `rows` rows by contract.
+            // SAFETY: `V` vectors of sums in each of `R` rows by contract.
             unsafe {
-                let out = tile.out.add(row * tile.out_stride + v * LANES);
+                let out = tile.sums_of::<f32>(row, v * LANES);
                 _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));
             }
         }

@@ -1,0 +1,100 @@
+//! NEON with the dot product extension, int8: `udot` adds four u8 x u8 products to each of 4
+//! lanes. Values are stored as `v + 128` for it ([`PvKernel::bias`]), because its signed form would
+//! take the eighth bit from the probabilities and the mixed one needs another extension.
+//!
+//! A panel is taken 16 channels at a time: 6 x 4 accumulators, 4 registers of values, the rest for
+//! probabilities. One group of four keys is 10 loads and 24 `udot` by element.
+//!
+//! Rust's intrinsic is not stable yet, hence the inline assembly for the one instruction.
+
+use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
+use std::arch::aarch64::*;
+use std::arch::{asm, is_aarch64_feature_detected};
+
+const GROUP: usize = 4;
+/// Registers of 4 lanes in a vector of 16.
+const QUADS: usize = LANES / 4;
+
+pub(crate) struct NeonDotprod;
+
+// SAFETY: `panel` stays within the lengths of its contract; the instructions are checked.
+unsafe impl PvKernel for NeonDotprod {
+    fn name(&self) -> &'static str {
+        "aarch64-neon-dotprod-int8"
+    }
+
+    fn format(&self) -> ValueFormat {
+        ValueFormat::Int8
+    }
+
+    fn group(&self) -> usize {
+        GROUP
+    }
+
+    fn bias(&self) -> u8 {
+        128
+    }
+
+    fn is_available(&self) -> bool {
+        is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod")
+    }
+
+    unsafe fn panel(&self, panel: PvPanel) {
+        for vector in 0..panel.vectors {
+            for tile in panel.tiles(ROWS) {
+                // SAFETY: the dot product is there and the pointers are valid, by contract.
+                unsafe { for_rows!(tile.rows, add, (tile, vector)) }
+            }
+        }
+    }
+}
+
+/// Adds to lane `i` of each sum the products of group `i` of its `v` with the group in `p`.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn add_row(sums: &mut [uint32x4_t; QUADS], v: &[uint8x16_t; QUADS], p: uint32x2_t) {
+    for (sum, v) in sums.iter_mut().zip(v) {
+        // SAFETY: the instruction is enabled above and touches registers only.
+        unsafe {
+            asm!(
+                "udot {sum:v}.4s, {v:v}.16b, {p:v}.4b[0]",
+                sum = inout(vreg) *sum,
+                v = in(vreg) *v,
+                p = in(vreg) p,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+    }
+}
+
+/// Adds to channels `16 * vector ..` of `R` rows.
+///
+/// # Safety
+/// As for [`PvKernel::panel`], with `R` rows and more than `vector` vectors.
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn add<const R: usize>(tile: PvPanel, vector: usize) {
+    let mut sums = [[vdupq_n_u32(0); QUADS]; R];
+    for group in 0..tile.groups {
+        let mut v = [vdupq_n_u8(0); QUADS];
+        for (quad, v) in v.iter_mut().enumerate() {
+            let channel = (group * tile.vectors + vector) * LANES + 4 * quad;
+            // SAFETY: the panel holds `groups` times four keys of `vectors * 16` channels by
+            // contract.
+            *v = unsafe { vld1q_u8(tile.values.add(channel * GROUP)) };
+        }
+        for (row, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: `groups` times four probabilities in each of `R` rows by contract.
+            let p = unsafe { tile.probs_of::<u32>(row).add(group).read_unaligned() };
+            add_row(sums, &v, vdup_n_u32(p));
+        }
+    }
+    for (row, sums) in sums.into_iter().enumerate() {
+        for (quad, sum) in sums.into_iter().enumerate() {
+            // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
+            unsafe {
+                let out = tile.sums_of::<u32>(row, vector * LANES + 4 * quad);
+                vst1q_u32(out, vaddq_u32(vld1q_u32(out), sum));
+            }
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! NEON with the matrix extension, int8: `usmmla` multiplies two rows of eight u8 by two columns of
+//! eight i8 and adds the 2 x 2 products to i32 lanes, twice the work of `udot`. See `neon_mmla` for
+//! the tile.
+//!
+//! Rust's intrinsic is not stable yet, hence the inline assembly for the one instruction.
+
+use super::neon_mmla::{COLUMN_PAIRS, columns, row_pairs, rows, rows_of};
+use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
+use std::arch::aarch64::*;
+use std::arch::{asm, is_aarch64_feature_detected};
+
+pub(crate) struct NeonI8mm;
+
+// SAFETY: `panel` stays within the lengths of its contract; the instructions are checked.
+unsafe impl PvKernel for NeonI8mm {
+    fn name(&self) -> &'static str {
+        "aarch64-neon-i8mm-int8"
+    }
+
+    fn format(&self) -> ValueFormat {
+        ValueFormat::Int8
+    }
+
+    fn group(&self) -> usize {
+        8
+    }
+
+    fn is_available(&self) -> bool {
+        is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("i8mm")
+    }
+
+    unsafe fn panel(&self, panel: PvPanel) {
+        for vector in 0..panel.vectors {
+            for tile in panel.tiles(ROWS) {
+                // SAFETY: the matrix extension is there and the pointers are valid, by contract.
+                unsafe {
+                    match tile.rows.div_ceil(2) {
+                        1 => add::<1>(tile, vector),
+                        2 => add::<2>(tile, vector),
+                        _ => add::<3>(tile, vector),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds to `sum` the 2 x 2 products of the rows `p` with the columns `v`.
+#[target_feature(enable = "neon,i8mm")]
+#[inline]
+fn usmmla(mut sum: int32x4_t, p: uint8x16_t, v: uint8x16_t) -> int32x4_t {
+    // SAFETY: the instruction is enabled above and touches registers only.
+    unsafe {
+        asm!(
+            "usmmla {sum:v}.4s, {p:v}.16b, {v:v}.16b",
+            sum = inout(vreg) sum,
+            p = in(vreg) p,
+            v = in(vreg) v,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// Adds to channels `16 * vector ..` of up to `2 * PAIRS` rows.
+///
+/// # Safety
+/// As for [`PvKernel::panel`], with `2 * PAIRS` rows or one less, and more than `vector` vectors.
+#[target_feature(enable = "neon,i8mm")]
+unsafe fn add<const PAIRS: usize>(tile: PvPanel, vector: usize) {
+    let mut sums = [[vdupq_n_s32(0); COLUMN_PAIRS]; PAIRS];
+    let starts = row_pairs::<PAIRS>(&tile);
+    for group in 0..tile.groups {
+        let mut p = [vdupq_n_u8(0); PAIRS];
+        for (p, start) in p.iter_mut().zip(starts) {
+            // SAFETY: `groups` times eight probabilities in each row by contract.
+            *p = unsafe { rows(start, group) };
+        }
+        for column in 0..COLUMN_PAIRS {
+            // SAFETY: the panel holds `groups` times eight keys of `vectors * 16` channels by
+            // contract.
+            let v = unsafe { columns(&tile, group, vector, column) };
+            for (sums, p) in sums.iter_mut().zip(p) {
+                sums[column] = usmmla(sums[column], p, v);
+            }
+        }
+    }
+    for (pair, sums) in sums.iter().enumerate() {
+        for (quad, sums) in sums.as_chunks::<2>().0.iter().enumerate() {
+            let [left, right] = sums.map(|sum| vreinterpretq_u64_s32(sum));
+            for (sum, row) in rows_of(left, right).into_iter().zip(2 * pair..tile.rows) {
+                // SAFETY: `vectors * 16` sums in each row by contract.
+                unsafe {
+                    let out = tile.sums_of::<i32>(row, vector * LANES + 4 * quad);
+                    vst1q_s32(out, vaddq_s32(vld1q_s32(out), vreinterpretq_s32_u64(sum)));
+                }
+            }
+        }
+    }
+}
