@@ -35,17 +35,40 @@ impl PackedValues {
     pub(crate) fn new(kernel: &'static dyn PvKernel, keys: usize, depth: usize) -> Self {
         assert!(kernel.is_available(), "{} cannot run on this machine", kernel.name());
         assert!(KEY_GROUP.is_multiple_of(kernel.group()), "groups of {}", kernel.group());
-        let format = kernel.format();
-        let padded = keys.next_multiple_of(kernel.group()) * depth.next_multiple_of(LANES);
-        Self {
+        let mut packed = Self {
             kernel,
-            bytes: AlignedBytes::zeroed(padded * format.size()),
+            bytes: AlignedBytes::zeroed(0),
             keys,
             depth,
-            fill: vec![0.0; depth],
-            channels: (format == ValueFormat::Int8).then(|| Channels::new(depth)),
+            fill: Vec::new(),
+            channels: None,
             exceptions: Vec::new(),
-        }
+        };
+        packed.reset(keys, depth);
+        packed
+    }
+
+    /// Room for other values, in the place of those that are there. Padded channels may hold
+    /// anything: their sums are dropped.
+    pub(crate) fn reset(&mut self, keys: usize, depth: usize) {
+        let format = self.kernel.format();
+        let padded = keys.next_multiple_of(self.kernel.group()) * depth.next_multiple_of(LANES);
+        self.bytes.grow(padded * format.size());
+        (self.keys, self.depth) = (keys, depth);
+        self.fill.clear();
+        self.fill.resize(depth, 0.0);
+        self.channels = (format == ValueFormat::Int8).then(|| Channels::new(depth));
+        self.exceptions.clear();
+    }
+
+    /// What multiplies them.
+    pub(crate) fn kernel(&self) -> &'static dyn PvKernel {
+        self.kernel
+    }
+
+    /// Bytes of memory in use.
+    pub(crate) fn memory(&self) -> usize {
+        self.bytes.len()
     }
 
     /// Channels, padded to whole vectors: the stride of the sums.

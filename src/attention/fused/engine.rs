@@ -66,12 +66,14 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
-/// Bytes of packed keys that a thread may keep for the next head.
-const KEPT: usize = 256 << 10;
+/// Bytes of packed keys and values that a thread may keep for the next head.
+const KEPT: usize = 512 << 10;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-    static KEYS: Cell<Option<PackedKeys>> = const { Cell::new(None) };
+    static KEY_HEAD: Cell<Option<KeyHead>> = const { Cell::new(None) };
+    /// Where values are gathered that do not lie together.
+    static PACKING: RefCell<(Vec<f32>, Vec<f32>)> = RefCell::default();
 }
 
 impl<'a> Engine<'a> {
@@ -131,9 +133,9 @@ impl<'a> Engine<'a> {
     /// Writes the output of all query heads that share key head `head`.
     fn attend_head<T: Element>(&self, pace: Pace, head: usize, out: &mut [MaybeUninit<T>]) {
         let ([_, _, m, _], value_dim) = (self.scorer.dims(), self.values.depth());
-        let mut keys = KEYS.take().unwrap_or_else(|| PackedKeys::new(self.scorer.kernel));
-        self.scorer.pack_keys(head, pace, &mut keys);
-        let from = KeyHead { keys, values: self.pack_values(head, pace) };
+        let mut from = self.key_head();
+        self.scorer.pack_keys(head, pace, &mut from.keys);
+        self.pack_values(head, &mut from.values);
         let outs = self.scorer.query_heads(head).zip(out.chunks_exact_mut(m * value_dim));
         let blocks = outs.flat_map(|(head, out)| {
             let (from, outs) = (&from, out.chunks_mut(BLOCK * value_dim));
@@ -142,26 +144,36 @@ impl<'a> Engine<'a> {
         pace.for_each(blocks, |(queries, out)| {
             SCRATCH.with_borrow_mut(|scratch| self.attend::<T>(&queries, scratch, out));
         });
-        if from.keys.memory() <= KEPT {
-            KEYS.set(Some(from.keys));
+        if from.keys.memory() + from.values.memory() <= KEPT {
+            KEY_HEAD.set(Some(from));
         }
     }
 
-    fn pack_values(&self, head: usize, pace: Pace) -> PackedValues {
-        let mut packed = PackedValues::new(self.kernel, self.values.tokens(), self.values.depth());
-        let (mut gathered, mut buffer) = (Vec::new(), Vec::new());
-        let _ = pace;
-        if packed.needs_ranges() {
-            for block in blocks(self.values.tokens()) {
-                let rows = self.values.rows(head, block, &mut gathered);
-                packed.observe(rows.as_slice(&mut buffer));
+    /// Memory for the keys and values of a head.
+    fn key_head(&self) -> KeyHead {
+        let name = self.kernel.name();
+        let kept = KEY_HEAD.take().filter(|kept| kept.values.kernel().name() == name);
+        kept.unwrap_or_else(|| KeyHead {
+            keys: PackedKeys::new(self.scorer.kernel),
+            values: PackedValues::new(self.kernel, 0, 0),
+        })
+    }
+
+    fn pack_values(&self, head: usize, packed: &mut PackedValues) {
+        packed.reset(self.values.tokens(), self.values.depth());
+        PACKING.with_borrow_mut(|(gathered, buffer)| {
+            let tokens = self.values.tokens();
+            if packed.needs_ranges() {
+                for block in blocks(tokens) {
+                    let rows = self.values.rows(head, block, gathered);
+                    packed.observe(rows.as_slice(buffer));
+                }
             }
-        }
-        for block in blocks(self.values.tokens()) {
-            let rows = self.values.rows(head, block.clone(), &mut gathered);
-            packed.put(block.start, rows.as_slice(&mut buffer));
-        }
-        packed
+            for block in blocks(tokens) {
+                let rows = self.values.rows(head, block.clone(), gathered);
+                packed.put(block.start, rows.as_slice(buffer));
+            }
+        });
     }
 
     /// Attention of a block of queries.

@@ -93,12 +93,9 @@ fn dot_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], vector: &[f32], 
         let mut sums = [_mm512_setzero_ps(); LANES];
         for (i, sum) in sums[..out.len()].iter_mut().enumerate() {
             let row = Row::<OFFSET> { row: rows.row(index * LANES + i), offset };
-            for at in (0..vector.len()).step_by(LANES) {
-                let (mask, x) = row.load(at);
-                // SAFETY: lanes beyond the vector are masked out.
-                let y = unsafe { _mm512_maskz_loadu_ps(mask, vector[at..].as_ptr()) };
-                *sum = _mm512_fmadd_ps(x, y, *sum);
-            }
+            row.for_each_chunk(|at, len, x| {
+                *sum = _mm512_fmadd_ps(x, load(vector, at, len), *sum);
+            });
         }
         let mask = first(out.len());
         // SAFETY: lanes beyond the slice are masked out.
@@ -117,24 +114,42 @@ struct Row<'a, const OFFSET: bool> {
 /// 127 are off by at most `127 * 2^-23 = 1.5e-5`, which only near a tie can give another code.
 const NEAR: f32 = 1e-4;
 
-/// The first `len` of 16 lanes, all of them from 16 on.
+/// The first `len` of 16 lanes.
 #[inline(always)]
 fn first(len: usize) -> __mmask16 {
-    if len >= LANES { !0 } else { (1 << len) - 1 }
+    ((1u32 << len) - 1) as __mmask16
+}
+
+/// Elements `at..at + len`, at most 16, and zeros behind them. Whole vectors are not masked, which
+/// is faster.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn load(from: &[f32], at: usize, len: usize) -> __m512 {
+    let from = from[at..at + len].as_ptr();
+    match len {
+        // SAFETY: 16 elements.
+        LANES => unsafe { _mm512_loadu_ps(from) },
+        // SAFETY: lanes beyond `len` are masked out, and are not read.
+        _ => unsafe { _mm512_maskz_loadu_ps(first(len), from) },
+    }
 }
 
 impl<const OFFSET: bool> Row<'_, OFFSET> {
-    /// Elements `at..at + 16`, zeros in the place of what is missing.
+    /// Calls `f(at, len, elements)` for every 16 elements, and for the rest.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn load(self, at: usize) -> (__mmask16, __m512) {
-        let mask = first(self.row.len() - at);
-        let load = |from: &[f32]| {
-            // SAFETY: lanes beyond the slice are masked out, and are not read.
-            unsafe { _mm512_maskz_loadu_ps(mask, from[at..].as_ptr()) }
+    fn for_each_chunk(self, mut f: impl FnMut(usize, usize, __m512)) {
+        let part = |at: usize, len: usize| {
+            let x = load(self.row, at, len);
+            if OFFSET { _mm512_sub_ps(x, load(self.offset, at, len)) } else { x }
         };
-        let x = load(self.row);
-        (mask, if OFFSET { _mm512_sub_ps(x, load(self.offset)) } else { x })
+        let whole = self.row.len() / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            f(at, LANES, part(at, LANES));
+        }
+        if whole < self.row.len() {
+            f(whole, self.row.len() - whole, part(whole, self.row.len() - whole));
+        }
     }
 
     /// The bits of the largest magnitude among elements `16 * i + lane`. As integers, magnitudes
@@ -144,10 +159,10 @@ impl<const OFFSET: bool> Row<'_, OFFSET> {
     fn max_magnitude(self) -> __m512i {
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
         let mut max = _mm512_setzero_si512();
-        for at in (0..self.row.len()).step_by(LANES) {
-            let bits = _mm512_and_si512(_mm512_castps_si512(self.load(at).1), magnitude);
+        self.for_each_chunk(|_, _, x| {
+            let bits = _mm512_and_si512(_mm512_castps_si512(x), magnitude);
             max = _mm512_max_epu32(max, bits);
-        }
+        });
         max
     }
 
@@ -159,8 +174,7 @@ impl<const OFFSET: bool> Row<'_, OFFSET> {
         let (by, limit) = (_mm512_set1_ps(reciprocal), _mm512_set1_ps(0.5 - NEAR));
         let mut sums = _mm512_setzero_si512();
         let mut near_tie = 0;
-        for at in (0..self.row.len()).step_by(LANES) {
-            let (mask, x) = self.load(at);
+        self.for_each_chunk(|at, len, x| {
             let steps = match FAST {
                 true => _mm512_mul_ps(x, by),
                 false => _mm512_div_ps(x, _mm512_set1_ps(scale)),
@@ -171,12 +185,8 @@ impl<const OFFSET: bool> Row<'_, OFFSET> {
                 near_tie |= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(rest, limit);
             }
             sums = _mm512_add_epi32(sums, q);
-            // SAFETY: lanes beyond the row are masked out; there is one code an element.
-            unsafe {
-                let to = codes[at..].as_mut_ptr();
-                _mm_mask_storeu_epi8(to, mask, _mm512_cvtepi32_epi8(q));
-            }
-        }
+            store(_mm512_cvtepi32_epi8(q), &mut codes[at..at + len]);
+        });
         match near_tie {
             0 => sums,
             _ => self.quantize_by_division(scale, codes),
@@ -187,6 +197,18 @@ impl<const OFFSET: bool> Row<'_, OFFSET> {
     #[cold]
     fn quantize_by_division(self, scale: f32, codes: &mut [i8]) -> __m512i {
         self.quantize::<false>(scale, 0.0, codes)
+    }
+}
+
+/// The first codes, as many as there are places.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+fn store(codes: __m128i, to: &mut [i8]) {
+    match to.len() {
+        // SAFETY: 16 places.
+        LANES => unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), codes) },
+        // SAFETY: lanes beyond the slice are masked out.
+        len => unsafe { _mm_mask_storeu_epi8(to.as_mut_ptr(), first(len), codes) },
     }
 }
 

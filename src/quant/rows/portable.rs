@@ -162,11 +162,8 @@ pub(crate) fn accumulate_finite(sums: &mut [f64], rows: Rows<'_>, block: &mut Ve
 #[inline(always)]
 fn accumulate_finite_body((sums, rows, block): (&mut [f64], Rows<'_>, &mut [f32])) -> usize {
     let mut at = 0;
-    // Rows are read once from start to end, as they come from memory, with the sums in registers.
-    while at + 8 * LANES <= block.len() {
-        at = sum_columns::<8>(rows, at, block);
-    }
-    if at + 4 * LANES <= block.len() {
+    // Sums stay in registers, which LLVM manages with 4 of them and not with 8.
+    while at + 4 * LANES <= block.len() {
         at = sum_columns::<4>(rows, at, block);
     }
     if at + 2 * LANES <= block.len() {
