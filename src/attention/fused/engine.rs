@@ -1,5 +1,6 @@
 //! The loops of fused attention.
 
+use super::between::Between;
 use super::mask::MaskView;
 use super::output::Element;
 use super::softmax::{Probs, Running, Tile, softmax_tile};
@@ -29,9 +30,7 @@ pub(super) struct Engine<'a> {
     values: View<'a>,
     kernel: &'static dyn PvKernel,
     visible: Visible,
-    mask: Option<MaskView<'a>>,
-    softcap: Option<f32>,
-    slopes: Option<Vec<f32>>,
+    between: Between<'a>,
 }
 
 /// Keys and values of one head, packed.
@@ -97,9 +96,7 @@ impl<'a> Engine<'a> {
             values: v,
             kernel: value_kernel(int8.pv)?,
             visible: Visible::new((b, m, n), attn_mask, config)?,
-            mask,
-            softcap: config.softcap,
-            slopes: config.alibi_slopes.clone(),
+            between: Between { softcap: config.softcap, slopes: config.alibi_slopes.clone(), mask },
             scorer: Scorer::prepare(q, k, &int8.scores, scale)?,
         })
     }
@@ -212,11 +209,14 @@ impl<'a> Engine<'a> {
         let inside = scratch.visible.iter().map(|seen| clamp(seen.start)..clamp(seen.end));
         scratch.visible_in_tile.clear();
         scratch.visible_in_tile.extend(inside);
-        if self.modifies() {
+        if !self.between.is_nothing() {
+            let [_, h, _, _] = self.scorer.dims();
             let rows = scratch.scores.chunks_mut(stride).zip(&scratch.visible_in_tile);
             for (query, (scores, visible)) in queries.tokens.clone().zip(rows) {
                 let seen = keys.start + visible.start..keys.start + visible.end;
-                self.modify(queries.head, query, seen, &mut scores[visible.clone()]);
+                let at = [queries.head / h, queries.head % h, query];
+                let position = self.visible.position(query);
+                self.between.apply(at, position, seen, &mut scores[visible.clone()]);
             }
         }
         let probs = match self.kernel.format() {
@@ -252,28 +252,6 @@ impl<'a> Engine<'a> {
                     sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
                 }
             }
-        }
-    }
-
-    /// Whether anything but a scale and a range of keys is between scores and softmax.
-    fn modifies(&self) -> bool {
-        self.softcap.is_some() || self.slopes.is_some() || self.mask.is_some()
-    }
-
-    /// Softcap, ALiBi and mask tensor on the scores of one query; leaves them in units of log2.
-    fn modify(&self, head: usize, query: usize, keys: Range<usize>, scores: &mut [f32]) {
-        let [_, h, _, _] = self.scorer.dims();
-        if let Some(cap) = self.softcap {
-            scores.iter_mut().for_each(|s| *s = (*s / cap).tanh() * (cap * LOG2_E));
-        }
-        if let Some(slopes) = &self.slopes {
-            let (slope, position) = (slopes[head % h] * LOG2_E, self.visible.position(query));
-            for (score, key) in scores.iter_mut().zip(keys.clone()) {
-                *score -= slope * (position - key as isize).unsigned_abs() as f32;
-            }
-        }
-        if let Some(mask) = &self.mask {
-            mask.apply([head / h, head % h, query], keys, scores);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Mask tensors, read where they lie: a row at a time, broadcast by strides.
 
+use crate::simd::widest;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Layout};
 use half::{bf16, f16};
@@ -51,36 +52,38 @@ impl<'a> MaskView<'a> {
     pub(super) fn apply(&self, at: [usize; 3], keys: Range<usize>, scores: &mut [f32]) {
         let [batch, head, query, step] = self.strides;
         let start = at[0] * batch + at[1] * head + at[2] * query + keys.start * step;
-        let log2e = std::f32::consts::LOG2_E;
-        let additive = |score: f32, mask: f32, masked: bool| match masked {
-            true => f32::NEG_INFINITY,
-            false => score + mask * log2e,
-        };
-        match self.data {
-            Data::Bool(data) => {
-                each(&data[start..], step, scores, |score, keep| match keep {
-                    0 => f32::NEG_INFINITY,
-                    _ => score,
-                });
-            }
-            Data::F32(data) => {
-                each(&data[start..], step, scores, |s, x| additive(s, x, x <= f32::MIN));
-            }
-            Data::F16(data) => {
-                each(&data[start..], step, scores, |s, x| additive(s, x.to_f32(), x <= f16::MIN));
-            }
-            Data::BF16(data) => {
-                each(&data[start..], step, scores, |s, x| additive(s, x.to_f32(), x <= bf16::MIN));
-            }
-            Data::F64(data) => {
-                each(&data[start..], step, scores, |s, x| additive(s, x as f32, x <= f64::MIN));
-            }
+        let job = (&self.data, start, step, scores);
+        widest!(apply_body, job, (&Data<'_>, usize, usize, &mut [f32]) => ());
+    }
+}
+
+#[inline(always)]
+fn apply_body((data, start, step, scores): (&Data<'_>, usize, usize, &mut [f32])) {
+    match *data {
+        Data::Bool(data) => {
+            let keep = |score: f32, keep: u8| if keep == 0 { f32::NEG_INFINITY } else { score };
+            each(&data[start..], step, scores, keep);
+        }
+        Data::F32(data) => each(&data[start..], step, scores, |s, x| add(s, x, x <= f32::MIN)),
+        Data::F16(data) => {
+            each(&data[start..], step, scores, |s, x| add(s, x.to_f32(), x <= f16::MIN));
+        }
+        Data::BF16(data) => {
+            each(&data[start..], step, scores, |s, x| add(s, x.to_f32(), x <= bf16::MIN));
+        }
+        Data::F64(data) => {
+            each(&data[start..], step, scores, |s, x| add(s, x as f32, x <= f64::MIN));
         }
     }
 }
 
+#[inline(always)]
+fn add(score: f32, mask: f32, masked: bool) -> f32 {
+    if masked { f32::NEG_INFINITY } else { score + mask * std::f32::consts::LOG2_E }
+}
+
 /// `scores[i] = f(scores[i], mask[i * step])`.
-#[inline]
+#[inline(always)]
 fn each<T: Copy>(mask: &[T], step: usize, scores: &mut [f32], f: impl Fn(f32, T) -> f32) {
     match step {
         0 => scores.iter_mut().for_each(|s| *s = f(*s, mask[0])),

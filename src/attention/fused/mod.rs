@@ -11,6 +11,7 @@
 //!   divide by the running sum
 //! ```
 
+mod between;
 mod engine;
 mod mask;
 mod output;

@@ -7,6 +7,8 @@
 mod avx512;
 mod portable;
 
+pub(super) use portable::exp2;
+
 use crate::pv::{Int8Row, KEY_GROUP};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -129,7 +131,7 @@ fn softmax_tile_with(kernel: &dyn SoftmaxKernel, mut tile: Tile<'_>, running: &m
                 // The tile's own maximum gives all of its codes a use.
                 let (top, scale) = match tile_max == f32::NEG_INFINITY {
                     true => (0.0, 0.0),
-                    false => (tile_max, portable::exp2(tile_max - max) / CODES),
+                    false => (tile_max, exp2(tile_max - max) / CODES),
                 };
                 let sum = kernel.exp_int8(&scores[start..end], top, &mut codes[start..end]);
                 rows[row] = Int8Row { scale, codes: sum as u32 };
@@ -150,7 +152,7 @@ impl Running {
         }
         // Any finite maximum gives zeros for minus infinity, without the NaN of -inf - (-inf).
         let max_or_zero = if nothing_seen { 0.0 } else { max };
-        self.rescale = if max == self.max { 1.0 } else { portable::exp2(self.max - max_or_zero) };
+        self.rescale = if max == self.max { 1.0 } else { exp2(self.max - max_or_zero) };
         self.max = max;
         max_or_zero
     }

@@ -48,7 +48,7 @@ const EXP2: [f32; 5] = [6.931_47e-1, 2.402_224_2e-1, 5.550_733_6e-2, 9.671_513e-
 /// `2^x = 2^n * 2^f` with `n` the nearest integer: `2^f` is a polynomial of degree 5, minimax in
 /// relative error over [-1/2, 1/2] with a constant term of 1, so that `2^0 = 1`.
 #[inline(always)]
-pub(super) fn exp2(x: f32) -> f32 {
+pub(in crate::attention::fused) fn exp2(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
     let clamped = if x < -126.0 { -126.0 } else { x };
     let rounded = clamped + ROUND;
