@@ -188,8 +188,10 @@ impl<'a> Engine<'a> {
         self.scorer.quantize_queries(&queries.from.keys, at, &mut scratch.block);
         let first = scratch.visible.iter().map(|keys| keys.start).min().unwrap_or(0);
         let end = scratch.visible.iter().map(|keys| keys.end).max().unwrap_or(0);
-        for start in (first / TILE * TILE..end).step_by(TILE) {
-            self.tile(queries, start..(start + TILE).min(n), scratch);
+        // Only what some query of the block sees, from a whole step on.
+        let step = self.scorer.key_step().next_multiple_of(KEY_GROUP);
+        for start in (first / step * step..end).step_by(TILE) {
+            self.tile(queries, start..(start + TILE).min(end), scratch);
         }
         let outs = out.chunks_exact_mut(self.values.depth());
         let rows = scratch.sums.chunks_exact_mut(width).zip(outs);
