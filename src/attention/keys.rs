@@ -39,7 +39,7 @@ struct KeyChunk<'a> {
 }
 
 /// Keys that one thread packs at a time, where a head is shared by several.
-const CHUNK: usize = 512;
+const CHUNK: usize = 128;
 
 impl PackedKeys {
     /// No keys yet.

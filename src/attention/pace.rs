@@ -75,3 +75,41 @@ impl Pace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread::{ThreadId, current};
+
+    /// Who did each of 30 chunks of 4, and at what pace.
+    fn who(work: Work) -> Vec<(ThreadId, Pace)> {
+        let mut out = vec![None; 118]; // the last chunk is shorter
+        work.for_each_chunk(&mut out, 4, |pace, index, chunk| {
+            assert_eq!(chunk.len(), if index == 29 { 2 } else { 4 });
+            chunk.fill(Some((current().id(), pace)));
+        });
+        out.into_iter().map(|done| done.expect("every chunk is done")).collect()
+    }
+
+    #[test]
+    fn small_work_wakes_nobody() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let work = Work { int8_macs: 1000, value_macs: 1000, elements: 10_000 };
+        let done = pool.install(|| {
+            let me = (current().id(), Pace::Serial);
+            who(work).into_iter().all(|by| by == me)
+        });
+        assert!(done);
+        // The same outside of any pool.
+        assert!(who(work).into_iter().all(|by| by == (current().id(), Pace::Serial)));
+    }
+
+    #[test]
+    fn large_work_is_shared() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let huge = Work { int8_macs: 1 << 40, ..Work::default() };
+        assert!(pool.install(|| who(huge)).iter().all(|(_, pace)| *pace == Pace::Parallel));
+        let many_small = Work { elements: 3 * 30 * 5_000, ..Work::default() };
+        assert!(pool.install(|| who(many_small)).iter().all(|(_, pace)| *pace == Pace::Serial));
+    }
+}
