@@ -104,19 +104,20 @@ impl Gguf {
                 let key = "llama.attention.layer_norm_rms_epsilon";
                 f64::from(self.float(key)?.ok_or_else(|| self.missing(key, "a number"))?)
             },
-            rope: self.rope(head_dim)?,
+            rope: self.rope()?,
             tie_embeddings: !self.has("output.weight"),
         };
         config.check()?;
-        Ok(config)
+        let key = "llama.rope.dimension_count";
+        match self.size(key)?.filter(|&dim| dim != head_dim) {
+            Some(dim) => {
+                Err(Error::Config(format!("{key} {dim}, expected the head dim {head_dim}")))
+            }
+            None => Ok(config),
+        }
     }
 
-    fn rope(&self, head_dim: usize) -> Result<RopeConfig> {
-        if let Some(dim) = self.size("llama.rope.dimension_count")?.filter(|&dim| dim != head_dim) {
-            return Err(Error::Config(format!(
-                "llama.rope.dimension_count {dim}, expected the head dim {head_dim}"
-            )));
-        }
+    fn rope(&self) -> Result<RopeConfig> {
         let kind = match self.get("llama.rope.scaling.type") {
             None => "none",
             Some(_) => self.string("llama.rope.scaling.type")?,
