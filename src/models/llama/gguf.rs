@@ -238,11 +238,12 @@ impl Gguf {
 
     /// The value of a key that must be an array of strings.
     pub(super) fn strings(&self, key: &str) -> Result<Vec<&str>> {
-        let text = |value| match value {
-            &Value::String(ref text) => Ok(text.as_str()),
+        let values = self.array(key)?.iter();
+        let text = values.map(|value| match value {
+            Value::String(text) => Ok(text.as_str()),
             other => Err(self.mistyped(key, other, "an array of strings")),
-        };
-        self.array(key)?.iter().map(text).collect()
+        });
+        text.collect()
     }
 
     /// Whether there is a tensor of this name.

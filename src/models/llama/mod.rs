@@ -30,3 +30,5 @@ pub use layer::LlamaLayer;
 pub use linear::WeightFormat;
 pub use model::LlamaModel;
 pub use tokenizer::LlamaTokenizer;
+#[cfg(feature = "hub")]
+pub(crate) use weights::shard_files;

@@ -134,6 +134,37 @@ struct Index {
     weight_map: HashMap<String, String>,
 }
 
+impl Index {
+    fn read(path: &Path) -> Result<Self> {
+        serde_json::from_str(&read_text("weights index", path)?)
+            .map_err(|e| corrupt(path, format!("not an index of safetensors: {e}")))
+    }
+
+    /// The files that it names, sorted. All must lie beside the index itself, at `path`.
+    fn files(&self, path: &Path) -> Result<Vec<String>> {
+        let mut names: Vec<String> = self.weight_map.values().cloned().collect();
+        names.sort();
+        names.dedup();
+        let plain =
+            |name: &&String| Path::new(name).file_name().is_some_and(|n| n == name.as_str());
+        match names.iter().find(|name| !plain(name)) {
+            Some(name) => Err(corrupt(path, format!("names {name:?}, expected a file beside it"))),
+            None if names.is_empty() => Err(corrupt(path, "names no tensor")),
+            None => Ok(names),
+        }
+    }
+}
+
+/// The files that the index of safetensors at `path` names.
+///
+/// # Errors
+/// [`Error::Corrupt`](crate::Error::Corrupt) for what is no index, or names something that is not a
+/// file beside it.
+#[cfg(feature = "hub")]
+pub(crate) fn shard_files(path: &Path) -> Result<Vec<String>> {
+    Index::read(path)?.files(path)
+}
+
 impl Shards {
     /// `model.safetensors` of the folder, or what its `model.safetensors.index.json` names.
     ///
@@ -149,17 +180,16 @@ impl Shards {
     }
 
     fn open_index(folder: &Path, path: &Path) -> Result<Self> {
-        let map = shard_names(path)?;
-        let mut names: Vec<&String> = map.values().collect();
-        names.sort();
-        names.dedup();
+        let index = Index::read(path)?;
+        let names = index.files(path)?;
         let files = names
             .iter()
             .map(|name| Weights::open(folder.join(name)))
             .collect::<Result<Vec<_>>>()?;
-        let number: HashMap<&String, usize> =
-            names.iter().enumerate().map(|(number, &name)| (name, number)).collect();
-        let index = map.iter().map(|(tensor, file)| (tensor.clone(), number[file])).collect();
+        let number: HashMap<&str, usize> =
+            (0..).zip(&names).map(|(i, n)| (n.as_str(), i)).collect();
+        let map = index.weight_map.iter();
+        let index = map.map(|(tensor, file)| (tensor.clone(), number[file.as_str()])).collect();
         Ok(Self { files, index })
     }
 
@@ -177,20 +207,5 @@ impl Shards {
 
     fn get(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
         self.file_of(name).get(name, shape, device)
-    }
-}
-
-/// The file of each tensor, by the index at `path`.
-///
-/// # Errors
-/// [`Error::Corrupt`](crate::Error::Corrupt) for what is no index, or names something that is not a file beside it.
-fn shard_names(path: &Path) -> Result<HashMap<String, String>> {
-    let index: Index = serde_json::from_str(&read_text("weights index", path)?)
-        .map_err(|e| corrupt(path, format!("not an index of safetensors: {e}")))?;
-    let plain = |name: &&String| Path::new(name).file_name().is_some_and(|n| n == name.as_str());
-    match index.weight_map.values().find(|name| !plain(name)) {
-        Some(name) => Err(corrupt(path, format!("names {name:?}, expected a file beside it"))),
-        None if index.weight_map.is_empty() => Err(corrupt(path, "names no tensor")),
-        None => Ok(index.weight_map),
     }
 }
