@@ -155,6 +155,21 @@ pub enum Error {
         expected: Vec<usize>,
     },
 
+    /// A sequence is longer than the context that is left for it.
+    #[error(
+        "{tokens} tokens do not fit: {used} of the context's {context} are in use, expected at \
+         most {} more",
+        context - used
+    )]
+    ContextLength {
+        /// The tokens that were to be added.
+        tokens: usize,
+        /// The tokens that are there already.
+        used: usize,
+        /// The most tokens there can be.
+        context: usize,
+    },
+
     /// A model could not be had from the Hugging Face Hub.
     #[error("{model}: {problem}")]
     Hub {

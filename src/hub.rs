@@ -5,12 +5,16 @@
 //! `HF_TOKEN` opens private models.
 
 use crate::models::ModelFiles;
+use crate::models::llama::shard_files;
 use crate::{Error, Result};
 use hf_hub::progress::{DownloadEvent, Progress, ProgressEvent, ProgressHandler};
 use hf_hub::repository::RepoTypeModel;
 use hf_hub::{HFClientSync, HFError, HFRepositorySync, split_id};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
+
+/// The index of weights that are in several files.
+const SHARDS: &str = "model.safetensors.index.json";
 
 /// A model on the Hugging Face Hub: config, tokenizer and safetensors weights.
 ///
@@ -67,12 +71,75 @@ impl HubModel {
         Ok(ModelFiles { weights, config, tokenizer })
     }
 
+    /// A Llama-family decoder, downloaded if the cache lacks it, as a path for
+    /// [`LlamaModel::load`](crate::models::llama::LlamaModel::load): the folder of `config.json`,
+    /// `tokenizer.json` and safetensors, in one file or in several with an index; or the GGUF file
+    /// that `gguf` names.
+    ///
+    /// # Errors
+    /// Those of [`Self::fetch`]; [`Error::Corrupt`] for an index that is none.
+    pub fn fetch_llama(&self, gguf: Option<&str>) -> Result<PathBuf> {
+        let client = HFClientSync::new().map_err(|error| self.error(&error, "client"))?;
+        self.fetch_llama_from(&client, gguf)
+    }
+
+    /// [`Self::fetch_llama`] with a client of one's own.
+    ///
+    /// # Errors
+    /// Those of [`Self::fetch_llama`].
+    pub fn fetch_llama_from(&self, client: &HFClientSync, gguf: Option<&str>) -> Result<PathBuf> {
+        self.check_names()?;
+        let (owner, name) = split_id(&self.id);
+        let repository = client.model(owner, name);
+        if let Some(file) = gguf {
+            return self.file(&repository, file, self.revision.as_deref());
+        }
+        let config = self.file(&repository, "config.json", self.revision.as_deref())?;
+        let commit = commit_of(&config).or(self.revision.as_deref());
+        self.file(&repository, "tokenizer.json", commit)?;
+        for name in ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
+            self.optional_file(&repository, name, commit)?;
+        }
+        match self.optional_file(&repository, SHARDS, commit)? {
+            None => drop(self.file(&repository, "model.safetensors", commit)?),
+            Some(index) => {
+                for shard in shard_files(&index)? {
+                    self.file(&repository, &shard, commit)?;
+                }
+            }
+        }
+        Ok(config.parent().map(Path::to_path_buf).unwrap_or_default())
+    }
+
+    /// A file that not every model has. Offline, one that is not in the cache counts as such.
+    fn optional_file(
+        &self,
+        repository: &HFRepositorySync<RepoTypeModel>,
+        name: &str,
+        revision: Option<&str>,
+    ) -> Result<Option<PathBuf>> {
+        match self.get(repository, name, revision) {
+            Ok(path) => Ok(Some(path)),
+            Err(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. }) => Ok(None),
+            Err(error) => Err(self.error(&error, name)),
+        }
+    }
+
     fn file(
         &self,
         repository: &HFRepositorySync<RepoTypeModel>,
         name: &str,
         revision: Option<&str>,
     ) -> Result<PathBuf> {
+        self.get(repository, name, revision).map_err(|error| self.error(&error, name))
+    }
+
+    fn get(
+        &self,
+        repository: &HFRepositorySync<RepoTypeModel>,
+        name: &str,
+        revision: Option<&str>,
+    ) -> std::result::Result<PathBuf, HFError> {
         repository
             .download_file()
             .filename(name)
@@ -80,7 +147,6 @@ impl HubModel {
             .local_files_only(self.offline)
             .progress(Progress::new(Bar::new(name)))
             .send()
-            .map_err(|error| self.error(&error, name))
     }
 
     /// Id and revision become parts of paths and addresses.

@@ -1,9 +1,10 @@
-//! What the examples share: where the model comes from, which int8 configuration is used, how
+//! What the examples share: where the models come from, which int8 configuration is used, how
 //! tables and errors are printed.
 
 // Each example compiles its own copy of this module and uses a part of it.
 #![allow(dead_code)]
 
 pub mod config;
+pub mod llama;
 pub mod model;
 pub mod print;

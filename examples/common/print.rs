@@ -56,7 +56,8 @@ fn print(text: &str) -> std::io::Result<()> {
     out.flush()
 }
 
-fn failure(message: &str) -> ExitCode {
+/// Prints an error, and gives the exit code.
+pub fn failure(message: &str) -> ExitCode {
     // stderr may be closed as well; there is nobody left to tell.
     let _ = writeln!(std::io::stderr(), "error: {message}");
     ExitCode::FAILURE

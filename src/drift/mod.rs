@@ -3,11 +3,13 @@
 //! * [`metrics`] holds one function a number, over f32 slices.
 //! * [`Drift`] is the set of numbers shown for a tensor of reals (an attention output, say).
 //! * [`ProbabilityDrift`] is the set of numbers shown for rows of probabilities.
+//! * [`tokens`] has the numbers shown for a language model's predictions over a text.
 //!
 //! No number is enough alone: a cosine hides a wrong length, a mean hides one bad row, and a
 //! signal-to-noise ratio does not say whether the most attended word is still the same.
 
 pub mod metrics;
+pub mod tokens;
 
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,49 @@
+//! The command line.
+
+use crate::common::config::Int8Args;
+use crate::common::llama::LlamaArgs;
+use crate::common::model::{project_file, shown};
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+
+/// What is read without `--file`.
+const BUILT_IN: &str = "examples/data/pride-and-prejudice.txt";
+
+/// Perplexity of a text with fp32 and with int8 attention, and how far predictions move.
+#[derive(Debug, clap::Parser)]
+#[command(name = "perplexity")]
+pub struct Args {
+    /// Text (UTF-8) to predict [default: the opening of Pride and Prejudice]
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+
+    /// Tokens of a window; those of its second half are predicted [default: 512, or the whole text
+    /// if that is shorter]
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+
+    /// At most this number of windows [default: as many as the text has]
+    #[arg(long, value_name = "N")]
+    pub chunks: Option<usize>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub model: LlamaArgs,
+
+    #[command(flatten)]
+    pub int8: Int8Args,
+}
+
+impl Args {
+    /// The text, and a name for people.
+    pub fn text(&self) -> Result<(String, String)> {
+        let path = self.file.clone().unwrap_or_else(|| project_file(BUILT_IN));
+        let name = shown(&path);
+        let bytes = std::fs::read(&path).with_context(|| format!("cannot read {name}"))?;
+        let text = String::from_utf8(bytes).with_context(|| format!("{name} is not UTF-8"))?;
+        Ok((text, name))
+    }
+}

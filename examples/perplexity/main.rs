@@ -1,0 +1,72 @@
+//! What int8 attention does to a language model's predictions over a text.
+//!
+//! ```text
+//! cargo run --release --example perplexity -- --model MODEL.gguf --file TEXT.txt --context 2048
+//! ```
+//!
+//! The text is cut into windows. Both kinds of attention see each window, with the same weights, and
+//! their predictions for the tokens of its second half are compared: those have at least half of the
+//! window before them.
+
+mod args;
+#[path = "../common/mod.rs"]
+mod common;
+mod report;
+mod windows;
+
+use anyhow::{Context, Result, bail};
+use args::Args;
+use candle_int8_attention::drift::tokens::TextDrift;
+use clap::Parser;
+use common::config::describe;
+use common::llama::Decoder;
+use common::print::finish;
+use report::Report;
+use std::process::ExitCode;
+use std::time::Duration;
+use windows::Windows;
+
+fn main() -> ExitCode {
+    finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<String> {
+    let (text, text_name) = args.text()?;
+    let decoder = args.model.load()?;
+    let windows = Windows::of(&decoder, &text, args)
+        .with_context(|| format!("cannot use the text {text_name}"))?;
+    let report = compare(args, &decoder, &windows, text_name)?;
+    Ok(if args.json { serde_json::to_string_pretty(&report)? } else { report.render() })
+}
+
+fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Result<Report> {
+    let mut int8 = fp32.model.clone();
+    int8.set_attention(&args.int8.attention());
+    let (mut tokens, mut times) = (Vec::new(), [Duration::ZERO; 2]);
+    for (number, ids) in windows.iter().enumerate() {
+        tokens.extend(windows::compare([&fp32.model, &int8], ids, &mut times)?);
+        let so_far = TextDrift::of(&tokens);
+        eprintln!(
+            "[{}/{}] perplexity fp32 {:.4}, int8 {:.4}; mean KL {:.2e}, same top {:.2} %",
+            number + 1,
+            windows.len(),
+            so_far.perplexity_reference.value,
+            so_far.perplexity_candidate.value,
+            so_far.mean_kl.value,
+            100.0 * so_far.same_top.value,
+        );
+    }
+    if tokens.is_empty() {
+        bail!("--chunks is 0, expected at least 1");
+    }
+    Ok(Report {
+        model: fp32.name.clone(),
+        text,
+        config: describe(&args.int8.scores()),
+        context: windows.context(),
+        windows: windows.len(),
+        seconds_fp32: times[0].as_secs_f64(),
+        seconds_int8: times[1].as_secs_f64(),
+        drift: TextDrift::of(&tokens),
+    })
+}

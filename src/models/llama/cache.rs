@@ -1,0 +1,271 @@
+//! Keys and values of the tokens so far.
+
+use super::LlamaConfig;
+use crate::{AttentionConfig, AttnMask, Backend, Error, Result, attention};
+use candle_core::{DType, Device, Tensor};
+
+/// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.
+#[derive(Debug)]
+pub struct LlamaCache {
+    layers: Vec<LayerCache>,
+    /// `[B, H_kv, D]`.
+    shape: [usize; 3],
+    context: usize,
+}
+
+impl LlamaCache {
+    /// An empty cache for `batch` sequences of at most `context` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    pub fn new(
+        config: &LlamaConfig,
+        batch: usize,
+        context: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let longest = config.context_length;
+        if context == 0 || context > longest {
+            return Err(Error::Config(format!(
+                "context of {context} tokens, expected 1 to {longest}, which the model was trained \
+                 for"
+            )));
+        }
+        let shape = [batch, config.num_kv_heads, config.head_dim];
+        let layer = || Ok(LayerCache::Full(FullCache::new(shape, context, device)?));
+        let layers = (0..config.num_layers).map(|_| layer()).collect::<Result<_>>()?;
+        Ok(Self { layers, shape, context })
+    }
+
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, LayerCache::len)
+    }
+
+    /// Whether it holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The most tokens it can hold.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Forgets all tokens, and keeps the memory.
+    pub fn reset(&mut self) {
+        self.truncate(0);
+    }
+
+    /// Forgets all but the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.truncate(len));
+    }
+
+    /// Memory in use, in bytes.
+    pub fn memory(&self) -> usize {
+        self.layers.iter().map(LayerCache::memory).sum()
+    }
+
+    pub(super) fn layers_mut(&mut self) -> &mut [LayerCache] {
+        &mut self.layers
+    }
+
+    /// Whether input ids of this shape, `[B, N]`, can be added.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the cache of another model, [`Error::Shape`] for another batch,
+    /// [`Error::ContextLength`] if there is no room for `N` tokens.
+    pub(super) fn check(&self, config: &LlamaConfig, ids: &[usize]) -> Result<()> {
+        let shape = [self.shape[0], config.num_kv_heads, config.head_dim];
+        if self.layers.len() != config.num_layers || self.shape != shape {
+            return Err(Error::Config(format!(
+                "a cache of {} layers of [B, H_kv, D] {:?}, expected {} of {shape:?}",
+                self.layers.len(),
+                self.shape,
+                config.num_layers
+            )));
+        }
+        if ids[0] != self.shape[0] {
+            return Err(Error::Shape {
+                op: "LlamaModel::forward",
+                tensor: "input_ids",
+                shape: ids.to_vec(),
+                expected: format!("[{}, N] like the cache", self.shape[0]),
+            });
+        }
+        let (tokens, used, context) = (ids[1], self.len(), self.context);
+        match tokens <= context - used {
+            true => Ok(()),
+            false => Err(Error::ContextLength { tokens, used, context }),
+        }
+    }
+}
+
+/// The keys and values of one layer.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum LayerCache {
+    /// In f32.
+    Full(FullCache),
+}
+
+impl LayerCache {
+    /// Adds the keys and values of new tokens, `[B, H_kv, M, D]` each.
+    pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+        match self {
+            Self::Full(cache) => cache.append(k, v),
+        }
+    }
+
+    /// Attention of the last `M` tokens of the cache to all tokens up to themselves:
+    /// `q` `[B, H, M, D]` to `[B, H, M, D]`.
+    pub(super) fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
+        match self {
+            Self::Full(cache) => cache.attend(q, config),
+        }
+    }
+
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Full(cache) => cache.len,
+        }
+    }
+
+    /// Whether it holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Memory in use, in bytes.
+    pub fn memory(&self) -> usize {
+        match self {
+            Self::Full(cache) => cache.memory(),
+        }
+    }
+
+    fn truncate(&mut self, len: usize) {
+        match self {
+            Self::Full(cache) => cache.len = cache.len.min(len),
+        }
+    }
+}
+
+/// Keys and values in f32, in buffers that double when they are full.
+#[derive(Debug)]
+pub struct FullCache {
+    /// `[B, H_kv, capacity, D]`; the first `len` tokens are in use.
+    keys: Tensor,
+    values: Tensor,
+    len: usize,
+    context: usize,
+}
+
+/// Tokens that the buffers hold at first.
+const FIRST_CAPACITY: usize = 256;
+
+/// Queries of an fp32 call: all scores of a call are in memory at once, and keys beyond the last
+/// query need not be scored.
+const QUERIES: usize = 256;
+
+impl FullCache {
+    fn new([b, heads, depth]: [usize; 3], context: usize, device: &Device) -> Result<Self> {
+        let shape = (b, heads, FIRST_CAPACITY.min(context), depth);
+        let buffer = || Tensor::zeros(shape, DType::F32, device);
+        Ok(Self { keys: buffer()?, values: buffer()?, len: 0, context })
+    }
+
+    fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+        let end = self.len + k.dim(2)?;
+        self.grow(end)?;
+        self.keys.slice_set(&k.contiguous()?, 2, self.len)?;
+        self.values.slice_set(&v.contiguous()?, 2, self.len)?;
+        self.len = end;
+        Ok(())
+    }
+
+    /// Makes room for `len` tokens.
+    fn grow(&mut self, len: usize) -> Result<()> {
+        let (b, heads, capacity, depth) = self.keys.dims4()?;
+        if len <= capacity {
+            return Ok(());
+        }
+        let capacity = len.max(2 * capacity).min(self.context.max(len));
+        for buffer in [&mut self.keys, &mut self.values] {
+            let larger = Tensor::zeros((b, heads, capacity, depth), DType::F32, buffer.device())?;
+            if self.len > 0 {
+                larger.slice_set(&buffer.narrow(2, 0, self.len)?.contiguous()?, 2, 0)?;
+            }
+            *buffer = larger;
+        }
+        Ok(())
+    }
+
+    fn memory(&self) -> usize {
+        (self.keys.elem_count() + self.values.elem_count()) * size_of::<f32>()
+    }
+
+    fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
+        let keys = self.keys.narrow(2, 0, self.len)?;
+        let values = self.values.narrow(2, 0, self.len)?;
+        let queries = q.dim(2)?;
+        let past = self.len - queries;
+        match (&config.backend, queries) {
+            (_, 1) if sees_everything(config) => one_query(q, &keys, &values, config),
+            (Backend::Fp32, _) => in_blocks(q, &keys, &values, past, config),
+            (Backend::Int8(_), _) => {
+                attention(q, &keys, &values, &AttnMask::causal_with_offset(past), config)
+            }
+        }
+    }
+}
+
+/// Whether the newest query sees all keys alike, wherever it stands.
+fn sees_everything(config: &AttentionConfig) -> bool {
+    config.window_left.is_none()
+        && config.window_right.is_none()
+        && config.alibi_slopes.is_none()
+        && config.kv_lens.is_none()
+}
+
+/// The newest token: the query heads that share a key head become queries of one head, so that keys
+/// and values are neither repeated nor copied.
+fn one_query(q: &Tensor, k: &Tensor, v: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
+    let (b, heads, _, depth) = q.dims4()?;
+    let kv_heads = k.dim(1)?;
+    let q = q.reshape((b, kv_heads, heads / kv_heads, depth))?;
+    if let Backend::Int8(_) = config.backend {
+        let out = attention(&q, k, v, &AttnMask::None, config)?;
+        return Ok(out.reshape((b, heads, 1, depth))?);
+    }
+    // A single head of the buffers is contiguous; several are not, and would be copied.
+    let mut out = Vec::with_capacity(b * kv_heads);
+    for sequence in 0..b {
+        for head in 0..kv_heads {
+            let of = |x: &Tensor| x.narrow(0, sequence, 1)?.narrow(1, head, 1);
+            out.push(attention(&of(&q)?, &of(k)?, &of(v)?, &AttnMask::None, config)?);
+        }
+    }
+    Ok(Tensor::cat(&out, 1)?.reshape((b, heads, 1, depth))?)
+}
+
+/// Many queries in fp32, block by block.
+fn in_blocks(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    past: usize,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
+    let queries = q.dim(2)?;
+    let mut out = Vec::with_capacity(queries.div_ceil(QUERIES));
+    for start in (0..queries).step_by(QUERIES) {
+        let len = QUERIES.min(queries - start);
+        let q = q.narrow(2, start, len)?;
+        let keys = past + start + len;
+        let mask = AttnMask::causal_with_offset(past + start);
+        out.push(attention(&q, &k.narrow(2, 0, keys)?, &v.narrow(2, 0, keys)?, &mask, config)?);
+    }
+    Ok(Tensor::cat(&out, 2)?)
+}

@@ -1,0 +1,92 @@
+//! One layer of the decoder.
+
+use super::cache::LayerCache;
+use super::config::LlamaConfig;
+use super::linear::Linear;
+use super::rope::Rotation;
+use super::weights::{Loader, Part};
+use crate::{AttentionConfig, QuantizedAttention, Result};
+use candle_core::Tensor;
+use candle_nn::{Module, RmsNorm};
+
+/// Attention block, then feed-forward block, each after an RMSNorm and with a residual.
+#[derive(Clone)]
+pub struct LlamaLayer {
+    /// The attention in use; switch it with
+    /// [`set_config`](crate::QuantizedAttention::set_config).
+    pub attention: QuantizedAttention,
+    heads: usize,
+    kv_heads: usize,
+    attention_norm: RmsNorm,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    ffn_norm: RmsNorm,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl LlamaLayer {
+    pub(super) fn load(from: &Loader<'_>, config: &LlamaConfig) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let width = config.num_heads * config.head_dim;
+        let kv_width = config.num_kv_heads * config.head_dim;
+        Ok(Self {
+            attention: QuantizedAttention::new(AttentionConfig::fp32()),
+            heads: config.num_heads,
+            kv_heads: config.num_kv_heads,
+            attention_norm: from.norm(Part::ATTENTION_NORM, hidden)?,
+            query: from.linear(Part::QUERY, width, hidden)?,
+            key: from.linear(Part::KEY, kv_width, hidden)?,
+            value: from.linear(Part::VALUE, kv_width, hidden)?,
+            output: from.linear(Part::ATTENTION_OUTPUT, hidden, width)?,
+            ffn_norm: from.norm(Part::FFN_NORM, hidden)?,
+            gate: from.linear(Part::GATE, inner, hidden)?,
+            up: from.linear(Part::UP, inner, hidden)?,
+            down: from.linear(Part::DOWN, hidden, inner)?,
+        })
+    }
+
+    /// `[B, N, hidden_size]` to the same; the tokens are added to the cache.
+    pub(super) fn forward(
+        &self,
+        hidden: &Tensor,
+        rotation: &Rotation,
+        cache: &mut LayerCache,
+    ) -> Result<Tensor> {
+        let hidden = (self.attention_block(hidden, rotation, cache)? + hidden)?;
+        let x = self.ffn_norm.forward(&hidden)?;
+        let inner = (self.gate.forward(&x)?.silu()? * self.up.forward(&x)?)?;
+        Ok((self.down.forward(&inner)? + hidden)?)
+    }
+
+    fn attention_block(
+        &self,
+        hidden: &Tensor,
+        rotation: &Rotation,
+        cache: &mut LayerCache,
+    ) -> Result<Tensor> {
+        let x = self.attention_norm.forward(hidden)?;
+        let q = rotation.apply(&split_heads(&self.query.forward(&x)?, self.heads)?)?;
+        let k = rotation.apply(&split_heads(&self.key.forward(&x)?, self.kv_heads)?)?;
+        let v = split_heads(&self.value.forward(&x)?, self.kv_heads)?;
+        cache.append(&k, &v)?;
+        let context = cache.attend(&q, self.attention.config())?;
+        self.output.forward(&context.transpose(1, 2)?.flatten_from(2)?)
+    }
+
+    /// Bytes of its matrices.
+    pub(super) fn bytes(&self) -> usize {
+        let linears = [&self.query, &self.key, &self.value, &self.output];
+        let ffn = [&self.gate, &self.up, &self.down];
+        linears.into_iter().chain(ffn).map(Linear::bytes).sum()
+    }
+}
+
+/// `[B, N, H * D]` as a view `[B, H, N, D]`.
+fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (b, n, width) = x.dims3()?;
+    Ok(x.reshape((b, n, heads, width / heads))?.transpose(1, 2)?)
+}

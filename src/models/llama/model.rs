@@ -1,0 +1,221 @@
+//! The decoder: token ids in, logits out.
+
+use super::cache::LlamaCache;
+use super::config::LlamaConfig;
+use super::gguf::Gguf;
+use super::layer::LlamaLayer;
+use super::linear::{Matrix, WeightFormat};
+use super::rope::Rope;
+use super::weights::{Loader, Part, Shards, Source};
+use crate::{AttentionConfig, Error, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Module, RmsNorm};
+use std::path::Path;
+
+/// A Llama-family decoder with a switchable attention per layer. A clone shares the weights.
+///
+/// ```no_run
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::AttentionConfig;
+/// use candle_int8_attention::models::llama::{LlamaModel, WeightFormat};
+///
+/// let path = "SmolLM2-135M-Instruct.Q4_1.gguf";
+/// let mut model = LlamaModel::load(path, WeightFormat::Auto, &Device::Cpu)?;
+/// model.set_attention(&AttentionConfig::int8());
+/// let mut cache = model.new_cache(1, 2048)?;
+/// let prompt = Tensor::new(&[[504u32, 2365, 3575, 282, 4649, 314]], &Device::Cpu)?;
+/// let logits = model.forward(&prompt, &mut cache)?; // of the token that comes next
+/// let next = logits.argmax_keepdim(1)?;
+/// let logits = model.forward(&next, &mut cache)?;
+/// # Ok::<(), candle_int8_attention::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct LlamaModel {
+    config: LlamaConfig,
+    device: Device,
+    embeddings: Matrix,
+    rope: Rope,
+    layers: Vec<LlamaLayer>,
+    norm: RmsNorm,
+    output: Matrix,
+}
+
+impl LlamaModel {
+    /// Loads a GGUF file, or a folder with `config.json` and safetensors; all layers start with
+    /// fp32 attention. The format is for GGUF; safetensors become f32.
+    ///
+    /// # Errors
+    /// Those of [`LlamaModel::from_gguf`] and [`LlamaModel::from_folder`].
+    pub fn load(path: impl AsRef<Path>, format: WeightFormat, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
+        if path.is_dir() {
+            return Self::from_folder(path, device);
+        }
+        Self::from_gguf(&Gguf::open(path)?, format, device)
+    }
+
+    /// Loads the tensors of a GGUF file.
+    ///
+    /// # Errors
+    /// Those of [`Gguf::llama_config`]; [`Error::MissingTensor`], [`Error::ModelShape`], or
+    /// [`Error::Corrupt`] for a tensor that is not there, does not fit, or cannot be read.
+    pub fn from_gguf(file: &Gguf, format: WeightFormat, device: &Device) -> Result<Self> {
+        let config = file.llama_config()?;
+        let eps = config.rms_norm_eps;
+        Self::new(Loader::new(Source::Gguf(file, format), eps, device), config, device)
+    }
+
+    /// Loads `config.json` and `model.safetensors` (or what `model.safetensors.index.json` names)
+    /// of a folder, as Hugging Face's `LlamaForCausalLM` writes them.
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::load`], [`Weights::open`](crate::models::Weights::open) and
+    /// [`Weights::get`](crate::models::Weights::get).
+    pub fn from_folder(folder: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let folder = folder.as_ref();
+        let config = LlamaConfig::load(folder.join("config.json"))?;
+        let shards = Shards::open(folder)?;
+        let loader = Loader::new(Source::Safetensors(&shards), config.rms_norm_eps, device);
+        Self::new(loader, config, device)
+    }
+
+    fn new(mut from: Loader<'_>, config: LlamaConfig, device: &Device) -> Result<Self> {
+        let (rows, hidden) = (config.vocab_size, config.hidden_size);
+        if from.has_layer(config.num_layers) {
+            return Err(Error::Config(format!(
+                "{} layers by the configuration, but the weights hold more",
+                config.num_layers
+            )));
+        }
+        let embeddings = from.matrix(Part::EMBEDDINGS, rows, hidden)?;
+        let output = match config.tie_embeddings {
+            true => embeddings.clone(),
+            false => from.matrix(Part::OUTPUT, rows, hidden)?,
+        };
+        Ok(Self {
+            embeddings,
+            output,
+            norm: from.norm(Part::OUTPUT_NORM, hidden)?,
+            rope: Rope::new(&config.rope, config.head_dim),
+            layers: (0..config.num_layers)
+                .map(|index| LlamaLayer::load(from.layer(index), &config))
+                .collect::<Result<_>>()?,
+            config,
+            device: device.clone(),
+        })
+    }
+
+    /// The configuration it was loaded with.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The device it was loaded to.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The layers, first to last.
+    pub fn layers(&self) -> &[LlamaLayer] {
+        &self.layers
+    }
+
+    /// The layers, to switch the attention of one.
+    pub fn layers_mut(&mut self) -> &mut [LlamaLayer] {
+        &mut self.layers
+    }
+
+    /// Switches the attention of all layers.
+    pub fn set_attention(&mut self, config: &AttentionConfig) {
+        for layer in &mut self.layers {
+            layer.attention.set_config(config.clone());
+        }
+    }
+
+    /// Bytes of all matrices, as they are held.
+    pub fn weight_bytes(&self) -> usize {
+        let own = if self.config.tie_embeddings { 0 } else { self.output.bytes() };
+        let layers: usize = self.layers.iter().map(LlamaLayer::bytes).sum();
+        self.embeddings.bytes() + own + layers
+    }
+
+    /// An empty cache for `batch` sequences of at most `context` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    pub fn new_cache(&self, batch: usize, context: usize) -> Result<LlamaCache> {
+        LlamaCache::new(&self.config, batch, context, &self.device)
+    }
+
+    /// Logits of the token that follows: `input_ids` `[B, N]` U32, which come after the tokens in
+    /// the cache and are added to it, to `[B, vocab_size]`.
+    ///
+    /// # Errors
+    /// Those of [`LlamaModel::hidden_states`].
+    pub fn forward(&self, input_ids: &Tensor, cache: &mut LlamaCache) -> Result<Tensor> {
+        let hidden = self.hidden_states(input_ids, cache)?;
+        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.squeeze(1)?;
+        self.logits(&last)
+    }
+
+    /// The last hidden states, normalized: `input_ids` `[B, N]` U32, which come after the tokens
+    /// in the cache and are added to it, to `[B, N, hidden_size]`.
+    ///
+    /// # Errors
+    /// [`Error::ContextLength`] if the cache has no room, [`Error::Shape`] for an empty input or
+    /// one that does not fit to the cache, [`Error::DType`] unless ids are U32, [`Error::Config`]
+    /// for an id outside of the vocabulary, and those of [`attention`](crate::attention()). After
+    /// an error the cache is as it was.
+    pub fn hidden_states(&self, input_ids: &Tensor, cache: &mut LlamaCache) -> Result<Tensor> {
+        let before = cache.len();
+        let hidden = self.run_layers(input_ids, cache);
+        if hidden.is_err() {
+            cache.truncate(before);
+        }
+        hidden
+    }
+
+    /// Logits of hidden states: `[.., hidden_size]` to `[.., vocab_size]`.
+    ///
+    /// # Errors
+    /// Candle's own, for a tensor of another shape or dtype.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.output.forward(&hidden.contiguous()?)
+    }
+
+    fn run_layers(&self, input_ids: &Tensor, cache: &mut LlamaCache) -> Result<Tensor> {
+        let tokens = self.check_ids(input_ids)?;
+        cache.check(&self.config, input_ids.dims())?;
+        let rotation = self.rope.at(cache.len(), tokens, &self.device)?;
+        let mut hidden = self.embeddings.rows(input_ids)?;
+        for (layer, cache) in self.layers.iter().zip(cache.layers_mut()) {
+            hidden = layer.forward(&hidden, &rotation, cache)?;
+        }
+        Ok(self.norm.forward(&hidden)?)
+    }
+
+    /// The number of tokens of each sequence.
+    fn check_ids(&self, ids: &Tensor) -> Result<usize> {
+        const OP: &str = "LlamaModel::forward";
+        if ids.dtype() != DType::U32 {
+            let dtype = ids.dtype();
+            return Err(Error::DType { op: OP, tensor: "input_ids", dtype, expected: "U32" });
+        }
+        let tokens = match *ids.dims() {
+            [_, tokens] if tokens > 0 => tokens,
+            ref shape => {
+                let expected = "[B, N] with at least one token".to_string();
+                let shape = shape.to_vec();
+                return Err(Error::Shape { op: OP, tensor: "input_ids", shape, expected });
+            }
+        };
+        let rows = self.config.vocab_size;
+        let ids = ids.flatten_all()?.to_vec1::<u32>()?;
+        match ids.into_iter().find(|&id| id as usize >= rows) {
+            Some(id) => {
+                Err(Error::Config(format!("input_ids holds {id}, expected less than {rows}")))
+            }
+            None => Ok(tokens),
+        }
+    }
+}
