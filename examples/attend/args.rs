@@ -67,7 +67,7 @@ pub struct AttentionArgs {
     pub causal_offset: Option<CausalOffset>,
 
     /// Bend scaled scores: X * tanh(score / X); 0 is off
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub softcap: Option<f32>,
 
     /// A query sees at most N keys before its position

@@ -49,7 +49,8 @@
 //!     tensors = {"q": query, "k": key, "v": value}
 //!     if attn_mask is not None:
 //!         tensors["mask"] = attn_mask
-//!     calls.append({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+//!     whole = torch.contiguous_format
+//!     calls.append({name: x.detach().cpu().clone(memory_format=whole) for name, x in tensors.items()})
 //!     return sdpa(query, key, value, attn_mask=attn_mask, **options)
 //!
 //! torch.nn.functional.scaled_dot_product_attention = recording

@@ -42,11 +42,14 @@ impl Output {
     }
 
     pub fn write(self, out: &Tensor, scores: Option<&Tensor>) -> Result<()> {
-        let cannot = format!("cannot write {:?}", self.path);
+        let cannot = || format!("cannot write {:?}", self.path);
         let mut tensors = HashMap::from([("out", out.clone())]);
         tensors.extend(scores.map(|scores| ("scores", scores.clone())));
-        candle_core::safetensors::save(&tensors, self.file.path()).context(cannot.clone())?;
-        self.file.persist(&self.path).context(cannot)?;
+        let permissions = self.file.as_file().metadata().with_context(cannot)?.permissions();
+        // It puts a file of its own, for the owner alone, in the place of ours.
+        candle_core::safetensors::save(&tensors, self.file.path()).with_context(cannot)?;
+        std::fs::set_permissions(self.file.path(), permissions).with_context(cannot)?;
+        self.file.persist(&self.path).with_context(|| format!("cannot write {:?}", self.path))?;
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::args::{Args, BackendName};
 use crate::common::config::describe;
-use crate::common::print::{decibel, scientific, table};
+use crate::common::print::{decibel, scientific, table, wrapped};
 use crate::input::Inputs;
 use crate::masking::Masking;
 use crate::measure::{HeadDrift, MAX_PROBABILITIES, Results};
@@ -86,10 +86,10 @@ impl Report {
         let _ = writeln!(text, "  {config}\n");
         let _ = writeln!(text, "Output against fp32\n{}\n", self.output_table());
         if let Some(probabilities) = &self.probabilities {
-            let _ = writeln!(text, "{}\n", in_words(probabilities));
+            let _ = writeln!(text, "{}\n", wrapped(&in_words(probabilities)));
         }
         for note in &self.notes {
-            let _ = writeln!(text, "Note: {note}.");
+            let _ = writeln!(text, "{}", wrapped(&format!("Note: {note}.")));
         }
         if let Some(path) = &self.output {
             let _ = writeln!(text, "Written: {}", path.display());
@@ -123,7 +123,7 @@ impl Report {
 
 fn in_words(drift: &ProbabilityDrift) -> String {
     format!(
-        "Probabilities: mean KL {} nats, largest {}; {} of the weight moved; the most attended\n\
+        "Probabilities: mean KL {} nats, largest {}; {} of the weight moved; the most attended \
          key is the same for {:.2} % of {} queries.",
         scientific(drift.mean_kl),
         scientific(drift.max_kl),
