@@ -10,6 +10,31 @@ use std::str::FromStr;
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Int8")]
 pub struct Int8Args {
+    #[command(flatten)]
+    pub quant: QuantArgs,
+
+    /// What becomes of the int32 scores: dequantized, or requantized[:tensor|head|token] (to int8
+    /// and back, with one scale for each of these)
+    #[arg(long, value_name = "HOW", default_value = "dequantized")]
+    pub output: Output,
+}
+
+impl Int8Args {
+    /// The score configuration that these flags describe.
+    pub fn scores(&self) -> ScoreConfig {
+        self.quant.scores(self.output.0)
+    }
+
+    /// Attention with these scores.
+    pub fn attention(&self) -> AttentionConfig {
+        int8_attention(self.scores(), PvPrecision::default())
+    }
+}
+
+/// How queries and keys become int8.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Int8")]
+pub struct QuantArgs {
     /// symmetric (zero stays zero) or affine (the range need not be centred on zero)
     #[arg(long, value_name = "SCHEME", default_value = "symmetric")]
     pub scheme: Scheme,
@@ -33,16 +58,11 @@ pub struct Int8Args {
     /// Quantize the queries as they are
     #[arg(long)]
     pub no_smooth_q: bool,
-
-    /// What becomes of the int32 scores: dequantized, or requantized[:tensor|head|token] (to int8
-    /// and back, with one scale for each of these)
-    #[arg(long, value_name = "HOW", default_value = "dequantized")]
-    pub output: Output,
 }
 
-impl Int8Args {
-    /// The score configuration that these flags describe.
-    pub fn scores(&self) -> ScoreConfig {
+impl QuantArgs {
+    /// Scores that are quantized so and leave as `output`.
+    pub fn scores(&self, output: ScoreOutput) -> ScoreConfig {
         let side = QuantConfig {
             scheme: self.scheme,
             granularity: self.granularity,
@@ -53,13 +73,8 @@ impl Int8Args {
             k: side,
             smooth_k: !self.no_smooth_k,
             smooth_q: !self.no_smooth_q,
-            output: self.output.0,
+            output,
         }
-    }
-
-    /// Attention with these scores.
-    pub fn attention(&self) -> AttentionConfig {
-        int8_attention(self.scores(), PvPrecision::default())
     }
 }
 

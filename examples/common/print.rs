@@ -23,6 +23,11 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
+/// Running text, in lines that are not wider than a table.
+pub fn wrapped(text: &str) -> String {
+    textwrap::fill(text, usize::from(WIDTH))
+}
+
 /// A signal-to-noise ratio: one decimal; equal data has none.
 pub fn decibel(sqnr: f64) -> String {
     if sqnr == f64::INFINITY { "exact".into() } else { format!("{sqnr:.1}") }

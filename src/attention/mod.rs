@@ -3,9 +3,11 @@
 //! * [`attention`]: scores, scale, mask, softmax, times V, in one fused op or in fp32.
 //! * [`QuantizedAttention`]: the same as a module that a model holds, one per layer.
 //! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op.
+//! * [`position_mask`], [`restrict_mask`]: several conditions as one mask tensor.
 //! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
 //! * [`tensor_ops`]: the scores from ordinary tensor operations, on any device.
 
+mod combine;
 mod config;
 mod fused;
 mod keys;
@@ -21,6 +23,7 @@ pub mod unfused;
 mod view;
 mod visible;
 
+pub use combine::{position_mask, restrict_mask};
 pub use config::{
     AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
 };

@@ -52,9 +52,19 @@ impl Visible {
         })
     }
 
+    /// Keys around a query's position alone: query `i` stands at that of key `i + offset`.
+    pub(super) fn around(
+        keys: usize,
+        offset: isize,
+        left: Option<usize>,
+        right: Option<usize>,
+    ) -> Self {
+        Self { keys, offset, causal: false, left, right, lens: None }
+    }
+
     /// The position of query `query` among the keys.
     pub(super) fn position(&self, query: usize) -> isize {
-        query as isize + self.offset
+        self.offset.saturating_add_unsigned(query)
     }
 
     /// The keys that query `query` of sequence `batch` sees.
@@ -63,7 +73,8 @@ impl Visible {
         let len = self.lens.as_ref().map_or(self.keys, |lens| lens[batch]);
         let clamp = |x: isize| x.clamp(0, len as isize) as usize;
         let right = if self.causal { Some(0) } else { self.right };
-        let end = right.map_or(len, |right| clamp(at.saturating_add_unsigned(right) + 1));
+        let end =
+            right.map_or(len, |right| clamp(at.saturating_add_unsigned(right).saturating_add(1)));
         let start = self.left.map_or(0, |left| clamp(at.saturating_sub_unsigned(left)));
         start.min(end)..end
     }

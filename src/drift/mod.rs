@@ -1,5 +1,7 @@
 //! What differs between the fp32 and the int8 path on the same weights and inputs.
 //!
+//! * [`layers`] has the error of every layer of a model, for many configurations at once.
+//! * [`search`] finds the cheapest attention of each layer that keeps a drift budget.
 //! * [`metrics`] holds one function a number, over f32 slices.
 //! * [`Drift`] is the set of numbers shown for a tensor of reals (an attention output, say).
 //! * [`ProbabilityDrift`] is the set of numbers shown for rows of probabilities.
@@ -8,7 +10,9 @@
 //! No number is enough alone: a cosine hides a wrong length, a mean hides one bad row, and a
 //! signal-to-noise ratio does not say whether the most attended word is still the same.
 
+pub mod layers;
 pub mod metrics;
+pub mod search;
 pub mod tokens;
 
 use serde::{Deserialize, Serialize};

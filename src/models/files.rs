@@ -3,6 +3,7 @@
 use crate::{Error, Result};
 use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Tensor};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The three files of an encoder.
@@ -53,6 +54,23 @@ pub(super) fn read(what: &'static str, path: &Path) -> Result<Vec<u8>> {
 /// [`read`] for text.
 pub(super) fn read_text(what: &'static str, path: &Path) -> Result<String> {
     String::from_utf8(read(what, path)?).map_err(|e| corrupt(path, format!("not UTF-8: {e}")))
+}
+
+/// Writes a file that is complete or not there: it takes its name when all of it is written.
+pub(super) fn write(path: &Path, content: &[u8]) -> Result<()> {
+    let failed = |source| Error::Io { path: path.to_path_buf(), source };
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // As for any other new file; the umask takes its part.
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    let mut file = builder.tempfile_in(folder.unwrap_or(Path::new("."))).map_err(failed)?;
+    file.write_all(content).map_err(failed)?;
+    file.persist(path).map_err(|e| failed(e.error))?;
+    Ok(())
 }
 
 pub(super) fn corrupt(path: &Path, problem: impl ToString) -> Error {

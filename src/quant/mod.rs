@@ -5,6 +5,7 @@
 //! | where is zero? | [`Scheme`]: symmetric (`zero_point = 0`) or affine |
 //! | what shares one scale? | [`Granularity`]: tensor, head, token or block of tokens |
 //! | where does the range come from? | [`RangeSource`]: the data itself, or given |
+//! | which range, from many calls? | [`Observer`] |
 //! | which scale and zero point follow? | [`QuantParams`] |
 //! | how does int32 become int8? | [`Requantizer`] |
 //!
@@ -12,6 +13,7 @@
 //! is named after gemmlowp's fixed-point arithmetic.
 
 mod config;
+mod observers;
 mod params;
 mod requantize;
 pub(crate) mod rows;
@@ -19,6 +21,7 @@ mod smooth;
 mod tensor;
 
 pub use config::{Granularity, QuantConfig, RangeSource, Scheme};
+pub use observers::{Histogram, MinMax, MovingAverage, Observer, ObserverKind};
 pub use params::{QuantParams, Range};
 pub use requantize::{FixedPointMultiplier, Requantizer};
 pub(crate) use smooth::MeanSums;

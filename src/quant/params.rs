@@ -4,7 +4,8 @@ use super::Scheme;
 use crate::{Error, Result};
 
 /// The smallest and largest value of a group of finite numbers.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Range {
     /// Smallest value.
     pub min: f32,

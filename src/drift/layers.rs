@@ -1,0 +1,166 @@
+//! The error of every layer of a model, for many configurations in one pass.
+
+use crate::attention::{AttentionConfig, Backend, attention};
+use crate::models::AttentionLayers;
+use crate::{Error, Result};
+use candle_core::{DType, Tensor};
+
+/// Energy of a reference and of what a candidate differs by, over any number of slices.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Energy {
+    /// `sum(a^2)`
+    pub signal: f64,
+    /// `sum((a - b)^2)`
+    pub noise: f64,
+}
+
+impl Energy {
+    /// Adds the elements of two slices.
+    ///
+    /// # Panics
+    /// If their lengths differ.
+    pub fn add(&mut self, reference: &[f32], candidate: &[f32]) {
+        assert_eq!(reference.len(), candidate.len(), "slices to compare differ in length");
+        for (a, b) in reference.iter().zip(candidate) {
+            let (a, b) = (f64::from(*a), f64::from(*b));
+            self.signal += a * a;
+            self.noise += (a - b) * (a - b);
+        }
+    }
+
+    /// The ratio of both in decibel, as [`metrics::sqnr_db`](super::metrics::sqnr_db) has it.
+    pub fn sqnr_db(&self) -> f64 {
+        if self.noise == 0.0 { f64::INFINITY } else { 10.0 * (self.signal / self.noise).log10() }
+    }
+}
+
+/// The error of the attention output of one layer over all passages, one entry a head.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LayerErrors {
+    /// First head first.
+    pub heads: Vec<Energy>,
+}
+
+impl LayerErrors {
+    /// Mean over heads of the signal-to-noise ratio, in dB.
+    pub fn mean_sqnr_db(&self) -> f64 {
+        self.heads.iter().map(Energy::sqnr_db).sum::<f64>() / self.heads.len() as f64
+    }
+
+    /// The lowest ratio of any head, in dB.
+    pub fn worst_head_db(&self) -> f64 {
+        self.heads.iter().map(Energy::sqnr_db).fold(f64::INFINITY, f64::min)
+    }
+
+    /// The energy of the error of all heads.
+    pub fn noise(&self) -> f64 {
+        self.heads.iter().map(|head| head.noise).sum()
+    }
+
+    /// Compares outputs `[B, H, M, Dv]`.
+    fn add(&mut self, reference: &Tensor, candidate: &Tensor) -> Result<()> {
+        let (_, heads, m, dv) = reference.dims4()?;
+        let (reference, candidate) = (flat(reference)?, flat(candidate)?);
+        self.heads.resize(heads, Energy::default());
+        let len = (m * dv).max(1);
+        let pairs = reference.chunks_exact(len).zip(candidate.chunks_exact(len));
+        for (index, (a, b)) in pairs.enumerate() {
+            self.heads[index % heads].add(a, b);
+        }
+        Ok(())
+    }
+}
+
+fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+/// What each configuration does to the attention output of every layer, alone: `[config][layer]`.
+///
+/// All see the same input, that of the model with the attention it has now (fp32, as a rule), and
+/// are compared with fp32. A configuration is one [`AttentionConfig`] a layer; passages are token
+/// ids `[B, N]`.
+///
+/// # Errors
+/// [`Error::Config`] for a configuration that does not have as many layers as the model; those of
+/// the model and of [`attention()`].
+pub fn attention_errors(
+    model: &impl AttentionLayers,
+    passages: &[Tensor],
+    configs: &[Vec<AttentionConfig>],
+) -> Result<Vec<Vec<LayerErrors>>> {
+    let layers = model.attention().len();
+    if let Some(other) = configs.iter().find(|config| config.len() != layers) {
+        let found = other.len();
+        return Err(Error::Config(format!("configurations of {found} layers for {layers}")));
+    }
+    let mut errors = vec![vec![LayerErrors::default(); layers]; configs.len()];
+    for ids in passages {
+        model.run(ids, &mut |layer, input| {
+            let (q, k, v, mask) = (input.q, input.k, input.v, input.mask);
+            let exact = fp32(model.attention()[layer].config());
+            let reference = attention(q, k, v, mask, &exact)?;
+            for (config, errors) in configs.iter().zip(&mut errors) {
+                errors[layer].add(&reference, &attention(q, k, v, mask, &config[layer])?)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(errors)
+}
+
+/// The same configuration in fp32.
+pub(super) fn fp32(config: &AttentionConfig) -> AttentionConfig {
+    AttentionConfig { backend: Backend::Fp32, ..config.clone() }
+}
+
+/// The mean over tokens of the last hidden states of each passage `[B, N]`: `[B * hidden_size]`
+/// numbers a passage.
+///
+/// # Errors
+/// Those of the model.
+pub fn embeddings(model: &impl AttentionLayers, passages: &[Tensor]) -> Result<Vec<Vec<f32>>> {
+    let embed = |ids| flat(&model.run(ids, &mut |_, _| Ok(()))?.mean(1)?);
+    passages.iter().map(embed).collect()
+}
+
+/// How far embeddings are from their reference.
+///
+/// # Panics
+/// If they do not have the same lengths.
+pub fn embedding_error(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Energy {
+    assert_eq!(reference.len(), candidate.len(), "embeddings to compare differ in number");
+    let mut energy = Energy::default();
+    reference.iter().zip(candidate).for_each(|(a, b)| energy.add(a, b));
+    energy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::sqnr_db;
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn energies_in_parts_are_the_metric() {
+        let (a, b) = ([0.5, -1.25, 2.0, 3.75], [0.5, -1.0, 2.25, 3.5]);
+        let mut energy = Energy::default();
+        assert_eq!(energy.sqnr_db(), f64::INFINITY);
+        energy.add(&a[..1], &b[..1]);
+        energy.add(&a[1..], &b[1..]);
+        assert!((energy.sqnr_db() - sqnr_db(&a, &b)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn heads_are_told_apart_over_the_batch() {
+        let reference = Tensor::ones((2, 2, 3, 1), DType::F32, &Device::Cpu).unwrap();
+        let off = Tensor::new(&[[[1f32], [1.1]]], &Device::Cpu).unwrap().reshape((1, 2, 1, 1));
+        let candidate = reference.broadcast_mul(&off.unwrap()).unwrap();
+        let mut errors = LayerErrors::default();
+        errors.add(&reference, &candidate).unwrap();
+        assert_eq!(errors.heads[0], Energy { signal: 6.0, noise: 0.0 });
+        assert!((errors.worst_head_db() - 20.0).abs() < 1e-5, "{errors:?}");
+        assert_eq!(errors.mean_sqnr_db(), f64::INFINITY);
+        assert!((errors.noise() - 0.06).abs() < 1e-7);
+    }
+}

@@ -1,0 +1,331 @@
+//! The cheapest attention of each layer that keeps a drift budget.
+//!
+//! Every candidate setting is measured in every layer: how long its attention takes, and how far
+//! its output is from fp32. A setting that is neither faster nor more accurate than another is
+//! dropped. What is left is chosen from:
+//!
+//! * [`Budget::AttentionOutput`]: each layer by itself gets the fastest setting that keeps it.
+//! * [`Budget::Embedding`]: all layers start with their fastest setting; while the embedding of the
+//!   whole model is too far off, the layer where a step up buys the most accuracy for its time goes
+//!   one step up, and the model is measured again. A last pass takes back steps that turned out to
+//!   be needless.
+//!
+//! A layer that no candidate can hold stays in fp32. At the end the choice is measured on passages
+//! that it has not seen.
+
+mod choose;
+mod speed;
+
+use super::layers::{LayerErrors, attention_errors, embedding_error, embeddings, fp32};
+use crate::attention::{AttentionConfig, PvPrecision};
+use crate::models::{AttentionLayers, Int8Setting, LayerSetting, LayerSettings};
+use crate::quant::{Granularity, Scheme};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use choose::{Choice, Menu};
+use serde::Serialize;
+
+/// The drift that is accepted, as a signal-to-noise ratio in dB.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Budget {
+    /// Of the attention output of every layer, mean over heads, with fp32 input to the layer.
+    AttentionOutput(f64),
+    /// Of the embedding of a passage: the mean of the last hidden states, all layers switched.
+    Embedding(f64),
+}
+
+impl Budget {
+    /// The ratio itself.
+    pub fn decibel(self) -> f64 {
+        match self {
+            Budget::AttentionOutput(db) | Budget::Embedding(db) => db,
+        }
+    }
+}
+
+/// What is searched, and for what.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SearchConfig {
+    /// The drift that is accepted.
+    pub budget: Budget,
+    /// The search aims this many dB above the budget, because other text drifts a little more.
+    pub margin_db: f64,
+    /// The settings to choose from; fp32 is always one of them.
+    pub candidates: Vec<LayerSetting>,
+    /// How often every attention is timed; the fastest counts.
+    pub rounds: usize,
+}
+
+impl SearchConfig {
+    /// Half a dB of margin, [`candidates`], 5 rounds.
+    pub fn new(budget: Budget) -> Self {
+        Self { budget, margin_db: 0.5, candidates: candidates(), rounds: 5 }
+    }
+
+    fn check(&self) -> Result<()> {
+        for (what, x) in [("budget", self.budget.decibel()), ("margin", self.margin_db)] {
+            if !x.is_finite() {
+                return Err(Error::Config(format!("{what} {x} dB, expected a finite number")));
+            }
+        }
+        if self.rounds == 0 {
+            return Err(Error::Config("0 rounds, expected at least 1".into()));
+        }
+        Ok(())
+    }
+}
+
+/// Per tensor, head and token without smoothing, with smooth-K and with both, symmetric; per token
+/// with both, affine; each with P·V in f32 and in the precision that is fastest here.
+pub fn candidates() -> Vec<LayerSetting> {
+    use Granularity::{PerHead, PerTensor, PerToken};
+    let smoothing = [(false, false), (true, false), (true, true)];
+    let symmetric = [PerTensor, PerHead, PerToken].into_iter().flat_map(|granularity| {
+        smoothing.map(|(smooth_k, smooth_q)| Int8Setting {
+            q: granularity,
+            k: granularity,
+            smooth_k,
+            smooth_q,
+            ..Int8Setting::default()
+        })
+    });
+    let affine = Int8Setting { scheme: Scheme::Affine, ..Int8Setting::default() };
+    let precisions = [PvPrecision::Auto, PvPrecision::F32];
+    let all = symmetric.chain([affine]);
+    all.flat_map(|int8| precisions.map(|pv| LayerSetting::Int8(Int8Setting { pv, ..int8 })))
+        .collect()
+}
+
+/// What the search found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Found {
+    /// The budget that was asked for.
+    pub budget: Budget,
+    /// How far above it the search aimed.
+    pub margin_db: f64,
+    /// The layers, first to last.
+    pub layers: Vec<FoundLayer>,
+    /// Time of all attention layers for a passage, in seconds.
+    pub seconds: f64,
+    /// The same in fp32.
+    pub fp32_seconds: f64,
+    /// On the passages that were searched.
+    pub promised: Figures,
+    /// On passages that were not.
+    pub verified: Figures,
+}
+
+/// The choice for one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct FoundLayer {
+    /// What was chosen.
+    pub setting: LayerSetting,
+    /// Time of its attention for a passage, in seconds.
+    pub seconds: f64,
+    /// The same in fp32.
+    pub fp32_seconds: f64,
+}
+
+/// The drift of a choice.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Figures {
+    /// Signal-to-noise ratio of the embedding, in dB; in JSON `null` if there is no difference.
+    pub embedding_sqnr_db: f64,
+    /// Mean over heads of the ratio of each layer's attention output.
+    pub layer_sqnr_db: Vec<f64>,
+    /// The lowest ratio of any head of each layer.
+    pub worst_head_db: Vec<f64>,
+}
+
+impl Figures {
+    /// The ratio that the budget is about.
+    pub fn of(&self, budget: Budget) -> f64 {
+        match budget {
+            Budget::AttentionOutput(_) => {
+                self.layer_sqnr_db.iter().copied().fold(f64::INFINITY, f64::min)
+            }
+            Budget::Embedding(_) => self.embedding_sqnr_db,
+        }
+    }
+}
+
+impl Found {
+    /// Whether the budget was kept on the passages that were not searched.
+    pub fn holds(&self) -> bool {
+        self.verified.of(self.budget) >= self.budget.decibel()
+    }
+
+    /// The choice as a file for models, with what was measured in `about`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the figures cannot be written as JSON, which they have no reason for.
+    pub fn settings(&self) -> Result<LayerSettings> {
+        let mut settings =
+            LayerSettings::new(self.layers.iter().map(|layer| layer.setting).collect());
+        settings.about = serde_json::to_value(self).map_err(|e| Error::Config(e.to_string()))?;
+        Ok(settings)
+    }
+}
+
+/// Searches on `passages`, token ids `[B, N]` each, and verifies on `unseen` ones. `progress` is
+/// told what goes on. The model has its own attention again afterwards; what it says about scale,
+/// softcap and windows is kept in every setting.
+///
+/// # Errors
+/// [`Error::Config`] for a budget that is not a number or without passages; those of the model.
+pub fn search<M: AttentionLayers>(
+    model: &mut M,
+    (passages, unseen): (&[Tensor], &[Tensor]),
+    config: &SearchConfig,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Found> {
+    config.check()?;
+    for (what, passages) in [("to search", passages), ("to verify", unseen)] {
+        if passages.is_empty() {
+            return Err(Error::Config(format!("no passage {what}, expected at least one")));
+        }
+    }
+    let bases: Vec<AttentionConfig> =
+        model.attention().into_iter().map(|layer| layer.config().clone()).collect();
+    let found =
+        Searcher { model: &mut *model, bases: &bases, passages, config, progress }.run(unseen);
+    set(model, &bases);
+    found
+}
+
+fn set(model: &mut impl AttentionLayers, configs: &[AttentionConfig]) {
+    for (layer, config) in model.attention_mut().into_iter().zip(configs) {
+        layer.set_config(config.clone());
+    }
+}
+
+struct Searcher<'a, M> {
+    model: &'a mut M,
+    /// What each layer was configured with.
+    bases: &'a [AttentionConfig],
+    passages: &'a [Tensor],
+    config: &'a SearchConfig,
+    progress: &'a mut dyn FnMut(&str),
+}
+
+impl<M: AttentionLayers> Searcher<'_, M> {
+    fn run(&mut self, unseen: &[Tensor]) -> Result<Found> {
+        let mut candidates = self.config.candidates.clone();
+        candidates.push(LayerSetting::Fp32);
+        candidates.dedup();
+        let (layers, passages) = (self.bases.len(), self.passages.len());
+        (self.progress)(&format!(
+            "{} settings in {layers} layers, {passages} passages",
+            candidates.len()
+        ));
+        self.set_fp32();
+        let seconds =
+            speed::attention_seconds(&*self.model, self.passages, &candidates, self.config.rounds)?;
+        let errors = self.errors(self.passages, &candidates)?;
+        let menus: Vec<Menu> = (0..layers)
+            .map(|layer| {
+                let options = (0..candidates.len()).map(|index| Choice {
+                    candidate: index,
+                    seconds: seconds[layer][index],
+                    noise: errors[index][layer].noise(),
+                    sqnr_db: errors[index][layer].mean_sqnr_db(),
+                });
+                Menu::new(options.collect())
+            })
+            .collect();
+        let target = self.config.budget.decibel() + self.config.margin_db;
+        let chosen = match self.config.budget {
+            Budget::AttentionOutput(_) => {
+                menus.iter().map(|menu| menu.cheapest_with(target)).collect()
+            }
+            Budget::Embedding(_) => self.by_embedding(&menus, &candidates, target)?,
+        };
+        let exact = candidates.len() - 1;
+        let layers = (0..layers).map(|layer| {
+            let choice = menus[layer].get(chosen[layer]);
+            FoundLayer {
+                setting: candidates[choice.candidate],
+                seconds: choice.seconds,
+                fp32_seconds: seconds[layer][exact],
+            }
+        });
+        let layers: Vec<FoundLayer> = layers.collect();
+        let settings: Vec<LayerSetting> = layers.iter().map(|layer| layer.setting).collect();
+        (self.progress)("verifying on text that was not searched");
+        Ok(Found {
+            budget: self.config.budget,
+            margin_db: self.config.margin_db,
+            seconds: layers.iter().map(|layer| layer.seconds).sum(),
+            fp32_seconds: layers.iter().map(|layer| layer.fp32_seconds).sum(),
+            promised: self.figures(self.passages, &settings)?,
+            verified: self.figures(unseen, &settings)?,
+            layers,
+        })
+    }
+
+    /// Greedy, from the cheapest choice upwards, by the embedding of the whole model.
+    fn by_embedding(
+        &mut self,
+        menus: &[Menu],
+        candidates: &[LayerSetting],
+        target: f64,
+    ) -> Result<Vec<usize>> {
+        let reference = embeddings(&*self.model, self.passages)?;
+        let mut measure = |chosen: &[usize]| {
+            let settings: Vec<LayerSetting> = (menus.iter().zip(chosen))
+                .map(|(menu, &choice)| candidates[menu.get(choice).candidate])
+                .collect();
+            self.set_layers(&settings);
+            let found = embeddings(&*self.model, self.passages)?;
+            let energy = embedding_error(&reference, &found);
+            let seconds: f64 =
+                menus.iter().zip(chosen).map(|(menu, &choice)| menu.get(choice).seconds).sum();
+            (self.progress)(&format!(
+                "embedding {:.1} dB in {:.2} ms of attention",
+                energy.sqnr_db(),
+                1e3 * seconds
+            ));
+            Ok(energy)
+        };
+        choose::greedy(menus, target, &mut measure)
+    }
+
+    /// `[candidate][layer]`
+    fn errors(
+        &self,
+        passages: &[Tensor],
+        candidates: &[LayerSetting],
+    ) -> Result<Vec<Vec<LayerErrors>>> {
+        let configs: Vec<Vec<AttentionConfig>> = (candidates.iter())
+            .map(|setting| self.bases.iter().map(|base| setting.config(base)).collect())
+            .collect();
+        attention_errors(&*self.model, passages, &configs)
+    }
+
+    /// What a choice does to passages.
+    fn figures(&mut self, passages: &[Tensor], settings: &[LayerSetting]) -> Result<Figures> {
+        self.set_fp32();
+        let reference = embeddings(&*self.model, passages)?;
+        let configs = settings.iter().zip(self.bases).map(|(setting, base)| setting.config(base));
+        let layers = attention_errors(&*self.model, passages, &[configs.collect()])?.remove(0);
+        self.set_layers(settings);
+        let found = embeddings(&*self.model, passages)?;
+        Ok(Figures {
+            embedding_sqnr_db: embedding_error(&reference, &found).sqnr_db(),
+            layer_sqnr_db: layers.iter().map(LayerErrors::mean_sqnr_db).collect(),
+            worst_head_db: layers.iter().map(LayerErrors::worst_head_db).collect(),
+        })
+    }
+
+    fn set_fp32(&mut self) {
+        let configs: Vec<AttentionConfig> = self.bases.iter().map(fp32).collect();
+        set(self.model, &configs);
+    }
+
+    fn set_layers(&mut self, settings: &[LayerSetting]) {
+        let configs = settings.iter().zip(self.bases).map(|(setting, base)| setting.config(base));
+        let configs: Vec<AttentionConfig> = configs.collect();
+        set(self.model, &configs);
+    }
+}

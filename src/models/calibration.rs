@@ -1,0 +1,405 @@
+//! Static quantization: ranges of queries and keys, collected once, then used for every text.
+//!
+//! A scale of its own for each token cannot be known beforehand, so static scales are per head or
+//! per tensor. Smoothing stays dynamic: the mean of this very text is subtracted, exactly added
+//! back as ever, and the static range is that of what is left. A mean costs one pass over the
+//! data, much less than what follows, and without it a range would have to cover every offset that
+//! any text may have.
+
+use super::AttentionLayers;
+use super::files::{corrupt, read_text, write};
+use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig, ScoreOutput};
+use crate::quant::{
+    Granularity, Observer, ObserverKind, QuantConfig, QuantParams, Range, RangeSource, Scheme,
+    token_mean,
+};
+use crate::{AttentionConfig, Error, Result};
+use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// What is collected, and how ranges follow from it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CalibrationConfig {
+    /// How a range is chosen.
+    pub observer: ObserverKind,
+    /// Symmetric or affine codes.
+    pub scheme: Scheme,
+    /// Whether the mean of the keys is subtracted before.
+    pub smooth_k: bool,
+    /// Whether the mean of the queries is.
+    pub smooth_q: bool,
+}
+
+impl Default for CalibrationConfig {
+    /// Symmetric, smoothed, the range with the smallest mean squared error.
+    fn default() -> Self {
+        Self {
+            observer: ObserverKind::Mse,
+            scheme: Scheme::Symmetric,
+            smooth_k: true,
+            smooth_q: true,
+        }
+    }
+}
+
+/// Watches queries and keys of every layer and head.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::models::{CalibrationConfig, Calibrator, StaticScales};
+/// use candle_int8_attention::{AttentionConfig, AttnMask, attention};
+///
+/// let passage = || Tensor::randn(0f32, 1., (1, 4, 64, 32), &Device::Cpu);
+/// let mut calibrator = Calibrator::new(CalibrationConfig::default())?;
+/// for _ in 0..3 {
+///     let layer = 0;
+///     calibrator.observe(layer, &passage()?, &passage()?)?;
+/// }
+/// let calibration = calibrator.finish()?;
+/// let config = calibration.config(0, StaticScales::PerHead, &AttentionConfig::int8())?;
+/// let (q, k, v) = (passage()?, passage()?, passage()?);
+/// let out = attention(&q, &k, &v, &AttnMask::None, &config)?;
+/// # assert_eq!(out.dims(), [1, 4, 64, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Calibrator {
+    config: CalibrationConfig,
+    layers: Vec<LayerObservers>,
+}
+
+/// One observer a head.
+#[derive(Debug, Clone, PartialEq, Default)]
+struct LayerObservers {
+    q: Vec<Observer>,
+    k: Vec<Observer>,
+    tokens: u64,
+}
+
+impl Calibrator {
+    /// A calibrator that has seen nothing.
+    ///
+    /// # Errors
+    /// Those of [`ObserverKind::check`].
+    pub fn new(config: CalibrationConfig) -> Result<Self> {
+        config.observer.check()?;
+        Ok(Self { config, layers: Vec::new() })
+    }
+
+    /// Takes queries `[B, H, M, D]` and keys `[B, H_kv, N, D]` of a layer into account. Each
+    /// sequence of the batch is one observation; leave padding out, its numbers would count.
+    ///
+    /// # Errors
+    /// [`Error::Rank`]; [`Error::Shape`] for another number of heads than before.
+    pub fn observe(&mut self, layer: usize, q: &Tensor, k: &Tensor) -> Result<()> {
+        if self.layers.len() <= layer {
+            self.layers.resize_with(layer + 1, LayerObservers::default);
+        }
+        let CalibrationConfig { observer, smooth_k, smooth_q, .. } = self.config;
+        let layer = &mut self.layers[layer];
+        let tokens = observe_heads(&mut layer.q, ("q", q), observer, smooth_q)?;
+        observe_heads(&mut layer.k, ("k", k), observer, smooth_k)?;
+        layer.tokens += tokens as u64;
+        Ok(())
+    }
+
+    /// Adds what another calibrator saw: of another part of the text, say.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the configurations, the layers or the heads differ.
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        if self.config != other.config {
+            return Err(Error::Config(format!(
+                "calibrators of {:?} and {:?}, expected the same",
+                self.config, other.config
+            )));
+        }
+        if self.layers.is_empty() {
+            self.layers = other.layers.clone();
+            return Ok(());
+        }
+        let heads = |layers: &[LayerObservers]| -> Vec<(usize, usize)> {
+            layers.iter().map(|layer| (layer.q.len(), layer.k.len())).collect()
+        };
+        let (ours, theirs) = (heads(&self.layers), heads(&other.layers));
+        if !theirs.is_empty() && ours != theirs {
+            return Err(Error::Config(format!(
+                "calibrators with query and key heads {ours:?} and {theirs:?}, expected the same"
+            )));
+        }
+        for (layer, other) in self.layers.iter_mut().zip(&other.layers) {
+            let sides = [(&mut layer.q, &other.q), (&mut layer.k, &other.k)];
+            for (heads, others) in sides {
+                for (observer, other) in heads.iter_mut().zip(others) {
+                    observer.merge(other)?;
+                }
+            }
+            layer.tokens += other.tokens;
+        }
+        Ok(())
+    }
+
+    /// The ranges.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there is a layer or a head without any finite number.
+    pub fn finish(&self) -> Result<Calibration> {
+        let CalibrationConfig { scheme, .. } = self.config;
+        if self.layers.is_empty() {
+            return Err(Error::Config("nothing was observed, expected at least a token".into()));
+        }
+        let ranges = |index: usize, side: &str, heads: &[Observer]| -> Result<Vec<Range>> {
+            let ranges: Vec<Range> = heads.iter().map(|head| head.range(scheme)).collect();
+            match ranges.iter().position(|range| *range == Range::EMPTY) {
+                None if !ranges.is_empty() => Ok(ranges),
+                head => Err(Error::Config(format!(
+                    "no finite number was observed in {side} of layer {index}, head {}",
+                    head.unwrap_or(0)
+                ))),
+            }
+        };
+        let layers = self.layers.iter().enumerate().map(|(index, layer)| {
+            Ok(LayerRanges { q: ranges(index, "q", &layer.q)?, k: ranges(index, "k", &layer.k)? })
+        });
+        Ok(Calibration {
+            config: self.config,
+            tokens: self.layers[0].tokens,
+            layers: layers.collect::<Result<_>>()?,
+        })
+    }
+}
+
+/// Feeds one side of a layer, `[B, H, S, D]`, to its observers; returns `B * S`.
+fn observe_heads(
+    observers: &mut Vec<Observer>,
+    (name, tensor): (&'static str, &Tensor),
+    kind: ObserverKind,
+    smooth: bool,
+) -> Result<usize> {
+    const OP: &str = "Calibrator::observe";
+    let shape = tensor.dims().to_vec();
+    let &[batch, heads, tokens, depth] = tensor.dims() else {
+        return Err(Error::Rank { op: OP, tensor: name, shape, expected: "[B, H, S, D]" });
+    };
+    if observers.is_empty() {
+        *observers = (0..heads).map(|_| Observer::new(kind)).collect::<Result<_>>()?;
+    }
+    if observers.len() != heads {
+        let expected = format!("the {} heads seen before", observers.len());
+        return Err(Error::Shape { op: OP, tensor: name, shape, expected });
+    }
+    let mut values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    if values.is_empty() {
+        return Ok(0);
+    }
+    for (head, matrix) in values.chunks_exact_mut(tokens * depth).enumerate() {
+        if smooth {
+            let mean = token_mean(matrix, depth);
+            for row in matrix.chunks_exact_mut(depth) {
+                row.iter_mut().zip(&mean).for_each(|(x, mean)| *x -= mean);
+            }
+        }
+        observers[head % heads].observe(matrix);
+    }
+    Ok(batch * tokens)
+}
+
+/// The ranges of one layer, one a head.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerRanges {
+    /// Of the queries, `H`.
+    pub q: Vec<Range>,
+    /// Of the keys, `H_kv`.
+    pub k: Vec<Range>,
+}
+
+/// What shares a static scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StaticScales {
+    /// Each head.
+    #[default]
+    PerHead,
+    /// All heads of a layer.
+    PerTensor,
+}
+
+/// Static ranges of queries and keys of all layers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// How they were found.
+    pub config: CalibrationConfig,
+    /// From how many queries.
+    pub tokens: u64,
+    /// The ranges, first layer first.
+    pub layers: Vec<LayerRanges>,
+}
+
+/// What the file says first.
+const FORMAT: &str = "candle-int8-attention calibration";
+const VERSION: u32 = 1;
+
+/// The file: JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File<T> {
+    format: String,
+    version: u32,
+    calibration: T,
+}
+
+impl Calibration {
+    /// `base` with static scales in layer `layer`: its P·V precision (if it is int8) and everything
+    /// that is not quantization stay.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there is no such layer, [`Error::QuantParams`] for ranges that are not
+    /// finite.
+    pub fn config(
+        &self,
+        layer: usize,
+        scales: StaticScales,
+        base: &AttentionConfig,
+    ) -> Result<AttentionConfig> {
+        let Some(ranges) = self.layers.get(layer) else {
+            let layers = self.layers.len();
+            return Err(Error::Config(format!("layer {layer} of a calibration of {layers}")));
+        };
+        let pv = match &base.backend {
+            Backend::Int8(int8) => int8.pv,
+            Backend::Fp32 => PvPrecision::default(),
+        };
+        let scores = ScoreConfig {
+            q: self.side(&ranges.q, scales)?,
+            k: self.side(&ranges.k, scales)?,
+            smooth_k: self.config.smooth_k,
+            smooth_q: self.config.smooth_q,
+            output: ScoreOutput::Dequantized,
+        };
+        let backend = Backend::Int8(Int8Config { scores, pv });
+        Ok(AttentionConfig { backend, ..base.clone() })
+    }
+
+    fn side(&self, ranges: &[Range], scales: StaticScales) -> Result<QuantConfig> {
+        let scheme = self.config.scheme;
+        let (granularity, ranges) = match scales {
+            StaticScales::PerHead => (Granularity::PerHead, ranges.to_vec()),
+            StaticScales::PerTensor => {
+                let all = ranges.iter().fold(Range::EMPTY, |all, range| all.union(*range));
+                (Granularity::PerTensor, vec![all])
+            }
+        };
+        let params = ranges.into_iter().map(|range| QuantParams::from_range(scheme, range));
+        let range = RangeSource::Static(params.collect::<Result<_>>()?);
+        Ok(QuantConfig { scheme, granularity, range })
+    }
+
+    /// Switches all layers of a model to int8 with these ranges.
+    ///
+    /// # Errors
+    /// [`Error::Config`] unless the model has as many layers; those of [`Calibration::config`].
+    pub fn apply(&self, model: &mut impl AttentionLayers, scales: StaticScales) -> Result<()> {
+        let layers = model.attention_mut();
+        if layers.len() != self.layers.len() {
+            return Err(Error::Config(format!(
+                "a calibration of {} layers for a model of {}",
+                self.layers.len(),
+                layers.len()
+            )));
+        }
+        let configs = layers.iter().enumerate();
+        let configs = configs.map(|(index, layer)| self.config(index, scales, layer.config()));
+        let configs = configs.collect::<Result<Vec<_>>>()?;
+        layers.into_iter().zip(configs).for_each(|(layer, config)| layer.set_config(config));
+        Ok(())
+    }
+
+    /// Writes a JSON file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be written; then it is not there.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let file = File { format: FORMAT.to_string(), version: VERSION, calibration: self };
+        let json = serde_json::to_string_pretty(&file).map_err(|e| corrupt(path, e))?;
+        write(path, json.as_bytes())
+    }
+
+    /// Reads what [`Calibration::save`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`], [`Error::Io`], or [`Error::Corrupt`] for anything that is not such
+    /// a file, or of another version.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = read_text("calibration", path)?;
+        let not_one = |e: serde_json::Error| corrupt(path, format!("not a calibration: {e}"));
+        let file: File<serde_json::Value> = serde_json::from_str(&text).map_err(not_one)?;
+        if (file.format.as_str(), file.version) != (FORMAT, VERSION) {
+            let problem = format!(
+                "{:?} of version {}, expected {FORMAT:?} of version {VERSION}",
+                file.format, file.version
+            );
+            return Err(corrupt(path, problem));
+        }
+        let calibration: Self = serde_json::from_value(file.calibration).map_err(not_one)?;
+        calibration.check().map_err(|e| corrupt(path, e))?;
+        Ok(calibration)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.config.observer.check()?;
+        if self.layers.is_empty() {
+            return Err(Error::Config("a calibration of 0 layers".into()));
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            if layer.q.is_empty() || layer.k.is_empty() {
+                return Err(Error::Config(format!("no heads in layer {index}")));
+            }
+            let wrong = |r: &&Range| !(r.min.is_finite() && r.max.is_finite() && r.min <= r.max);
+            if let Some(range) = layer.q.iter().chain(&layer.k).find(wrong) {
+                let Range { min, max } = range;
+                return Err(Error::Config(format!(
+                    "range {min}..{max} in layer {index}, expected finite and in order"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs the model over passages, token ids `[B, N]` each, and collects the ranges of every layer
+/// and head. The attention in use stays in use: with fp32 in all layers the ranges are those of
+/// the original model.
+///
+/// ```no_run
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::models::{
+///     BertModel, CalibrationConfig, ModelFiles, StaticScales, calibrate,
+/// };
+///
+/// let files = ModelFiles::from_dir("models/paraphrase-MiniLM-L3-v2")?;
+/// let mut model = BertModel::load(&files, &Device::Cpu)?;
+/// let passages: Vec<Tensor> = vec![/* token ids [1, N] */];
+/// let calibration = calibrate(&model, &passages, CalibrationConfig::default())?;
+/// calibration.save("ranges.json")?;
+/// calibration.apply(&mut model, StaticScales::PerHead)?;
+/// # Ok::<(), candle_int8_attention::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of the model and of [`Calibrator`]; [`Error::Config`] without any passage.
+pub fn calibrate(
+    model: &impl AttentionLayers,
+    passages: &[Tensor],
+    config: CalibrationConfig,
+) -> Result<Calibration> {
+    let mut calibrator = Calibrator::new(config)?;
+    for ids in passages {
+        model.run(ids, &mut |layer, input| calibrator.observe(layer, input.q, input.k))?;
+    }
+    calibrator.finish()
+}
