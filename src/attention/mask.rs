@@ -22,11 +22,22 @@ fn masked_below(dtype: DType) -> f64 {
 /// neither U8 (boolean, non-zero = attend) nor a float (additive).
 pub(super) fn apply_tensor(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let mask = broadcast_mask(mask, scores.dims())?;
+    let attended = attended(&mask)?;
     match mask.dtype() {
-        DType::U8 => keep(scores, &mask.ne(0u8)?),
+        DType::U8 => keep(scores, &attended),
+        _ => keep(&(scores + mask.to_dtype(DType::F32)?)?, &attended),
+    }
+}
+
+/// 1 where `mask` lets a score through, 0 where it masks it.
+///
+/// # Errors
+/// [`Error::DType`] if it is neither U8 (boolean) nor a float (additive).
+pub(super) fn attended(mask: &Tensor) -> Result<Tensor> {
+    match mask.dtype() {
+        DType::U8 => Ok(mask.ne(0u8)?),
         DType::F32 | DType::F16 | DType::BF16 | DType::F64 => {
-            let attended = mask.gt(masked_below(mask.dtype()))?;
-            keep(&(scores + mask.to_dtype(DType::F32)?)?, &attended)
+            Ok(mask.gt(masked_below(mask.dtype()))?)
         }
         dtype => Err(unsupported(dtype)),
     }
