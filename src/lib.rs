@@ -10,8 +10,10 @@
 //!   -> times v     bf16 or f32 with f32 sums
 //! ```
 //!
-//! [`attention()`] is all of it, [`attention_scores`] the part up to the scores, and
-//! [`QuantizedAttention`] a module that switches between int8 and fp32 in a model's layer.
+//! [`flash_attn`] is all of it with the signature of Candle's function of that name,
+//! [`attention()`] the same with everything that can be chosen, [`attention_scores`] the part up to
+//! the scores, and [`QuantizedAttention`] a module that switches between int8 and fp32 in a model's
+//! layer.
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
@@ -54,7 +56,7 @@ mod uninit;
 
 pub use attention::{
     AttentionConfig, Backend, Int8Config, PvPrecision, QuantizedAttention, RequantConfig,
-    ScoreConfig, ScoreOutput, attention, attention_scores,
+    ScoreConfig, ScoreOutput, attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

@@ -4,11 +4,13 @@
 //! * [`QuantizedAttention`]: the same as a module that a model holds, one per layer.
 //! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op.
 //! * [`position_mask`], [`restrict_mask`]: several conditions as one mask tensor.
+//! * [`flash_attn`], [`flash_attn_varlen_cpu`]: the same with Candle's signatures and layouts.
 //! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
-//! * [`tensor_ops`]: the scores from ordinary tensor operations, on any device.
+//! * [`tensor_ops`]: scores and attention from ordinary tensor operations, on any device.
 
 mod combine;
 mod config;
+mod flash;
 mod fused;
 mod keys;
 mod mask;
@@ -27,6 +29,7 @@ pub use combine::{position_mask, restrict_mask};
 pub use config::{
     AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
 };
+pub use flash::{flash_attn, flash_attn_varlen_cpu};
 pub use module::QuantizedAttention;
 pub use scores::{attention_scores, attention_scores_int8};
 pub use unfused::attention_probs;
@@ -44,6 +47,10 @@ use candle_nn::attention::AttnMask;
 /// keys `j <= i + kv_offset`; or a tensor that broadcasts to `[B, H, M, N]`, U8 (boolean, non-zero
 /// = attend) or float (added to the scaled scores). Minus infinity and the smallest finite number
 /// of the mask's dtype both mean masked. A query with every key masked gives zeros.
+///
+/// On a CPU the int8 backend is one fused op. On other devices it is [`tensor_ops::attention`],
+/// which has the same scores and holds all `M * N` of them. Gradients are those of fp32 attention
+/// on every device.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -2,14 +2,17 @@
 //!
 //! It shares no code with the kernels: it is their oracle, and it runs on every device Candle has.
 //! Without smoothing the results are the same to the bit; with it they can differ by one code
-//! where the two sums of a mean round differently. Codes are held as integers in floating point,
+//! where the two sums of a mean round differently. [`attention()`](crate::attention()) comes here
+//! by itself where its tensors are not on a CPU. Codes are held as integers in floating point,
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
-use super::config::{RequantConfig, ScoreConfig, ScoreOutput};
+use super::config::{AttentionConfig, RequantConfig, ScoreConfig, ScoreOutput};
 use super::shapes::check_scores;
+use super::unfused::{attention_with, fp32_scores};
 use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
 use crate::{Error, Result};
 use candle_core::{D, DType, Tensor};
+use candle_nn::attention::AttnMask;
 
 /// Adding and subtracting `1.5 * 2^23` rounds a small f32 to an integer, ties to even
 /// (`Tensor::round` rounds them away from zero).
@@ -29,14 +32,53 @@ struct Codes {
     mean: Option<Tensor>,
 }
 
-/// `attention_scores` with Candle's tensor operations, on any device. Not differentiable: rounding
-/// has no useful gradient here; use the op for training.
+/// [`attention()`](crate::attention()) with Candle's tensor operations, on any device: the same
+/// arguments, gradients and errors. All `M * N` scores are in memory, and P·V is in f32.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::attention::{attention, tensor_ops};
+/// use candle_int8_attention::{AttentionConfig, AttnMask};
+///
+/// let q = Tensor::randn(0f32, 1., (1, 4, 32, 64), &Device::Cpu)?;
+/// let config = AttentionConfig::int8();
+/// let fused = attention(&q, &q, &q, &AttnMask::causal(), &config)?;
+/// let anywhere = tensor_ops::attention(&q, &q, &q, &AttnMask::causal(), &config)?;
+/// assert!((fused - anywhere)?.abs()?.max_all()?.to_scalar::<f32>()? < 0.02);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`attention()`](crate::attention()).
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttnMask,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
+    attention_with(attention_scores, q, k, v, mask, config)
+}
+
+/// `attention_scores` with Candle's tensor operations, on any device. f32 scores have the gradient
+/// of `q·k^T`, straight through the rounding.
 ///
 /// # Errors
 /// As for [`attention_scores`](super::attention_scores), without the one for devices.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     check_scores("tensor_ops::attention_scores", q.dims(), k.dims())?;
     config.check()?;
+    let scores = scores(&q.detach(), &k.detach(), config)?;
+    if scores.dtype() != DType::F32 || !(q.track_op() || k.track_op()) {
+        return Ok(scores);
+    }
+    // Zero, with the gradient of the exact scores.
+    let exact = fp32_scores(q, k)?;
+    let zero = (&exact - exact.detach())?;
+    Ok((scores + zero)?)
+}
+
+fn scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     let k = repeat_heads(k, q.dim(1)?)?;
     let (b, h, m, d) = q.dims4()?;
     let n = k.dim(2)?;

@@ -1,11 +1,11 @@
 //! Attention from the score op and Candle's tensor operations, with all `M * N` probabilities in
 //! memory: the check of the fused op, the fp32 backend, and what gives probabilities to look at.
 
-use super::config::{AttentionConfig, Backend, ScoreOutput};
+use super::config::{AttentionConfig, Backend, ScoreConfig, ScoreOutput};
 use super::mask::{apply_tensor, keep, masked_softmax};
 use super::scores::attention_scores;
 use super::shapes::{check_attention, check_float, check_scores};
-use super::tensor_ops::repeat_heads;
+use super::tensor_ops::{self, repeat_heads};
 use super::visible::Visible;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -13,8 +13,16 @@ use candle_nn::attention::AttnMask;
 
 const OP: &str = "attention";
 
-/// [`attention`](super::attention) without the fused op, in both backends. Probabilities and
-/// values are f32 here whatever the P·V precision.
+/// What computes int8 scores.
+pub(super) type Scores = fn(&Tensor, &Tensor, &ScoreConfig) -> Result<Tensor>;
+
+/// The kernels are on the CPU.
+fn scores_of(device: &Device) -> Scores {
+    if device.is_cpu() { attention_scores } else { tensor_ops::attention_scores }
+}
+
+/// [`attention`](super::attention) without the fused op, in both backends, on any device.
+/// Probabilities and values are f32 here whatever the P·V precision.
 ///
 /// # Errors
 /// Those of [`attention`](super::attention).
@@ -25,10 +33,22 @@ pub fn attention(
     mask: &AttnMask,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
+    attention_with(scores_of(q.device()), q, k, v, mask, config)
+}
+
+/// [`attention`] with int8 scores from `scores`.
+pub(super) fn attention_with(
+    scores: Scores,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttnMask,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
     check_attention(OP, q.dims(), k.dims(), v.dims())?;
     check_float(OP, &[("v", v)])?;
     let v = repeat_heads(&v.to_dtype(DType::F32)?, q.dim(1)?)?.contiguous()?;
-    let probs = attention_probs(q, k, mask, config)?;
+    let probs = probs_with(scores, q, k, mask, config)?;
     if probs.elem_count() == 0 || v.elem_count() == 0 {
         let (b, h, m, _) = q.dims4()?;
         return Ok(Tensor::zeros((b, h, m, v.dim(3)?), q.dtype(), q.device())?);
@@ -47,13 +67,23 @@ pub fn attention_probs(
     mask: &AttnMask,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
+    probs_with(scores_of(q.device()), q, k, mask, config)
+}
+
+fn probs_with(
+    int8_scores: Scores,
+    q: &Tensor,
+    k: &Tensor,
+    mask: &AttnMask,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
     check_scores(OP, q.dims(), k.dims())?;
     check_float(OP, &[("q", q), ("k", k)])?;
     let scores = match &config.backend {
         Backend::Fp32 => fp32_scores(q, k)?,
         Backend::Int8(int8) => match int8.scores.output {
             ScoreOutput::Dequantized | ScoreOutput::Requantized(_) => {
-                attention_scores(q, k, &int8.scores)?
+                int8_scores(q, k, &int8.scores)?
             }
             ScoreOutput::Int32 | ScoreOutput::Int8(_) => {
                 return Err(Error::Config(format!(
@@ -96,7 +126,8 @@ fn alibi(visible: &Visible, slopes: &[f32], m: usize, n: usize, device: &Device)
     ))?)?)
 }
 
-fn fp32_scores(q: &Tensor, k: &Tensor) -> Result<Tensor> {
+/// `q·k^T` in f32.
+pub(super) fn fp32_scores(q: &Tensor, k: &Tensor) -> Result<Tensor> {
     let k = repeat_heads(&k.to_dtype(DType::F32)?, q.dim(1)?)?.contiguous()?;
     let q = q.to_dtype(DType::F32)?.contiguous()?;
     let ((b, h, m, d), n) = (q.dims4()?, k.dim(2)?);

@@ -1,0 +1,71 @@
+//! The path of other devices, in ordinary tensor operations, exercised on the CPU.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_int8_attention::attention::{tensor_ops, unfused};
+use candle_int8_attention::quant::{Granularity, Scheme};
+use candle_int8_attention::{
+    AttentionConfig, AttnMask, Backend, Int8Config, PvPrecision, ScoreConfig, attention,
+};
+
+fn randn(shape: (usize, usize, usize, usize)) -> Result<Tensor> {
+    Tensor::randn(0f32, 1., shape, &Device::Cpu)
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+    assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
+    let f32 = |x: &Tensor| x.to_dtype(DType::F32);
+    (f32(a)? - f32(b)?)?.abs()?.max_all()?.to_scalar()
+}
+
+#[test]
+fn the_same_numbers_as_the_kernels() -> Result<()> {
+    let (b, h, h_kv, m, n, d, dv) = (2, 4, 2, 20, 70, 48, 24);
+    let (q, k, v) = (randn((b, h, m, d))?, randn((b, h_kv, n, d))?, randn((b, h_kv, n, dv))?);
+    let keep: Vec<u8> = (0..b * n).map(|i| u8::from(i % 5 != 1)).collect();
+    let keep = Tensor::from_vec(keep, (b, 1, 1, n), &Device::Cpu)?;
+    let int8 = |scores, pv| AttentionConfig {
+        backend: Backend::Int8(Int8Config { scores, pv }),
+        ..AttentionConfig::default()
+    };
+    let f32 = PvPrecision::F32;
+    for config in [
+        int8(ScoreConfig::default(), f32),
+        int8(ScoreConfig::plain(Scheme::Affine, Granularity::PerBlock(16)), f32),
+        AttentionConfig { softcap: Some(2.0), ..int8(ScoreConfig::default(), f32) },
+        AttentionConfig {
+            alibi_slopes: Some(vec![0.5, 0.25, 0.1, 0.0]),
+            window_left: Some(30),
+            kv_lens: Some(vec![n, 33]),
+            ..int8(ScoreConfig::default(), f32)
+        },
+    ] {
+        for mask in
+            [AttnMask::None, AttnMask::causal_with_offset(n - m), AttnMask::Mask(keep.clone())]
+        {
+            let anywhere = tensor_ops::attention(&q, &k, &v, &mask, &config)?;
+            // The same int8 scores and f32 operations, so only the rounding of sums differs.
+            let unfused = unfused::attention(&q, &k, &v, &mask, &config)?;
+            let fused = attention(&q, &k, &v, &mask, &config)?;
+            for other in [unfused, fused] {
+                let difference = largest_difference(&anywhere, &other)?;
+                assert!(difference < 1e-5, "{difference} with {mask:?} {config:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn half_precision_and_empty_tensors() -> Result<()> {
+    let config = AttentionConfig::int8();
+    for dtype in [DType::F16, DType::BF16] {
+        let q = randn((1, 4, 12, 32))?.to_dtype(dtype)?;
+        let anywhere = tensor_ops::attention(&q, &q, &q, &AttnMask::causal(), &config)?;
+        let fused = attention(&q, &q, &q, &AttnMask::causal(), &config)?;
+        assert!(largest_difference(&anywhere, &fused)? < 0.02);
+    }
+    let (q, kv) = (randn((1, 2, 3, 8))?, randn((1, 2, 0, 8))?);
+    let out = tensor_ops::attention(&q, &kv, &kv, &AttnMask::None, &config)?;
+    assert_eq!(out.dims(), [1, 2, 3, 8]);
+    Ok(())
+}
