@@ -1,8 +1,10 @@
 //! A linear layer whose weights may be quantized.
 
-use crate::Result;
+use crate::quant::rows::dots;
+use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
-use candle_core::{D, Device, Module, Tensor};
+use candle_core::{D, Device, Layout, Module, Storage, Tensor};
+use rayon::prelude::*;
 use std::sync::Arc;
 
 /// In which form the matrices of a GGUF file are held and multiplied.
@@ -104,7 +106,38 @@ fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let tokens = x.elem_count() / k.max(1);
     let last = shape.len() - 1;
     shape[last] = n;
-    Ok(x.reshape((tokens, k))?.matmul(&weight.t()?)?.reshape(shape)?)
+    let x = x.reshape((tokens, k))?;
+    let y = match tokens == 1 && x.device().is_cpu() {
+        true => one_token(&x, weight)?,
+        false => x.matmul(&weight.t()?)?,
+    };
+    Ok(y.reshape(shape)?)
+}
+
+/// `[1, K]` to `[1, N]`, on the CPU. Reading the weights takes all the time; Candle's product
+/// takes as long again to count the processors, which it does for each call (from `/proc/cpuinfo`).
+fn one_token(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (n, k) = weight.dims2()?;
+    let (x_storage, x_layout) = x.storage_and_layout();
+    let (weight_storage, weight_layout) = weight.storage_and_layout();
+    let x = contiguous(&x_storage, x_layout)?;
+    let weight = contiguous(&weight_storage, weight_layout)?;
+    let mut y = vec![0f32; n];
+    let rows = (PIECE / k.max(1)).max(1);
+    let pieces = y.par_chunks_mut(rows).zip(weight.par_chunks(rows * k.max(1)));
+    pieces.for_each(|(y, weight)| dots(weight, x, y));
+    Ok(Tensor::from_vec(y, (1, n), &Device::Cpu)?)
+}
+
+/// Weights that one thread takes at a time.
+const PIECE: usize = 1 << 15;
+
+/// The elements of a contiguous f32 tensor on the CPU.
+fn contiguous<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        _ => Err(Error::Config("a linear layer's tensors are not contiguous on the CPU".into())),
+    }
 }
 
 /// `x·W^T + b`.
