@@ -1,72 +1,146 @@
 //! What takes part: this crate and its peers, each as a closure over the same tensors.
 
-use candle_core::{D, Result, Tensor};
-use candle_int8_attention::{AttentionConfig, AttnMask, ScoreConfig, attention, attention_scores};
+use crate::args::{Args, What};
+use crate::shape::Shape;
+use candle_core::{D, DType, Device, Result, Tensor, bail};
+use candle_int8_attention::{
+    AttentionConfig, AttnMask, ScoreConfig, attention as int8_attention, attention_scores,
+};
 use candle_nn::attention::flash_attn;
 use rten_gemm::{GemmExecutor, GemmInputA, GemmInputB, GemmOptions};
 use rten_tensor::NdTensor;
 use rten_tensor::prelude::*;
+use std::time::Instant;
 
-/// `[B, H, N, D]`, for queries, keys and values alike.
-pub type Shape = [usize; 4];
+/// Who keeps all scores in memory is left out where they take more bytes.
+const LARGEST_SCORES: usize = 4_000_000_000;
 
-/// One way to compute, by name.
+/// One way to compute.
 pub struct Contender {
+    /// For programs.
+    pub id: &'static str,
+    /// For people.
     pub name: &'static str,
-    pub run: Box<dyn FnMut() -> Result<()>>,
+    run: Box<dyn FnMut() -> Result<Option<Tensor>>>,
 }
 
-fn contender(name: &'static str, mut run: impl FnMut() -> Result<Tensor> + 'static) -> Contender {
-    Contender { name, run: Box::new(move || run().map(drop)) }
+impl Contender {
+    /// A contender that returns its result.
+    pub fn new(
+        id: &'static str,
+        name: &'static str,
+        mut run: impl FnMut() -> Result<Tensor> + 'static,
+    ) -> Self {
+        Self { id, name, run: Box::new(move || run().map(Some)) }
+    }
+
+    /// Seconds of one call. Freeing the result is part of it.
+    pub fn call(&mut self) -> Result<f64> {
+        let start = Instant::now();
+        drop((self.run)()?);
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    /// The result of one call; `None` where the contender keeps it to itself.
+    pub fn output(&mut self) -> Result<Option<Tensor>> {
+        (self.run)()
+    }
 }
 
-/// Raw scores, f32 in and f32 out; the first is this crate.
-pub fn scores(q: &Tensor, k: &Tensor) -> Result<Vec<Contender>> {
-    let config = ScoreConfig::default();
-    let ours = {
-        let (q, k) = (q.clone(), k.clone());
-        contender("this crate", move || Ok(attention_scores(&q, &k, &config)?))
-    };
-    let candle = {
-        let (q, k) = (q.clone(), k.clone());
-        contender("Candle matmul", move || q.matmul(&k.t()?))
-    };
-    Ok(vec![ours, candle, rten(q, k)?])
+/// Queries, keys and values.
+#[derive(Clone)]
+pub struct Inputs {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
 }
 
-/// Attention, f32 in and f32 out; the first is this crate.
-pub fn attentions(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Vec<Contender>> {
-    let all = || (q.clone(), k.clone(), v.clone());
-    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
-    let ours = {
-        let ((q, k, v), config) = (all(), AttentionConfig::int8());
-        contender("this crate", move || Ok(attention(&q, &k, &v, &AttnMask::None, &config)?))
-    };
-    let unfused = {
-        let (q, k, v) = all();
-        contender("Candle unfused", move || {
-            let scores = (q.matmul(&k.t()?)? * scale)?;
-            candle_nn::ops::softmax_last_dim(&scores)?.matmul(&v)
-        })
-    };
-    let flash = {
-        let bshd = |x: &Tensor| x.transpose(1, 2)?.contiguous();
-        let (q, k, v) = (bshd(q)?, bshd(k)?, bshd(v)?);
-        contender("Candle flash_attn", move || {
-            flash_attn::<f32>(&q, &k, &v, scale as f32, AttnMask::None, None, None)
-        })
-    };
-    Ok(vec![ours, unfused, flash])
+impl Inputs {
+    /// From the standard normal distribution.
+    pub fn random(shape: Shape, dtype: DType) -> Result<Self> {
+        let tensor = || Tensor::randn(0f32, 1., &shape.0, &Device::Cpu)?.to_dtype(dtype);
+        Ok(Self { q: tensor()?, k: tensor()?, v: tensor()? })
+    }
+
+    /// This crate's attention.
+    pub fn attend(&self, config: &AttentionConfig) -> Result<Tensor> {
+        Ok(int8_attention(&self.q, &self.k, &self.v, &AttnMask::None, config)?)
+    }
+
+    fn scale(&self) -> Result<f64> {
+        Ok(1.0 / (self.q.dim(D::Minus1)? as f64).sqrt())
+    }
+
+    fn check_scores(&self) -> Result<()> {
+        let (b, h, m, _) = self.q.dims4()?;
+        let bytes = b * h * m * self.k.dim(2)? * self.q.dtype().size_in_bytes();
+        if bytes > LARGEST_SCORES {
+            let gb = |bytes: usize| bytes as f64 / 1e9;
+            bail!("its scores take {:.1} GB, more than {} GB", gb(bytes), gb(LARGEST_SCORES));
+        }
+        Ok(())
+    }
 }
 
-/// rten-gemm's u8 x i8 product alone: its operands are quantized and its keys transposed already.
-fn rten(q: &Tensor, k: &Tensor) -> Result<Contender> {
-    let (b, h, m, d) = q.dims4()?;
-    let n = k.dim(2)?;
+/// Everyone who computes `what`; the first is this crate.
+pub fn all(what: What, inputs: &Inputs, args: &Args) -> Result<Vec<Contender>> {
+    match what {
+        What::Scores => Ok(vec![our_scores(inputs), candle_scores(inputs), rten(inputs)?]),
+        What::Attention => {
+            let ours = our_attention(inputs, args.attention());
+            Ok(vec![ours, candle_unfused(inputs), candle_flash(inputs)?])
+        }
+    }
+}
+
+fn our_scores(inputs: &Inputs) -> Contender {
+    let (inputs, config) = (inputs.clone(), ScoreConfig::default());
+    Contender::new("ours", "this crate", move || {
+        inputs.check_scores()?;
+        Ok(attention_scores(&inputs.q, &inputs.k, &config)?)
+    })
+}
+
+fn candle_scores(inputs: &Inputs) -> Contender {
+    let Inputs { q, k, .. } = inputs.clone();
+    Contender::new("candle", "Candle matmul", move || q.matmul(&k.t()?))
+}
+
+fn our_attention(inputs: &Inputs, config: AttentionConfig) -> Contender {
+    let inputs = inputs.clone();
+    Contender::new("ours", "this crate", move || inputs.attend(&config))
+}
+
+fn candle_unfused(inputs: &Inputs) -> Contender {
+    let inputs = inputs.clone();
+    Contender::new("candle", "Candle unfused", move || {
+        inputs.check_scores()?;
+        let scores = (inputs.q.matmul(&inputs.k.t()?)? * inputs.scale()?)?;
+        candle_nn::ops::softmax_last_dim(&scores)?.matmul(&inputs.v)
+    })
+}
+
+/// Its inputs are `[B, N, H, D]`: they are transposed before, which is not timed.
+fn candle_flash(inputs: &Inputs) -> Result<Contender> {
+    let bshd = |x: &Tensor| x.transpose(1, 2)?.contiguous();
+    let (q, k, v) = (bshd(&inputs.q)?, bshd(&inputs.k)?, bshd(&inputs.v)?);
+    let scale = inputs.scale()? as f32;
+    Ok(Contender::new("candle-flash", "Candle flash_attn", move || match q.dtype() {
+        DType::F16 => flash_attn::<half::f16>(&q, &k, &v, scale, AttnMask::None, None, None),
+        DType::BF16 => flash_attn::<half::bf16>(&q, &k, &v, scale, AttnMask::None, None, None),
+        _ => flash_attn::<f32>(&q, &k, &v, scale, AttnMask::None, None, None),
+    }))
+}
+
+/// rten-gemm's u8 x i8 product alone: its operands are quantized and its keys transposed before,
+/// its output is written again and again, and nothing is dequantized.
+fn rten(inputs: &Inputs) -> Result<Contender> {
+    let (b, h, m, d) = inputs.q.dims4()?;
+    let n = inputs.k.dim(2)?;
     let codes = |x: &Tensor| -> Result<Vec<f32>> {
-        ((x * 30.0)?.clamp(-127f32, 127f32))?.flatten_all()?.to_vec1()
+        ((x.to_dtype(DType::F32)? * 30.0)?.clamp(-127f32, 127f32))?.flatten_all()?.to_vec1()
     };
-    let (q, k) = (codes(q)?, codes(k)?);
+    let (q, k) = (codes(&inputs.q)?, codes(&inputs.k)?);
     let heads: Vec<(NdTensor<u8, 2>, NdTensor<i8, 2>)> = (0..b * h)
         .map(|head| {
             let rows = q[head * m * d..(head + 1) * m * d].iter().map(|&x| (x + 128.0) as u8);
@@ -84,7 +158,7 @@ fn rten(q: &Tensor, k: &Tensor) -> Result<Contender> {
             let (a, b) = (GemmInputA::Unpacked(q.view()), GemmInputB::Unpacked(k.transposed()));
             gemm.gemm(out, a, b, GemmOptions::default()).map_err(candle_core::Error::debug)?;
         }
-        Ok(())
+        Ok(None)
     };
-    Ok(Contender { name: "rten-gemm u8i8 only", run: Box::new(run) })
+    Ok(Contender { id: "rten", name: "rten-gemm, product alone", run: Box::new(run) })
 }

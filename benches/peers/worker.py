@@ -1,0 +1,212 @@
+"""ONNX Runtime or PyTorch behind the protocol of the bench's `--serve`.
+
+    python worker.py onnxruntime --threads 2
+
+Reads a command a line from stdin and answers each with a line of JSON on stdout. `compare.py`
+starts one such process for each library, so that its threads sleep while others have their turn.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+# Operator set and file version of the ONNX models made here: old enough for the pinned runtime.
+OPSET = 21
+IR_VERSION = 10
+
+
+class OnnxRuntime:
+    """Models of a single operator, or of the few that int8 scores take."""
+
+    name = "onnxruntime"
+
+    def __init__(self, threads):
+        import onnxruntime
+
+        self.runtime = onnxruntime
+        self.version = onnxruntime.__version__
+        self.options = onnxruntime.SessionOptions()
+        self.options.intra_op_num_threads = threads
+        self.options.inter_op_num_threads = 1
+        # Spinning while it waits for work is ONNX Runtime's default, and stays on: it is faster.
+        # Between turns nothing runs, and its threads go to sleep.
+
+    def attention(self, q, k, v):
+        """The fp32 MultiHeadAttention of com.microsoft, on its own layout [B, N, H * D]."""
+        from onnx import helper
+
+        batch, heads, tokens, dim = q.shape
+        packed = [batch, tokens, heads * dim]
+        node = helper.make_node(
+            "MultiHeadAttention", ["q", "k", "v"], ["out"], domain="com.microsoft", num_heads=heads
+        )
+        session = self._session([node], {"q": packed, "k": packed, "v": packed}, packed)
+
+        def pack(x):
+            return np.ascontiguousarray(x.transpose(0, 2, 1, 3)).reshape(packed)
+
+        def unpacked():
+            out = run().numpy()
+            return out.reshape(batch, tokens, heads, dim).transpose(0, 2, 1, 3)
+
+        run = self._bind(session, {"q": pack(q), "k": pack(k), "v": pack(v)})
+        return run, unpacked
+
+    def scores(self, q, k, _v):
+        """The int8 pipeline: two DynamicQuantizeLinear, MatMulInteger, Cast, Mul.
+
+        The keys come transposed already, which favours it; the graph optimizer may fuse the nodes.
+        """
+        from onnx import TensorProto, helper
+
+        node = helper.make_node
+        nodes = [
+            node("DynamicQuantizeLinear", ["q"], ["q8", "q_scale", "q_zero"]),
+            node("DynamicQuantizeLinear", ["k"], ["k8", "k_scale", "k_zero"]),
+            node("MatMulInteger", ["q8", "k8", "q_zero", "k_zero"], ["sums"]),
+            node("Cast", ["sums"], ["float_sums"], to=TensorProto.FLOAT),
+            node("Mul", ["q_scale", "k_scale"], ["scale"]),
+            node("Mul", ["float_sums", "scale"], ["out"]),
+        ]
+        keys = np.ascontiguousarray(k.transpose(0, 1, 3, 2))
+        shapes = {"q": list(q.shape), "k": list(keys.shape)}
+        session = self._session(nodes, shapes, [*q.shape[:3], k.shape[2]])
+        run = self._bind(session, {"q": q, "k": keys})
+        return run, lambda: run().numpy()
+
+    def _session(self, nodes, inputs, output):
+        from onnx import TensorProto, helper
+
+        def value(name, shape):
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+        graph = helper.make_graph(
+            nodes, "peer", [value(*item) for item in inputs.items()], [value("out", output)]
+        )
+        domains = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION)
+        return self.runtime.InferenceSession(
+            model.SerializeToString(), self.options, providers=["CPUExecutionProvider"]
+        )
+
+    def _bind(self, session, feeds):
+        """A call without copies between NumPy and ONNX Runtime, which `session.run` would make.
+
+        The output is allocated in every call, from ONNX Runtime's arena.
+        """
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            value = self.runtime.OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("out", "cpu")
+
+        def run():
+            session.run_with_iobinding(binding)
+            return binding.get_outputs()[0]
+
+        return run
+
+
+class PyTorch:
+    """scaled_dot_product_attention in f32, with the kernel that PyTorch chooses."""
+
+    name = "torch"
+
+    def __init__(self, threads):
+        import torch
+
+        self.torch = torch
+        self.version = torch.__version__
+        torch.set_num_threads(threads)
+        torch.set_num_interop_threads(1)
+        torch.set_grad_enabled(False)
+
+    def attention(self, q, k, v):
+        tensors = [self.torch.from_numpy(x) for x in (q, k, v)]
+        attend = self.torch.nn.functional.scaled_dot_product_attention
+
+        def run():
+            return attend(*tensors)
+
+        return run, lambda: run().numpy()
+
+
+LIBRARIES = {library.name: library for library in (OnnxRuntime, PyTorch)}
+
+
+class Server:
+    def __init__(self, library):
+        self.library = library
+        self.ready = None  # what and which shape the next run can use
+        self.call = None
+
+    def answer(self, line):
+        match line.split(" ", 3):
+            case ["about"]:
+                return {"name": self.library.name, "version": self.library.version}
+            case ["run", what, _contender, rest]:
+                shape, calls = rest.split()
+                return self.run(what, [int(n) for n in shape.split(",")], int(calls))
+            case ["compute", what, contender, folder]:
+                return self.compute(what, contender, Path(folder))
+            case ["release"]:
+                self.ready = self.call = None
+                return {"released": True}
+        raise ValueError(f"{line!r} is no command: about, run, compute, release")
+
+    def prepare(self, what, inputs):
+        method = getattr(self.library, what, None)
+        if method is None:
+            raise ValueError(f"{self.library.name} does not compute {what}")
+        return method(*inputs)
+
+    def run(self, what, shape, calls):
+        if self.ready != (what, shape):
+            self.ready = self.call = None
+            random = np.random.default_rng()
+            inputs = [random.standard_normal(shape, dtype=np.float32) for _ in range(3)]
+            self.call, _ = self.prepare(what, inputs)
+            self.ready = (what, shape)
+        seconds = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            self.call()  # its result is freed at once: part of the time, as for everyone
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def compute(self, what, contender, folder):
+        inputs = [np.load(folder / f"{name}.npy") for name in "qkv"]
+        _, output = self.prepare(what, inputs)
+        path = folder / f"{contender}.npy"
+        np.save(path, output())
+        return {"written": str(path)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", choices=sorted(LIBRARIES))
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    try:
+        server = Server(LIBRARIES[args.library](args.threads))
+    except Exception as error:  # a missing package, or one whose own libraries are missing
+        # The driver sees this instead of the answer to its first command.
+        print(json.dumps({"missing": str(error)}), flush=True)
+        return
+    for line in sys.stdin:
+        try:
+            answer = server.answer(line.strip())
+        except Exception as error:  # whatever a library raises goes to the driver
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        pass  # the driver was interrupted and says so
