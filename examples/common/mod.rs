@@ -1,4 +1,4 @@
-//! What the examples share: where the model comes from, which int8 configuration is used, how
+//! What the examples share: where model and text come from, which int8 configuration is used, how
 //! tables and errors are printed.
 
 // Each example compiles its own copy of this module and uses a part of it.
@@ -6,4 +6,6 @@
 
 pub mod config;
 pub mod model;
+pub mod passages;
 pub mod print;
+pub mod windows;
