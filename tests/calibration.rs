@@ -83,7 +83,8 @@ fn a_calibration_is_applied_saved_and_loaded() {
     let (mut model, passages) = (model(), passages());
     let reference = embeddings(&model, &passages[2..]).unwrap();
     let calibration = calibrate(&model, &passages[..2], CalibrationConfig::default()).unwrap();
-    assert_eq!(calibration.tokens, passages[..2].iter().map(|ids| ids.elem_count() as u64).sum());
+    let tokens: usize = passages[..2].iter().map(Tensor::elem_count).sum();
+    assert_eq!(calibration.tokens, tokens as u64);
 
     let (_folder, path) = folder();
     calibration.save(&path).unwrap();
