@@ -73,12 +73,11 @@ mod report;
 
 use anyhow::Result;
 use args::Args;
-use clap::Parser;
-use common::print::finish;
+use common::print::{finish, parse};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    finish(run(&Args::parse()))
+    finish(run(&parse::<Args>()))
 }
 
 fn run(args: &Args) -> Result<String> {

@@ -1,4 +1,4 @@
-//! What the examples share: where the models come from, which int8 configuration is used, how
+//! What the examples share: where models and text come from, which int8 configuration is used, how
 //! tables and errors are printed.
 
 // Each example compiles its own copy of this module and uses a part of it.
@@ -7,4 +7,6 @@
 pub mod config;
 pub mod llama;
 pub mod model;
+pub mod passages;
 pub mod print;
+pub mod windows;

@@ -43,6 +43,16 @@ pub fn signed(x: f64) -> String {
     format!("{x:+.5}")
 }
 
+/// The arguments. A wrong one is status 1 like any other error, not clap's 2: that one belongs to
+/// programs that found something to be wrong.
+pub fn parse<T: clap::Parser>() -> T {
+    T::try_parse().unwrap_or_else(|error| {
+        // If it cannot be printed, there is nobody to read it.
+        let _ = error.print();
+        std::process::exit(i32::from(error.use_stderr()))
+    })
+}
+
 /// Prints the report, or the error on stderr, and gives the exit code.
 ///
 /// A reader that closes the pipe early (`| head`) is no error.

@@ -2,9 +2,9 @@
 
 use crate::common::config::{describe, int8_attention};
 use crate::common::print::{decibel, scientific, table};
+use crate::common::windows::Window;
 use crate::heads::{HeadDrift, Path, Qkv, drift_per_head};
 use crate::report::Subject;
-use crate::windows::Window;
 use anyhow::Result;
 use candle_int8_attention::models::BertModel;
 use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};

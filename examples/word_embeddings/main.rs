@@ -21,16 +21,15 @@ mod measure;
 mod report;
 mod stages;
 mod static_words;
-mod windows;
 
 use anyhow::Result;
 use args::Args;
 use candle_int8_attention::AttentionConfig;
 use clap::Parser;
 use common::print::finish;
+use common::windows::{Window, Windows};
 use report::{Report, Subject};
 use std::process::ExitCode;
-use windows::{Window, Windows};
 
 fn main() -> ExitCode {
     finish(run(&Args::parse()))

@@ -3,11 +3,11 @@
 use crate::args::Args;
 use crate::attended::Attended;
 use crate::common::config::describe;
+use crate::common::windows::Window;
 use crate::heads::{Path, Qkv, drift_per_head, flat, worst_head};
 use crate::report::{Block, Final, Report, Subject};
 use crate::stages::{self, Stage};
 use crate::static_words;
-use crate::windows::Window;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::drift::{Drift, metrics};

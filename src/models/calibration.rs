@@ -33,10 +33,12 @@ pub struct CalibrationConfig {
 }
 
 impl Default for CalibrationConfig {
-    /// Symmetric, smoothed, the range with the smallest mean squared error.
+    /// Symmetric, smoothed, all that was seen. On MiniLM's attention this keeps 1 to 10 dB more in
+    /// the worst head than observers that clip: the largest elements of queries and keys are those
+    /// that decide where a softmax looks.
     fn default() -> Self {
         Self {
-            observer: ObserverKind::Mse,
+            observer: ObserverKind::MinMax,
             scheme: Scheme::Symmetric,
             smooth_k: true,
             smooth_q: true,

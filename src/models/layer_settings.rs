@@ -86,10 +86,14 @@ impl Int8Setting {
 }
 
 impl fmt::Display for LayerSetting {
-    /// For people: `symmetric, per-token, smooth-K, smooth-Q, P·V auto`.
+    /// For people: `per-token, smooth-K, smooth-Q, P·V auto`. Affine codes are named, symmetric ones
+    /// are not.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let LayerSetting::Int8(int8) = self else { return f.write_str("fp32") };
-        write!(f, "{}, {}", int8.scheme, int8.q)?;
+        if int8.scheme == Scheme::Affine {
+            f.write_str("affine, ")?;
+        }
+        write!(f, "{}", int8.q)?;
         if int8.k != int8.q {
             write!(f, ", keys {}", int8.k)?;
         }
@@ -206,7 +210,7 @@ mod tests {
         let setting = LayerSetting::Int8(Int8Setting::default());
         assert_eq!(setting.config(&AttentionConfig::fp32()), AttentionConfig::int8());
         assert_eq!(LayerSetting::Fp32.config(&AttentionConfig::int8()), AttentionConfig::fp32());
-        assert_eq!(setting.to_string(), "symmetric, per-token, smooth-K, smooth-Q, P·V auto");
+        assert_eq!(setting.to_string(), "per-token, smooth-K, smooth-Q, P·V auto");
     }
 
     #[test]

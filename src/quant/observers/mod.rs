@@ -2,10 +2,10 @@
 //!
 //! | observer | range | for |
 //! |---|---|---|
-//! | [`MinMax`] | all that was seen | data without outliers |
+//! | [`MinMax`] | all that was seen | data whose largest numbers matter most: queries and keys |
 //! | [`MovingAverage`] | mean extremes of the calls, the last ones weigh most | data that change slowly |
 //! | [`Percentile`](ObserverKind::Percentile) | all but a given share | rare outliers |
-//! | [`Mse`](ObserverKind::Mse) | where rounding and clipping together cost least | anything |
+//! | [`Mse`](ObserverKind::Mse) | where rounding and clipping together cost least | data that enter a sum: values, activations |
 //!
 //! All work on a stream, in memory that does not grow, and can be merged: what two observers saw
 //! in two parts of a text is what one would have seen in both. NaN and infinity are passed over,

@@ -1,0 +1,113 @@
+//! A text in two parts: one to learn from, one to be judged on.
+
+use super::windows::{Window, Windows};
+use anyhow::{Context, Result, ensure};
+use candle_core::Tensor;
+use candle_int8_attention::models::TextEncoder;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+const BUILT_IN: &str = include_str!("../data/pride-and-prejudice.txt");
+
+/// Which text is used for what.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Text")]
+pub struct PassageArgs {
+    /// Text (UTF-8), cut into passages as long as the model reads at once [default: the opening of
+    /// Pride and Prejudice, which makes two short ones]
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+
+    /// Text to judge the result on [default: the second half of the passages of --file]
+    #[arg(long, value_name = "FILE")]
+    pub unseen: Option<PathBuf>,
+
+    /// Use at most the first N passages of each
+    #[arg(long, value_name = "N", default_value = "8", value_parser = at_least_one)]
+    pub passages: usize,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("expected at least 1".into()),
+        Ok(count) => Ok(count),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+/// Token ids `[1, N]` of passages.
+pub struct Passages {
+    pub seen: Vec<Tensor>,
+    pub unseen: Vec<Tensor>,
+    pub summary: Summary,
+}
+
+/// What the passages are.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    pub text: String,
+    pub passages: usize,
+    pub tokens: usize,
+    pub unseen_text: String,
+    pub unseen_passages: usize,
+    pub unseen_tokens: usize,
+}
+
+impl PassageArgs {
+    pub fn read(&self, encoder: &TextEncoder) -> Result<Passages> {
+        let (name, text) = match &self.file {
+            Some(file) => (file.display().to_string(), read(file)?),
+            None => ("Pride and Prejudice (built in)".to_string(), BUILT_IN.to_string()),
+        };
+        let windows = |text: &str, name: &str, count| -> Result<Vec<Window>> {
+            let windows = Windows::at_least(count, encoder, text).with_context(|| name.to_string());
+            Ok(windows?.windows)
+        };
+        let (seen, unseen, unseen_name) = match &self.unseen {
+            Some(file) => {
+                let other = file.display().to_string();
+                (windows(&text, &name, 1)?, windows(&read(file)?, &other, 1)?, other)
+            }
+            None => {
+                let mut seen = windows(&text, &name, 2)?;
+                ensure!(
+                    seen.len() > 1,
+                    "{name}: one token, expected a text that makes two passages"
+                );
+                let unseen = seen.split_off(seen.len() / 2);
+                (seen, unseen, format!("the rest of {name}"))
+            }
+        };
+        let part = |windows: Vec<Window>| -> Vec<Tensor> {
+            windows.into_iter().take(self.passages).map(|window| window.ids).collect()
+        };
+        let (seen, unseen) = (part(seen), part(unseen));
+        let tokens = |ids: &[Tensor]| ids.iter().map(Tensor::elem_count).sum();
+        let summary = Summary {
+            text: name,
+            passages: seen.len(),
+            tokens: tokens(&seen),
+            unseen_text: unseen_name,
+            unseen_passages: unseen.len(),
+            unseen_tokens: tokens(&unseen),
+        };
+        Ok(Passages { seen, unseen, summary })
+    }
+}
+
+impl Summary {
+    /// For the head of a report.
+    pub fn render(&self, purpose: &str, judged: &str) -> String {
+        let Self { text, passages, tokens, .. } = self;
+        format!(
+            "  {purpose} {tokens} tokens in {passages} passages of {text}\n  {judged} {} tokens in \
+             {} passages of {}\n",
+            self.unseen_tokens, self.unseen_passages, self.unseen_text
+        )
+    }
+}
+
+fn read(file: &Path) -> Result<String> {
+    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    String::from_utf8(bytes).with_context(|| format!("{}: not UTF-8", file.display()))
+}

@@ -1,0 +1,117 @@
+//! The cheapest attention of each layer that keeps a drift budget, as a file that models load.
+//!
+//! ```text
+//! cargo run --release --example search -- --embedding 45
+//! cargo run --release --example search -- --attention 44 --file book.txt --output layers.json
+//! ```
+//!
+//! The settings are searched on one part of the text and verified on the other. If the budget is
+//! not kept there, nothing is written and the exit status is 2. A file that was written is loaded
+//! like this:
+//!
+//! ```no_run
+//! use candle_core::Device;
+//! use candle_int8_attention::models::{BertModel, LayerSettings, ModelFiles};
+//!
+//! let files = ModelFiles::from_dir("models/paraphrase-MiniLM-L3-v2")?;
+//! let mut model = BertModel::load(&files, &Device::Cpu)?;
+//! LayerSettings::load("layers.json")?.apply(&mut model)?;
+//! # Ok::<(), candle_int8_attention::Error>(())
+//! ```
+
+#[path = "../common/mod.rs"]
+mod common;
+mod report;
+
+use anyhow::Result;
+use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
+use clap::{ArgGroup, Parser};
+use common::model::ModelArgs;
+use common::passages::PassageArgs;
+use common::print::{finish, parse};
+use report::Report;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// The cheapest attention of each layer that keeps a drift budget.
+///
+/// Exit status 2: the settings that were found do not keep it on text that was not searched.
+#[derive(Debug, Parser)]
+#[command(name = "search")]
+#[command(group = ArgGroup::new("budget").required(true))]
+struct Args {
+    /// Lowest signal-to-noise ratio of the embedding of a passage, in dB, all layers switched
+    #[arg(long, value_name = "DB", group = "budget", allow_negative_numbers = true)]
+    embedding: Option<f64>,
+
+    /// Lowest signal-to-noise ratio of any layer's attention output, in dB, mean over heads, with
+    /// fp32 input to the layer
+    #[arg(long, value_name = "DB", group = "budget", allow_negative_numbers = true)]
+    attention: Option<f64>,
+
+    /// Aim this many dB above the budget: other text drifts a little more
+    #[arg(long, value_name = "DB", default_value = "0.5", allow_negative_numbers = true)]
+    margin: f64,
+
+    /// Time every setting this often; the fastest counts
+    #[arg(long, value_name = "N", default_value = "5")]
+    rounds: usize,
+
+    /// Write the settings to this file (JSON)
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+
+    /// Print JSON; an infinite ratio (no difference at all) is null
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    text: PassageArgs,
+
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// The exit status of a budget that is not kept.
+const NOT_KEPT: u8 = 2;
+
+fn main() -> ExitCode {
+    let mut kept = true;
+    let report = run(&parse::<Args>()).map(|(report, text)| {
+        kept = report.holds();
+        text
+    });
+    match finish(report) {
+        ExitCode::SUCCESS if !kept => ExitCode::from(NOT_KEPT),
+        status => status,
+    }
+}
+
+/// The report, and its text.
+fn run(args: &Args) -> Result<(Report, String)> {
+    let budget = match (args.embedding, args.attention) {
+        (Some(db), _) => Budget::Embedding(db),
+        (None, db) => Budget::AttentionOutput(db.unwrap_or_default()),
+    };
+    let (mut encoder, model) = args.model.encoder()?;
+    let passages = args.text.read(&encoder)?;
+    let config =
+        SearchConfig { margin_db: args.margin, rounds: args.rounds, ..SearchConfig::new(budget) };
+    // For people who wait; a log file needs none of it.
+    let waiting = std::io::stderr().is_terminal();
+    let mut progress = |what: &str| {
+        if waiting {
+            // Nobody to tell is no error.
+            let _ = writeln!(std::io::stderr(), "{what}");
+        }
+    };
+    let texts = (passages.seen.as_slice(), passages.unseen.as_slice());
+    let found = search(&mut encoder.model, texts, &config, &mut progress)?;
+    let mut report = Report::new(model, passages.summary, found);
+    if let (Some(path), true) = (&args.output, report.holds()) {
+        report.save(path)?;
+    }
+    let text = if args.json { serde_json::to_string_pretty(&report)? } else { report.render() };
+    Ok((report, text))
+}

@@ -1,0 +1,109 @@
+//! What was found, for people.
+
+use crate::common::passages::Summary;
+use crate::common::print::{decibel, table, wrapped};
+use anyhow::Result;
+use candle_int8_attention::drift::search::{Budget, Found};
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, Serialize)]
+pub struct Report {
+    model: String,
+    #[serde(flatten)]
+    text: Summary,
+    #[serde(flatten)]
+    found: Found,
+    holds: bool,
+    written: Option<PathBuf>,
+}
+
+impl Report {
+    pub fn new(model: String, text: Summary, found: Found) -> Self {
+        Self { model, text, holds: found.holds(), found, written: None }
+    }
+
+    pub fn holds(&self) -> bool {
+        self.holds
+    }
+
+    pub fn save(&mut self, path: &Path) -> Result<()> {
+        self.found.settings()?.save(path)?;
+        self.written = Some(path.to_path_buf());
+        Ok(())
+    }
+
+    pub fn render(&self) -> String {
+        let Found { budget, margin_db, promised, verified, .. } = &self.found;
+        let what = match budget {
+            Budget::Embedding(_) => "embedding",
+            Budget::AttentionOutput(_) => "attention output of every layer",
+        };
+        let mut text = format!(
+            "Cheapest attention with {} dB for the {what}: {}\n{}\n{}\n\n",
+            budget.decibel(),
+            self.model,
+            self.text.render("searched:", "verified:"),
+            self.layers()
+        );
+        let (seconds, fp32) = (self.found.seconds, self.found.fp32_seconds);
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "Attention of a passage: {:.2} ms, {:.2} ms in fp32 ({:.1}x).\n",
+            1e3 * seconds,
+            1e3 * fp32,
+            fp32 / seconds
+        );
+        let mut figures = table(&["SQNR dB", "promised", "verified on unseen text"]);
+        let rows = [
+            ("embedding", promised.embedding_sqnr_db, verified.embedding_sqnr_db),
+            (
+                "lowest layer",
+                promised.of(Budget::AttentionOutput(0.0)),
+                verified.of(Budget::AttentionOutput(0.0)),
+            ),
+            ("worst head", lowest(&promised.worst_head_db), lowest(&verified.worst_head_db)),
+        ];
+        for (name, promised, verified) in rows {
+            figures.add_row([name.to_string(), decibel(promised), decibel(verified)]);
+        }
+        let _ = writeln!(text, "{figures}\n");
+        let (found, asked) = (decibel(verified.of(*budget)), budget.decibel());
+        let verdict = match self.holds {
+            true => format!("Kept: {found} where {asked} dB were asked for."),
+            false => format!(
+                "NOT KEPT on unseen text: {found} where {asked} dB were asked for. Search with more \
+                 passages or a larger --margin than {margin_db}."
+            ),
+        };
+        let _ = writeln!(text, "{}", wrapped(&verdict));
+        if let Some(path) = &self.written {
+            let _ = writeln!(text, "Written: {}", path.display());
+        }
+        text
+    }
+
+    fn layers(&self) -> comfy_table::Table {
+        let mut table = table(&["", "ms", "fp32 ms", "SQNR dB", "worst head", "setting"]);
+        if let Some(column) = table.column_mut(5) {
+            column.set_cell_alignment(comfy_table::CellAlignment::Left);
+        }
+        for (index, layer) in self.found.layers.iter().enumerate() {
+            table.add_row([
+                format!("layer {index}"),
+                format!("{:.2}", 1e3 * layer.seconds),
+                format!("{:.2}", 1e3 * layer.fp32_seconds),
+                decibel(self.found.promised.layer_sqnr_db[index]),
+                decibel(self.found.promised.worst_head_db[index]),
+                layer.setting.to_string(),
+            ]);
+        }
+        table
+    }
+}
+
+fn lowest(all: &[f64]) -> f64 {
+    all.iter().copied().fold(f64::INFINITY, f64::min)
+}

@@ -1,0 +1,136 @@
+//! The examples `calibrate` and `search`, run as a user runs them.
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn run(name: &str, args: &[&str]) -> Output {
+    // `cargo test` builds the examples next to the folder of this test's own executable.
+    let own = std::env::current_exe().unwrap();
+    let path = own.ancestors().nth(2).unwrap().join("examples").join(name);
+    let path = path.with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
+    Command::new(path).args(args).output().unwrap()
+}
+
+/// What it prints; the exit status is `status`, and nothing is on stderr.
+fn report(name: &str, args: &[&str], status: i32) -> String {
+    let output = run(name, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{name} {args:?}: {stderr}");
+    assert!(stderr.is_empty(), "{name} {args:?}: {stderr}");
+    let report = String::from_utf8(output.stdout).unwrap();
+    assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
+    report
+}
+
+fn json(name: &str, args: &[&str]) -> Value {
+    serde_json::from_str(&report(name, &[args, &["--json"]].concat(), 0)).unwrap()
+}
+
+/// Status 1, a message that contains `expected`, and no report.
+fn fail(name: &str, args: &[&str], expected: &str) {
+    let output = run(name, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
+    assert!(stderr.contains(expected), "{name} {args:?}: no {expected:?} in {stderr:?}");
+    assert!(!stderr.contains("panicked") && output.stdout.is_empty(), "{stderr}");
+}
+
+#[test]
+fn ranges_are_collected_compared_saved_and_loaded() {
+    let report = json("calibrate", &[]);
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<_> = rows.iter().map(|row| row["scales"].as_str().unwrap()).collect();
+    assert_eq!(names[..3], ["dynamic, per-token", "dynamic, per-head", "static, min-max"]);
+    assert_eq!(names.len(), 6);
+    let lowest = |row: &Value| {
+        let layers = row["layer_sqnr_db"].as_array().unwrap().iter();
+        layers.map(|x| x.as_f64().unwrap()).fold(f64::INFINITY, f64::min)
+    };
+    assert!(rows.iter().all(|row| lowest(row) > 35.0), "{report}");
+    assert!(lowest(&rows[0]) > lowest(&rows[1]) && lowest(&rows[1]) > lowest(&rows[2]));
+    assert!(rows[2]["clipped"].as_f64().unwrap() < 1e-3, "{report}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ranges.json");
+    let file = file.to_str().unwrap();
+    let saved = json("calibrate", &["--observer", "percentile:99.9", "--output", file]);
+    let loaded = json("calibrate", &["--ranges", file]);
+    assert_eq!(saved["rows"], loaded["rows"]);
+    assert_eq!(saved["rows"][2]["scales"], "static, percentile:99.9");
+    assert!(saved["rows"][2]["clipped"].as_f64().unwrap() > 5e-4, "{saved}");
+}
+
+#[test]
+fn a_budget_is_kept_and_written_or_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("layers.json");
+    let args = ["--attention", "40", "--rounds", "1", "--output", file.to_str().unwrap()];
+    let found = json("search", &args);
+    assert_eq!(found["holds"], true);
+    for figures in ["promised", "verified"] {
+        let layers = found[figures]["layer_sqnr_db"].as_array().unwrap();
+        assert!(layers.iter().all(|x| x.as_f64().unwrap() >= 40.0), "{found}");
+    }
+    let written: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(written["layers"].as_array().unwrap().len(), 3);
+    assert_eq!(written["about"]["budget"]["attention-output"], 40.0);
+    std::fs::remove_file(&file).unwrap();
+
+    // A margin below zero promises what the text cannot keep: cheapest settings, whatever comes.
+    let args = ["--embedding", "250", "--margin=-249", "--rounds", "1", "--output"];
+    let report = report("search", &[&args[..], &[file.to_str().unwrap()]].concat(), 2);
+    assert!(report.contains("NOT KEPT"), "{report}");
+    assert!(!file.exists());
+}
+
+#[test]
+fn bad_arguments_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, content: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let (blank, word) = (put("blank.txt", b" \n"), put("word.txt", b"word"));
+    let not_utf8 = put("not-utf8.txt", b"a \xff b");
+    for (name, flags) in [("calibrate", &[][..]), ("search", &["--embedding", "40"][..])] {
+        let cases: [(&[&str], &str); 8] = [
+            (&["--file", &blank], "no word"),
+            (&["--file", &word], "one token"),
+            (&["--file", &not_utf8], "not UTF-8"),
+            (&["--file", "no/such/file.txt"], "no/such/file.txt"),
+            (&["--unseen", &blank], "blank.txt"),
+            (&["--passages", "0"], "at least 1"),
+            (&["--model", "no/such/folder"], "no/such/folder"),
+            (&["--frobnicate"], "--frobnicate"),
+        ];
+        for (args, expected) in cases {
+            fail(name, &[flags, args].concat(), expected);
+        }
+    }
+    let ranges = put("ranges.json", b"{}");
+    let cases: [(&[&str], &str); 6] = [
+        (&["--observer", "best"], "expected min-max"),
+        (&["--observer", "percentile:0"], "percentile 0"),
+        (&["--output", "ranges.json"], "--observer"),
+        (&["--ranges", &ranges], "not a calibration"),
+        (&["--ranges", &ranges, "--observer", "mse"], "cannot be used with"),
+        (&["--observer", "mse", "--output", "no/such/folder/x.json"], "no/such/folder"),
+    ];
+    for (args, expected) in cases {
+        fail("calibrate", args, expected);
+    }
+    let cases: [(&[&str], &str); 5] = [
+        (&[], "--embedding"),
+        (&["--embedding", "40", "--attention", "40"], "cannot be used with"),
+        (&["--embedding", "nan"], "budget NaN"),
+        (&["--attention", "40", "--rounds", "0"], "0 rounds"),
+        (&["--attention", "20", "--rounds", "1", "--output", "no/such/x.json"], "no/such/x.json"),
+    ];
+    for (args, expected) in cases {
+        fail("search", args, expected);
+    }
+    assert!(!Path::new("ranges.json").exists());
+}
