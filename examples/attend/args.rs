@@ -44,7 +44,7 @@ pub struct Args {
     pub quant: QuantArgs,
 
     /// How probabilities are multiplied with values in int8 attention: auto (bf16 where the CPU
-    /// multiplies it, else f32), f32 or bf16
+    /// multiplies it, else f32), f32, bf16 or int8
     #[arg(long, value_name = "HOW", default_value = "auto", help_heading = "Int8",
         value_parser = pv_precision)]
     pub pv: PvPrecision,

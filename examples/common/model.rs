@@ -46,10 +46,16 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// The encoder, and a name for people.
     pub fn encoder(&self) -> Result<(TextEncoder, String)> {
+        let (encoder, name, _) = self.encoder_and_files()?;
+        Ok((encoder, name))
+    }
+
+    /// [`ModelArgs::encoder`], and where its files are.
+    pub fn encoder_and_files(&self) -> Result<(TextEncoder, String, ModelFiles)> {
         let (files, name) = self.files()?;
         let encoder = TextEncoder::load(&files, &Device::Cpu)
             .with_context(|| format!("cannot load the model {name}"))?;
-        Ok((encoder, name))
+        Ok((encoder, name, files))
     }
 
     /// The files, and a name for people.

@@ -2,19 +2,16 @@
 //!
 //! In the formulas `a` is the reference, `b` the candidate, `p` and `q` the same for
 //! probabilities. Everything is accumulated in f64, so an f32 tensor of a billion elements loses
-//! nothing that shows. NaN in either slice gives NaN, never a good-looking number.
+//! nothing that shows; [`ErrorSums`] computes the same over data that comes in pieces. NaN in either slice gives NaN, never a good-looking number.
 //!
 //! Every function panics if the slices differ in length: that is a mistake of the caller, and no
 //! number would describe it.
 
+use super::sums::ErrorSums;
+
 fn pairs<'a>(reference: &'a [f32], candidate: &'a [f32]) -> impl Iterator<Item = (f64, f64)> + 'a {
     assert_eq!(reference.len(), candidate.len(), "slices to compare differ in length");
     reference.iter().zip(candidate).map(|(&a, &b)| (f64::from(a), f64::from(b)))
-}
-
-/// `max(x, y)`, but NaN wins (`f64::max` would drop it).
-pub(super) fn nan_max(x: f64, y: f64) -> f64 {
-    if x.is_nan() || y.is_nan() { f64::NAN } else { x.max(y) }
 }
 
 /// Cosine similarity `sum(a·b) / (|a| |b|)`: 1 for the same direction, whatever the lengths.
@@ -23,17 +20,7 @@ pub(super) fn nan_max(x: f64, y: f64) -> f64 {
 ///
 /// Source: the accuracy column of SageAttention (Zhang et al. 2024, arXiv:2410.02367, section 4.1).
 pub fn cosine(reference: &[f32], candidate: &[f32]) -> f64 {
-    let (mut dot, mut aa, mut bb) = (0.0, 0.0, 0.0);
-    for (a, b) in pairs(reference, candidate) {
-        dot += a * b;
-        aa += a * a;
-        bb += b * b;
-    }
-    match (aa == 0.0, bb == 0.0) {
-        (true, true) => 1.0,
-        (true, false) | (false, true) if !dot.is_nan() => 0.0,
-        _ => dot / (aa.sqrt() * bb.sqrt()),
-    }
+    ErrorSums::of(reference, candidate).cosine()
 }
 
 /// Relative L1 distance `sum|a - b| / sum|a|`.
@@ -42,30 +29,21 @@ pub fn cosine(reference: &[f32], candidate: &[f32]) -> f64 {
 ///
 /// Source: SageAttention (arXiv:2410.02367, section 4.1).
 pub fn relative_l1(reference: &[f32], candidate: &[f32]) -> f64 {
-    let (mut difference, mut size) = (0.0, 0.0);
-    for (a, b) in pairs(reference, candidate) {
-        difference += (a - b).abs();
-        size += a.abs();
-    }
-    if difference == 0.0 { 0.0 } else { difference / size }
+    ErrorSums::of(reference, candidate).relative_l1()
 }
 
 /// Root mean square error `sqrt(mean((a - b)^2))`, in the unit of the data; 0 for empty slices.
 ///
 /// Source: textbook definition; also used by SageAttention (arXiv:2410.02367, section 4.1).
 pub fn rmse(reference: &[f32], candidate: &[f32]) -> f64 {
-    if reference.is_empty() && candidate.is_empty() {
-        return 0.0;
-    }
-    let squares: f64 = pairs(reference, candidate).map(|(a, b)| (a - b) * (a - b)).sum();
-    (squares / reference.len() as f64).sqrt()
+    ErrorSums::of(reference, candidate).rmse()
 }
 
 /// Largest absolute difference `max|a - b|`; 0 for empty slices.
 ///
 /// Source: textbook definition (the Chebyshev distance).
 pub fn max_abs(reference: &[f32], candidate: &[f32]) -> f64 {
-    pairs(reference, candidate).map(|(a, b)| (a - b).abs()).fold(0.0, nan_max)
+    ErrorSums::of(reference, candidate).max_abs()
 }
 
 /// Signal-to-quantization-noise ratio in decibel, `10 log10(sum(a^2) / sum((a - b)^2))`.
@@ -77,12 +55,7 @@ pub fn max_abs(reference: &[f32], candidate: &[f32]) -> f64 {
 /// Source: Widrow and Kollár, Quantization Noise, 2008; Nagel et al. 2021, arXiv:2106.08295,
 /// section 2.
 pub fn sqnr_db(reference: &[f32], candidate: &[f32]) -> f64 {
-    let (mut signal, mut noise) = (0.0, 0.0);
-    for (a, b) in pairs(reference, candidate) {
-        signal += a * a;
-        noise += (a - b) * (a - b);
-    }
-    if noise == 0.0 { f64::INFINITY } else { 10.0 * (signal / noise).log10() }
+    ErrorSums::of(reference, candidate).sqnr_db()
 }
 
 /// Kullback-Leibler divergence of one row, `sum(p ln(p/q) - p + q)`, in nats.
@@ -125,6 +98,48 @@ pub fn same_top1(p: &[f32], q: &[f32]) -> bool {
         (Some(p), Some(q)) => p == q,
         _ => p.is_empty(),
     }
+}
+
+/// How much of the `k` largest values both rows have at the same places: the number of places that
+/// are among the `k` largest of both, over `min(k, row length)`. Among equals the first count.
+/// Empty rows agree; a row with NaN agrees with none.
+///
+/// Source: the overlap measure of Fagin, Kumar and Sivakumar, Comparing Top k Lists, 2003.
+pub fn topk_agreement(p: &[f32], q: &[f32], k: usize) -> f64 {
+    assert_eq!(p.len(), q.len(), "slices to compare differ in length");
+    let k = k.min(p.len());
+    if k == 0 {
+        return 1.0;
+    }
+    if p.iter().chain(q).any(|x| x.is_nan()) {
+        return 0.0;
+    }
+    let (p, q) = (top_k(p, k), top_k(q, k));
+    p.iter().filter(|place| q.contains(place)).count() as f64 / k as f64
+}
+
+/// Places of the `k` largest values, largest first, the first of equals first. NaN counts as
+/// smallest.
+pub fn top_k(row: &[f32], k: usize) -> Vec<usize> {
+    let mut best: Vec<usize> = Vec::with_capacity(k + 1);
+    for (place, &x) in row.iter().enumerate() {
+        let worse = |&other: &usize| !(row[other] >= x);
+        if best.len() < k || best.last().is_some_and(worse) {
+            let at = best.partition_point(|other| !worse(other));
+            best.insert(at, place);
+            best.truncate(k);
+        }
+    }
+    best
+}
+
+/// Shannon entropy of one row, `-sum(p ln p)`, in nats: 0 when one key has everything, `ln N` when
+/// all keys share equally. `0 ln 0` is 0.
+///
+/// Source: Shannon, A Mathematical Theory of Communication, 1948. The entropy change of a row is
+/// that of the candidate minus that of the reference.
+pub fn entropy(p: &[f32]) -> f64 {
+    p.iter().map(|&p| f64::from(p)).map(|p| if p == 0.0 { 0.0 } else { -p * p.ln() }).sum()
 }
 
 /// Index of the first largest value; none in an empty row or beside NaN.
@@ -232,6 +247,24 @@ mod tests {
         assert!(same_top1(&[0.5, 0.5, 0.0], &[0.6, 0.2, 0.2]));
         assert!(!same_top1(&[0.5, 0.5, 0.0], &[0.2, 0.6, 0.2]));
         assert!(!same_top1(&[f32::NAN, 0.5], &[f32::NAN, 0.5]));
+    }
+
+    #[test]
+    fn top_places_are_those_of_a_stable_sort() {
+        let row = [0.1, 0.4, 0.4, 0.0, 0.1];
+        assert_eq!(top_k(&row, 3), [1, 2, 0]);
+        assert_eq!(top_k(&row, 9), [1, 2, 0, 4, 3]);
+        assert_eq!(topk_agreement(&row, &[0.4, 0.4, 0.1, 0.0, 0.1], 2), 0.5);
+        assert_eq!(topk_agreement(&row, &row, 5), 1.0);
+        assert_eq!(topk_agreement(&[f32::NAN, 1.0], &[f32::NAN, 1.0], 1), 0.0);
+        assert_eq!(topk_agreement(&[], &[], 5), 1.0);
+    }
+
+    #[test]
+    fn entropy_is_zero_for_one_key_and_largest_for_equal_shares() {
+        assert_eq!(entropy(&[0.0, 1.0, 0.0]), 0.0);
+        close(entropy(&[0.25; 4]), 4f64.ln());
+        assert_eq!(entropy(&[]), 0.0);
     }
 
     #[test]

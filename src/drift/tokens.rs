@@ -1,7 +1,7 @@
 //! How far a decoder's predictions of the next token move: perplexity and KL divergence over a
 //! text, as language models are compared.
 
-use super::metrics::nan_max;
+use super::sums::nan_max;
 use serde::Serialize;
 
 /// What becomes of the prediction of one token.

@@ -215,8 +215,16 @@ impl BertLayer {
     /// # Errors
     /// Those of [`attention`](crate::attention()).
     pub fn attention_block(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
+        self.attention_block_with(hidden, |q, k, v| self.attention.forward(q, k, v, mask))
+    }
+
+    fn attention_block_with(
+        &self,
+        hidden: &Tensor,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let (q, k, v) = self.qkv(hidden)?;
-        let context = self.attention.forward(&q, &k, &v, mask)?;
+        let context = attend(&q, &k, &v)?;
         let context = context.transpose(1, 2)?.flatten_from(D::Minus2)?;
         Ok(self.output_norm.forward(&(self.output.forward(&context)? + hidden)?)?)
     }
@@ -226,7 +234,20 @@ impl BertLayer {
     /// # Errors
     /// Those of [`attention`](crate::attention()).
     pub fn forward(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
-        let hidden = self.attention_block(hidden, mask)?;
+        self.forward_with(hidden, |q, k, v| self.attention.forward(q, k, v, mask))
+    }
+
+    /// [`BertLayer::forward`] with attention by someone else: `attend` gets what
+    /// [`BertLayer::qkv`] makes and returns `[B, H, N, head_dim]`.
+    ///
+    /// # Errors
+    /// Those of `attend`; Candle's own.
+    pub fn forward_with(
+        &self,
+        hidden: &Tensor,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let hidden = self.attention_block_with(hidden, attend)?;
         let inner = self.up.forward(&hidden)?;
         let inner = match self.act {
             HiddenAct::Gelu => inner.gelu_erf()?,

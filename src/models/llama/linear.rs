@@ -1,6 +1,6 @@
 //! A linear layer whose weights may be quantized.
 
-use crate::quant::rows::dots;
+use crate::quant::rows::{Rows, dots};
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{D, Device, Layout, Module, Storage, Tensor};
@@ -125,7 +125,7 @@ fn one_token(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let mut y = vec![0f32; n];
     let rows = (PIECE / k.max(1)).max(1);
     let pieces = y.par_chunks_mut(rows).zip(weight.par_chunks(rows * k.max(1)));
-    pieces.for_each(|(y, weight)| dots(weight, x, y));
+    pieces.for_each(|(y, weight)| dots(Rows::contiguous(weight, x.len()), None, x, y));
     Ok(Tensor::from_vec(y, (1, n), &Device::Cpu)?)
 }
 

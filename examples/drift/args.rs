@@ -1,0 +1,239 @@
+//! The command line.
+
+use crate::common::config::Int8Args;
+use crate::common::model::ModelArgs;
+use anyhow::Result;
+use candle_int8_attention::drift::{Candidate, Gate};
+use candle_int8_attention::{Int8Config, PvPrecision};
+use clap::Parser;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// What int8 attention changes in a model, on your own text.
+///
+/// Runs the model on every passage with fp32 and with int8 attention, and shows what differs per
+/// layer and head, and why.
+#[derive(Debug, Parser)]
+#[command(name = "drift", args_conflicts_with_subcommands = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+
+    #[command(flatten)]
+    shared: SharedArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Merge the JSON results of several runs: the parts of one text, or different texts
+    Merge(MergeArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct MergeArgs {
+    /// Results that --json has written
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+
+    #[command(flatten)]
+    shared: SharedArgs,
+}
+
+/// What is measured.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// Read the text from this file (UTF-8), passage by passage [default: the opening of Pride and
+    /// Prejudice]
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+
+    /// Read sentence pairs with scores instead: score<TAB>sentence<TAB>sentence
+    #[arg(long, value_name = "FILE", conflicts_with = "file")]
+    pub pairs: Option<PathBuf>,
+
+    /// Tokens of a passage, the two special ones included [default: as many as the model reads]
+    #[arg(long, value_name = "N", conflicts_with = "pairs")]
+    pub passage_tokens: Option<usize>,
+
+    /// Read only part I of N: every N-th passage
+    #[arg(long, value_name = "I/N", default_value = "1/1")]
+    pub shard: Shard,
+
+    /// Compare configurations: these, as words joined by +, for example token+smooth-k+f32, or
+    /// block:128/64+bf16, sage (SageAttention's recipe), default; without any, a list of all that
+    /// are worth it
+    #[arg(long, value_name = "CONFIG", num_args = 0.., value_delimiter = ',')]
+    pub compare: Option<Vec<Spec>>,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    #[command(flatten)]
+    pub int8: Int8Args,
+
+    /// Precision of probabilities times values: auto, f32, bf16 or int8
+    #[arg(long, value_name = "PRECISION", default_value = "auto", help_heading = "Int8")]
+    pub pv: Pv,
+}
+
+impl RunArgs {
+    /// The configurations to measure; the first is the one that the flags describe.
+    pub fn candidates(&self) -> Vec<Candidate> {
+        let config = Int8Config { scores: self.int8.scores(), pv: self.pv.0 };
+        let name = if config == Int8Config::default() { "default" } else { "chosen" };
+        let mut all = vec![Candidate::new(name, config)];
+        let others = match self.compare.as_deref() {
+            None => Vec::new(),
+            Some([]) => Candidate::all(),
+            Some(specs) => specs.iter().map(|Spec(candidate)| candidate.clone()).collect(),
+        };
+        for other in others {
+            if all.iter().all(|known| known.config != other.config) {
+                all.push(other);
+            }
+        }
+        all
+    }
+}
+
+/// A configuration of --compare.
+#[derive(Debug, Clone)]
+pub struct Spec(Candidate);
+
+impl FromStr for Spec {
+    type Err = candle_int8_attention::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.parse()?))
+    }
+}
+
+/// The value of --pv.
+#[derive(Debug, Clone, Copy)]
+pub struct Pv(PvPrecision);
+
+impl FromStr for Pv {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self(PvPrecision::Auto)),
+            "f32" => Ok(Self(PvPrecision::F32)),
+            "bf16" => Ok(Self(PvPrecision::Bf16)),
+            "int8" => Ok(Self(PvPrecision::Int8)),
+            _ => Err("expected auto, f32, bf16 or int8".into()),
+        }
+    }
+}
+
+/// Part `index` (counted from 1) of `count`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    pub index: u64,
+    pub count: u64,
+}
+
+impl Shard {
+    /// Whether the passage with this number, counted from 0, is in this part.
+    pub fn has(self, passage: u64) -> bool {
+        passage % self.count == self.index - 1
+    }
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts =
+            text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        match parts {
+            Some((index, count)) if (1..=count).contains(&index) => Ok(Self { index, count }),
+            _ => Err("expected I/N with I from 1 to N, for example 2/8".into()),
+        }
+    }
+}
+
+/// What becomes of the results.
+#[derive(Debug, clap::Args)]
+pub struct SharedArgs {
+    /// Print JSON, which `merge` reads; a number that is infinite or undefined is null
+    #[arg(long)]
+    pub json: bool,
+
+    /// Write the report as one HTML page as well
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+
+    /// TOML file of thresholds; the exit status is 2 if one does not hold. Its keys are the names
+    /// of the flags below with _ for -, for example min_head_sqnr_db = 39
+    #[arg(long, value_name = "FILE", help_heading = "Gate")]
+    gate: Option<PathBuf>,
+
+    /// Every layer's attention output: mean signal-to-noise ratio in dB at least
+    #[arg(long, value_name = "DB", help_heading = "Gate")]
+    min_layer_sqnr_db: Option<f64>,
+
+    /// Every head's attention output: signal-to-noise ratio in dB at least
+    #[arg(long, value_name = "DB", help_heading = "Gate")]
+    min_head_sqnr_db: Option<f64>,
+
+    /// Every head in every passage: cosine of the attention output at least
+    #[arg(long, value_name = "X", help_heading = "Gate")]
+    min_head_cosine: Option<f64>,
+
+    /// Every head: mean KL divergence of the probabilities in nats at most
+    #[arg(long, value_name = "NATS", help_heading = "Gate")]
+    max_head_kl: Option<f64>,
+
+    /// Every head: share of queries with the same most attended key at least
+    #[arg(long, value_name = "SHARE", help_heading = "Gate")]
+    min_head_top1: Option<f64>,
+
+    /// Every head: the same of the five most attended keys
+    #[arg(long, value_name = "SHARE", help_heading = "Gate")]
+    min_head_top5: Option<f64>,
+
+    /// What leaves every layer, each path on its own input: signal-to-noise ratio in dB at least
+    #[arg(long, value_name = "DB", help_heading = "Gate")]
+    min_accumulated_sqnr_db: Option<f64>,
+
+    /// The model's embedding of every passage: cosine at least
+    #[arg(long, value_name = "X", help_heading = "Gate")]
+    min_embedding_cosine: Option<f64>,
+}
+
+impl SharedArgs {
+    /// The thresholds of the flags and of the file; a flag wins. None if there is none.
+    pub fn gate(&self) -> Result<Option<Gate>> {
+        let flags = Gate {
+            min_layer_sqnr_db: self.min_layer_sqnr_db,
+            min_head_sqnr_db: self.min_head_sqnr_db,
+            min_head_cosine: self.min_head_cosine,
+            max_head_kl: self.max_head_kl,
+            min_head_top1: self.min_head_top1,
+            min_head_top5: self.min_head_top5,
+            min_accumulated_sqnr_db: self.min_accumulated_sqnr_db,
+            min_embedding_cosine: self.min_embedding_cosine,
+        };
+        let gate = match &self.gate {
+            Some(path) => flags.or(Gate::load(path)?),
+            None if flags == Gate::default() => return Ok(None),
+            None => flags,
+        };
+        gate.check()?;
+        Ok(Some(gate))
+    }
+}
+
+impl Args {
+    /// What becomes of the results, with or without a subcommand.
+    pub fn shared(&self) -> &SharedArgs {
+        match &self.command {
+            Some(Command::Merge(merge)) => &merge.shared,
+            None => &self.shared,
+        }
+    }
+}

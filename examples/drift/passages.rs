@@ -1,0 +1,108 @@
+//! A text as passages of tokens, each no longer than the model reads at once.
+
+use anyhow::{Result, bail, ensure};
+use candle_core::{Device, Tensor};
+use candle_int8_attention::models::TextEncoder;
+use std::collections::VecDeque;
+
+/// A run of tokens between the model's two special ones.
+pub struct Passage {
+    /// `[1, N]`
+    pub ids: Tensor,
+    /// The text of each token; joined they are the passage.
+    pub words: Vec<String>,
+}
+
+/// A token: its number and its text, with the space before it where a word starts.
+type Piece = (u32, String);
+
+/// Cuts a stream of words into passages.
+pub struct Cutter<'a> {
+    encoder: &'a TextEncoder,
+    /// What the tokenizer puts before and after every text: `[CLS]` and `[SEP]`.
+    ends: (Piece, Piece),
+    /// Tokens of a passage without those two.
+    room: usize,
+    waiting: VecDeque<Piece>,
+    /// Words that the model has no token for.
+    pub unknown: u64,
+    pub tokens: u64,
+}
+
+/// What the tokenizer writes for a word it cannot spell.
+const UNKNOWN: &str = "[UNK]";
+
+impl<'a> Cutter<'a> {
+    /// Passages of `tokens` tokens, or as many as the model reads.
+    pub fn new(encoder: &'a TextEncoder, tokens: Option<usize>) -> Result<Self> {
+        let longest = encoder.model.config().max_position_embeddings;
+        let tokens = tokens.unwrap_or(longest);
+        ensure!(
+            (3..=longest).contains(&tokens),
+            "passages of {tokens} tokens; expected 3 (two are special) to {longest}, which is as \
+             many as the model reads"
+        );
+        let ends = encoder.tokenize(&[""])?;
+        let id = |i: usize| -> Result<u32> { Ok(ends.input_ids.get(0)?.get(i)?.to_scalar()?) };
+        let [first, last] = ends.tokens[0].as_slice() else {
+            bail!("the tokenizer puts no [CLS] and [SEP] around a text; this is no BERT model");
+        };
+        let ends = ((id(0)?, first.clone()), (id(1)?, format!(" {last}")));
+        let room = tokens - 2;
+        Ok(Self { encoder, ends, room, waiting: VecDeque::new(), unknown: 0, tokens: 0 })
+    }
+
+    /// Tokens of a passage, the special ones included.
+    pub fn passage_tokens(&self) -> usize {
+        self.room + 2
+    }
+
+    /// About how many bytes of text wait to become passages.
+    pub fn waiting_bytes(&self) -> u64 {
+        self.waiting.iter().map(|(_, text)| text.len() as u64).sum()
+    }
+
+    /// Tokenizes words, which it takes away, and appends them. BERT's tokenizer splits at white
+    /// space first, so word by word the tokens are the same.
+    pub fn push(&mut self, words: &mut Vec<String>) -> Result<()> {
+        for words in words.chunks(WORDS_AT_ONCE) {
+            let batch = self.encoder.tokenize(words)?;
+            let rows = batch.input_ids.to_vec2::<u32>()?.into_iter().zip(batch.tokens);
+            for ((ids, names), word) in rows.zip(words) {
+                let inner = 1..names.len() - 1;
+                self.unknown += u64::from(names[inner.clone()].iter().any(|n| n == UNKNOWN));
+                self.tokens += inner.len() as u64;
+                let labels = labels(&names[inner.clone()], word);
+                self.waiting.extend(ids[inner].iter().copied().zip(labels));
+            }
+        }
+        words.clear();
+        Ok(())
+    }
+
+    /// The next passage if there are enough tokens for it, or whatever is left.
+    pub fn next(&mut self, rest: bool) -> Result<Option<Passage>> {
+        let len = self.waiting.len().min(self.room);
+        if len == 0 || (len < self.room && !rest) {
+            return Ok(None);
+        }
+        let inner = self.waiting.drain(..len);
+        let (first, last) = self.ends.clone();
+        let all = std::iter::once(first).chain(inner).chain([last]);
+        let (ids, words): (Vec<u32>, Vec<String>) = all.unzip();
+        Ok(Some(Passage { ids: Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?, words }))
+    }
+}
+
+/// A batch is padded to its longest word, so more at once would be mostly padding.
+const WORDS_AT_ONCE: usize = 1024;
+
+/// The texts of a word's tokens: the word itself if it is one token.
+fn labels(names: &[String], word: &str) -> Vec<String> {
+    let text = |(i, name): (usize, &String)| match (i, names.len()) {
+        (_, 1) => format!(" {word}"),
+        (0, _) => format!(" {name}"),
+        _ => name.strip_prefix("##").unwrap_or(name).to_string(),
+    };
+    names.iter().enumerate().map(text).collect()
+}

@@ -1,0 +1,229 @@
+//! Thresholds that a report must keep.
+
+use super::Report;
+use super::report::{ConfigReport, HeadReport};
+use crate::{Error, Result};
+use serde::Deserialize;
+use std::path::Path;
+
+/// Thresholds; those that are `None` are not looked at. They hold for the main configuration of a
+/// report, with fp32 input to every layer unless they say otherwise.
+///
+/// As a TOML file, in which an unknown key is an error:
+///
+/// ```toml
+/// min_layer_sqnr_db = 44.0
+/// min_head_sqnr_db = 39.0
+/// max_head_kl = 1e-3
+/// min_head_top1 = 0.95
+/// min_embedding_cosine = 0.9999
+/// ```
+///
+/// ```
+/// use candle_int8_attention::drift::Gate;
+/// let gate = Gate::from_toml("min_head_sqnr_db = 39")?;
+/// assert_eq!(gate.min_head_sqnr_db, Some(39.0));
+/// assert!(Gate::from_toml("min_head_sqn_db = 39").is_err());
+/// # Ok::<(), candle_int8_attention::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gate {
+    /// Signal-to-noise ratio of the attention output in dB, mean over heads and passages: every
+    /// layer.
+    pub min_layer_sqnr_db: Option<f64>,
+    /// The same, mean over passages: every head.
+    pub min_head_sqnr_db: Option<f64>,
+    /// Cosine of the attention output: every head in every passage.
+    pub min_head_cosine: Option<f64>,
+    /// KL divergence of the probabilities in nats, mean over queries: every head.
+    pub max_head_kl: Option<f64>,
+    /// Share of queries with the same most attended key: every head.
+    pub min_head_top1: Option<f64>,
+    /// The same of the five most attended keys.
+    pub min_head_top5: Option<f64>,
+    /// Signal-to-noise ratio in dB of what leaves a layer, each path on its own input: every layer.
+    pub min_accumulated_sqnr_db: Option<f64>,
+    /// Cosine of the model's embedding, int8 in every layer: every passage.
+    pub min_embedding_cosine: Option<f64>,
+}
+
+/// A threshold that does not hold.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Violation {
+    /// The threshold's name.
+    pub name: &'static str,
+    /// Where: a layer, a head, or neither for the embedding.
+    pub layer: Option<usize>,
+    /// See `layer`.
+    pub head: Option<usize>,
+    /// What was found.
+    pub value: f64,
+    /// The threshold.
+    pub limit: f64,
+}
+
+impl std::fmt::Display for Violation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.layer, self.head) {
+            (Some(layer), Some(head)) => write!(f, "layer {layer} head {head}")?,
+            (Some(layer), None) => write!(f, "layer {layer}")?,
+            (None, _) => write!(f, "embedding")?,
+        }
+        write!(f, ": {} is {}, found {}", self.name, self.limit, rounded(self.value))
+    }
+}
+
+/// Enough digits to see on which side of a threshold a value lies.
+fn rounded(x: f64) -> String {
+    if x != 0.0 && x.abs() < 0.01 { format!("{x:.3e}") } else { format!("{x:.6}") }
+}
+
+impl Gate {
+    /// Reads TOML.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for text that is not TOML, an unknown key, a value that is not a finite
+    /// number, or no threshold at all.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let gate: Self = toml::from_str(text)
+            .map_err(|e| Error::Config(format!("not a gate: {}", e.to_string().trim_end())))?;
+        gate.check()?;
+        Ok(gate)
+    }
+
+    /// [`Gate::from_toml`] from a file.
+    ///
+    /// # Errors
+    /// The same, and [`Error::MissingFile`] or [`Error::Io`].
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::MissingFile { what: "gate", path: path.to_path_buf() }
+            }
+            _ => Error::Io { path: path.to_path_buf(), source },
+        })?;
+        Self::from_toml(&text).map_err(|error| Error::Corrupt {
+            path: path.to_path_buf(),
+            problem: error.to_string(),
+        })
+    }
+
+    /// The thresholds with their names.
+    fn limits(&self) -> [(&'static str, Option<f64>); 8] {
+        [
+            ("min_layer_sqnr_db", self.min_layer_sqnr_db),
+            ("min_head_sqnr_db", self.min_head_sqnr_db),
+            ("min_head_cosine", self.min_head_cosine),
+            ("max_head_kl", self.max_head_kl),
+            ("min_head_top1", self.min_head_top1),
+            ("min_head_top5", self.min_head_top5),
+            ("min_accumulated_sqnr_db", self.min_accumulated_sqnr_db),
+            ("min_embedding_cosine", self.min_embedding_cosine),
+        ]
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for a threshold that is not finite, or none at all.
+    pub fn check(&self) -> Result<()> {
+        let set = || self.limits().into_iter().filter_map(|(name, limit)| Some((name, limit?)));
+        if set().next().is_none() {
+            return Err(Error::Config("a gate without a threshold holds nothing".into()));
+        }
+        match set().find(|(_, limit)| !limit.is_finite()) {
+            Some((name, limit)) => {
+                Err(Error::Config(format!("{name} is {limit}, expected a finite number")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// This gate's thresholds, and those of another where this one has none.
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            min_layer_sqnr_db: self.min_layer_sqnr_db.or(other.min_layer_sqnr_db),
+            min_head_sqnr_db: self.min_head_sqnr_db.or(other.min_head_sqnr_db),
+            min_head_cosine: self.min_head_cosine.or(other.min_head_cosine),
+            max_head_kl: self.max_head_kl.or(other.max_head_kl),
+            min_head_top1: self.min_head_top1.or(other.min_head_top1),
+            min_head_top5: self.min_head_top5.or(other.min_head_top5),
+            min_accumulated_sqnr_db: self.min_accumulated_sqnr_db.or(other.min_accumulated_sqnr_db),
+            min_embedding_cosine: self.min_embedding_cosine.or(other.min_embedding_cosine),
+        }
+    }
+
+    /// Every place where a threshold does not hold; none if all hold. NaN holds nothing.
+    pub fn violations(&self, report: &Report) -> Vec<Violation> {
+        let mut found = Vec::new();
+        let Some(config) = report.main() else { return found };
+        for (name, limit) in self.limits() {
+            let Some(limit) = limit else { continue };
+            for (layer, head, value) in values(name, config) {
+                let holds = if name.starts_with("max") { value <= limit } else { value >= limit };
+                if !holds {
+                    found.push(Violation { name, layer, head, value, limit });
+                }
+            }
+        }
+        found
+    }
+}
+
+type Measured = (Option<usize>, Option<usize>, f64);
+
+/// Everything that a threshold looks at.
+fn values(name: &str, config: &ConfigReport) -> Vec<Measured> {
+    let heads = |value: fn(&HeadReport) -> f64| -> Vec<Measured> {
+        let layers = config.layers.iter();
+        layers
+            .flat_map(|layer| {
+                let number = Some(layer.layer);
+                layer.heads.iter().map(move |head| (number, Some(head.head), value(head)))
+            })
+            .collect()
+    };
+    match name {
+        "min_layer_sqnr_db" => {
+            config.layers.iter().map(|l| (Some(l.layer), None, l.mean_sqnr_db)).collect()
+        }
+        "min_head_sqnr_db" => heads(|h| h.alone.output.sqnr_db.mean),
+        "min_head_cosine" => heads(|h| h.alone.output.cosine.min),
+        "max_head_kl" => heads(|h| h.alone.probabilities.kl.mean),
+        "min_head_top1" => heads(|h| h.alone.probabilities.top1.mean),
+        "min_head_top5" => heads(|h| h.alone.probabilities.top5.mean),
+        "min_accumulated_sqnr_db" => (config.layers.iter())
+            .map(|l| (Some(l.layer), None, l.output_accumulated.sqnr_db.mean))
+            .collect(),
+        _ => vec![(None, None, config.embedding.cosine.min)],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_that_hold_nothing_or_cannot_be_read_are_errors() {
+        for (text, expected) in [
+            ("", "without a threshold"),
+            ("min_head_sqnr = 39", "unknown field `min_head_sqnr`"),
+            ("max_head_kl = nan", "finite"),
+            ("max_head_kl = \"small\"", "expected"),
+            ("max_head_kl", "not a gate"),
+        ] {
+            let error = Gate::from_toml(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let error = Gate::load("no/such/gate.toml").unwrap_err().to_string();
+        assert!(error.contains("no/such/gate.toml"), "{error}");
+    }
+
+    #[test]
+    fn flags_win_over_a_file() {
+        let file = Gate::from_toml("max_head_kl = 0.1\nmin_head_top1 = 0.5").unwrap();
+        let flags = Gate { max_head_kl: Some(0.2), ..Gate::default() };
+        let both = flags.or(file);
+        assert_eq!((both.max_head_kl, both.min_head_top1), (Some(0.2), Some(0.5)));
+    }
+}

@@ -1,0 +1,218 @@
+//! One call of a layer's attention: what went in, and what fp32 makes of it.
+
+use crate::attention::attention_probs;
+use crate::drift::Attend;
+use crate::quant::{QuantConfig, QuantizedTensor, token_mean};
+use crate::{AttentionConfig, AttnMask, Backend, Error, Result, attention, attention_scores};
+use crate::{Int8Config, ScoreConfig, ScoreOutput};
+use candle_core::{Device, Tensor};
+use std::time::Instant;
+
+/// The arguments of one call.
+pub(crate) struct Call {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+    pub mask: AttnMask,
+    pub config: AttentionConfig,
+}
+
+/// `H`, `H_kv`, `M`, `N`, `D` and `Dv` of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Dims {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub queries: usize,
+    pub keys: usize,
+    pub depth: usize,
+    pub value_dim: usize,
+}
+
+impl Dims {
+    /// The key head that a query head uses.
+    pub fn key_head(&self, head: usize) -> usize {
+        head * self.kv_heads / self.heads
+    }
+}
+
+/// A layer's output with the one call of attention that it made.
+pub(crate) struct Ran {
+    pub hidden: Tensor,
+    pub call: Call,
+    /// Attention output, `[H, M, Dv]` flat.
+    pub output: Vec<f32>,
+    /// How long the attention took.
+    pub seconds: f64,
+}
+
+/// Runs a layer with attention by `backend`, and keeps what it called attention with.
+pub(crate) fn run(
+    index: usize,
+    backend: &Backend,
+    layer: &mut dyn FnMut(&mut Attend<'_>) -> Result<Tensor>,
+) -> Result<Ran> {
+    let mut calls = Vec::new();
+    let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttnMask, c: &AttentionConfig| {
+        let config = AttentionConfig { backend: backend.clone(), ..c.clone() };
+        let start = Instant::now();
+        let out = attention(q, k, v, mask, &config)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let (q, k, v, mask) = (q.clone(), k.clone(), v.clone(), mask.clone());
+        calls.push((Call { q, k, v, mask, config }, out.clone(), seconds));
+        Ok(out)
+    };
+    let hidden = layer(&mut attend)?;
+    let count = calls.len();
+    match (calls.pop(), count) {
+        (Some((call, out, seconds)), 1) => Ok(Ran { hidden, call, output: flat(&out)?, seconds }),
+        _ => Err(Error::Config(format!(
+            "layer {index} called attention {count} times, expected once"
+        ))),
+    }
+}
+
+impl Call {
+    /// # Errors
+    /// [`Error::Shape`] for more than one sequence.
+    pub fn dims(&self) -> Result<Dims> {
+        let (b, heads, queries, depth) = self.q.dims4()?;
+        if b != 1 {
+            return Err(Error::Shape {
+                op: "Recorder::record",
+                tensor: "q",
+                shape: self.q.dims().to_vec(),
+                expected: "[1, H, M, D]: one sequence at a time".into(),
+            });
+        }
+        let (_, kv_heads, keys, value_dim) = self.v.dims4()?;
+        Ok(Dims { heads, kv_heads, queries, keys, depth, value_dim })
+    }
+
+    fn with(&self, backend: Backend) -> AttentionConfig {
+        AttentionConfig { backend, ..self.config.clone() }
+    }
+
+    /// The probabilities of a backend, `[H, M, N]` flat.
+    pub fn probabilities(&self, backend: Backend) -> Result<Vec<f32>> {
+        flat(&attention_probs(&self.q, &self.k, &self.mask, &self.with(backend))?)
+    }
+
+    /// The attention output of a backend with other queries, keys, or both.
+    pub fn output_of(&self, q: &Tensor, k: &Tensor, backend: Backend) -> Result<Vec<f32>> {
+        flat(&attention(q, k, &self.v, &self.mask, &self.with(backend))?)
+    }
+
+    /// The raw scores `q·k^T` in fp32, `[H, M, N]` flat.
+    pub fn fp32_scores(&self) -> Result<Vec<f32>> {
+        let dims = self.dims()?;
+        let group = dims.heads / dims.kv_heads.max(1);
+        // Query heads that share a key head are rows of one taller matrix.
+        let rows = (dims.kv_heads, group * dims.queries, dims.depth);
+        let q = self.q.to_dtype(candle_core::DType::F32)?.contiguous()?.reshape(rows)?;
+        let k = self.k.to_dtype(candle_core::DType::F32)?.squeeze(0)?.contiguous()?;
+        flat(&q.matmul(&k.t()?)?)
+    }
+
+    /// The raw scores of a configuration; those that went through int8 if it says so.
+    pub fn int8_scores(&self, config: &ScoreConfig) -> Result<Vec<f32>> {
+        flat(&attention_scores(&self.q, &self.k, config)?)
+    }
+}
+
+/// What fp32 makes of a call.
+pub(crate) struct Reference {
+    pub dims: Dims,
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub scores: Vec<f32>,
+    pub probabilities: Vec<f32>,
+}
+
+impl Reference {
+    pub fn of(call: &Call) -> Result<Self> {
+        Ok(Self {
+            dims: call.dims()?,
+            q: flat(&call.q)?,
+            k: flat(&call.k)?,
+            scores: call.fp32_scores()?,
+            probabilities: call.probabilities(Backend::Fp32)?,
+        })
+    }
+}
+
+/// What int8 makes of a call, up to the probabilities.
+pub(crate) struct Int8Stages {
+    pub q: Rounded,
+    pub k: Rounded,
+    pub scores: Vec<f32>,
+    pub probabilities: Vec<f32>,
+}
+
+impl Int8Stages {
+    pub fn of(call: &Call, config: &Int8Config) -> Result<Self> {
+        let scores = &config.scores;
+        Ok(Self {
+            q: Rounded::of(&call.q, &scores.q, scores.smooth_q)?,
+            k: Rounded::of(&call.k, &scores.k, scores.smooth_k)?,
+            scores: call.int8_scores(scores)?,
+            probabilities: call.probabilities(Backend::Int8(config.clone()))?,
+        })
+    }
+}
+
+/// A tensor `[1, H, S, D]` as its int8 codes have it: quantized and back, means added again.
+pub(crate) struct Rounded {
+    /// Flat.
+    pub values: Vec<f32>,
+    /// Codes beyond the range, one count a head.
+    pub clipped: Vec<u64>,
+    shape: Vec<usize>,
+}
+
+impl Rounded {
+    pub fn of(tensor: &Tensor, config: &QuantConfig, smooth: bool) -> Result<Self> {
+        let shape = tensor.dims().to_vec();
+        let (_, heads, tokens, depth) = tensor.dims4()?;
+        let matrix = (tokens * depth).max(1);
+        let mut values = flat(&tensor.to_dtype(candle_core::DType::F32)?)?;
+        let means: Vec<Vec<f32>> = match smooth {
+            true => values.chunks(matrix).map(|head| token_mean(head, depth)).collect(),
+            false => vec![vec![0.0; depth]; heads],
+        };
+        shift(&mut values, &means, matrix, |x, mean| x - mean);
+        let quantized = QuantizedTensor::quantize_slice(&values, &shape, config)?;
+        let mut real = quantized.dequantize_to_vec();
+        let beyond = |(i, (x, y)): (usize, (&f32, &f32))| {
+            let row = i / depth.max(1);
+            (x - y).abs() > 0.75 * quantized.params(row).scale() && row < heads * tokens
+        };
+        let all: Vec<bool> = values.iter().zip(&real).enumerate().map(beyond).collect();
+        let count = |head: &[bool]| head.iter().filter(|&&clipped| clipped).count() as u64;
+        let clipped = all.chunks(matrix).map(count).collect();
+        shift(&mut real, &means, matrix, |x, mean| x + mean);
+        Ok(Self { values: real, clipped, shape })
+    }
+
+    pub fn tensor(&self) -> Result<Tensor> {
+        Ok(Tensor::from_slice(&self.values, self.shape.as_slice(), &Device::Cpu)?)
+    }
+}
+
+/// Applies `f` to every element and the mean of its channel.
+fn shift(values: &mut [f32], means: &[Vec<f32>], matrix: usize, f: fn(f32, f32) -> f32) {
+    for (head, mean) in values.chunks_mut(matrix).zip(means) {
+        for row in head.chunks_mut(mean.len().max(1)) {
+            row.iter_mut().zip(mean).for_each(|(x, &mean)| *x = f(*x, mean));
+        }
+    }
+}
+
+/// Whether the scores of a configuration go through int8.
+pub(crate) fn is_requantized(config: &ScoreConfig) -> bool {
+    matches!(config.output, ScoreOutput::Requantized(_))
+}
+
+/// The numbers of a tensor in row-major order.
+pub(crate) fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()?)
+}

@@ -1,0 +1,135 @@
+//! What one configuration changes in one call of attention.
+
+use super::call::{Dims, Int8Stages, Ran, Reference, Rounded, is_requantized};
+use super::state::{HeadStages, HeadState};
+use crate::drift::ErrorSums;
+use crate::{Backend, Int8Config, PvPrecision, Result, ScoreConfig, ScoreOutput};
+use rayon::prelude::*;
+
+/// The fp32 run of a layer that configurations are compared with.
+pub(super) struct Compared<'a> {
+    pub reference: &'a Reference,
+    pub fp32: &'a Ran,
+}
+
+/// Which of the two comparisons a run belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Input {
+    /// fp32 input to both paths.
+    Same,
+    /// Each path on its own input.
+    Own,
+}
+
+impl Compared<'_> {
+    /// Adds a run of the layer in int8 to the heads, and gives the KL divergence of every query,
+    /// `[head][query]`.
+    pub fn add(
+        &self,
+        heads: &mut [HeadState],
+        input: Input,
+        ran: &Ran,
+        config: &Int8Config,
+    ) -> Result<(Vec<Vec<f64>>, Int8Stages)> {
+        let stages = Int8Stages::of(&ran.call, config)?;
+        let rows = heads.par_iter_mut().enumerate().map(|(head, state)| {
+            let into = match input {
+                Input::Same => &mut state.alone,
+                Input::Own => &mut state.accumulated,
+            };
+            self.add_head(into, head, &stages, &ran.output)
+        });
+        let rows = rows.collect();
+        if input == Input::Same {
+            self.count_clipped(heads, &stages);
+        }
+        Ok((rows, stages))
+    }
+
+    fn add_head(
+        &self,
+        into: &mut HeadStages,
+        head: usize,
+        stages: &Int8Stages,
+        output: &[f32],
+    ) -> Vec<f64> {
+        let Dims { queries, keys, depth, value_dim, .. } = self.reference.dims;
+        let key_head = self.reference.dims.key_head(head);
+        let part = |all: &[f32], head: usize, size: usize| all[head * size..][..size].to_vec();
+        let compare = |a: &[f32], b: &[f32], head: usize, size: usize| {
+            ErrorSums::of(&a[head * size..][..size], &b[head * size..][..size])
+        };
+        into.q.push(&compare(&self.reference.q, &stages.q.values, head, queries * depth));
+        into.k.push(&compare(&self.reference.k, &stages.k.values, key_head, keys * depth));
+
+        let size = queries * keys;
+        let matrix = head * size..(head + 1) * size;
+        let p = &self.reference.probabilities[matrix.clone()];
+        // A key that a query does not see has a score all the same; it changes nothing.
+        let seen = p.iter().zip(&self.reference.scores[matrix.clone()]);
+        let seen = seen.zip(&stages.scores[matrix.clone()]).filter(|((p, _), _)| **p > 0.0);
+        let mut scores = ErrorSums::default();
+        scores.push_pairs(seen.map(|((_, &a), &b)| (a, b)));
+        into.scores.push(&scores);
+
+        let size = queries * value_dim;
+        let (a, b) = (part(&self.fp32.output, head, size), part(output, head, size));
+        into.push_output(&a, &b, value_dim);
+        into.probabilities.push(p, &stages.probabilities[matrix], keys)
+    }
+
+    fn count_clipped(&self, heads: &mut [HeadState], stages: &Int8Stages) {
+        let Dims { queries, keys, depth, .. } = self.reference.dims;
+        for (head, state) in heads.iter_mut().enumerate() {
+            state.q_clipped.clipped += stages.q.clipped.get(head).copied().unwrap_or(0);
+            state.q_clipped.codes += (queries * depth) as u64;
+            let key_head = self.reference.dims.key_head(head);
+            state.k_clipped.clipped += stages.k.clipped.get(key_head).copied().unwrap_or(0);
+            state.k_clipped.codes += (keys * depth) as u64;
+        }
+    }
+
+    /// Adds what each source of error alone does to the attention output: queries as their codes
+    /// have them with exact keys, the reverse, the step through int8 scores, and P·V.
+    pub fn add_sources(
+        &self,
+        heads: &mut [HeadState],
+        stages: &Int8Stages,
+        config: &Int8Config,
+    ) -> Result<()> {
+        let call = &self.fp32.call;
+        let exact = &self.fp32.output;
+        let rounded = |q: &Rounded| q.tensor();
+        let only_q = call.output_of(&rounded(&stages.q)?, &call.k, Backend::Fp32)?;
+        let only_k = call.output_of(&call.q, &rounded(&stages.k)?, Backend::Fp32)?;
+        let int8 = |scores: ScoreConfig, pv| {
+            call.output_of(&call.q, &call.k, Backend::Int8(Int8Config { scores, pv }))
+        };
+        let straight = ScoreConfig { output: ScoreOutput::Dequantized, ..config.scores.clone() };
+        let in_f32 = int8(straight.clone(), PvPrecision::F32)?;
+        let requantized = match is_requantized(&config.scores) {
+            true => Some(int8(config.scores.clone(), PvPrecision::F32)?),
+            false => None,
+        };
+        // Requantized scores leave the fused op, and P·V is f32 there.
+        let in_pv = match (config.pv, &requantized) {
+            (PvPrecision::F32, _) | (_, Some(_)) => None,
+            (pv, None) => Some(int8(straight, pv)?),
+        };
+        let size = self.reference.dims.queries * self.reference.dims.value_dim;
+        let energy = |a: &[f32], b: &[f32], head: usize| {
+            ErrorSums::of(&a[head * size..][..size], &b[head * size..][..size]).error_energy()
+        };
+        for (head, state) in heads.iter_mut().enumerate() {
+            let sources = &mut state.sources;
+            sources.q.add(energy(exact, &only_q, head));
+            sources.k.add(energy(exact, &only_k, head));
+            let of = |other: &Option<Vec<f32>>| {
+                other.as_ref().map_or(0.0, |other| energy(&in_f32, other, head))
+            };
+            sources.requantization.add(of(&requantized));
+            sources.pv.add(of(&in_pv));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,261 @@
+//! Runs a model in fp32 and in int8 on the same passages, and gathers what differs.
+
+pub(crate) mod call;
+mod measure;
+pub(crate) mod state;
+mod words;
+
+pub use words::{MovedSentence, MovedWord, Target};
+
+use super::explain::HeadShape;
+use super::subject::Subject;
+use super::{Candidate, Distribution, ErrorSums, LayeredModel};
+use crate::{Backend, Error, Result};
+use call::{Ran, Reference, flat};
+use candle_core::Tensor;
+use measure::{Compared, Input};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use state::{CandidateState, LayerState};
+use words::{Passage, Worst};
+
+/// Runs a model's fp32 and int8 paths on the same passages; what it holds does not grow with the
+/// number of passages.
+///
+/// Each configuration is measured twice on every layer: *alone*, where both paths get the fp32
+/// path's input, so that the layer's own error is seen; and *accumulated*, where each path goes on
+/// with its own. Per head it compares Q and K as their codes have them, scores, probabilities and
+/// the attention output; per layer what leaves it; and at the end the model's embedding.
+///
+/// Recorders that saw different passages can be merged, also after a way through JSON: the figures
+/// are those of one recorder that saw all, whatever the order.
+///
+/// A passage of `N` tokens takes memory for a few `[H, N, N]` matrices while it is measured. See
+/// [`LayeredModel`] for an example.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Recorder {
+    #[serde(skip)]
+    configs: Vec<Candidate>,
+    pub(super) subject: Subject,
+    pub(super) candidates: Vec<CandidateState>,
+    /// `[layer][head]`.
+    pub(super) shapes: Vec<Vec<HeadShape>>,
+    pub(super) worst: Worst,
+    /// Seconds of one layer's attention in fp32.
+    pub(super) fp32_seconds: Distribution,
+    pub(super) passages: u64,
+    pub(super) tokens: u64,
+}
+
+/// Embeddings of one passage, flat.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Embeddings {
+    /// Of the fp32 path.
+    pub fp32: Vec<f32>,
+    /// Of each configuration, with int8 in every layer.
+    pub int8: Vec<Vec<f32>>,
+}
+
+impl Recorder {
+    /// A recorder that compares these configurations with fp32. The first one is the one that is
+    /// explained and whose words are shown.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for no configuration at all.
+    pub fn new(configs: Vec<Candidate>) -> Result<Self> {
+        if configs.is_empty() {
+            return Err(Error::Config("no configuration to measure, expected one or more".into()));
+        }
+        let state = |candidate: &Candidate| CandidateState {
+            name: candidate.name.clone(),
+            description: candidate.description(),
+            ..CandidateState::default()
+        };
+        Ok(Self {
+            subject: Subject::default(),
+            candidates: configs.iter().map(state).collect(),
+            shapes: Vec::new(),
+            worst: Worst::default(),
+            fp32_seconds: Distribution::default(),
+            passages: 0,
+            tokens: 0,
+            configs,
+        })
+    }
+
+    /// Says what is measured: the model, the texts.
+    pub fn set_subject(&mut self, subject: Subject) {
+        self.subject = subject;
+    }
+
+    /// What was said to be measured.
+    pub fn subject(&self) -> &Subject {
+        &self.subject
+    }
+
+    /// The names of the configurations, in the order of [`Recorder::new`].
+    pub fn configs(&self) -> impl Iterator<Item = &str> {
+        self.candidates.iter().map(|candidate| candidate.name.as_str())
+    }
+
+    /// How many passages were recorded.
+    pub fn passages(&self) -> u64 {
+        self.passages
+    }
+
+    /// Runs one passage. `words` holds the text of each token, with the space before it where a
+    /// word starts, so that all of them joined are the passage; `index` is the passage's number in
+    /// the whole text, the same however the text is spread over recorders.
+    ///
+    /// # Errors
+    /// Those of the model and of [`attention`](crate::attention()); [`Error::NonFinite`] for NaN
+    /// or infinity in queries or keys; [`Error::Config`] for a layer that does not call attention
+    /// exactly once, or a recorder that came from JSON; [`Error::Shape`] for several sequences at once, or a number of words that is
+    /// not the number of tokens.
+    pub fn record<M: LayeredModel>(
+        &mut self,
+        model: &M,
+        input: &M::Input,
+        words: &[String],
+        index: u64,
+    ) -> Result<Embeddings> {
+        if self.configs.len() != self.candidates.len() {
+            return Err(Error::Config("a recorder that was read back cannot go on".into()));
+        }
+        let hidden = model.embed(input)?;
+        if *hidden.dims() != [1, words.len(), hidden.elem_count() / words.len().max(1)] {
+            return Err(Error::Shape {
+                op: "Recorder::record",
+                tensor: "what the model embeds",
+                shape: hidden.dims().to_vec(),
+                expected: format!("[1, {}, hidden], one row a word", words.len()),
+            });
+        }
+        let mut passage = Passage::new(index, words);
+        let mut fp32 = hidden.clone();
+        let mut own = vec![hidden; self.configs.len()];
+        for layer in 0..model.layers() {
+            fp32 = self.record_layer(model, layer, &fp32, &mut own, &mut passage, index, words)?;
+        }
+        passage.finish(&mut self.worst);
+        self.passages += 1;
+        self.tokens += words.len() as u64;
+
+        let fp32 = flat(&model.embedding(&fp32)?)?;
+        let int8 = own.iter().map(|hidden| flat(&model.embedding(hidden)?));
+        let int8 = int8.collect::<Result<Vec<_>>>()?;
+        for (state, int8) in self.candidates.iter_mut().zip(&int8) {
+            state.embedding.push(&ErrorSums::of(&fp32, int8));
+        }
+        Ok(Embeddings { fp32, int8 })
+    }
+
+    /// One layer of all paths; gives the fp32 path's output, and leaves that of each
+    /// configuration in `own`.
+    #[allow(clippy::too_many_arguments)]
+    fn record_layer<M: LayeredModel>(
+        &mut self,
+        model: &M,
+        layer: usize,
+        hidden: &Tensor,
+        own: &mut [Tensor],
+        passage: &mut Passage<'_>,
+        index: u64,
+        words: &[String],
+    ) -> Result<Tensor> {
+        let run = |backend: &Backend, hidden: &Tensor| {
+            call::run(layer, backend, &mut |attend| model.layer(layer, hidden, attend))
+        };
+        let fp32 = run(&Backend::Fp32, hidden)?;
+        self.fp32_seconds.push(fp32.seconds);
+        let reference = Reference::of(&fp32.call)?;
+        self.make_room(layer, reference.dims.heads)?;
+        let shapes = self.shapes[layer].par_iter_mut().enumerate();
+        shapes.for_each(|(head, shape)| shape.push(&reference, head, words, index));
+
+        let compared = Compared { reference: &reference, fp32: &fp32 };
+        let exact = flat(&fp32.hidden)?;
+        for (i, candidate) in self.configs.iter().enumerate() {
+            let state = &mut self.candidates[i];
+            let backend = Backend::Int8(candidate.config.clone());
+            let LayerState { heads, alone, accumulated } = &mut state.layers[layer];
+
+            let ran = run(&backend, hidden)?;
+            state.seconds.push(ran.seconds);
+            let (kl, stages) = compared.add(heads, Input::Same, &ran, &candidate.config)?;
+            alone.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?));
+            if i == 0 {
+                passage.add(layer, &kl, &reference, &stages.probabilities);
+                compared.add_sources(heads, &stages, &candidate.config)?;
+            }
+
+            let ran: Ran = run(&backend, &own[i])?;
+            state.seconds.push(ran.seconds);
+            compared.add(heads, Input::Own, &ran, &candidate.config)?;
+            accumulated.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?));
+            own[i] = ran.hidden;
+        }
+        Ok(fp32.hidden)
+    }
+
+    /// Makes the accumulators of a layer, or checks that it still has as many heads.
+    fn make_room(&mut self, layer: usize, heads: usize) -> Result<()> {
+        if self.shapes.len() == layer {
+            self.shapes.push(vec![HeadShape::default(); heads]);
+            for state in &mut self.candidates {
+                state.layers.push(LayerState::new(heads));
+            }
+        }
+        let known = self.shapes[layer].len();
+        match known == heads {
+            true => Ok(()),
+            false => Err(Error::Config(format!("layer {layer} has {heads} heads, it had {known}"))),
+        }
+    }
+
+    /// Adds what another recorder gathered from other passages.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it recorded another model or other configurations, or passages that
+    /// this one has too; nothing is changed then.
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        self.check_same(other)?;
+        let subject = self.subject.merged(&other.subject)?;
+        self.subject = subject;
+        if self.shapes.is_empty() {
+            self.shapes.clone_from(&other.shapes);
+            self.candidates.clone_from(&other.candidates);
+        } else if !other.shapes.is_empty() {
+            let heads = self.shapes.iter_mut().flatten().zip(other.shapes.iter().flatten());
+            heads.for_each(|(a, b)| a.merge(b));
+            self.candidates.iter_mut().zip(&other.candidates).for_each(|(a, b)| a.merge(b));
+        }
+        self.worst.merge(&other.worst);
+        self.fp32_seconds.merge(&other.fp32_seconds);
+        self.passages += other.passages;
+        self.tokens += other.tokens;
+        Ok(())
+    }
+
+    fn check_same(&self, other: &Self) -> Result<()> {
+        let names = |r: &Self| -> Vec<String> {
+            r.candidates.iter().map(|c| format!("{} ({})", c.name, c.description)).collect()
+        };
+        if names(self) != names(other) {
+            return Err(Error::Config(format!(
+                "results of different configurations: {} and {}",
+                names(self).join("; "),
+                names(other).join("; ")
+            )));
+        }
+        let heads = |r: &Self| r.shapes.iter().map(Vec::len).collect::<Vec<_>>();
+        if heads(self) != heads(other) && !self.shapes.is_empty() && !other.shapes.is_empty() {
+            return Err(Error::Config(format!(
+                "results of different models: heads of their layers {:?} and {:?}",
+                heads(self),
+                heads(other)
+            )));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,115 @@
+//! What a [`Recorder`] found, as figures: for the terminal
+//! ([`Report::to_text`]), as JSON (serde), or as one HTML page ([`Report::to_html`]).
+//!
+//! In JSON, a number that is infinite (the signal-to-noise ratio of equal data) or not a number is
+//! `null`.
+
+mod charts;
+mod figures;
+mod html;
+mod terminal;
+
+pub use figures::{
+    ConfigReport, HeadFigures, HeadReport, LayerReport, OutputFigures, Place, ProbabilityFigures,
+    Shares, StageFigures, Stat, Timing, TokenError,
+};
+
+use super::explain::findings;
+use super::{Finding, HeadFacts, MovedSentence, MovedWord, Recorder, Subject};
+use serde::Serialize;
+
+/// Everything that is known about the drift of a model on its texts.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// What was measured.
+    #[serde(flatten)]
+    pub subject: Subject,
+    /// Passages read.
+    pub passages: u64,
+    /// Tokens in them.
+    pub tokens: u64,
+    /// What a reader must know: how texts were cut, what is missing.
+    pub notes: Vec<String>,
+    /// The configurations, best first: by the mean signal-to-noise ratio of the attention output.
+    pub configs: Vec<ConfigReport>,
+    /// What is unusual about heads, most unusual first.
+    pub findings: Vec<Finding>,
+    /// What each head looks like, whatever the configuration.
+    pub layers: Vec<LayerFacts>,
+    /// The words whose attention the main configuration moves most.
+    pub words: Vec<MovedWord>,
+    /// The sentences whose attention the main configuration moves most.
+    pub sentences: Vec<MovedSentence>,
+    /// Agreement with scores that people gave to pairs of sentences, if there are any.
+    pub similarity: Vec<Similarity>,
+}
+
+/// The heads of a layer.
+#[derive(Debug, Clone, Serialize)]
+pub struct LayerFacts {
+    /// Its number.
+    pub layer: usize,
+    /// Its heads.
+    pub heads: Vec<HeadFacts>,
+}
+
+/// How a configuration changes what the model says about pairs of sentences.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Similarity {
+    /// The configuration.
+    pub config: String,
+    /// Pairs with a score.
+    pub pairs: usize,
+    /// Spearman's correlation of the fp32 path's cosines with the scores; none where undefined.
+    pub spearman_fp32: Option<f64>,
+    /// The same of the int8 path.
+    pub spearman_int8: Option<f64>,
+    /// Largest change of a pair's cosine.
+    pub max_change: f64,
+}
+
+impl Recorder {
+    /// The figures of everything recorded so far.
+    pub fn report(&self) -> Report {
+        let layers: Vec<LayerFacts> = (self.shapes.iter().enumerate())
+            .map(|(layer, heads)| LayerFacts {
+                layer,
+                heads: heads.iter().enumerate().map(|(head, shape)| shape.facts(head)).collect(),
+            })
+            .collect();
+        let mut found: Vec<Finding> = layers
+            .iter()
+            .flat_map(|layer| layer.heads.iter().flat_map(|head| findings(layer.layer, head)))
+            .collect();
+        found.sort_by(|a, b| b.severity.total_cmp(&a.severity));
+        let mut configs: Vec<ConfigReport> = (self.candidates.iter().enumerate())
+            .map(|(i, state)| ConfigReport::of(state, i == 0, &self.fp32_seconds))
+            .collect();
+        configs.sort_by(|a, b| b.output.mean_sqnr_db.total_cmp(&a.output.mean_sqnr_db));
+        let subject = self.subject.clone();
+        let mut notes = Vec::new();
+        for text in &subject.texts {
+            notes.push(format!("{}: {}", text.name, text.cut));
+            notes.extend(text.missing().map(|missing| format!("only {missing}")));
+        }
+        Report {
+            subject,
+            passages: self.passages,
+            tokens: self.tokens,
+            notes,
+            configs,
+            findings: found,
+            layers,
+            words: self.worst.words.clone(),
+            sentences: self.worst.sentences.clone(),
+            similarity: Vec::new(),
+        }
+    }
+}
+
+impl Report {
+    /// The configuration that is explained, and that a gate looks at.
+    pub fn main(&self) -> Option<&ConfigReport> {
+        self.configs.iter().find(|config| config.main)
+    }
+}
