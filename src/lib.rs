@@ -39,7 +39,7 @@
 //! * *drift*: what differs between fp32 and int8 on the same inputs.
 //!
 //! # Rooms
-//! `quant` <- `gemm` <- `attention` <- `models`; [`drift`] measures, `hub` (feature) downloads.
+//! `quant` <- `gemm` <- `attention` <- `models`, which has its other layers from `nn`; [`drift`] measures, `hub` (feature) downloads.
 
 mod aligned;
 pub mod attention;
@@ -49,6 +49,7 @@ pub mod gemm;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod models;
+mod nn;
 mod pv;
 pub mod quant;
 mod simd;

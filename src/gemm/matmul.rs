@@ -13,7 +13,7 @@ use std::mem::MaybeUninit;
 const ROW_BLOCK: usize = 48;
 
 /// Below this many multiplications, waking another thread costs more than it saves.
-const SERIAL_BELOW: usize = 1 << 20;
+pub(crate) const SERIAL_BELOW: usize = 1 << 20;
 
 /// The left side, row-major.
 #[derive(Debug, Clone, Copy)]

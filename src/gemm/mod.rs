@@ -32,4 +32,5 @@ pub use matmul::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 pub(crate) use dispatch::select;
 pub(crate) use driver::{ScoreScales, ZeroCorrection, int_tiles, score_tiles};
 pub(crate) use kernel::Kernel;
+pub(crate) use matmul::SERIAL_BELOW;
 pub(crate) use pack::{PackedLhs, PackedRhs, RhsChunk};

@@ -2,9 +2,9 @@
 
 use super::files::{ModelFiles, Weights};
 use super::{BertConfig, HiddenAct};
+use crate::nn::{Activation, LayerNorm, Linear};
 use crate::{AttentionConfig, AttnMask, Error, QuantizedAttention, Result};
-use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{LayerNorm, Linear, Module};
+use candle_core::{DType, Device, Tensor};
 
 /// Embeddings and layers; see [`mean_pool`] for what makes a sentence embedding of its output.
 pub struct BertModel {
@@ -114,7 +114,7 @@ impl BertModel {
             None => self.token_types.narrow(0, 0, 1)?,
         };
         let sum = words.broadcast_add(&types)?.broadcast_add(&self.positions.narrow(0, 0, n)?)?;
-        Ok(self.norm.forward(&sum)?)
+        self.norm.forward(&sum)
     }
 
     /// The last hidden states: `input_ids` `[B, N]` U32 to `[B, N, hidden_size]`.
@@ -164,13 +164,12 @@ pub struct BertLayer {
     /// [`set_config`](crate::QuantizedAttention::set_config).
     pub attention: QuantizedAttention,
     heads: usize,
-    query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Query, key and value as one.
+    qkv: Linear,
     output: Linear,
     output_norm: LayerNorm,
     up: Linear,
-    act: HiddenAct,
+    act: Activation,
     down: Linear,
     down_norm: LayerNorm,
 }
@@ -180,17 +179,23 @@ impl BertLayer {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let name = |part: &str| format!("encoder.layer.{index}.{part}");
         let linear =
-            |part: &str, rows: usize, columns: usize| from.linear(&name(part), rows, columns);
+            |part: &str, rows: usize, columns: usize| from.linear(&[name(part)], rows, columns);
         Ok(Self {
             attention: QuantizedAttention::new(AttentionConfig::fp32()),
             heads: config.num_attention_heads,
-            query: linear("attention.self.query", hidden, hidden)?,
-            key: linear("attention.self.key", hidden, hidden)?,
-            value: linear("attention.self.value", hidden, hidden)?,
+            qkv: from.linear(
+                &["query", "key", "value"].map(|part| name(&format!("attention.self.{part}"))),
+                hidden,
+                hidden,
+            )?,
             output: linear("attention.output.dense", hidden, hidden)?,
             output_norm: from.norm(&name("attention.output.LayerNorm"), hidden)?,
             up: linear("intermediate.dense", inner, hidden)?,
-            act: config.hidden_act,
+            act: match config.hidden_act {
+                HiddenAct::Gelu => Activation::Gelu,
+                HiddenAct::GeluNew => Activation::GeluTanh,
+                HiddenAct::Relu => Activation::Relu,
+            },
             down: linear("output.dense", hidden, inner)?,
             down_norm: from.norm(&name("output.LayerNorm"), hidden)?,
         })
@@ -202,12 +207,11 @@ impl BertLayer {
     /// # Errors
     /// Candle's own, for a tensor of another shape or dtype.
     pub fn qkv(&self, hidden: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
-        let split = |linear: &Linear| -> Result<Tensor> {
-            let x = linear.forward(hidden)?;
-            let (b, n, width) = x.dims3()?;
-            Ok(x.reshape((b, n, self.heads, width / self.heads))?.transpose(1, 2)?)
-        };
-        Ok((split(&self.query)?, split(&self.key)?, split(&self.value)?))
+        let x = self.qkv.forward(hidden)?;
+        let (b, n, width) = x.dims3()?;
+        let x = x.reshape((b, n, 3, self.heads, width / (3 * self.heads)))?;
+        let part = |index| x.get_on_dim(2, index)?.transpose(1, 2);
+        Ok((part(0)?, part(1)?, part(2)?))
     }
 
     /// `norm(hidden + projection(attention))`, `[B, N, hidden_size]`.
@@ -225,8 +229,8 @@ impl BertLayer {
     ) -> Result<Tensor> {
         let (q, k, v) = self.qkv(hidden)?;
         let context = attend(&q, &k, &v)?;
-        let context = context.transpose(1, 2)?.flatten_from(D::Minus2)?;
-        Ok(self.output_norm.forward(&(self.output.forward(&context)? + hidden)?)?)
+        // `[B, N, H, head_dim]`: the projection merges the heads as it reads them.
+        self.output.forward_add_norm(&context.transpose(1, 2)?, hidden, &self.output_norm)
     }
 
     /// The whole layer, `[B, N, hidden_size]` to the same.
@@ -248,13 +252,8 @@ impl BertLayer {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let hidden = self.attention_block_with(hidden, attend)?;
-        let inner = self.up.forward(&hidden)?;
-        let inner = match self.act {
-            HiddenAct::Gelu => inner.gelu_erf()?,
-            HiddenAct::GeluNew => inner.gelu()?,
-            HiddenAct::Relu => inner.relu()?,
-        };
-        Ok(self.down_norm.forward(&(self.down.forward(&inner)? + hidden)?)?)
+        let inner = self.up.forward_activated(&hidden, self.act)?;
+        self.down.forward_add_norm(&inner, &hidden, &self.down_norm)
     }
 }
 
@@ -303,9 +302,13 @@ impl Loader<'_> {
         self.weights.get(name, shape, self.device)
     }
 
-    fn linear(&self, name: &str, rows: usize, columns: usize) -> Result<Linear> {
-        let weight = self.get(&format!("{name}.weight"), &[rows, columns])?;
-        Ok(Linear::new(weight, Some(self.get(&format!("{name}.bias"), &[rows])?)))
+    /// Layers with the same input as one, whose outputs are theirs one after the other.
+    fn linear(&self, names: &[String], rows: usize, columns: usize) -> Result<Linear> {
+        let of_all = |part: &str, shape: &[usize]| -> Result<Tensor> {
+            let get = |name: &String| self.get(&format!("{name}.{part}"), shape);
+            Ok(Tensor::cat(&names.iter().map(get).collect::<Result<Vec<_>>>()?, 0)?)
+        };
+        Linear::new(&of_all("weight", &[rows, columns])?, &of_all("bias", &[rows])?)
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<LayerNorm> {
@@ -316,6 +319,6 @@ impl Loader<'_> {
         };
         let weight = self.get(&format!("{name}.{weight}"), &[width])?;
         let bias = self.get(&format!("{name}.{bias}"), &[width])?;
-        Ok(LayerNorm::new(weight, bias, self.eps))
+        LayerNorm::new(weight, bias, self.eps)
     }
 }

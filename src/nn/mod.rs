@@ -1,0 +1,52 @@
+//! The layers around attention, in fused and vectorized form for f32 on a CPU.
+//!
+//! ```text
+//! Linear     x·W^T + b, an activation or a residual in the same pass over the result
+//! LayerNorm  of each row; after a Linear in the memory of its result
+//! ```
+//!
+//! Weights are put in the kernel's order once, when a model is loaded. The vectors are `pulp`'s:
+//! one source for AVX-512, AVX2 and NEON, chosen at run time. A row of a result depends on nothing
+//! but its own row of the input, so the number of threads changes nothing.
+//!
+//! The fused form has no gradient. Where one is asked for (an input depends on a variable), and on
+//! other devices, for other dtypes and on processors without such vectors, the same layers are
+//! made of Candle's own operations.
+
+mod activation;
+mod layer_norm;
+mod linear;
+mod packed;
+mod product;
+mod rows;
+
+pub(crate) use activation::Activation;
+pub(crate) use layer_norm::LayerNorm;
+pub(crate) use linear::Linear;
+
+use candle_core::{DType, Tensor};
+
+/// Whether the fused form can compute from these tensors.
+fn is_plain_f32(tensors: &[&Tensor]) -> bool {
+    let plain = |x: &&Tensor| x.device().is_cpu() && x.dtype() == DType::F32;
+    tensors.iter().all(plain) && !is_tracked(tensors)
+}
+
+/// Whether a gradient may be asked for.
+fn is_tracked(tensors: &[&Tensor]) -> bool {
+    tensors.iter().any(|x| x.track_op())
+}
+
+/// The vectors of this machine, if it has any.
+fn vectors() -> Option<pulp::Arch> {
+    Some(pulp::Arch::new()).filter(|arch| !matches!(arch, pulp::Arch::Scalar))
+}
+
+/// Every instruction set that the tests can run here, plain scalars included.
+#[cfg(test)]
+fn all_vectors() -> Vec<pulp::Arch> {
+    let mut all = vec![pulp::Arch::Scalar, pulp::Arch::new()];
+    #[cfg(target_arch = "x86_64")]
+    all.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
+    all
+}

@@ -1,0 +1,239 @@
+//! `x·W^T + b` in f32, with a residual added or an activation applied to sums still in registers.
+//!
+//! A tile is `ROWS` rows of `x` times one panel of weights over the whole depth: 6 x 4 sums of a
+//! vector each, 4 vectors of weights and 1 broadcast of `x` where there are 32 registers, 6 x 2
+//! where there are 16. The sums of an element are added up in the order of the depth, whatever the
+//! tile, so results depend neither on the vectors nor on how the work is divided.
+
+use super::Activation;
+use super::packed::{NARROW, PackedWeights, WIDE, vectors_per_panel};
+use super::rows::Rows;
+use crate::gemm::SERIAL_BELOW;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// Rows of a tile, at most.
+const ROWS: usize = 6;
+/// Rows of a task, at most: a panel of weights, in L2 by then, is used by eight tiles.
+const BLOCK: usize = 8 * ROWS;
+/// Tasks a thread, so that threads end at about the same time.
+const TASKS_PER_THREAD: usize = 16;
+/// Multiply-accumulates of a task, at least: some 10 microseconds.
+const TASK: usize = 1 << 19;
+
+/// What happens to the sums before they are stored.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Epilogue<'a> {
+    /// `[rows, N]` to add, row-major.
+    pub residual: Option<&'a [f32]>,
+    /// Applied last.
+    pub activation: Option<Activation>,
+}
+
+/// Writes `x·W^T + b`, row-major `[rows, N]`, to every element of `out`.
+pub(super) fn multiply(
+    x: &Rows<'_>,
+    weights: &PackedWeights,
+    epilogue: Epilogue<'_>,
+    out: &mut [MaybeUninit<f32>],
+) {
+    let (rows, outputs, depth) = (x.count(), weights.outputs(), weights.depth());
+    assert_eq!(x.width(), depth);
+    assert_eq!(out.len(), rows * outputs);
+    assert!(epilogue.residual.is_none_or(|residual| residual.len() == out.len()));
+    if out.is_empty() {
+        return;
+    }
+    let work = rows.saturating_mul(outputs).saturating_mul(depth);
+    let grid = match work < SERIAL_BELOW {
+        true => Grid { rows: BLOCK, columns: outputs },
+        false => Grid::new((rows, outputs), weights.width(), work),
+    };
+    let run = |buffer: &mut Vec<f32>, task: Task<'_>| {
+        let x = x.read(task.rows.clone(), buffer);
+        weights.arch().dispatch(Product { x, weights, epilogue, task });
+    };
+    let tasks = grid.tasks(out, outputs);
+    match work < SERIAL_BELOW {
+        true => {
+            let mut buffer = Vec::new();
+            tasks.into_iter().for_each(|task| run(&mut buffer, task));
+        }
+        false => tasks.into_par_iter().with_max_len(1).for_each_init(Vec::new, run),
+    }
+}
+
+/// How a result is divided: the largest block of it that is one task.
+struct Grid {
+    rows: usize,
+    columns: usize,
+}
+
+/// A block of the result.
+struct Task<'a> {
+    rows: Range<usize>,
+    columns: Range<usize>,
+    /// Columns `columns` of each row.
+    out: Vec<&'a mut [MaybeUninit<f32>]>,
+}
+
+impl Grid {
+    /// Blocks of whole tiles and whole panels: rows first, columns only as far as every thread
+    /// needs its share.
+    fn new((rows, outputs): (usize, usize), width: usize, work: usize) -> Self {
+        let wanted = (TASKS_PER_THREAD * rayon::current_num_threads()).min(work.div_ceil(TASK));
+        let row_blocks = rows.div_ceil(BLOCK);
+        let panels = outputs.div_ceil(width);
+        let column_blocks = wanted.div_ceil(row_blocks).clamp(1, panels);
+        Self {
+            rows: rows.div_ceil(row_blocks).next_multiple_of(ROWS),
+            columns: panels.div_ceil(column_blocks) * width,
+        }
+    }
+
+    fn tasks<'a>(&self, out: &'a mut [MaybeUninit<f32>], outputs: usize) -> Vec<Task<'a>> {
+        let mut tasks = Vec::new();
+        for (block, out) in out.chunks_mut(self.rows * outputs).enumerate() {
+            let first = tasks.len();
+            let (start, len) = (block * self.rows, out.len() / outputs);
+            for column in (0..outputs).step_by(self.columns) {
+                let columns = column..(column + self.columns).min(outputs);
+                let out = Vec::with_capacity(len);
+                tasks.push(Task { rows: start..start + len, columns, out });
+            }
+            for row in out.chunks_exact_mut(outputs) {
+                let parts = row.chunks_mut(self.columns);
+                tasks[first..].iter_mut().zip(parts).for_each(|(task, part)| task.out.push(part));
+            }
+        }
+        tasks
+    }
+}
+
+/// One task, with its rows of `x`.
+struct Product<'a> {
+    x: &'a [f32],
+    weights: &'a PackedWeights,
+    epilogue: Epilogue<'a>,
+    task: Task<'a>,
+}
+
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let width = vectors_per_panel::<S>() * S::F32_LANES;
+        assert_eq!(self.weights.width(), width, "packed for other vectors");
+        for column in self.task.columns.clone().step_by(width) {
+            for row in (0..self.task.rows.len()).step_by(ROWS) {
+                match vectors_per_panel::<S>() {
+                    WIDE => self.tile_of_rows::<S, WIDE>(simd, row, column),
+                    _ => self.tile_of_rows::<S, NARROW>(simd, row, column),
+                }
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    /// The tile at a row and a column, with as many rows as there are left.
+    #[inline(always)]
+    fn tile_of_rows<S: Simd, const V: usize>(&mut self, simd: S, row: usize, column: usize) {
+        match self.task.rows.len() - row {
+            1 => self.tile::<S, 1, V>(simd, row, column),
+            2 => self.tile::<S, 2, V>(simd, row, column),
+            3 => self.tile::<S, 3, V>(simd, row, column),
+            4 => self.tile::<S, 4, V>(simd, row, column),
+            5 => self.tile::<S, 5, V>(simd, row, column),
+            _ => self.tile::<S, ROWS, V>(simd, row, column),
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        column: usize,
+    ) {
+        let (depth, width) = (self.weights.depth(), V * S::F32_LANES);
+        let columns = column..(column + width).min(self.task.columns.end);
+        let mut x = [&self.x[..0]; R];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = &self.x[(row + i) * depth..][..depth];
+        }
+        let panel = S::as_simd_f32s(self.weights.panel(column)).0.as_chunks::<V>().0;
+        let bias = S::as_simd_f32s(&self.weights.bias()[column..column + width]).0;
+        let mut sums = [[simd.splat_f32s(0.0); V]; R];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            sums.copy_from_slice(bias);
+            if let Some(residual) = self.epilogue.residual {
+                let row = (self.task.rows.start + row + i) * self.weights.outputs();
+                let residual = &residual[row + columns.start..row + columns.end];
+                add(simd, sums, residual);
+            }
+        }
+        let mut sums = accumulate(simd, x, panel, sums);
+        if let Some(activation) = self.epilogue.activation {
+            activation.of_vectors(simd, sums.as_flattened_mut());
+        }
+        let start = column - self.task.columns.start;
+        for (out, sums) in self.task.out[row..row + R].iter_mut().zip(&sums) {
+            store::<S, V>(sums, &mut out[start..start + columns.len()]);
+        }
+    }
+}
+
+/// `sums[r] += x[r]·panel`: the inner loop, which must hold no store.
+#[inline(always)]
+fn accumulate<S: Simd, const R: usize, const V: usize>(
+    simd: S,
+    x: [&[f32]; R],
+    panel: &[[S::f32s; V]],
+    mut sums: [[S::f32s; V]; R],
+) -> [[S::f32s; V]; R] {
+    // Of the same length for the compiler too, which then checks no index.
+    let mut same = [&x[0][..0]; R];
+    for (same, x) in same.iter_mut().zip(x) {
+        *same = &x[..panel.len()];
+    }
+    for (k, weights) in panel.iter().enumerate() {
+        for (x, sums) in same.iter().zip(&mut sums) {
+            let x = simd.splat_f32s(x[k]);
+            for (sum, weights) in sums.iter_mut().zip(weights) {
+                *sum = simd.mul_add_f32s(x, *weights, *sum);
+            }
+        }
+    }
+    sums
+}
+
+/// Adds as many numbers as there are.
+#[inline(always)]
+fn add<S: Simd, const V: usize>(simd: S, sums: &mut [S::f32s; V], numbers: &[f32]) {
+    let (whole, rest) = S::as_simd_f32s(numbers);
+    for (sum, x) in sums.iter_mut().zip(whole) {
+        *sum = simd.add_f32s(*sum, *x);
+    }
+    if let Some(sum) = sums.get_mut(whole.len()) {
+        *sum = simd.add_f32s(*sum, simd.partial_load_f32s(rest));
+    }
+}
+
+/// Writes as many sums as there is room for.
+#[inline(always)]
+fn store<S: Simd, const V: usize>(sums: &[S::f32s; V], out: &mut [MaybeUninit<f32>]) {
+    let (whole, rest) = S::as_uninit_mut_simd_f32s(out);
+    for (out, sum) in whole.iter_mut().zip(sums) {
+        out.write(*sum);
+    }
+    if let Some(sum) = sums.get(whole.len()) {
+        let lanes = pulp::bytemuck::cast_slice::<S::f32s, f32>(std::slice::from_ref(sum));
+        for (out, x) in rest.iter_mut().zip(lanes) {
+            out.write(*x);
+        }
+    }
+}
