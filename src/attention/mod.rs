@@ -4,12 +4,14 @@
 //! * [`QuantizedAttention`]: the same as a module that a model holds, one per layer.
 //! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op.
 //! * [`flash_attn`], [`flash_attn_varlen_cpu`]: the same with Candle's signatures and layouts.
+//! * [`Int8KvCache`]: keys and values of past tokens, and attention over them.
 //! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
 //! * [`tensor_ops`]: scores and attention from ordinary tensor operations, on any device.
 
 mod config;
 mod flash;
 mod fused;
+pub mod kv_cache;
 mod mask;
 mod module;
 mod operand;
@@ -25,6 +27,7 @@ pub use config::{
     AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
 };
 pub use flash::{flash_attn, flash_attn_varlen_cpu};
+pub use kv_cache::{CacheMask, CacheValues, Int8KvCache, KeyOffset, KvCacheConfig};
 pub use module::QuantizedAttention;
 pub use scores::{attention_scores, attention_scores_int8};
 pub use unfused::attention_probs;
