@@ -84,6 +84,20 @@ pub enum Error {
     #[error("invalid configuration: {0}")]
     Config(String),
 
+    /// A cache of fixed capacity has no room for more tokens.
+    #[error(
+        "{added} tokens more than the {held} in the cache exceed its capacity of {capacity}; \
+         truncate or reset it, or configure a larger capacity or a sliding window"
+    )]
+    Capacity {
+        /// Tokens of the sequence.
+        held: usize,
+        /// Tokens that were to be appended.
+        added: usize,
+        /// The most that the cache takes.
+        capacity: usize,
+    },
+
     /// The sum over the depth could leave the range of int32.
     #[error("depth (head dim) {depth} is too large for exact int32 sums; the limit is {limit}")]
     Depth {

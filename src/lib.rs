@@ -56,8 +56,9 @@ mod simd;
 mod uninit;
 
 pub use attention::{
-    AttentionConfig, Backend, Int8Config, PvPrecision, QuantizedAttention, RequantConfig,
-    ScoreConfig, ScoreOutput, attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
+    AttentionConfig, Backend, CacheMask, CacheValues, Int8Config, Int8KvCache, KeyOffset,
+    KvCacheConfig, PvPrecision, QuantizedAttention, RequantConfig, ScoreConfig, ScoreOutput,
+    attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

@@ -5,6 +5,7 @@
 //! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op.
 //! * [`position_mask`], [`restrict_mask`]: several conditions as one mask tensor.
 //! * [`flash_attn`], [`flash_attn_varlen_cpu`]: the same with Candle's signatures and layouts.
+//! * [`Int8KvCache`]: keys and values of past tokens, and attention over them.
 //! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
 //! * [`tensor_ops`]: scores and attention from ordinary tensor operations, on any device.
 
@@ -13,6 +14,7 @@ mod config;
 mod flash;
 mod fused;
 mod keys;
+pub mod kv_cache;
 mod mask;
 mod module;
 mod operand;
@@ -30,6 +32,7 @@ pub use config::{
     AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
 };
 pub use flash::{flash_attn, flash_attn_varlen_cpu};
+pub use kv_cache::{CacheMask, CacheValues, Int8KvCache, KeyOffset, KvCacheConfig};
 pub use module::QuantizedAttention;
 pub use scores::{attention_scores, attention_scores_int8};
 pub use unfused::attention_probs;

@@ -30,6 +30,14 @@ impl Work {
             + self.elements / ELEMENTS_PER_NS
     }
 
+    /// Calls `f` for all parts of this work, which do not depend on each other.
+    pub(super) fn for_each<T: Send>(self, parts: Vec<T>, f: impl Fn(T) + Sync + Send) {
+        match self.nanoseconds() < WAKE_NS {
+            true => parts.into_iter().for_each(f),
+            false => parts.into_par_iter().for_each(f),
+        }
+    }
+
     /// Calls `f(pace, index, chunk)` for every `size` elements of `out`, each of which is the same
     /// part of this work; `pace` is how the parts of a chunk are to be done.
     pub(super) fn for_each_chunk<T: Send>(

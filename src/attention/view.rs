@@ -59,6 +59,11 @@ impl<'a> View<'a> {
         self.dims[0] * self.dims[1]
     }
 
+    /// How many elements.
+    pub(super) fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+
     /// `S`.
     pub(super) fn tokens(&self) -> usize {
         self.dims[2]

@@ -217,6 +217,22 @@ impl PackedRhs {
         self.init.chunks_mut(rows).map(chunk)
     }
 
+    /// The codes of a row, as [`PackedRhs::put`] got them.
+    pub(crate) fn get(&self, row: usize, codes: &mut [i8]) {
+        assert!(row < self.rows && codes.len() == self.depth);
+        let Geometry { nr, group, .. } = self.geometry;
+        let panel = row / nr * nr * self.depth.div_ceil(group) * group;
+        let groups = self.bytes.as_slice()[panel + row % nr * group..].chunks(nr * group);
+        for (codes, bytes) in codes.chunks_mut(group).zip(groups) {
+            codes.iter_mut().zip(bytes).for_each(|(code, &byte)| *code = byte as i8);
+        }
+    }
+
+    /// Bytes in memory.
+    pub(crate) fn size(&self) -> usize {
+        self.bytes.as_slice().len() + size_of_val(self.init.as_slice())
+    }
+
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }

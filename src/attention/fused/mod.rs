@@ -27,6 +27,8 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor, 
 use candle_nn::attention::AttnMask;
 use engine::Engine;
 use mask::MaskView;
+use softmax::{Probs, Running, Tile, softmax_tile};
+use std::ops::Range;
 
 /// `attention` for the int8 backend on the CPU; shapes and dtypes are checked.
 pub(super) fn attention(
@@ -46,6 +48,20 @@ pub(super) fn attention(
     let op = FusedAttention { mask, config: config.clone() };
     check_product(d, &op.int8()?.scores)?;
     Ok(q.apply_op3(k, v, op)?)
+}
+
+/// The softmax of one tile on its own: replaces scores in units of log2 (row-major, rows `stride`
+/// elements apart, `keys` in each) by `2^(score - max)`, what a query does not see by 0, and gives
+/// the maximum and the sum of each row.
+pub(super) fn softmax_alone(
+    scores: &mut [f32],
+    stride: usize,
+    keys: usize,
+    visible: &[Range<usize>],
+) -> Vec<(f32, f32)> {
+    let mut running = vec![Running::START; visible.len()];
+    softmax_tile(Tile { scores, stride, keys, visible, probs: Probs::F32 }, &mut running);
+    running.iter().map(|row| (row.max, row.sum)).collect()
 }
 
 struct FusedAttention {

@@ -1,0 +1,129 @@
+//! What can be chosen about a cache, and which keys a query sees.
+
+use crate::quant::token_mean;
+use crate::{Error, Result};
+use candle_core::{DType, Tensor};
+
+/// How an [`Int8KvCache`](super::Int8KvCache) stores what is appended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KvCacheConfig {
+    /// What is subtracted from keys before they are quantized.
+    pub key_offset: KeyOffset,
+    /// How values are stored.
+    pub values: CacheValues,
+    /// The first tokens of every sequence, kept in f32. Some models give their first tokens huge
+    /// keys and attend to them from everywhere (attention sinks, Xiao et al. 2023,
+    /// arXiv:2309.17453).
+    pub sinks: usize,
+    /// The last tokens of every sequence, kept in f32 until newer ones take their place.
+    pub recent: usize,
+    /// Sliding window: a query sees at most this many keys to the left of its position, and the
+    /// sinks. What no later query can see is dropped.
+    pub window: Option<usize>,
+    /// Most tokens of a sequence; without it only the memory is a limit.
+    pub capacity: Option<usize>,
+}
+
+impl Default for KvCacheConfig {
+    /// The mean of the first 64 keys as offset, values in f16, nothing kept in f32 beyond those 64
+    /// tokens' wait for the offset, no limits.
+    fn default() -> Self {
+        Self {
+            key_offset: KeyOffset::default(),
+            values: CacheValues::default(),
+            sinks: 0,
+            recent: 0,
+            window: None,
+            capacity: None,
+        }
+    }
+}
+
+impl KvCacheConfig {
+    /// The default with values in int8, one scale a token: half the memory of f16.
+    pub fn int8_values() -> Self {
+        Self { values: CacheValues::Int8, ..Self::default() }
+    }
+}
+
+/// A vector for each head that is subtracted from its keys before they are quantized (smooth-K,
+/// Zhang et al. 2024, arXiv:2410.02367); its exact effect is added back to the scores. It takes out
+/// of the codes what all keys of a head share, a bias for example.
+///
+/// It is frozen before the first key of a sequence is quantized, so no key is ever quantized twice,
+/// and codes do not depend on how tokens were cut into chunks.
+#[derive(Debug, Clone, PartialEq)]
+pub enum KeyOffset {
+    /// Nothing.
+    None,
+    /// The mean over this many tokens, the first ones after the sinks. They wait in f32 until all
+    /// of them are there.
+    FirstTokens(usize),
+    /// Known from calibration: one vector of `D` elements for each of `H_kv` heads.
+    Given(Vec<Vec<f32>>),
+}
+
+impl Default for KeyOffset {
+    fn default() -> Self {
+        KeyOffset::FirstTokens(64)
+    }
+}
+
+impl KeyOffset {
+    /// The mean over batch and tokens of keys `[B, H_kv, S, D]` seen in calibration. Tokens that
+    /// hold NaN or infinity do not count.
+    ///
+    /// # Errors
+    /// Candle's own, unless the keys are of rank 4 and float.
+    pub fn calibrated(keys: &Tensor) -> Result<Self> {
+        let (_, _, _, depth) = keys.dims4()?;
+        // `[H_kv, B * S * D]`
+        let heads = keys.transpose(0, 1)?.flatten_from(1)?.to_dtype(DType::F32)?.to_vec2()?;
+        Ok(KeyOffset::Given(heads.iter().map(|head| token_mean(head, depth)).collect()))
+    }
+
+    /// # Errors
+    /// [`Error::Config`] unless a given offset has one finite vector for each head.
+    pub(super) fn check(&self, heads: usize, depth: usize) -> Result<()> {
+        let KeyOffset::Given(given) = self else { return Ok(()) };
+        let fits = given.len() == heads && given.iter().all(|offset| offset.len() == depth);
+        if !fits {
+            let found = (given.len(), given.first().map_or(0, Vec::len));
+            return Err(Error::Config(format!(
+                "key offset of {} vectors of {} elements, expected {heads} of {depth}",
+                found.0, found.1
+            )));
+        }
+        match given.iter().flatten().find(|x| !x.is_finite()) {
+            Some(x) => Err(Error::Config(format!("key offset {x}, expected finite"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How the cache stores values. A value that f16 or bf16 cannot hold as a finite number, or int8
+/// not at all, is kept in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheValues {
+    /// f16: 11 bits, 2 bytes.
+    #[default]
+    F16,
+    /// bf16: 8 bits, 2 bytes.
+    Bf16,
+    /// int8, symmetric, one scale a token.
+    Int8,
+}
+
+/// Which keys of an [`Int8KvCache`](super::Int8KvCache) a query sees, before windows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum CacheMask {
+    /// Every key of its sequence.
+    None,
+    /// Keys up to its own position; the queries are the last `M` tokens of each sequence.
+    #[default]
+    Causal,
+    /// Keys up to its own position; the first query of each sequence stands at this one. After an
+    /// append of chunks of different lengths that is the length each sequence had before.
+    CausalFrom(Vec<usize>),
+}

@@ -1,0 +1,369 @@
+//! A cache in a safetensors file, bit for bit.
+//!
+//! ```text
+//! metadata  "int8-kv-cache"    JSON: configuration, dims, lengths
+//! tensors   "<b>.keys"         I8   [H_kv, T, D]     T tokens in pages, from token `first` on
+//!           "<b>.key_scales"   F32  [H_kv, T]
+//!           "<b>.values"       F16, BF16 or I8 [H_kv, T, Dv]
+//!           "<b>.value_scales" F32  [H_kv, T]        of int8 values only
+//!           "<b>.sinks.keys"   F32  [H_kv, S, D]     and values, for tokens kept in f32
+//!           "<b>.recent.keys"  F32  [H_kv, R, D]     and values
+//!           "<b>.offset"       F32  [H_kv, D]        once it is frozen
+//!           "<b>.exceptions"   F32  [E, Dv]          values that their format cannot hold,
+//!           "<b>.exceptions_at" U32 [E, 2]           with their heads and tokens
+//!           "key_offset"       F32  [H_kv, D]        if the configuration gives one
+//! ```
+
+use super::config::{CacheValues, KeyOffset, KvCacheConfig};
+use super::head::{Dims, Head};
+use super::stored::Stored;
+use super::{Int8KvCache, Sequence};
+use crate::gemm::{self, Kernel};
+use crate::{Error, Result};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+
+/// The key of the metadata, and what says that a file is a cache.
+const KEY: &str = "int8-kv-cache";
+
+/// Of this version of the format.
+const VERSION: u32 = 1;
+
+/// More heads than any model has: a number beyond is a damaged file.
+const MAX_HEADS: usize = 1 << 16;
+
+/// What is not in the tensors.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    version: u32,
+    key_offset: OffsetKind,
+    values: CacheValues,
+    sinks: usize,
+    recent: usize,
+    window: Option<usize>,
+    capacity: Option<usize>,
+    /// `[B, H_kv, D, Dv]`, unless nothing was ever appended.
+    dims: Option<[usize; 4]>,
+    sequences: Vec<SequenceHeader>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum OffsetKind {
+    None,
+    FirstTokens(usize),
+    Given,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SequenceHeader {
+    len: usize,
+    /// The first token in pages.
+    first: usize,
+    /// The first token after the pages.
+    packed: usize,
+}
+
+impl Int8KvCache {
+    /// Writes a safetensors file that holds everything, bit for bit: configuration, codes, scales
+    /// and what is kept in f32. It does not depend on the machine's kernels.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let bytes = self.to_bytes()?;
+        std::fs::write(path, bytes).map_err(|source| Error::Io { path: path.to_path_buf(), source })
+    }
+
+    /// Reads what [`Int8KvCache::save`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`] or [`Error::Io`] if the file cannot be read, [`Error::Corrupt`] if it
+    /// is not such a file, [`Error::Kernel`] for a forced kernel that cannot be used.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::MissingFile { what: "key and value cache", path: path.to_path_buf() }
+            }
+            _ => Error::Io { path: path.to_path_buf(), source },
+        })?;
+        Reader::cache(&bytes, gemm::select()?)
+            .map_err(|problem| Error::Corrupt { path: path.to_path_buf(), problem })
+    }
+
+    fn header(&self) -> Header {
+        let config = &self.config;
+        let heads = self.sequences.first().map_or(0, |sequence| sequence.heads.len());
+        let of_sequence = |sequence: &Sequence| {
+            let packed = sequence.heads.first().map_or(0, |head| head.packed);
+            let first = sequence.heads.first().map_or(0, Head::kept_from).min(packed);
+            SequenceHeader { len: sequence.len, first, packed }
+        };
+        Header {
+            version: VERSION,
+            key_offset: match config.key_offset {
+                KeyOffset::None => OffsetKind::None,
+                KeyOffset::FirstTokens(tokens) => OffsetKind::FirstTokens(tokens),
+                KeyOffset::Given(_) => OffsetKind::Given,
+            },
+            values: config.values,
+            sinks: config.sinks,
+            recent: config.recent,
+            window: config.window,
+            capacity: config.capacity,
+            dims: self.dims.map(|d| [self.sequences.len(), heads, d.depth, d.value_dim]),
+            sequences: self.sequences.iter().map(of_sequence).collect(),
+        }
+    }
+
+    fn to_bytes(&self) -> Result<Vec<u8>> {
+        let header = self.header();
+        let mut writer = Writer::default();
+        if let KeyOffset::Given(vectors) = &self.config.key_offset {
+            let depth = vectors.first().map_or(0, Vec::len);
+            writer.f32("key_offset", &[vectors.len(), depth], vectors.concat());
+        }
+        for (b, (sequence, place)) in self.sequences.iter().zip(&header.sequences).enumerate() {
+            let stored = sequence.heads.iter().map(|head| Stored::of(head, place.first));
+            writer.sequence(b, &stored.collect::<Vec<_>>(), self.config.values);
+        }
+        let refused = |e: &dyn std::fmt::Display| Error::Config(format!("safetensors: {e}"));
+        let json = serde_json::to_string(&header).map_err(|e| refused(&e))?;
+        let views: Vec<(String, TensorView<'_>)> = (writer.tensors.iter())
+            .map(|(name, dtype, shape, bytes)| {
+                Ok((name.clone(), TensorView::new(*dtype, shape.clone(), bytes)?))
+            })
+            .collect::<std::result::Result<_, safetensors::SafeTensorError>>()
+            .map_err(|e| refused(&e))?;
+        let metadata = HashMap::from([(KEY.to_string(), json)]);
+        safetensors::serialize(views, Some(metadata)).map_err(|e| refused(&e))
+    }
+}
+
+impl CacheValues {
+    fn dtype(self) -> Dtype {
+        match self {
+            CacheValues::F16 => Dtype::F16,
+            CacheValues::Bf16 => Dtype::BF16,
+            CacheValues::Int8 => Dtype::I8,
+        }
+    }
+}
+
+/// Tensors on their way into a file: name, dtype, shape, bytes.
+#[derive(Default)]
+struct Writer {
+    tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+impl Writer {
+    fn bytes(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) {
+        self.tensors.push((name.to_string(), dtype, shape.to_vec(), bytes));
+    }
+
+    fn f32(&mut self, name: &str, shape: &[usize], numbers: Vec<f32>) {
+        let bytes = numbers.into_iter().flat_map(f32::to_le_bytes).collect();
+        self.bytes(name, Dtype::F32, shape, bytes);
+    }
+
+    fn sequence(&mut self, b: usize, heads: &[Stored], format: CacheValues) {
+        let Some(Stored { dims, tokens, .. }) = heads.first() else { return };
+        let (h, tokens, Dims { depth, value_dim }) = (heads.len(), *tokens, *dims);
+        let name = |of: &str| format!("{b}.{of}");
+        let codes = heads.iter().flat_map(|head| &head.keys).map(|&code| code as u8).collect();
+        self.bytes(&name("keys"), Dtype::I8, &[h, tokens, depth], codes);
+        let scales = heads.iter().flat_map(|head| head.key_scales.iter().copied()).collect();
+        self.f32(&name("key_scales"), &[h, tokens], scales);
+        let values = heads.iter().flat_map(|head| head.values.bytes.iter().copied()).collect();
+        self.bytes(&name("values"), format.dtype(), &[h, tokens, value_dim], values);
+        if format == CacheValues::Int8 {
+            let scales = heads.iter().flat_map(|head| head.values.scales.iter().copied());
+            self.f32(&name("value_scales"), &[h, tokens], scales.collect());
+        }
+        for (index, which) in ["sinks", "recent"].into_iter().enumerate() {
+            let rows: Vec<_> = heads.iter().map(|head| &head.rows[index]).collect();
+            let keys = rows.iter().flat_map(|rows| rows.keys.iter().copied()).collect();
+            let values = rows.iter().flat_map(|rows| rows.values.iter().copied()).collect();
+            let tokens = rows[0].tokens;
+            self.f32(&name(&format!("{which}.keys")), &[h, tokens, depth], keys);
+            self.f32(&name(&format!("{which}.values")), &[h, tokens, value_dim], values);
+        }
+        let offsets: Option<Vec<Vec<f32>>> = heads.iter().map(|head| head.offset.clone()).collect();
+        if let Some(offsets) = offsets {
+            self.f32(&name("offset"), &[h, depth], offsets.concat());
+        }
+        let found = |(head, stored): (usize, &Stored)| {
+            let at = move |(token, _): &(usize, _)| [head as u32, *token as u32];
+            stored.exceptions.iter().map(at).collect::<Vec<_>>()
+        };
+        let at: Vec<[u32; 2]> = heads.iter().enumerate().flat_map(found).collect();
+        if !at.is_empty() {
+            let bytes = at.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
+            self.bytes(&name("exceptions_at"), Dtype::U32, &[at.len(), 2], bytes);
+            let rows = heads.iter().flat_map(|head| &head.exceptions);
+            let rows = rows.flat_map(|(_, row)| row.iter().copied()).collect();
+            self.f32(&name("exceptions"), &[at.len(), value_dim], rows);
+        }
+    }
+}
+
+/// A file that is read. Problems are sentences without the path.
+struct Reader<'a> {
+    tensors: SafeTensors<'a>,
+}
+
+type Checked<T> = std::result::Result<T, String>;
+
+impl<'a> Reader<'a> {
+    fn cache(bytes: &'a [u8], kernel: &'static dyn Kernel) -> Checked<Int8KvCache> {
+        let text = |e: safetensors::SafeTensorError| e.to_string();
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(text)?;
+        let json = (metadata.metadata().as_ref().and_then(|all| all.get(KEY)))
+            .ok_or_else(|| format!("no {KEY:?} in the metadata: not a saved cache"))?;
+        let header: Header = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        if header.version != VERSION {
+            return Err(format!("format version {}, expected {VERSION}", header.version));
+        }
+        let reader = Self { tensors: SafeTensors::deserialize(bytes).map_err(text)? };
+        let key_offset = match header.key_offset {
+            OffsetKind::None => KeyOffset::None,
+            OffsetKind::FirstTokens(tokens) => KeyOffset::FirstTokens(tokens),
+            OffsetKind::Given => KeyOffset::Given(reader.key_offset()?),
+        };
+        let Header { values, sinks, recent, window, capacity, .. } = header;
+        let config = KvCacheConfig { key_offset, values, sinks, recent, window, capacity };
+        let Some([batch, heads, depth, value_dim]) = header.dims else {
+            return Ok(Int8KvCache::new(config));
+        };
+        if header.sequences.len() != batch || heads > MAX_HEADS {
+            let found = header.sequences.len();
+            return Err(format!("{found} sequences of {heads} heads for a batch of {batch}"));
+        }
+        config.key_offset.check(heads, depth).map_err(|e| e.to_string())?;
+        let dims = Dims { depth, value_dim };
+        let mut sequences = Vec::new();
+        for (b, place) in header.sequences.iter().enumerate() {
+            let stored = reader.sequence(b, place, heads, dims, &config)?;
+            let restore =
+                |(h, stored)| Head::new(&config, h, dims, kernel).restored(place.first, stored);
+            let heads = stored.into_iter().enumerate().map(restore).collect();
+            sequences.push(Sequence { heads, len: place.len });
+        }
+        Ok(Int8KvCache { config, dims: Some(dims), sequences })
+    }
+
+    /// The bytes of a tensor that has this dtype and shape.
+    fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Checked<&'a [u8]> {
+        let tensor = self.tensors.tensor(name).map_err(|e| e.to_string())?;
+        if tensor.dtype() != dtype || tensor.shape() != shape {
+            let found = (tensor.dtype(), tensor.shape());
+            return Err(format!("tensor {name:?} is {found:?}, expected {:?}", (dtype, shape)));
+        }
+        Ok(tensor.data())
+    }
+
+    fn f32(&self, name: &str, shape: &[usize]) -> Checked<Vec<f32>> {
+        let bytes = self.bytes(name, Dtype::F32, shape)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect())
+    }
+
+    /// The shape of a tensor, if it is there.
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.tensor(name).ok().map(|tensor| tensor.shape().to_vec())
+    }
+
+    fn key_offset(&self) -> Checked<Vec<Vec<f32>>> {
+        let shape = self.shape("key_offset").ok_or("no tensor \"key_offset\"")?;
+        let all = self.f32("key_offset", &shape)?;
+        let depth = shape.last().copied().unwrap_or(0).max(1);
+        Ok(all.chunks(depth).map(<[f32]>::to_vec).collect())
+    }
+
+    /// The heads of a sequence.
+    fn sequence(
+        &self,
+        b: usize,
+        place: &SequenceHeader,
+        heads: usize,
+        dims: Dims,
+        config: &KvCacheConfig,
+    ) -> Checked<Vec<Stored>> {
+        let &SequenceHeader { len, first, packed } = place;
+        let tokens = packed.wrapping_sub(first);
+        if !Stored::fits(len, first..packed, config.sinks) {
+            return Err(format!("sequence {b}: {len} tokens with {first}..{packed} in pages"));
+        }
+        let name = |of: &str| format!("{b}.{of}");
+        let Dims { depth, value_dim } = dims;
+        let format = config.values;
+        let mut all: Vec<Stored> = (0..heads).map(|_| Stored::empty(dims, tokens)).collect();
+
+        let keys = self.bytes(&name("keys"), Dtype::I8, &[heads, tokens, depth])?;
+        let scales = self.f32(&name("key_scales"), &[heads, tokens])?;
+        let values = self.bytes(&name("values"), format.dtype(), &[heads, tokens, value_dim])?;
+        for (h, head) in all.iter_mut().enumerate() {
+            head.keys = part(keys, heads, h).iter().map(|&code| code as i8).collect();
+            head.key_scales = part(&scales, heads, h).to_vec();
+            head.values.bytes = part(values, heads, h).to_vec();
+        }
+        if format == CacheValues::Int8 {
+            let scales = self.f32(&name("value_scales"), &[heads, tokens])?;
+            all.iter_mut().enumerate().for_each(|(h, head)| {
+                head.values.scales = part(&scales, heads, h).to_vec();
+            });
+        }
+        let kept = [len.min(config.sinks), len.saturating_sub(packed)];
+        for ((index, which), tokens) in ["sinks", "recent"].into_iter().enumerate().zip(kept) {
+            let keys = self.f32(&name(&format!("{which}.keys")), &[heads, tokens, depth])?;
+            let shape = [heads, tokens, value_dim];
+            let values = self.f32(&name(&format!("{which}.values")), &shape)?;
+            for (h, head) in all.iter_mut().enumerate() {
+                let rows = &mut head.rows[index];
+                rows.keys = part(&keys, heads, h).to_vec();
+                rows.values = part(&values, heads, h).to_vec();
+                rows.tokens = tokens;
+            }
+        }
+        if self.shape(&name("offset")).is_some() {
+            let offsets = self.f32(&name("offset"), &[heads, depth])?;
+            all.iter_mut().enumerate().for_each(|(h, head)| {
+                head.offset = Some(part(&offsets, heads, h).to_vec());
+            });
+        } else if tokens > 0 {
+            return Err(format!("sequence {b}: quantized keys without their offset"));
+        }
+        self.exceptions(b, &mut all, first..packed)?;
+        Ok(all)
+    }
+
+    /// The values of a sequence that their format cannot hold.
+    fn exceptions(&self, b: usize, heads: &mut [Stored], tokens: Range<usize>) -> Checked<()> {
+        let name = format!("{b}.exceptions_at");
+        let Some(shape) = self.shape(&name) else { return Ok(()) };
+        let count = shape.first().copied().unwrap_or(0);
+        let at = self.bytes(&name, Dtype::U32, &[count, 2])?;
+        let value_dim = heads.first().map_or(0, |head| head.dims.value_dim);
+        let rows = self.f32(&format!("{b}.exceptions"), &[count, value_dim])?;
+        let numbers = at.as_chunks::<4>().0.iter().map(|x| u32::from_le_bytes(*x) as usize);
+        let numbers: Vec<usize> = numbers.collect();
+        for (at, row) in numbers.chunks_exact(2).zip(rows.chunks_exact(value_dim.max(1))) {
+            let (head, token) = (at[0], at[1]);
+            if head >= heads.len() || !tokens.contains(&token) {
+                return Err(format!("{name} names head {head}, token {token}"));
+            }
+            heads[head].exceptions.push((token, row.to_vec()));
+        }
+        Ok(())
+    }
+}
+
+/// The part of head `h` in a tensor `[heads, ..]`.
+fn part<T>(all: &[T], heads: usize, h: usize) -> &[T] {
+    let len = all.len() / heads;
+    &all[h * len..(h + 1) * len]
+}

@@ -1,0 +1,283 @@
+//! Keys and values of past tokens in int8, for models that generate token by token.
+//!
+//! * `config` says what can be chosen; `head` is the storage of one head, in pages; `values` the
+//!   formats of values and their product with probabilities.
+//! * `attend` is attention over the pages, `span` its work on one run of keys.
+//! * `file` is how a cache is saved, `stored` what of a head is.
+
+mod attend;
+mod config;
+mod file;
+mod head;
+mod span;
+mod stored;
+mod values;
+
+pub use config::{CacheMask, CacheValues, KeyOffset, KvCacheConfig};
+
+use super::operand::blocks;
+use super::pace::Work;
+use super::shapes::{check_cpu, check_float};
+use super::view::View;
+use crate::gemm;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, Storage, Tensor};
+use head::{Dims, Head, PAGE, RowsRef};
+use std::ops::Deref;
+
+/// A cache of keys and values with int8 keys, for one layer of a model.
+///
+/// Keys are quantized once, when they are appended, with one scale a token; nothing is quantized
+/// twice. Codes do not depend on how the tokens were cut into chunks: a prompt at once, in pieces
+/// or token by token gives the same bits. Values are f16, bf16 or int8. Attention reads the codes
+/// where they lie.
+///
+/// Storage grows by pages of 256 tokens a head, and nothing that is there is copied. Clones share
+/// pages until one of them writes.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::{AttentionConfig, CacheMask, Int8KvCache, KvCacheConfig};
+///
+/// let mut cache = Int8KvCache::new(KvCacheConfig::default());
+/// let attention = AttentionConfig::int8();
+/// // A prompt of 100 tokens; 8 query heads share 2 heads of keys and values.
+/// let q = Tensor::randn(0f32, 1., (1, 8, 100, 64), &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 100, 64), &Device::Cpu)?;
+/// cache.append(&kv, &kv)?;
+/// let out = cache.attention(&q, &CacheMask::Causal, &attention)?;
+/// assert_eq!(out.dims(), [1, 8, 100, 64]);
+/// // One token more.
+/// let q = Tensor::randn(0f32, 1., (1, 8, 1, 64), &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 1, 64), &Device::Cpu)?;
+/// cache.append(&kv, &kv)?;
+/// let out = cache.attention(&q, &CacheMask::Causal, &attention)?;
+/// assert_eq!((out.dims(), cache.len()), ([1, 8, 1, 64].as_slice(), 101));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Int8KvCache {
+    config: KvCacheConfig,
+    /// Known from the first append on.
+    dims: Option<Dims>,
+    sequences: Vec<Sequence>,
+}
+
+/// The heads of one sequence; all of them have the same number of tokens.
+#[derive(Clone)]
+struct Sequence {
+    heads: Vec<Head>,
+    len: usize,
+}
+
+impl std::fmt::Debug for Int8KvCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Int8KvCache")
+            .field("config", &self.config)
+            .field("lens", &self.lens())
+            .field("memory_bytes", &self.memory_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Int8KvCache {
+    /// An empty cache. The first append decides batch, heads and dims.
+    pub fn new(config: KvCacheConfig) -> Self {
+        Self { config, dims: None, sequences: Vec::new() }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &KvCacheConfig {
+        &self.config
+    }
+
+    /// Tokens of the longest sequence.
+    pub fn len(&self) -> usize {
+        self.sequences.iter().map(|sequence| sequence.len).max().unwrap_or(0)
+    }
+
+    /// Whether no sequence has a token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens of each sequence.
+    pub fn lens(&self) -> Vec<usize> {
+        self.sequences.iter().map(|sequence| sequence.len).collect()
+    }
+
+    /// Bytes that keys and values take: whole pages, scales and what is kept in f32. Pages shared
+    /// with clones count in each.
+    pub fn memory_bytes(&self) -> usize {
+        let heads = self.sequences.iter().flat_map(|sequence| &sequence.heads);
+        heads.map(Head::size).sum()
+    }
+
+    /// Appends keys `[B, H_kv, S, D]` and values `[B, H_kv, S, Dv]` to all sequences: f32, f16 or
+    /// bf16 with any strides, on the CPU.
+    ///
+    /// A key that holds NaN or infinity has NaN scores, a value its NaN or infinity wherever it is
+    /// seen, and neither has an influence on others.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for tensors that do not fit each
+    /// other or what is in the cache, [`Error::Device`] unless they are on the CPU,
+    /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Config`] for a key offset that does
+    /// not fit, [`Error::Depth`] beyond the depth limit. The cache is then as it was before.
+    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+        let lens = match k.dims() {
+            [b, _, s, _] => vec![*s; *b],
+            _ => Vec::new(),
+        };
+        self.append_lens(k, v, &lens)
+    }
+
+    /// [`Int8KvCache::append`] of a different number of tokens for each sequence: the first
+    /// `lens[b]` of the `S` are real, the others padding, which is not stored.
+    ///
+    /// # Errors
+    /// Those of [`Int8KvCache::append`], and [`Error::Config`] unless there is one length for each
+    /// sequence, none above `S`.
+    pub fn append_lens(&mut self, k: &Tensor, v: &Tensor, lens: &[usize]) -> Result<()> {
+        const OP: &str = "Int8KvCache::append";
+        check_float(OP, &[("k", k), ("v", v)])?;
+        check_cpu(OP, &[("k", k), ("v", v)])?;
+        let (k, v) = (k.storage_and_layout(), v.storage_and_layout());
+        let k = View::new(OP, "k", cpu(&k.0)?, k.1)?;
+        let v = View::new(OP, "v", cpu(&v.0)?, v.1)?;
+        let empty = self.check_append(&k, &v, lens)?;
+        self.dims = Some(Dims { depth: k.depth(), value_dim: v.depth() });
+        self.sequences.extend(empty);
+
+        let heads_per_sequence = k.dims()[1];
+        let config = &self.config;
+        let tasks: Vec<(usize, usize, &mut Head)> = (self.sequences.iter_mut().zip(lens))
+            .flat_map(|(sequence, &len)| {
+                sequence.len += len;
+                sequence.heads.iter_mut().map(move |head| (len, head))
+            })
+            .enumerate()
+            .map(|(index, (len, head))| (index, len, head))
+            .collect();
+        debug_assert_eq!(tasks.len(), lens.len() * heads_per_sequence);
+        let append = |(index, len, head): (usize, usize, &mut Head)| {
+            if let Some(window) = config.window {
+                // What the next query does not see, but for a page that a truncation may ask for.
+                head.drop_before(head.len().saturating_sub(window.saturating_add(PAGE)));
+            }
+            let [mut k_gathered, mut v_gathered, mut k_slice, mut v_slice] = Default::default();
+            for block in blocks(len) {
+                let tokens = block.len();
+                let keys = k.rows(index, block.clone(), &mut k_gathered).as_slice(&mut k_slice);
+                let values = v.rows(index, block, &mut v_gathered).as_slice(&mut v_slice);
+                head.append(RowsRef { keys, values, tokens }, config);
+            }
+        };
+        Work { elements: k.len() + v.len(), ..Work::default() }.for_each(tasks, append);
+        Ok(())
+    }
+
+    /// Everything that can be wrong with an append; the sequences of a cache that has none yet.
+    fn check_append(&self, k: &View<'_>, v: &View<'_>, lens: &[usize]) -> Result<Vec<Sequence>> {
+        let op = "Int8KvCache::append";
+        let ([b, h, s, depth], [.., value_dim]) = (k.dims(), v.dims());
+        let shape = |tensor, x: &View<'_>, expected: String| {
+            Err(Error::Shape { op, tensor, shape: x.dims().to_vec(), expected })
+        };
+        if v.dims()[..3] != k.dims()[..3] {
+            return shape("v", v, format!("[{b}, {h}, {s}, Dv] to match k {:?}", k.dims()));
+        }
+        if lens.len() != b {
+            return Err(Error::Config(format!("{} lens for a batch of {b}", lens.len())));
+        }
+        if let Some(len) = lens.iter().find(|len| **len > s) {
+            return Err(Error::Config(format!("lens holds {len}, but there are {s} tokens")));
+        }
+        let limit = gemm::max_depth(false);
+        if depth > limit {
+            return Err(Error::Depth { depth, limit });
+        }
+        if let Some(capacity) = self.config.capacity {
+            let held = self.lens().into_iter().chain(std::iter::repeat(0));
+            for (held, &added) in held.zip(lens) {
+                if held + added > capacity {
+                    return Err(Error::Capacity { held, added, capacity });
+                }
+            }
+        }
+        let dims = Dims { depth, value_dim };
+        if let Some(held) = self.dims {
+            let heads = self.sequences.first().map_or(h, |sequence| sequence.heads.len());
+            if (b, h, depth) != (self.sequences.len(), heads, held.depth) {
+                let (b, depth) = (self.sequences.len(), held.depth);
+                return shape("k", k, format!("[{b}, {heads}, S, {depth}] as in the cache"));
+            }
+            if value_dim != held.value_dim {
+                let held = held.value_dim;
+                return shape("v", v, format!("[{b}, {heads}, S, {held}] as in the cache"));
+            }
+            return Ok(Vec::new());
+        }
+        self.config.key_offset.check(h, depth)?;
+        let kernel = gemm::select()?;
+        let head = |head| Head::new(&self.config, head, dims, kernel);
+        let sequence = || Sequence { heads: (0..h).map(head).collect(), len: 0 };
+        Ok((0..b).map(|_| sequence()).collect())
+    }
+
+    /// Shortens every sequence to at most `len` tokens, for example to take back tokens that a
+    /// speculation got wrong. A key offset that is frozen stays so.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a window has dropped tokens that a query after `len` tokens would see.
+    /// The cache is then as it was before.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        self.truncate_lens(&vec![len; self.sequences.len()])
+    }
+
+    /// [`Int8KvCache::truncate`] with a length for each sequence.
+    ///
+    /// # Errors
+    /// The same, and [`Error::Config`] unless there is one length for each sequence.
+    pub fn truncate_lens(&mut self, lens: &[usize]) -> Result<()> {
+        if lens.len() != self.sequences.len() {
+            let (found, batch) = (lens.len(), self.sequences.len());
+            return Err(Error::Config(format!("{found} lens for a batch of {batch}")));
+        }
+        for (sequence, &len) in self.sequences.iter().zip(lens) {
+            let Some(head) = sequence.heads.first().filter(|_| len < sequence.len) else {
+                continue;
+            };
+            let seen_from = self.config.window.map_or(0, |window| len.saturating_sub(window));
+            let (sinks, kept) = (self.config.sinks, head.kept_from());
+            if len > sinks && seen_from.max(sinks) < kept {
+                return Err(Error::Config(format!(
+                    "truncating to {len} tokens: the window has dropped those before {kept}, and \
+                     the next query would see them from {} on",
+                    seen_from.max(sinks)
+                )));
+            }
+        }
+        for (sequence, &len) in self.sequences.iter_mut().zip(lens) {
+            if len < sequence.len {
+                sequence.heads.iter_mut().for_each(|head| head.truncate(len));
+                sequence.len = len;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets everything but the configuration: batch, heads, dims and key offset are open again.
+    pub fn reset(&mut self) {
+        self.dims = None;
+        self.sequences.clear();
+    }
+}
+
+/// The storage of a tensor on the CPU.
+fn cpu(storage: &impl Deref<Target = Storage>) -> Result<&CpuStorage> {
+    match &**storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => Err(Error::Config("a tensor on the CPU without CPU storage".into())),
+    }
+}

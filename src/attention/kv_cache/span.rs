@@ -1,0 +1,190 @@
+//! Attention of some rows over one span of keys, and how spans are merged.
+
+use super::attend::{Block, Engine, Span};
+use super::head::{PAGE, Rows};
+use super::values::accumulate_f32;
+use crate::attention::fused::softmax_alone;
+use crate::gemm::{self, ScoreScales};
+use crate::quant::rows::{self, dots};
+use crate::uninit::overwrite;
+use std::f32::consts::LOG2_E;
+use std::ops::Range;
+
+/// Attention over one span, or several: of each row the largest score and the sum of
+/// `2^(score - max)`, and the sums of values that have the same factors.
+pub(super) struct Partial {
+    softmax: Vec<(f32, f32)>,
+    /// `[rows, Dv]`.
+    sums: Vec<f32>,
+    value_dim: usize,
+}
+
+impl Partial {
+    /// What is neutral to a merge.
+    pub(super) fn nothing(rows: usize, value_dim: usize) -> Self {
+        let softmax = vec![(f32::NEG_INFINITY, 0.0); rows];
+        Self { softmax, sums: vec![0.0; rows * value_dim], value_dim }
+    }
+
+    /// Attention over one span. `scores` is a buffer of any length.
+    pub(super) fn over(
+        engine: &Engine<'_>,
+        block: &Block<'_>,
+        span: &Span,
+        scores: &mut Vec<f32>,
+    ) -> Self {
+        let head = block.head;
+        let tokens = match span {
+            Span::Sinks => 0..head.sinks.tokens,
+            Span::Pages(tokens) => tokens.clone(),
+            Span::Recent => head.packed..head.packed + head.recent.tokens,
+        };
+        // Whole panels of keys.
+        let (rows, stride) = (block.rows.len(), tokens.len().next_multiple_of(PAGE));
+        scores.resize((2 * rows * stride).max(scores.len()), 0.0);
+        let scores = &mut scores[..2 * rows * stride];
+        match span {
+            Span::Sinks => float_scores(engine, block, &head.sinks, scores, stride),
+            Span::Pages(_) => page_scores(block, tokens.clone(), scores, stride),
+            Span::Recent => float_scores(engine, block, &head.recent, scores, stride),
+        }
+        let visible: Vec<Range<usize>> =
+            (0..rows).map(|row| inside(engine, block, row, span, &tokens)).collect();
+        for (row, inside) in visible.iter().enumerate() {
+            let keys = tokens.start + inside.start..tokens.start + inside.end;
+            modify(engine, block, row, keys, &mut scores[row * stride..][inside.clone()]);
+        }
+        let scores = &mut scores[..rows * stride];
+        let softmax = softmax_alone(scores, stride, tokens.len(), &visible);
+        let mut partial = Self { softmax, ..Self::nothing(rows, engine.value_dim) };
+        match span {
+            Span::Sinks => partial.add_rows(&head.sinks, scores, stride),
+            Span::Pages(_) => partial.add_pages(block, &tokens, scores, stride),
+            Span::Recent => partial.add_rows(&head.recent, scores, stride),
+        }
+        partial
+    }
+
+    /// Adds the values of pages, multiplied by their probabilities.
+    fn add_pages(
+        &mut self,
+        block: &Block<'_>,
+        tokens: &Range<usize>,
+        probs: &mut [f32],
+        stride: usize,
+    ) {
+        for (start, used, page) in block.head.pages_of(tokens.clone()) {
+            let used = used.min(tokens.end - start);
+            let probs = &mut probs[start - tokens.start..];
+            page.values.accumulate(used, probs, stride, &mut self.sums);
+        }
+    }
+
+    /// Adds values that are kept in f32, multiplied by their probabilities.
+    fn add_rows(&mut self, rows: &Rows, probs: &[f32], stride: usize) {
+        accumulate_f32(&rows.values, self.value_dim, probs, stride, &mut self.sums);
+    }
+
+    /// Adds another span.
+    pub(super) fn merge(&mut self, other: &Partial) {
+        let rows = self.softmax.iter_mut().zip(&other.softmax).enumerate();
+        for (row, ((max, sum), &(other_max, other_sum))) in rows {
+            let both = if other_max > *max { other_max } else { *max };
+            // A row that has seen nothing has the factor 0, or 1 if the other has seen nothing
+            // either; a sum that is NaN stays NaN with both.
+            let factor = |max: f32| if max == both { 1.0 } else { (max - both).exp2() };
+            let (own, others) = (factor(*max), factor(other_max));
+            (*max, *sum) = (both, *sum * own + other_sum * others);
+            let channels = row * self.value_dim..(row + 1) * self.value_dim;
+            let sums = self.sums[channels.clone()].iter_mut().zip(&other.sums[channels]);
+            sums.for_each(|(sum, other)| *sum = *sum * own + other * others);
+        }
+    }
+
+    /// Divides by the sums of probabilities.
+    pub(super) fn finish(&self, out: &mut [f32]) {
+        let width = self.value_dim.max(1);
+        let rows = out.chunks_exact_mut(width).zip(self.sums.chunks_exact(width));
+        for ((out, sums), (_, sum)) in rows.zip(&self.softmax) {
+            // No key was seen: zeros. A NaN sum stays NaN.
+            let inverse = if *sum == 0.0 { 0.0 } else { 1.0 / sum };
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * inverse);
+        }
+    }
+}
+
+/// The keys of a span that a row sees, counted from the span's first.
+fn inside(
+    engine: &Engine<'_>,
+    block: &Block<'_>,
+    row: usize,
+    span: &Span,
+    tokens: &Range<usize>,
+) -> Range<usize> {
+    let seen = match span {
+        // A window of the cache leaves the sinks in sight.
+        Span::Sinks => block.positions.range(0, block.rows[row].1),
+        // Slots of sinks are empty.
+        _ => block.visible[row].start.max(engine.cache.config.sinks)..block.visible[row].end,
+    };
+    let clamp = |x: usize| x.clamp(tokens.start, tokens.end) - tokens.start;
+    let start = clamp(seen.start);
+    start..clamp(seen.end).max(start)
+}
+
+/// Int8 scores against `tokens`, whose start is that of a page.
+fn page_scores(block: &Block<'_>, tokens: Range<usize>, scores: &mut [f32], stride: usize) {
+    const NO_BIAS: [f32; PAGE] = [0.0; PAGE];
+    for (start, used, page) in block.head.pages_of(tokens.clone()) {
+        let scales = ScoreScales {
+            row_scales: &block.scales,
+            row_biases: &block.biases,
+            column_scales: &page.key_scales,
+            column_biases: &NO_BIAS,
+            zeros: None,
+        };
+        let out = &mut scores[start - tokens.start..];
+        let used = used.min(tokens.end - start);
+        gemm::score_tiles(&block.codes, &page.keys, 0..used, &scales, overwrite(out), stride);
+    }
+    let (first, left_over) = scores.split_at_mut(block.rows.len() * stride);
+    first.iter_mut().zip(left_over).for_each(|(a, b)| *a += *b);
+}
+
+/// f32 scores against keys that are kept in f32.
+fn float_scores(
+    engine: &Engine<'_>,
+    block: &Block<'_>,
+    keys: &Rows,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let depth = block.queries.len() / block.rows.len();
+    for (row, scores) in scores.chunks_exact_mut(stride).take(block.rows.len()).enumerate() {
+        let scores = &mut scores[..keys.tokens];
+        scores.fill(0.0);
+        let query = &block.queries[row * depth..(row + 1) * depth];
+        dots(rows::Rows::new(&keys.keys, keys.tokens, depth, depth), None, query, scores);
+        scores.iter_mut().for_each(|score| *score *= engine.factor);
+    }
+}
+
+/// Softcap and ALiBi on the scores of one row; leaves them in units of log2.
+fn modify(
+    engine: &Engine<'_>,
+    block: &Block<'_>,
+    row: usize,
+    keys: Range<usize>,
+    scores: &mut [f32],
+) {
+    if let Some(cap) = engine.softcap {
+        scores.iter_mut().for_each(|s| *s = (*s / cap).tanh() * (cap * LOG2_E));
+    }
+    if let Some(slopes) = &engine.slopes {
+        let (head, query) = block.rows[row];
+        let (slope, position) = (slopes[head] * LOG2_E, block.positions.position(query));
+        for (score, key) in scores.iter_mut().zip(keys) {
+            *score -= slope * (position - key as isize).unsigned_abs() as f32;
+        }
+    }
+}

@@ -1,0 +1,440 @@
+//! Values of a page, row-major in two bytes or one, and their product with probabilities.
+
+use super::config::CacheValues;
+use crate::aligned::AlignedBytes;
+use crate::pv::bf16_bits;
+use crate::quant::Scheme;
+use crate::quant::rows::{self, BlockCodes, RowParams, quantize_block};
+use crate::simd::LANES;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
+
+/// Rows of probabilities that share one pass over the values.
+const ROWS: usize = 4;
+/// Vectors of channels whose sums are in registers at a time.
+const VECTORS: usize = 4;
+
+/// The values of some tokens, `[slots, Dv]`.
+#[derive(Clone)]
+pub(super) struct Values {
+    format: CacheValues,
+    bytes: AlignedBytes,
+    dim: usize,
+    /// Of int8 rows only.
+    scales: Vec<f32>,
+    /// Rows that the format cannot hold, which are zeros there.
+    exceptions: Vec<(usize, Vec<f32>)>,
+}
+
+/// Some rows in the format of the cache, as they are stored in files.
+pub(super) struct StoredRows {
+    /// Row-major, little-endian.
+    pub bytes: Vec<u8>,
+    pub scales: Vec<f32>,
+}
+
+impl CacheValues {
+    /// Bytes of an element.
+    pub(super) fn size(self) -> usize {
+        match self {
+            CacheValues::F16 | CacheValues::Bf16 => 2,
+            CacheValues::Int8 => 1,
+        }
+    }
+
+    /// The largest magnitude that it holds.
+    fn limit(self) -> f32 {
+        match self {
+            // What rounds to infinity is not held.
+            CacheValues::F16 => 65_519.0,
+            CacheValues::Bf16 => half::bf16::MAX.to_f32(),
+            // A product of scale and code stays finite, whatever the rounding.
+            CacheValues::Int8 => f32::MAX / 2.0,
+        }
+    }
+}
+
+impl Values {
+    /// Room for `slots` rows of `dim` values.
+    pub(super) fn new(format: CacheValues, slots: usize, dim: usize) -> Self {
+        let scales = if format == CacheValues::Int8 { slots } else { 0 };
+        Self {
+            format,
+            bytes: AlignedBytes::zeroed(slots * dim * format.size()),
+            dim,
+            scales: vec![0.0; scales],
+            exceptions: Vec::new(),
+        }
+    }
+
+    /// Bytes in memory.
+    pub(super) fn size(&self) -> usize {
+        let exceptions = self.exceptions.len() * self.dim * size_of::<f32>();
+        self.bytes.as_slice().len() + size_of_val(self.scales.as_slice()) + exceptions
+    }
+
+    /// Writes row-major rows from slot `first` on, over what was there.
+    pub(super) fn put(&mut self, first: usize, rows: &[f32]) {
+        if self.dim == 0 {
+            return;
+        }
+        let slots = first..first + rows.len() / self.dim;
+        self.exceptions.retain(|(slot, _)| !slots.contains(slot));
+        let limit = self.format.limit();
+        let mut row_or_zeros = vec![0f32; self.dim];
+        for (slot, row) in slots.zip(rows.chunks_exact(self.dim)) {
+            // NaN is above every limit.
+            let held = row.iter().all(|x| x.abs() <= limit);
+            if held {
+                row_or_zeros.copy_from_slice(row);
+            } else {
+                row_or_zeros.fill(0.0);
+                self.exceptions.push((slot, row.to_vec()));
+            }
+            self.put_row(slot, &row_or_zeros);
+        }
+    }
+
+    /// Writes a row that the format holds.
+    fn put_row(&mut self, slot: usize, row: &[f32]) {
+        let width = self.dim * self.format.size();
+        let out = &mut self.bytes.as_mut_slice()[slot * width..][..width];
+        let bf16 = |x: f32| bf16_bits(x).to_le_bytes();
+        match self.format {
+            CacheValues::Bf16 => {
+                out.as_chunks_mut::<2>().0.iter_mut().zip(row).for_each(|(o, &x)| *o = bf16(x));
+            }
+            CacheValues::F16 => {
+                let mut halves = vec![f16::ZERO; row.len()];
+                halves.convert_from_f32_slice(row);
+                let outs = out.as_chunks_mut::<2>().0.iter_mut();
+                outs.zip(halves).for_each(|(out, x)| *out = x.to_le_bytes());
+            }
+            CacheValues::Int8 => {
+                let mut codes = vec![0i8; row.len()];
+                let codes_out = BlockCodes {
+                    codes: &mut codes,
+                    scales: &mut self.scales[slot..=slot],
+                    zeros: &mut [0],
+                    sums: &mut [0],
+                };
+                let (rows, params) =
+                    (rows::Rows::contiguous(row, row.len()), RowParams::Own(Scheme::Symmetric));
+                quantize_block(rows, None, params, codes_out);
+                out.iter_mut().zip(codes).for_each(|(out, code)| *out = code as u8);
+            }
+        }
+    }
+
+    /// Rows as they are stored.
+    pub(super) fn stored(&self, slots: Range<usize>) -> StoredRows {
+        let width = self.dim * self.format.size();
+        let bytes = self.bytes.as_slice()[slots.start * width..slots.end * width].to_vec();
+        let scales = match self.format {
+            CacheValues::Int8 => self.scales[slots].to_vec(),
+            _ => Vec::new(),
+        };
+        StoredRows { bytes, scales }
+    }
+
+    /// The reverse of [`Values::stored`]. `rows` are as many whole rows as the slots from `first`
+    /// on can take.
+    pub(super) fn restore(&mut self, first: usize, rows: &StoredRows) {
+        let width = self.dim * self.format.size();
+        let out = &mut self.bytes.as_mut_slice()[first * width..];
+        out[..rows.bytes.len()].copy_from_slice(&rows.bytes);
+        if self.format == CacheValues::Int8 {
+            self.scales[first..first + rows.scales.len()].copy_from_slice(&rows.scales);
+        }
+    }
+
+    /// The rows that the format cannot hold, by slot.
+    pub(super) fn exceptions(&self) -> &[(usize, Vec<f32>)] {
+        &self.exceptions
+    }
+
+    /// Adds a row that the format cannot hold; its slot holds zeros.
+    pub(super) fn restore_exception(&mut self, slot: usize, row: Vec<f32>) {
+        self.exceptions.push((slot, row));
+    }
+
+    /// Forgets the rows from slot `slots` on.
+    pub(super) fn truncate(&mut self, slots: usize) {
+        self.exceptions.retain(|(slot, _)| *slot < slots);
+    }
+
+    /// `sums[r, c] += sum_j probs[r, j] * values[j, c]` for the first `slots` rows. `probs` is
+    /// row-major with rows `stride` apart and is overwritten; `sums` is `[rows, Dv]`.
+    pub(super) fn accumulate(
+        &self,
+        slots: usize,
+        probs: &mut [f32],
+        stride: usize,
+        sums: &mut [f32],
+    ) {
+        if self.dim == 0 {
+            return;
+        }
+        for (probs, sums) in probs.chunks_mut(stride).zip(sums.chunks_exact_mut(self.dim)) {
+            for (slot, row) in self.exceptions.iter().filter(|(slot, _)| *slot < slots) {
+                // Not seen: its NaN must not leak through 0 * NaN.
+                if probs[*slot] != 0.0 {
+                    sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += probs[*slot] * x);
+                }
+            }
+            if self.format == CacheValues::Int8 {
+                probs[..slots].iter_mut().zip(&self.scales).for_each(|(p, scale)| *p *= scale);
+            }
+        }
+        let bytes = &self.bytes.as_slice()[..slots * self.dim * self.format.size()];
+        match self.format {
+            CacheValues::F16 => product::<F16>(bytes.as_chunks().0, self.dim, probs, stride, sums),
+            CacheValues::Bf16 => {
+                product::<Bf16>(bytes.as_chunks().0, self.dim, probs, stride, sums);
+            }
+            CacheValues::Int8 => product::<Int8>(bytes, self.dim, probs, stride, sums),
+        }
+    }
+}
+
+/// `sums[r, c] += sum_j probs[r, j] * values[j, c]` for f32 values `[keys, dim]`.
+pub(super) fn accumulate_f32(
+    values: &[f32],
+    dim: usize,
+    probs: &[f32],
+    stride: usize,
+    sums: &mut [f32],
+) {
+    product::<F32>(values, dim, probs, stride, sums);
+}
+
+/// How an element is stored.
+trait Element {
+    type Stored: Copy;
+
+    fn decode(stored: Self::Stored) -> f32;
+}
+
+struct F32;
+
+impl Element for F32 {
+    type Stored = f32;
+
+    #[inline(always)]
+    fn decode(stored: f32) -> f32 {
+        stored
+    }
+}
+
+struct Bf16;
+
+impl Element for Bf16 {
+    type Stored = [u8; 2];
+
+    #[inline(always)]
+    fn decode(stored: [u8; 2]) -> f32 {
+        f32::from_bits(u32::from(u16::from_le_bytes(stored)) << 16)
+    }
+}
+
+struct F16;
+
+impl Element for F16 {
+    type Stored = [u8; 2];
+
+    /// Without the conversion instruction, which plain Rust cannot ask for. The bits of exponent and
+    /// mantissa moved into their places in an f32 are the number times `2^-112`; subnormal ones
+    /// become normal by the multiplication. Infinities and NaN are never stored.
+    #[inline(always)]
+    fn decode(stored: [u8; 2]) -> f32 {
+        const SCALE: f32 = f32::from_bits((127 + 112) << 23);
+        let bits = u32::from(u16::from_le_bytes(stored));
+        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * SCALE;
+        f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+    }
+}
+
+struct Int8;
+
+impl Element for Int8 {
+    type Stored = u8;
+
+    #[inline(always)]
+    fn decode(stored: u8) -> f32 {
+        f32::from(stored as i8)
+    }
+}
+
+/// Row-major values, and rows of probabilities for them.
+struct Product<'a, T> {
+    values: &'a [T],
+    dim: usize,
+    probs: &'a [f32],
+    stride: usize,
+    sums: &'a mut [f32],
+}
+
+fn product<E: Element>(
+    values: &[E::Stored],
+    dim: usize,
+    probs: &[f32],
+    stride: usize,
+    sums: &mut [f32],
+) {
+    let blocks = sums.chunks_mut(ROWS * dim.max(1)).zip(probs.chunks(ROWS * stride.max(1)));
+    for (sums, probs) in blocks {
+        let job = Product { values, dim, probs, stride, sums };
+        match job.sums.len() / dim {
+            4 => in_registers::<E, 4>(job),
+            3 => in_registers::<E, 3>(job),
+            2 => in_registers::<E, 2>(job),
+            _ => in_registers::<E, 1>(job),
+        }
+    }
+}
+
+fn in_registers<E: Element, const R: usize>(job: Product<'_, E::Stored>) {
+    struct Job<'a, E: Element, const R: usize>(Product<'a, E::Stored>);
+    impl<E: Element, const R: usize> pulp::WithSimd for Job<'_, E, R> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) {
+            product_body::<E, R>(self.0);
+        }
+    }
+    pulp::Arch::new().dispatch(Job::<E, R>(job));
+}
+
+#[inline(always)]
+fn product_body<E: Element, const R: usize>(mut job: Product<'_, E::Stored>) {
+    let whole = job.dim / LANES * LANES;
+    let mut start = 0;
+    while start < whole {
+        match (whole - start) / LANES {
+            1 => start += channels::<E, R, 1>(&mut job, start),
+            2 => start += channels::<E, R, 2>(&mut job, start),
+            3 => start += channels::<E, R, 3>(&mut job, start),
+            _ => start += channels::<E, R, VECTORS>(&mut job, start),
+        }
+    }
+    for channel in whole..job.dim {
+        for row in 0..R {
+            let values = job.values[channel..].iter().step_by(job.dim);
+            let terms = values.zip(&job.probs[row * job.stride..]).map(|(x, p)| p * E::decode(*x));
+            job.sums[row * job.dim + channel] += terms.sum::<f32>();
+        }
+    }
+}
+
+/// Adds to `V * 16` channels of `R` rows; returns how many channels that are.
+#[inline(always)]
+fn channels<E: Element, const R: usize, const V: usize>(
+    job: &mut Product<'_, E::Stored>,
+    start: usize,
+) -> usize {
+    let mut sums = [[[0f32; LANES]; V]; R];
+    for (key, row) in job.values.chunks_exact(job.dim).enumerate() {
+        let values = &row[start..start + V * LANES].as_chunks::<LANES>().0[..V];
+        let mut p = [0f32; R];
+        for (r, p) in p.iter_mut().enumerate() {
+            *p = job.probs[r * job.stride + key];
+        }
+        for (v, values) in values.iter().enumerate() {
+            for i in 0..LANES {
+                let x = E::decode(values[i]);
+                for r in 0..R {
+                    sums[r][v][i] += p[r] * x;
+                }
+            }
+        }
+    }
+    for (r, sums) in sums.iter().enumerate() {
+        let out = &mut job.sums[r * job.dim + start..][..V * LANES];
+        out.iter_mut().zip(sums.as_flattened()).for_each(|(out, sum)| *out += sum);
+    }
+    V * LANES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FORMATS: [(CacheValues, f64); 3] = [
+        (CacheValues::F16, 1.0 / 2048.0),
+        (CacheValues::Bf16, 1.0 / 256.0),
+        (CacheValues::Int8, 1.0 / 254.0),
+    ];
+
+    fn numbers(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn products_are_those_of_the_rounded_values() {
+        for (format, step) in FORMATS {
+            for dim in [1, 15, 16, 33, 64, 80, 130] {
+                for rows in [1, 2, 3, 4, 5, 9] {
+                    let (slots, stride) = (37, 40);
+                    let values = numbers(slots * dim, dim as u64);
+                    let mut packed = Values::new(format, slots, dim);
+                    // In pieces, the second of them twice.
+                    packed.put(20, &numbers(17 * dim, 5));
+                    packed.put(0, &values[..20 * dim]);
+                    packed.put(20, &values[20 * dim..]);
+                    let probs: Vec<f32> =
+                        numbers(rows * stride, 3).iter().map(|p| p.abs()).collect();
+                    let mut sums = vec![1f32; rows * dim];
+                    packed.accumulate(slots, &mut probs.clone(), stride, &mut sums);
+                    for (i, sum) in sums.iter().enumerate() {
+                        let (r, c) = (i / dim, i % dim);
+                        let p = |j: usize| f64::from(probs[r * stride + j]);
+                        let term = |j: usize| p(j) * f64::from(values[j * dim + c]);
+                        let expected = 1.0 + (0..slots).map(term).sum::<f64>();
+                        // Every value is below 1, so its error is at most half a step.
+                        let bound = (0..slots).map(p).sum::<f64>() * step * 0.5 + 1e-5;
+                        let error = (f64::from(*sum) - expected).abs();
+                        assert!(error <= bound, "{format:?} {dim} {rows} {i}: {error} {bound}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_f16_is_decoded() {
+        for bits in 0..=u16::MAX {
+            let exact = f16::from_bits(bits);
+            if exact.is_finite() {
+                let found = F16::decode(bits.to_le_bytes());
+                assert_eq!(found.to_bits(), exact.to_f32().to_bits(), "{bits:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_format_cannot_hold_is_kept_beside_and_leaks_nowhere() {
+        for (format, _) in FORMATS {
+            let mut packed = Values::new(format, 4, 2);
+            let rows = [1.0, 2.0, f32::NAN, 1.0, 3.4e38, 0.0, 0.0, 1.0];
+            packed.put(0, &rows);
+            let kept: Vec<usize> = packed.exceptions().iter().map(|(slot, _)| *slot).collect();
+            assert_eq!(kept, [1, 2]);
+            let mut sums = vec![0f32; 2];
+            packed.accumulate(4, &mut [1.0, 0.0, 1.0, 1.0], 4, &mut sums);
+            assert!((sums[0] / 3.4e38 - 1.0).abs() < 0.01 && (sums[1] - 3.0).abs() < 0.02);
+            packed.accumulate(4, &mut [1.0, 0.5, 0.0, 0.0], 4, &mut sums);
+            assert!(sums[0].is_nan());
+            // Overwritten, and forgotten.
+            packed.put(1, &[5.0, 5.0]);
+            packed.truncate(2);
+            assert!(packed.exceptions().is_empty());
+        }
+    }
+}
