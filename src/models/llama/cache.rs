@@ -1,9 +1,10 @@
 //! Keys and values of the tokens so far.
 
 use super::LlamaConfig;
+use super::linear::contiguous;
+use super::one_query::{self, Tokens};
 use crate::{AttentionConfig, AttnMask, Backend, Error, Result, attention};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::attention::flash_attn;
 
 /// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.
 #[derive(Debug)]
@@ -156,8 +157,7 @@ impl LayerCache {
 /// Keys and values in f32, in buffers that double when they are full.
 #[derive(Debug)]
 pub struct FullCache {
-    /// `[B, capacity, H_kv, D]`; the first `len` tokens are in use. With the heads inside, the
-    /// tokens of one sequence lie together, and are not copied to be read.
+    /// `[B, H_kv, capacity, D]`; the first `len` tokens are in use.
     keys: Tensor,
     values: Tensor,
     len: usize,
@@ -173,7 +173,7 @@ const QUERIES: usize = 256;
 
 impl FullCache {
     fn new([b, heads, depth]: [usize; 3], context: usize, device: &Device) -> Result<Self> {
-        let shape = (b, FIRST_CAPACITY.min(context), heads, depth);
+        let shape = (b, heads, FIRST_CAPACITY.min(context), depth);
         let buffer = || Tensor::zeros(shape, DType::F32, device);
         Ok(Self { keys: buffer()?, values: buffer()?, len: 0, context })
     }
@@ -181,23 +181,23 @@ impl FullCache {
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let end = self.len + k.dim(2)?;
         self.grow(end)?;
-        self.keys.slice_set(&k.transpose(1, 2)?.contiguous()?, 1, self.len)?;
-        self.values.slice_set(&v.transpose(1, 2)?.contiguous()?, 1, self.len)?;
+        self.keys.slice_set(&k.contiguous()?, 2, self.len)?;
+        self.values.slice_set(&v.contiguous()?, 2, self.len)?;
         self.len = end;
         Ok(())
     }
 
     /// Makes room for `len` tokens.
     fn grow(&mut self, len: usize) -> Result<()> {
-        let (b, capacity, heads, depth) = self.keys.dims4()?;
+        let (b, heads, capacity, depth) = self.keys.dims4()?;
         if len <= capacity {
             return Ok(());
         }
         let capacity = len.max(2 * capacity).min(self.context.max(len));
         for buffer in [&mut self.keys, &mut self.values] {
-            let larger = Tensor::zeros((b, capacity, heads, depth), DType::F32, buffer.device())?;
+            let larger = Tensor::zeros((b, heads, capacity, depth), DType::F32, buffer.device())?;
             if self.len > 0 {
-                larger.slice_set(&buffer.narrow(1, 0, self.len)?.contiguous()?, 1, 0)?;
+                larger.slice_set(&buffer.narrow(2, 0, self.len)?.contiguous()?, 2, 0)?;
             }
             *buffer = larger;
         }
@@ -209,26 +209,32 @@ impl FullCache {
     }
 
     fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
-        let (b, _, queries, _) = q.dims4()?;
+        let queries = q.dim(2)?;
         let past = self.len - queries;
-        // Views `[B, H_kv, N, D]`.
-        let of = |x: &Tensor| x.narrow(1, 0, self.len)?.transpose(1, 2);
+        let of = |x: &Tensor| x.narrow(2, 0, self.len);
         let (keys, values) = (of(&self.keys)?, of(&self.values)?);
-        match (&config.backend, queries) {
-            // Candle's flash attention refuses a softcap for more than one sequence.
-            (Backend::Fp32, 1)
-                if sees_everything(config) && (b == 1 || config.softcap.is_none()) =>
-            {
-                one_query_fp32(q, &keys, &values, config)
-            }
-            (Backend::Fp32, _) => in_blocks(q, &keys, &values, past, config),
-            (Backend::Int8(_), 1) if sees_everything(config) => {
-                one_query_int8(q, &keys, &values, config)
-            }
-            (Backend::Int8(_), _) => {
+        let newest = queries == 1 && sees_everything(config);
+        match &config.backend {
+            Backend::Fp32 if newest && q.device().is_cpu() => self.one_query_fp32(q, config),
+            Backend::Fp32 => in_blocks(q, &keys, &values, past, config),
+            Backend::Int8(_) if newest => one_query_int8(q, &keys, &values, config),
+            Backend::Int8(_) => {
                 attention(q, &keys, &values, &AttnMask::causal_with_offset(past), config)
             }
         }
+    }
+
+    fn one_query_fp32(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
+        let (b, heads, _, depth) = q.dims4()?;
+        let (_, kv_heads, capacity, _) = self.keys.dims4()?;
+        let (keys, values) = (self.keys.storage_and_layout(), self.values.storage_and_layout());
+        let q = q.contiguous()?;
+        let q = q.storage_and_layout();
+        let of = |data| Tokens { data, capacity, len: self.len };
+        let (keys, values) =
+            (of(contiguous(&keys.0, keys.1)?), of(contiguous(&values.0, values.1)?));
+        let q = (contiguous(&q.0, q.1)?, [b, heads, depth]);
+        one_query::attention(q, &keys, &values, kv_heads, config)
     }
 }
 
@@ -238,18 +244,6 @@ fn sees_everything(config: &AttentionConfig) -> bool {
         && config.window_right.is_none()
         && config.alibi_slopes.is_none()
         && config.kv_lens.is_none()
-}
-
-/// The newest token in fp32: Candle's flash attention reads the buffers as they are, where
-/// products of whole matrices would copy and repeat them.
-fn one_query_fp32(q: &Tensor, k: &Tensor, v: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
-    let (b, _, _, depth) = q.dims4()?;
-    // For one sequence, the causal path has the faster code; for several, only the other knows
-    // that the query is the last token.
-    let mask = if b == 1 { AttnMask::causal_with_offset(k.dim(2)? - 1) } else { AttnMask::None };
-    let [q, k, v] = [q, k, v].map(|x| x.transpose(1, 2));
-    let scale = config.softmax_scale.unwrap_or(1.0 / (depth as f32).sqrt());
-    Ok(flash_attn::<f32>(&q?, &k?, &v?, scale, mask, None, config.softcap)?)
 }
 
 /// The newest token in int8: the query heads that share a key head become queries of one head.

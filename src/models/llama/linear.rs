@@ -133,10 +133,10 @@ fn one_token(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 const PIECE: usize = 1 << 15;
 
 /// The elements of a contiguous f32 tensor on the CPU.
-fn contiguous<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+pub(super) fn contiguous<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (Storage::Cpu(storage), Some((start, end))) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        _ => Err(Error::Config("a linear layer's tensors are not contiguous on the CPU".into())),
+        _ => Err(Error::Config("a tensor is not contiguous on the CPU, as was expected".into())),
     }
 }
 

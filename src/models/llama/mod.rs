@@ -19,6 +19,7 @@ mod gguf_tokenizer;
 mod layer;
 mod linear;
 mod model;
+mod one_query;
 mod rope;
 mod tokenizer;
 mod weights;
