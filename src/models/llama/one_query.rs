@@ -3,7 +3,7 @@
 //! Tensor operations would copy and repeat the keys of all tokens for it, and Candle's flash
 //! attention keeps threads of its own spinning, which then are in the way of rayon's.
 
-use crate::quant::rows::dots;
+use crate::quant::rows::{Rows, dots};
 use crate::simd::widest;
 use crate::{AttentionConfig, Result};
 use candle_core::{Device, Tensor};
@@ -37,7 +37,8 @@ pub(super) fn attention(
     out.par_chunks_mut(group).zip(q.par_chunks(group)).enumerate().for_each(|(head, (out, q))| {
         let mut probs = vec![0f32; keys.len];
         for (out, q) in out.chunks_exact_mut(depth).zip(q.chunks_exact(depth)) {
-            dots(keys.head(head, depth), q, &mut probs);
+            let keys = Rows::contiguous(keys.head(head, depth), depth);
+            dots(keys, None, q, &mut probs);
             softmax(&mut probs, scale, config.softcap);
             let values = values.head(head, depth);
             widest!(weighted_sum, (&probs[..], values, out), (&[f32], &[f32], &mut [f32]) => ());
