@@ -97,12 +97,35 @@ impl<'a> Cutter<'a> {
 /// A batch is padded to its longest word, so more at once would be mostly padding.
 const WORDS_AT_ONCE: usize = 1024;
 
-/// The texts of a word's tokens: the word itself if it is one token.
+/// The texts of a word's tokens: the letters of the word, or the tokens' own names where the
+/// tokenizer has changed more than their case.
 fn labels(names: &[String], word: &str) -> Vec<String> {
-    let text = |(i, name): (usize, &String)| match (i, names.len()) {
-        (_, 1) => format!(" {word}"),
-        (0, _) => format!(" {name}"),
-        _ => name.strip_prefix("##").unwrap_or(name).to_string(),
-    };
-    names.iter().enumerate().map(text).collect()
+    let bare = |name: &String| name.strip_prefix("##").unwrap_or(name).to_string();
+    let mut texts: Vec<String> = names.iter().map(bare).collect();
+    let lengths: Vec<usize> = texts.iter().map(|text| text.chars().count()).collect();
+    if lengths.iter().sum::<usize>() == word.chars().count() {
+        let mut letters = word.chars();
+        texts = lengths.into_iter().map(|n| letters.by_ref().take(n).collect()).collect();
+    } else if let [only] = texts.as_mut_slice() {
+        *only = word.to_string();
+    }
+    if let Some(first) = texts.first_mut() {
+        first.insert(0, ' ');
+    }
+    texts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::labels;
+
+    #[test]
+    fn tokens_have_the_letters_of_their_word() {
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(labels(&names(&["mr", "."]), "Mr."), [" Mr", "."]);
+        assert_eq!(labels(&names(&["mer", "##yt", "##on"]), "Meryton"), [" Mer", "yt", "on"]);
+        assert_eq!(labels(&names(&["[UNK]"]), "\u{1f980}"), [" \u{1f980}"]);
+        assert_eq!(labels(&names(&["cafe", "s"]), "cafe\u{301}s"), [" cafe", "s"]);
+        assert!(labels(&[], "\u{ad}").is_empty());
+    }
 }

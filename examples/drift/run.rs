@@ -68,11 +68,13 @@ impl Run<'_> {
             "the model knows no word of the text ({name}): every token is [UNK]"
         );
         let tokens = cutter.passage_tokens();
+        let limit = match self.args.passage_tokens {
+            None => ", as many as the model reads at once",
+            Some(_) => "",
+        };
         let cut = match index {
             1 => "one passage".to_string(),
-            n => format!(
-                "longer than the {tokens} tokens that the model reads at once, cut into {n} passages"
-            ),
+            n => format!("cut into {n} passages of at most {tokens} tokens{limit}"),
         };
         self.finish(name.to_string(), cut, Vec::new())
     }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 /// A configuration of int8 attention with a name.
 ///
-/// Written as words joined by `+`, in any order; what is left out is as in the plainest
+/// Written as words joined by `+`, in any order, with spaces or without; what is left out is as in the plainest
 /// configuration (symmetric, per token, nothing smoothed, dequantized, P·V in f32):
 ///
 /// | word | choice |
@@ -49,8 +49,10 @@ impl Candidate {
 
     /// SageAttention's recipe: one scale for 128 queries and for 64 keys, smooth-K, P·V in f32.
     pub fn sage() -> Self {
-        let side =
-            |tokens| QuantConfig { granularity: Granularity::PerBlock(tokens), ..plain_side() };
+        let side = |tokens| QuantConfig {
+            granularity: Granularity::PerBlock(tokens),
+            ..QuantConfig::default()
+        };
         let scores = ScoreConfig {
             q: side(128),
             k: side(64),
@@ -114,10 +116,6 @@ impl Candidate {
     }
 }
 
-fn plain_side() -> QuantConfig {
-    QuantConfig::default()
-}
-
 impl FromStr for Candidate {
     type Err = Error;
 
@@ -129,7 +127,8 @@ impl FromStr for Candidate {
         }
         let scores = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken);
         let mut config = Int8Config { scores, pv: PvPrecision::F32 };
-        for word in text.split('+') {
+        let words: Vec<&str> = text.split('+').map(str::trim).collect();
+        for word in &words {
             apply(&mut config, word).ok_or_else(|| {
                 Error::Config(format!(
                     "{word:?} in the configuration {text:?}; expected words joined by +, of \
@@ -139,7 +138,7 @@ impl FromStr for Candidate {
                 ))
             })?;
         }
-        Ok(Self::new(text, config))
+        Ok(Self::new(words.join(" + "), config))
     }
 }
 

@@ -165,8 +165,11 @@ impl<'a> Passage<'a> {
 
     fn word(&self, position: usize, moved: &Moved) -> MovedWord {
         let label = |i: usize| self.words.get(i).map_or("", String::as_str).trim().to_string();
+        // A label that starts a word brings the space before it, which is no part of the word.
+        let own = &self.words[position];
+        let space = &own[..own.len() - own.trim_start().len()];
         let before: Vec<char> = self.words[..position].concat().chars().collect();
-        let start = before.len().saturating_sub(CONTEXT);
+        let before = before[before.len().saturating_sub(CONTEXT)..].iter().collect::<String>();
         let after = self.words[position + 1..].iter().take(CONTEXT).cloned().collect::<String>();
         MovedWord {
             passage: self.index,
@@ -175,9 +178,8 @@ impl<'a> Passage<'a> {
             head: moved.head,
             kl: moved.kl,
             total_variation: moved.total_variation,
-            before: before[start..].iter().collect(),
-            // A label that starts a word brings the space before it.
-            word: self.words[position].clone(),
+            before: before + space,
+            word: label(position),
             after: after.chars().take(CONTEXT).collect(),
             targets: (moved.targets.iter())
                 .map(|&(i, fp32, int8)| Target { position: i, word: label(i), fp32, int8 })
@@ -205,13 +207,17 @@ const SHORTEST: usize = 4;
 
 /// Runs of tokens that end with a full stop, a question or an exclamation mark.
 fn sentences(words: &[String]) -> Vec<std::ops::Range<usize>> {
+    // A closing quote belongs to what it closes.
+    let closes = |word: &str| ["\"", "'", "\u{201d}", "\u{2019}", ")", "]"].contains(&word);
     let mut found = Vec::new();
-    let mut start = 0;
+    let (mut start, mut ended) = (0, false);
     for (i, word) in words.iter().enumerate() {
-        let ends = word.trim_end().ends_with(['.', '!', '?']);
-        if (ends && i + 1 - start >= SHORTEST) || i + 1 == words.len() {
+        ended = word.ends_with(['.', '!', '?']) || (ended && closes(word));
+        let goes_on = words.get(i + 1).is_some_and(|next| closes(next));
+        let long_enough = i + 1 - start >= SHORTEST;
+        if (ended && !goes_on && long_enough) || i + 1 == words.len() {
             found.push(start..i + 1);
-            start = i + 1;
+            (start, ended) = (i + 1, false);
         }
     }
     found
@@ -225,6 +231,8 @@ mod tests {
     fn sentences_end_at_their_marks_and_at_the_end() {
         let words = ["Mr", ".", " B", " is", " rich", ".", " Why", " is", " he", "?", " So"];
         assert_eq!(sentences(&words.map(String::from)), [0..6, 6..10, 10..11]);
+        let words = [" \"", "Oh", " my", " dear", "!", "\"", " he", " said", " twice", "."];
+        assert_eq!(sentences(&words.map(String::from)), [0..6, 6..10]);
         assert!(sentences(&[]).is_empty());
     }
 }

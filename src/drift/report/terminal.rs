@@ -32,7 +32,7 @@ impl Report {
         let layers = self.layers.len();
         let _ = writeln!(out, "Model  {}; {layers} layers of {heads} heads", self.subject.model);
         for note in &self.notes {
-            let _ = writeln!(out, "Text   {note}");
+            let _ = writeln!(out, "Text   {}", note.replace(": ", ":\n       "));
         }
         let _ = writeln!(out, "       {} passages, {} tokens", self.passages, self.tokens);
     }
@@ -85,15 +85,19 @@ impl Report {
         out.push_str("\n## Why\n\n");
         let head = main.layers.get(worst.layer).and_then(|layer| layer.heads.get(worst.head));
         if let Some(head) = head {
+            let output = &head.alone.output.sqnr_db;
             let _ = writeln!(
                 out,
-                "The worst head is head {} of layer {}: {} dB; {}lowest passage {} dB.",
+                "The worst head is head {} of layer {}: {} dB, lowest passage {} dB.",
                 worst.head,
                 worst.layer,
-                with_error(&head.alone.output.sqnr_db),
-                head.shares.map_or(String::new(), |shares| format!("{}; ", in_words(&shares))),
-                decibel(head.alone.output.sqnr_db.min)
+                with_error(output),
+                decibel(output.min)
             );
+            if let Some(shares) = &head.shares {
+                let _ = writeln!(out, "Each source alone: {}.", in_words(shares));
+            }
+            out.push('\n');
         }
         if self.findings.is_empty() {
             out.push_str(
@@ -138,7 +142,7 @@ impl Report {
             rows.add_row([
                 shortened(&sentence.text, 160),
                 small(sentence.mean_kl),
-                sentence.worst.word.trim().to_string(),
+                sentence.worst.word.clone(),
             ]);
         }
         let _ = writeln!(out, "{rows}");
@@ -278,8 +282,7 @@ fn in_context(word: &MovedWord) -> String {
     let start = before.len().saturating_sub(20);
     let before: String = before[start..].iter().collect();
     let after: String = word.after.chars().take(16).collect();
-    let space = if word.word.starts_with(' ') { " " } else { "" };
-    format!("..{before}{space}[{}]{after}..", word.word.trim())
+    format!("..{before}[{}]{after}..", word.word)
 }
 
 fn target(target: &Target) -> String {

@@ -1,0 +1,298 @@
+//! The example `drift`, run as a user and as a CI job run it.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// `cargo test` builds the examples next to the folder of this test's own executable.
+fn drift(args: &[&str]) -> Output {
+    let own = std::env::current_exe().unwrap();
+    let profile = own.ancestors().nth(2).unwrap();
+    let path = profile.join("examples/drift").with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(path.exists(), "drift is not built: run `cargo test` or `cargo build --examples`");
+    Command::new(path).args(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let output = drift(args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    assert!(stderr.is_empty(), "a progress bar or a warning where nobody looks: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&succeed(&[args, &["--json"]].concat())).unwrap()
+}
+
+/// Fails with status 1 and a message that contains `expected`, prints no report and does not panic.
+fn fail(args: &[&str], expected: &str) {
+    let output = drift(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+    assert!(stderr.contains(expected), "{args:?}: no {expected:?} in {stderr:?}");
+    assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{args:?} printed a report all the same");
+}
+
+/// A folder for files, which goes away with the test.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_string()
+    }
+
+    fn file(&self, name: &str, content: impl AsRef<[u8]>) -> String {
+        std::fs::write(self.0.path().join(name), content).unwrap();
+        self.path(name)
+    }
+
+    fn names(&self) -> Vec<PathBuf> {
+        std::fs::read_dir(self.0.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+/// Passages that are short enough for a build without optimization.
+const SHORT: [&str; 2] = ["--passage-tokens", "48"];
+
+/// Results without what differs from run to run, and without what only `merge` reads.
+fn figures(mut report: Value) -> Value {
+    for config in report["configs"].as_array_mut().unwrap() {
+        config.as_object_mut().unwrap().remove("timing");
+    }
+    report.as_object_mut().unwrap().remove("state");
+    report
+}
+
+/// Where two JSON values differ.
+fn differences(a: &Value, b: &Value, path: &str, found: &mut Vec<String>) {
+    match (a, b) {
+        (Value::Object(a), Value::Object(b)) if a.len() == b.len() => {
+            for (key, value) in a {
+                let other = b.get(key).unwrap_or(&Value::Null);
+                differences(value, other, &format!("{path}.{key}"), found);
+            }
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            for (i, (a, b)) in a.iter().zip(b).enumerate() {
+                differences(a, b, &format!("{path}[{i}]"), found);
+            }
+        }
+        _ if a == b => {}
+        _ => found.push(format!("{path}: {a} and {b}")),
+    }
+}
+
+fn assert_same(a: &Value, b: &Value) {
+    let mut found = Vec::new();
+    differences(a, b, "", &mut found);
+    assert!(
+        found.is_empty(),
+        "{} differences, the first: {:#?}",
+        found.len(),
+        &found[..found.len().min(5)]
+    );
+}
+
+#[test]
+fn the_report_is_complete_and_narrow() {
+    let report = json(&[]);
+    assert_eq!(report["passages"], 1);
+    let main = &report["configs"][0];
+    assert_eq!(main["layers"].as_array().unwrap().len(), 3);
+    for layer in main["layers"].as_array().unwrap() {
+        let heads = layer["heads"].as_array().unwrap();
+        assert_eq!(heads.len(), 12);
+        for head in heads {
+            for stage in ["q", "k", "scores", "output"] {
+                assert!(head["alone"][stage]["sqnr_db"]["mean"].as_f64().unwrap() > 30.0, "{head}");
+            }
+            assert!(head["accumulated"]["probabilities"]["kl"]["mean"].as_f64().unwrap() < 1e-3);
+        }
+    }
+    assert!(main["output"]["worst_head"]["value"].as_f64().unwrap() > 35.0, "{main}");
+    assert_eq!(report["words"].as_array().unwrap().len(), 10);
+    let text = succeed(&[]);
+    for line in text.lines() {
+        assert!(line.chars().count() <= 100, "wider than 100 columns: {line}");
+    }
+    for part in ["## Layers", "worst head is head", "## Where attention moved most"] {
+        assert!(text.contains(part), "no {part:?}");
+    }
+}
+
+#[test]
+fn parts_that_are_merged_give_the_figures_of_one_run() {
+    let folder = Folder::new();
+    let text = folder.file("text.txt", include_str!("../examples/data/pride-and-prejudice.txt"));
+    let base = [&["--file", &text, "--compare", "token", "--json"][..], &SHORT].concat();
+    let mut parts = Vec::new();
+    for shard in ["3/3", "1/3", "2/3"] {
+        let part = succeed(&[&base[..], &["--shard", shard]].concat());
+        parts.push(folder.file(&format!("part-{}.json", parts.len()), part));
+    }
+    let whole: Value = serde_json::from_str(&succeed(&base)).unwrap();
+    assert!(whole["passages"].as_u64().unwrap() > 8);
+    let all = ["merge", &parts[0], &parts[1], &parts[2], "--json"];
+    let merged = succeed(&all);
+    assert_same(&figures(serde_json::from_str(&merged).unwrap()), &figures(whole.clone()));
+
+    // In a tree, with a part missing on the way, and in another order.
+    let two = succeed(&["merge", &parts[2], &parts[1], "--json"]);
+    let two = folder.file("two.json", two);
+    assert!(succeed(&["merge", &two]).contains("only part 1, 2 of 3"));
+    let merged = json(&["merge", &two, &parts[0]]);
+    assert_same(&figures(merged), &figures(whole));
+
+    fail(&["merge", &two, &parts[1]], "is there twice");
+    let other = folder.file("other.json", succeed(&[&base[..3], &["--json"], &SHORT].concat()));
+    fail(&["merge", &two, &other], "different configurations");
+}
+
+#[test]
+fn results_of_different_models_and_damaged_results_are_not_merged() {
+    let folder = Folder::new();
+    let own = succeed(&[&["--json"][..], &SHORT].concat());
+    // Another model's checksum; a whole second model would be needed otherwise.
+    let report: Value = serde_json::from_str(&own).unwrap();
+    let other = own.replace(report["fingerprint"].as_str().unwrap(), "00000000-1");
+    let (own, other) = (folder.file("own.json", &own), folder.file("other.json", other));
+    fail(&["merge", &own, &other], "different models");
+    let half = std::fs::read(&own).unwrap();
+    let half = folder.file("half.json", &half[..half.len() / 2]);
+    fail(&["merge", &half], "half.json");
+    let empty = folder.file("empty.json", "");
+    fail(&["merge", &own, &empty], "is empty");
+    let foreign = folder.file("foreign.json", "{\"a\": 1}");
+    fail(&["merge", &foreign], "no result of drift --json");
+    fail(&["merge", "no/such/file.json"], "no/such/file.json");
+    fail(&["merge"], "FILE");
+}
+
+#[test]
+fn a_gate_exits_with_2_and_names_the_place() {
+    let folder = Folder::new();
+    let holds = folder.file("holds.toml", "min_head_sqnr_db = 20\nmax_head_kl = 0.1\n");
+    let text = succeed(&[&["--gate", &holds][..], &SHORT].concat());
+    assert!(text.contains("every threshold holds"), "{text}");
+
+    let report = json(&SHORT);
+    let worst = &report["configs"][0]["output"]["worst_head"];
+    let limit = format!("{}", worst["value"].as_f64().unwrap() + 0.001);
+    let output = drift(&[&["--gate", &holds, "--min-head-sqnr-db", &limit][..], &SHORT].concat());
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let place = format!("layer {} head {}: min_head_sqnr_db", worst["layer"], worst["head"]);
+    assert!(stderr.contains(&place), "no {place:?} in {stderr:?}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(!output.stdout.is_empty(), "the report is printed all the same");
+
+    for (content, expected) in [
+        ("min_head_sqnr = 3", "unknown field `min_head_sqnr`"),
+        ("", "without a threshold"),
+        ("min_head_sqnr_db = \"x\"", "expected"),
+    ] {
+        fail(&["--gate", &folder.file("bad.toml", content)], expected);
+    }
+    fail(&["--gate", "no/such/gate.toml"], "no/such/gate.toml");
+    fail(&["--max-head-kl", "nan"], "finite");
+}
+
+#[test]
+fn configurations_are_ranked() {
+    let args = [&["--compare", "tensor,token", "sage"][..], &SHORT].concat();
+    let report = json(&args);
+    let configs = report["configs"].as_array().unwrap();
+    let names: Vec<&str> = configs.iter().map(|c| c["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["default", "token", "SageAttention's recipe", "tensor"]);
+    let main: Vec<bool> = configs.iter().map(|c| c["main"].as_bool().unwrap()).collect();
+    assert_eq!(main, [true, false, false, false]);
+    fail(&["--compare", "token+smoth-k"], "smoth-k");
+}
+
+#[test]
+fn the_page_is_whole_and_needs_nothing_from_outside() {
+    let folder = Folder::new();
+    let text =
+        folder.file("text.txt", "<script>alert(1)</script> is what a text may hold & more. ");
+    let page = folder.path("report.html");
+    succeed(&["--file", &text, "--compare", "token", "--html", &page]);
+    let html = std::fs::read_to_string(&page).unwrap();
+    assert!(html.trim_end().ends_with("</html>") && html.contains("<svg"), "{html}");
+    for outside in ["http:", "https:", "<script", "src=", "@import", "url("] {
+        assert!(!html.contains(outside), "{outside}");
+    }
+    assert!(html.contains("script&gt;"), "the text is shown, not run");
+    assert_eq!(folder.names().len(), 2, "{:?}", folder.names());
+
+    let nowhere = folder.path("no/such/report.html");
+    fail(&["--html", &nowhere], "report.html");
+    fail(&["--html", folder.0.path().to_str().unwrap()], "it is a folder");
+    // A run that fails leaves no page behind.
+    let page = folder.path("failed.html");
+    fail(&["--html", &page, "--file", &folder.file("blank.txt", " \n")], "no word or sign");
+    assert!(!Path::new(&page).exists());
+    assert_eq!(folder.names().len(), 3, "{:?}", folder.names());
+}
+
+#[test]
+fn pairs_are_correlated_with_their_scores() {
+    let folder = Folder::new();
+    let content = "5\tA cat sleeps.\tA cat is sleeping.\r\n\n3\tA dog runs.\tA man runs.\n\
+                   0\tIt rains.\tShe sells books.\n";
+    let pairs = folder.file("pairs.tsv", content);
+    let report = json(&["--pairs", &pairs]);
+    let similarity = &report["similarity"][0];
+    assert_eq!(similarity["pairs"], 3);
+    assert_eq!(similarity["spearman_fp32"], 1.0);
+    assert_eq!(similarity["spearman_int8"], 1.0);
+    assert!(similarity["max_change"].as_f64().unwrap() < 1e-3);
+    assert_eq!(report["passages"], 6);
+
+    let parts = ["1/2", "2/2"].map(|shard| {
+        let part = succeed(&["--pairs", &pairs, "--shard", shard, "--json"]);
+        folder.file(&format!("part-{}.json", &shard[..1]), part)
+    });
+    let merged = json(&["merge", &parts[1], &parts[0]]);
+    assert_same(&figures(merged), &figures(report));
+
+    for (content, expected) in [
+        (&b"A cat sleeps.\tA dog sleeps.\n"[..], ":1: 2 columns, so there is no score"),
+        (b"1\ta\tb\nhigh\ta\tb\n", ":2: score \"high\""),
+        (b"1\ta\t \n", ":1: an empty sentence"),
+        (b"1\ta\tb\n2\t\xff\tb\n", ":2: not UTF-8"),
+        (b"", "no pairs in it"),
+    ] {
+        fail(&["--pairs", &folder.file("bad.tsv", content)], expected);
+    }
+}
+
+#[test]
+fn small_and_long_texts_work_and_bad_ones_are_errors() {
+    let folder = Folder::new();
+    let one = json(&["--file", &folder.file("one.txt", "word")]);
+    assert_eq!((one["passages"].as_u64(), one["tokens"].as_u64()), (Some(1), Some(3)));
+    let long = folder.file("long.txt", "a ".repeat(700));
+    let report = json(&["--file", &long]);
+    assert_eq!(report["passages"], 2);
+    let note = report["notes"][0].as_str().unwrap();
+    assert!(note.contains("cut into 2 passages of at most 512 tokens, as many as"), "{note}");
+
+    fail(&["--file", &folder.file("empty.txt", "")], "no word or sign in it");
+    fail(&["--file", &folder.file("bytes.txt", b"a b\nc \xff\n")], "bytes.txt:2: not UTF-8");
+    fail(&["--file", "no/such/file.txt"], "no/such/file.txt");
+    fail(&["--file", &folder.file("alien.txt", "\u{1f980}")], "no word");
+    fail(&["--model", "no/such/folder"], "no/such/folder");
+    fail(&["--passage-tokens", "2"], "passages of 2 tokens");
+    fail(&["--passage-tokens", "513"], "3 (two are special) to 512");
+    fail(&["--shard", "0/3"], "expected I/N");
+    fail(&["--shard", "4/3"], "expected I/N");
+    fail(&["--pv", "f16"], "auto, f32 or bf16");
+    fail(&["--frobnicate"], "--frobnicate");
+    assert!(succeed(&["--help"]).contains("--compare"));
+}
