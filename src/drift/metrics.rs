@@ -122,8 +122,9 @@ pub fn topk_agreement(p: &[f32], q: &[f32], k: usize) -> f64 {
 /// smallest.
 pub fn top_k(row: &[f32], k: usize) -> Vec<usize> {
     let mut best: Vec<usize> = Vec::with_capacity(k + 1);
-    for (place, &x) in row.iter().enumerate() {
-        let worse = |&other: &usize| !(row[other] >= x);
+    let number = |place: usize| if row[place].is_nan() { f32::NEG_INFINITY } else { row[place] };
+    for place in 0..row.len() {
+        let worse = |&other: &usize| number(other) < number(place);
         if best.len() < k || best.last().is_some_and(worse) {
             let at = best.partition_point(|other| !worse(other));
             best.insert(at, place);
