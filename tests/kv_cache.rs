@@ -1,6 +1,6 @@
 //! The int8 cache: what is stored, what attention makes of it, and what goes wrong.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::quant::{QuantConfig, QuantizedTensor};
 use candle_int8_attention::{
     AttentionConfig, AttnMask, CacheMask, CacheValues, Int8KvCache, KeyOffset, KvCacheConfig,
