@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 /// Time this crate's attention and raw scores beside Candle and rten-gemm, in turns within one run
 #[derive(Debug, Parser)]
-#[command(name = "cargo bench --bench attention --", arg_required_else_help = false)]
+#[command(bin_name = "cargo bench --bench attention --")]
 pub struct Args {
     /// Shape of queries, keys and values; can be given several times [default: the README's seven]
     #[arg(long, value_name = "B,H,N,D")]
@@ -34,6 +34,7 @@ pub struct Args {
 
     /// Seconds of measuring for each shape; everyone is called at least three times in any case
     #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    #[arg(allow_negative_numbers = true)]
     pub seconds: f64,
 
     /// Small shapes and three calls each: shows that everything runs, not how fast
@@ -109,6 +110,15 @@ pub enum What {
     Scores,
     /// softmax(q·k^T / sqrt(D))·v
     Attention,
+}
+
+impl What {
+    pub fn name(self) -> &'static str {
+        match self {
+            What::Scores => "scores",
+            What::Attention => "attention",
+        }
+    }
 }
 
 /// The value of `--pv`.

@@ -2,7 +2,7 @@
 
 use crate::args::{Args, What};
 use crate::shape::Shape;
-use candle_core::{D, DType, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Error, Result, Tensor};
 use candle_int8_attention::{
     AttentionConfig, AttnMask, ScoreConfig, attention as int8_attention, attention_scores,
 };
@@ -12,7 +12,7 @@ use rten_tensor::NdTensor;
 use rten_tensor::prelude::*;
 use std::time::Instant;
 
-/// Who keeps all scores in memory is left out where they take more bytes.
+/// Who keeps all scores in memory does not run where they take more bytes.
 const LARGEST_SCORES: usize = 4_000_000_000;
 
 /// One way to compute.
@@ -76,7 +76,9 @@ impl Inputs {
         let bytes = b * h * m * self.k.dim(2)? * self.q.dtype().size_in_bytes();
         if bytes > LARGEST_SCORES {
             let gb = |bytes: usize| bytes as f64 / 1e9;
-            bail!("its scores take {:.1} GB, more than {} GB", gb(bytes), gb(LARGEST_SCORES));
+            let (all, most) = (gb(bytes), gb(LARGEST_SCORES));
+            // Not `bail!`: its backtrace is for errors that nobody foresees.
+            return Err(Error::Msg(format!("all scores take {all:.1} GB, more than {most} GB")));
         }
         Ok(())
     }
@@ -85,7 +87,10 @@ impl Inputs {
 /// Everyone who computes `what`; the first is this crate.
 pub fn all(what: What, inputs: &Inputs, args: &Args) -> Result<Vec<Contender>> {
     match what {
-        What::Scores => Ok(vec![our_scores(inputs), candle_scores(inputs), rten(inputs)?]),
+        What::Scores => {
+            inputs.check_scores()?;
+            Ok(vec![our_scores(inputs), candle_scores(inputs), rten(inputs)?])
+        }
         What::Attention => {
             let ours = our_attention(inputs, args.attention());
             Ok(vec![ours, candle_unfused(inputs), candle_flash(inputs)?])
@@ -94,11 +99,8 @@ pub fn all(what: What, inputs: &Inputs, args: &Args) -> Result<Vec<Contender>> {
 }
 
 fn our_scores(inputs: &Inputs) -> Contender {
-    let (inputs, config) = (inputs.clone(), ScoreConfig::default());
-    Contender::new("ours", "this crate", move || {
-        inputs.check_scores()?;
-        Ok(attention_scores(&inputs.q, &inputs.k, &config)?)
-    })
+    let (Inputs { q, k, .. }, config) = (inputs.clone(), ScoreConfig::default());
+    Contender::new("ours", "this crate", move || Ok(attention_scores(&q, &k, &config)?))
 }
 
 fn candle_scores(inputs: &Inputs) -> Contender {
@@ -156,7 +158,7 @@ fn rten(inputs: &Inputs) -> Result<Contender> {
     let run = move || {
         for ((q, k), out) in heads.iter().zip(out.chunks_exact_mut(m * n)) {
             let (a, b) = (GemmInputA::Unpacked(q.view()), GemmInputB::Unpacked(k.transposed()));
-            gemm.gemm(out, a, b, GemmOptions::default()).map_err(candle_core::Error::debug)?;
+            gemm.gemm(out, a, b, GemmOptions::default()).map_err(Error::debug)?;
         }
         Ok(None)
     };

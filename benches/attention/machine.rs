@@ -32,7 +32,8 @@ impl Machine {
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { processor, cores, threads, kernel } = self;
-        write!(f, "{processor}, {cores} cores; {threads} threads, int8 kernel {kernel}")?;
+        let noun = if *threads == 1 { "thread" } else { "threads" };
+        write!(f, "{processor}, {cores} cores; {threads} {noun}, int8 kernel {kernel}")?;
         if threads > cores {
             write!(f, "\nMore threads than cores: they take turns, and times are not comparable.")?;
         }

@@ -26,43 +26,48 @@ mod turns;
 use anyhow::{Context, Result};
 use args::Args;
 use clap::Parser;
-use serde::Serialize;
+use std::fs::File;
 use std::path::Path;
+use std::process::ExitCode;
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
     machine::set_threads(args.threads)?;
     let machine = machine::Machine::find()?;
     if args.mode.serve {
-        return serve::run(&args, &machine);
+        return serve::run(args, &machine);
     }
+    // Before anything is measured: a file that cannot be written should not cost minutes.
+    let json = args.json.as_deref().map(create).transpose()?;
     println!("{machine}");
-    if args.mode.scaling {
-        write(&args, &machine, "scaling", &scaling::run(&args)?)
+    let (mode, results) = if args.mode.scaling {
+        ("scaling", serde_json::to_value(scaling::run(args)?)?)
     } else if args.mode.memory {
-        write(&args, &machine, "memory", &memory::run(&args)?)
+        ("memory", serde_json::to_value(memory::run(args)?)?)
     } else {
-        write(&args, &machine, "tables", &tables::run(&args)?)
+        ("tables", serde_json::to_value(tables::run(args)?)?)
+    };
+    if let Some(file) = json {
+        let report = serde_json::json!({
+            "machine": machine,
+            "dtype": args.dtype,
+            "pv": args.pv,
+            mode: results,
+        });
+        serde_json::to_writer_pretty(file, &report).context("cannot write the JSON")?;
     }
+    Ok(())
 }
 
-/// Writes the JSON that `--json` asks for.
-fn write(
-    args: &Args,
-    machine: &machine::Machine,
-    mode: &str,
-    results: &impl Serialize,
-) -> Result<()> {
-    let Some(path) = &args.json else { return Ok(()) };
-    let report = serde_json::json!({
-        "machine": machine,
-        "dtype": args.dtype,
-        "pv": args.pv,
-        mode: results,
-    });
-    write_file(path, &serde_json::to_vec_pretty(&report)?)
-}
-
-fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
+fn create(path: &Path) -> Result<File> {
+    File::create(path).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -25,7 +25,8 @@ pub fn milliseconds(seconds: f64) -> String {
         100.0.. => 0,
         10.0.. => 1,
         1.0.. => 2,
-        _ => 3,
+        0.1.. => 3,
+        _ => 4,
     };
     format!("{ms:.decimals$}")
 }

@@ -8,6 +8,7 @@ use crate::print::{self, milliseconds, percent, times};
 use crate::shape::Shape;
 use crate::turns::{Timing, in_turns};
 use anyhow::{Context, Result};
+use comfy_table::CellAlignment;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -67,13 +68,13 @@ pub fn run(args: &Args) -> Result<impl Serialize + use<>> {
 
 fn measure(what: What, shape: Shape, peaks: &Peaks, args: &Args) -> Result<Row> {
     let inputs = Inputs::random(shape, args.dtype.candle())?;
-    let mut contenders = contenders::all(what, &inputs, args)?;
+    let context = || format!("{} of {shape}", what.name());
+    let mut contenders = contenders::all(what, &inputs, args).with_context(context)?;
     if args.alone {
         contenders.truncate(1);
     }
     let budget = Duration::from_secs_f64(if args.short { 0.0 } else { args.seconds });
     let mut timings = in_turns(&mut contenders, budget).into_iter();
-    let context = || format!("{what:?} of {shape}");
     let ours = timings.next().context("nobody ran")?.with_context(context)?;
     let entry = |(contender, timing): (_, candle_core::Result<Timing>)| {
         let contenders::Contender { id, name, .. } = contender;
@@ -206,6 +207,7 @@ fn print_peaks(peaks: &Peaks) {
          (MACs), or f32 exponentials with a polynomial of degree 5, in 10^9 a second.\n"
     );
     let mut table = print::table(&["peak of", "all threads", "one thread", "loop"]);
+    table.column_mut(3).expect("four columns").set_cell_alignment(CellAlignment::Left);
     let quantities: [(&str, &Option<Peak>); 4] = [
         ("int8 MACs, exact", &peaks.int8),
         ("bf16 MACs", &peaks.bf16),

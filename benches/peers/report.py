@@ -95,7 +95,7 @@ def shape_text(shape):
 
 def milliseconds(seconds):
     ms = seconds * 1e3
-    decimals = 0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3
+    decimals = 0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3 if ms >= 0.1 else 4
     return f"{ms:.{decimals}f}"
 
 
