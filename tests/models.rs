@@ -1,10 +1,10 @@
 //! The models: agreement with candle-transformers, and every way in which files can be wrong.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_int8_attention::models::{
     BertConfig, BertModel, ModelFiles, TextEncoder, Weights, WordEmbeddings, mean_pool,
 };
-use candle_int8_attention::{AttentionConfig, Error, QuantizedAttention};
+use candle_int8_attention::{AttentionConfig, AttnMask, Error, QuantizedAttention};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert;
 use std::collections::HashMap;
@@ -144,6 +144,47 @@ fn prefixes_poolers_and_half_precision_load() -> TestResult {
             let difference = largest_difference(&ours, &theirs);
             assert!(difference < 1e-4, "{prefix:?} {dtype:?}: {difference}");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_activation_agrees() -> TestResult {
+    let ids = Tensor::new(&[[1u32, 5, 10, 0], [2, 2, 3, 4]], &CPU)?;
+    for (ours, theirs) in [
+        ("gelu", "gelu"),
+        ("gelu_new", "geluapproximate"),
+        ("gelu_pytorch_tanh", "geluapproximate"),
+        ("relu", "relu"),
+    ] {
+        let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
+        let config = |act| TINY_CONFIG.replace("\"gelu\"", &format!("\"{act}\""));
+        std::fs::write(&files.config, config(ours))?;
+        let found = BertModel::load(&files, &CPU)?.forward(&ids, None)?;
+        std::fs::write(&files.config, config(theirs))?;
+        let expected = reference(&files)?.forward(&ids, &ids.zeros_like()?, None)?;
+        let difference = largest_difference(&found, &expected);
+        assert!(difference < 1e-4, "{ours}: {difference}");
+    }
+    Ok(())
+}
+
+/// With a variable in the input, a layer is made of Candle's operations: the same numbers, and a
+/// gradient.
+#[test]
+fn gradients_pass_through_a_layer() -> TestResult {
+    let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
+    let mut model = BertModel::load(&files, &CPU)?;
+    for attention in [AttentionConfig::fp32(), AttentionConfig::int8()] {
+        model.set_attention(&attention);
+        let layer = &model.layers()[0];
+        let hidden = Var::randn(0f32, 1., (2, 5, 6), &CPU)?;
+        let out = layer.forward(&hidden, &AttnMask::None)?;
+        let plain = layer.forward(&hidden.detach(), &AttnMask::None)?;
+        assert!(largest_difference(&out, &plain) < 1e-4);
+        let grads = out.sqr()?.sum_all()?.backward()?;
+        let gradient = grads.get(&hidden).ok_or("no gradient")?;
+        assert!(largest_difference(gradient, &gradient.zeros_like()?) > 1e-3);
     }
     Ok(())
 }

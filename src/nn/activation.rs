@@ -31,13 +31,13 @@ impl Activation {
     #[inline(always)]
     pub(super) fn of_vectors<S: Simd>(self, simd: S, all: &mut [S::f32s]) {
         match self {
-            Activation::Gelu => all.iter_mut().for_each(|x| *x = GELU.times_x(simd, *x)),
-            Activation::GeluTanh => all.iter_mut().for_each(|x| *x = GELU_TANH.times_x(simd, *x)),
+            Activation::Gelu => GELU.times_x_of_vectors(simd, all),
+            Activation::GeluTanh => GELU_TANH.times_x_of_vectors(simd, all),
             Activation::Relu => {
                 let zero = simd.splat_f32s(0.0);
-                all.iter_mut().for_each(|x| {
+                for x in all {
                     *x = simd.select_f32s(simd.less_than_f32s(*x, zero), zero, *x);
-                });
+                }
             }
         }
     }
@@ -96,19 +96,27 @@ const GELU_TANH: Sigmoid = Sigmoid {
 };
 
 impl Sigmoid {
-    /// `x` times the function.
+    /// Each `x` times the function. Loops, no closures: those are not inlined for certain, and are
+    /// then compiled without these vectors.
     #[inline(always)]
-    fn times_x<S: Simd>(&self, simd: S, x: S::f32s) -> S::f32s {
-        let number = |x: f32| simd.splat_f32s(x);
-        // The clamps lose a NaN; the last product brings it back.
-        let inside = simd.max_f32s(simd.min_f32s(x, number(self.limit)), number(-self.limit));
-        let square = simd.mul_f32s(inside, inside);
-        let s = simd.mul_add_f32s(square, number(2.0 / (self.limit * self.limit)), number(-1.0));
+    fn times_x_of_vectors<S: Simd>(&self, simd: S, all: &mut [S::f32s]) {
+        let (zero, half, one) = (simd.splat_f32s(0.0), simd.splat_f32s(0.5), simd.splat_f32s(1.0));
+        let (high, low) = (simd.splat_f32s(self.limit), simd.splat_f32s(-self.limit));
+        let two_over_square = simd.splat_f32s(2.0 / (self.limit * self.limit));
         let [rest @ .., last] = &self.coefficients;
-        let p = rest.iter().rev().fold(number(*last), |p, c| simd.mul_add_f32s(p, s, number(*c)));
-        let value = simd.mul_add_f32s(inside, p, number(0.5));
-        let value = simd.max_f32s(simd.min_f32s(value, number(1.0)), number(0.0));
-        simd.mul_f32s(x, value)
+        for x in all {
+            // The clamps lose a NaN; the product with x brings it back.
+            let inside = simd.max_f32s(simd.min_f32s(*x, high), low);
+            let square = simd.mul_f32s(inside, inside);
+            let s = simd.mul_add_f32s(square, two_over_square, simd.neg_f32s(one));
+            let mut p = simd.splat_f32s(*last);
+            for c in rest.iter().rev() {
+                p = simd.mul_add_f32s(p, s, simd.splat_f32s(*c));
+            }
+            let value = simd.mul_add_f32s(inside, p, half);
+            let value = simd.max_f32s(simd.min_f32s(value, one), zero);
+            *x = simd.mul_f32s(*x, value);
+        }
     }
 }
 
