@@ -36,6 +36,19 @@ pub(crate) fn each_lane<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES]
     lanes
 }
 
+/// The lanes of a row from `start` on, filled up with zeros.
+#[inline(always)]
+pub(crate) fn lanes(row: &[f32], start: usize) -> [f32; LANES] {
+    match row[start..].first_chunk() {
+        Some(lanes) => *lanes,
+        None => {
+            let mut lanes = [0.0; LANES];
+            lanes[..row.len() - start].copy_from_slice(&row[start..]);
+            lanes
+        }
+    }
+}
+
 /// All lanes in one, by halves: one after the other they would wait for each other 15 times, which
 /// in a short row costs more than the row.
 #[inline(always)]

@@ -223,7 +223,8 @@ fn errors_name_the_values() -> TestResult {
 }
 
 /// The fused op against the unfused path with the same int8 scores: what differs is the rounding
-/// of P·V, so values in bf16 bound it.
+/// of P·V. Values in bf16 bound it; or probabilities in int8, where hundreds of small ones beside a
+/// large one round to 0 or to 1/255 of it.
 fn fused_equals_unfused(
     q: &Tensor,
     k: &Tensor,
@@ -231,7 +232,9 @@ fn fused_equals_unfused(
     mask: &AttnMask,
     config: &AttentionConfig,
 ) -> TestResult {
-    for (pv, bound) in [(PvPrecision::F32, 2e-5), (PvPrecision::Auto, 0.02)] {
+    for (pv, bound) in
+        [(PvPrecision::F32, 2e-5), (PvPrecision::Auto, 0.02), (PvPrecision::Int8, 0.15)]
+    {
         let scores = match &config.backend {
             Backend::Int8(int8) => int8.scores.clone(),
             Backend::Fp32 => ScoreConfig::default(),
@@ -318,15 +321,26 @@ fn fused_equals_unfused_with_everything_that_changes_scores() -> TestResult {
 
 #[test]
 fn fused_output_does_not_depend_on_strides_or_threads() -> TestResult {
+    for pv in [PvPrecision::Auto, PvPrecision::F32, PvPrecision::Int8] {
+        does_not_depend_on_strides_or_threads(&with_pv(pv))?;
+    }
+    Ok(())
+}
+
+fn with_pv(pv: PvPrecision) -> AttentionConfig {
+    let backend = Backend::Int8(Int8Config { pv, ..Int8Config::default() });
+    AttentionConfig { backend, ..AttentionConfig::default() }
+}
+
+fn does_not_depend_on_strides_or_threads(config: &AttentionConfig) -> TestResult {
     let (q, k, v) = (randn((2, 4, 130, 40))?, randn((2, 2, 200, 40))?, randn((2, 2, 200, 24))?);
-    let config = AttentionConfig::int8();
-    let expected = attention(&q, &k, &v, &AttnMask::causal(), &config)?;
+    let expected = attention(&q, &k, &v, &AttnMask::causal(), config)?;
     let bshd = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
-    let strided = attention(&bshd(&q)?, &bshd(&k)?, &bshd(&v)?, &AttnMask::causal(), &config)?;
+    let strided = attention(&bshd(&q)?, &bshd(&k)?, &bshd(&v)?, &AttnMask::causal(), config)?;
     assert_eq!(largest_difference(&strided, &expected), 0.0);
     for threads in [1, 2, 5] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-        let out = pool.install(|| attention(&q, &k, &v, &AttnMask::causal(), &config))?;
+        let out = pool.install(|| attention(&q, &k, &v, &AttnMask::causal(), config))?;
         assert_eq!(largest_difference(&out, &expected), 0.0, "{threads} threads");
     }
     Ok(())
@@ -334,6 +348,13 @@ fn fused_output_does_not_depend_on_strides_or_threads() -> TestResult {
 
 #[test]
 fn nan_in_masked_keys_and_values_does_not_leak() -> TestResult {
+    for pv in [PvPrecision::Auto, PvPrecision::F32, PvPrecision::Int8] {
+        nan_does_not_leak(&with_pv(pv))?;
+    }
+    Ok(())
+}
+
+fn nan_does_not_leak(int8: &AttentionConfig) -> TestResult {
     let (b, h, m, n, d) = (1, 2, 5, 70, 16);
     let (q, k, v) = (randn((b, h, m, d))?, randn((b, h, n, d))?, randn((b, h, n, d))?);
     let keep = Tensor::from_vec((0..n).map(|j| u8::from(j < 60)).collect(), (1, n), &Device::Cpu)?;
@@ -342,12 +363,12 @@ fn nan_in_masked_keys_and_values_does_not_leak() -> TestResult {
     };
     for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
         let (bad_k, bad_v) = (spoil(&k, bad)?, spoil(&v, bad)?);
-        let lens = AttentionConfig::int8().with_kv_lens(vec![60]);
+        let lens = int8.with_kv_lens(vec![60]);
         let additive =
             keep.to_dtype(DType::F32)?.affine(-f64::from(f32::MIN), f64::from(f32::MIN))?;
         for (mask, config) in [
-            (AttnMask::Mask(keep.clone()), AttentionConfig::int8()),
-            (AttnMask::Mask(additive), AttentionConfig::int8()),
+            (AttnMask::Mask(keep.clone()), int8.clone()),
+            (AttnMask::Mask(additive), int8.clone()),
             (AttnMask::None, lens),
         ] {
             let short = |x: &Tensor| x.narrow(2, 0, 60);
@@ -363,7 +384,7 @@ fn nan_in_masked_keys_and_values_does_not_leak() -> TestResult {
             }
         }
         // A value that is seen is not hidden.
-        let seen = attention(&q, &k, &bad_v, &AttnMask::None, &AttentionConfig::int8())?;
+        let seen = attention(&q, &k, &bad_v, &AttnMask::None, int8)?;
         assert!(values(&seen).iter().all(|x| !x.is_finite() || bad.is_finite()));
     }
     Ok(())

@@ -94,11 +94,11 @@ pub enum PvPrecision {
     F32,
     /// bf16; an error on a machine without an instruction for it.
     Bf16,
-    /// Int8 on every machine, with exact int32 sums over a tile of keys. Probabilities are rounded
-    /// to 1/255 of the largest that their query has in the tile, so small ones vanish beside a
-    /// large one, with all that their values hold (a NaN too). Values have one scale for each
-    /// channel, over all keys of a head, so an outlier makes its channel coarse. The error is
-    /// larger than that of the int8 scores (the README has figures): never chosen by `Auto`.
+    /// Int8 on every machine, with exact int32 sums over runs of keys. Probabilities are rounded to
+    /// 1/255 of the largest that their query has in the run, so small ones vanish beside a large
+    /// one. Values have one scale for each channel, over all keys of a head, so an outlier makes
+    /// its channel coarse. The error is larger than that of the int8 scores (the README has
+    /// figures): never chosen by `Auto`.
     Int8,
 }
 

@@ -8,7 +8,8 @@
 //! costs nothing: `sum_j p_j (offset + scale * code_j)` is `offset * sum_j p_j` and the integer
 //! product, whatever the probabilities sum to.
 
-use crate::simd::widest;
+use super::kernel::{Int8Run, LANES};
+use crate::simd::{each_lane, lanes, widest};
 
 /// A magnitude that takes part in ranges; the width of a range between two of these is finite.
 pub(super) const LARGEST: f32 = f32::MAX / 2.0;
@@ -16,16 +17,7 @@ pub(super) const LARGEST: f32 = f32::MAX / 2.0;
 /// The largest code.
 const CODE_MAX: f32 = 127.0;
 
-/// Int8 probabilities of one query for a tile of keys: `scale * code`.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Int8Row {
-    /// What a code of 1 stands for.
-    pub scale: f32,
-    /// The sum of all codes of the tile.
-    pub codes: u32,
-}
-
-/// What is known of each channel.
+/// What is known of each channel. All but the ranges is padded with zeros to whole vectors.
 pub(super) struct Channels {
     low: Vec<f32>,
     high: Vec<f32>,
@@ -42,9 +34,9 @@ impl Channels {
         Self {
             low: vec![f32::INFINITY; depth],
             high: vec![f32::NEG_INFINITY; depth],
-            offsets: vec![0.0; depth],
-            scales: vec![0.0; depth],
-            inverses: vec![0.0; depth],
+            offsets: vec![0.0; depth.next_multiple_of(LANES)],
+            scales: vec![0.0; depth.next_multiple_of(LANES)],
+            inverses: vec![0.0; depth.next_multiple_of(LANES)],
         }
     }
 
@@ -70,13 +62,28 @@ impl Channels {
 
 #[inline(always)]
 fn widen((low, high, rows): (&mut [f32], &mut [f32], &[f32])) {
-    for row in rows.chunks_exact(low.len().max(1)) {
-        if row.iter().fold(true, |all, x| all & (x.abs() <= LARGEST)) {
-            for ((low, high), &x) in low.iter_mut().zip(&mut *high).zip(row) {
-                *low = if x < *low { x } else { *low };
-                *high = if x > *high { x } else { *high };
-            }
+    let finite = |row: &[f32]| row.iter().fold(true, |all, x| all & (x.abs() <= LARGEST));
+    if finite(rows) {
+        return widen_finite(low, high, rows);
+    }
+    for row in rows.chunks_exact(low.len().max(1)).filter(|row| finite(row)) {
+        widen_finite(low, high, row);
+    }
+}
+
+/// Some channels at a time, whose ranges stay in registers over all rows.
+#[inline(always)]
+fn widen_finite(low: &mut [f32], high: &mut [f32], rows: &[f32]) {
+    let depth = low.len().max(1);
+    for (i, (low, high)) in low.chunks_mut(LANES).zip(high.chunks_mut(LANES)).enumerate() {
+        let (mut lows, mut highs) = (lanes(low, 0), lanes(high, 0));
+        for row in rows.chunks_exact(depth) {
+            let x = lanes(row, i * LANES);
+            lows = each_lane(|c| if x[c] < lows[c] { x[c] } else { lows[c] });
+            highs = each_lane(|c| if x[c] > highs[c] { x[c] } else { highs[c] });
         }
+        low.copy_from_slice(&lows[..low.len()]);
+        high.copy_from_slice(&highs[..high.len()]);
     }
 }
 
@@ -90,37 +97,31 @@ pub(super) fn code(x: f32, offset: f32, inverse: f32) -> i8 {
     (x + ROUND).to_bits() as i8
 }
 
-/// Sums of one panel, and where they go.
+/// Sums of rows of one panel, which know nothing of their channels' scales yet.
 pub(super) struct Dequantize<'a> {
-    /// Row-major; the kernel's bias is in them.
-    pub sums: &'a [i32],
-    pub bias: u8,
-    pub rows: &'a [Int8Row],
-    /// Of the panel's channels; what the last vector has beyond them is dropped.
+    /// Row-major, as many in a row as there are scales.
+    pub sums: &'a [f32],
+    /// What the probabilities stand for, `per_row` in each row.
+    pub runs: &'a [Int8Run],
+    pub per_row: usize,
+    /// Of the panel's channels.
     pub scales: &'a [f32],
     pub offsets: &'a [f32],
-    /// Starts at the panel's first channel of the first row.
+    /// Starts at the panel's first channel of the first row; rows are `stride` elements apart.
     pub out: &'a mut [f32],
-    /// Elements from one row of `sums`, and of `out`, to the next.
-    pub strides: (usize, usize),
+    pub stride: usize,
 }
 
-/// `out += sum * row scale * channel scale + row weight * offset`, each step rounded to f32.
-pub(super) fn dequantize(job: Dequantize<'_>) {
-    widest!(dequantize_body, job, Dequantize<'_> => ());
-}
-
+/// `out += sum * scale + weight * offset`, each step rounded to f32; `weight` is what the
+/// probabilities of the row sum to.
 #[inline(always)]
-fn dequantize_body(job: Dequantize<'_>) {
-    let (sums_stride, out_stride) = job.strides;
-    for (i, row) in job.rows.iter().enumerate() {
-        let weight = row.scale * row.codes as f32;
-        // Modulo 2^32, like the sums.
-        let biased = row.codes.wrapping_mul(u32::from(job.bias)) as i32;
-        let out = job.out[i * out_stride..].iter_mut().zip(&job.sums[i * sums_stride..]);
-        for ((out, sum), (scale, offset)) in out.zip(job.scales.iter().zip(job.offsets)) {
-            let sum = sum.wrapping_sub(biased) as f32;
-            *out += sum * row.scale * scale + weight * offset;
+pub(super) fn dequantize(job: Dequantize<'_>) {
+    let rows = job.sums.chunks_exact(job.scales.len()).zip(job.runs.chunks_exact(job.per_row));
+    for ((sums, runs), out) in rows.zip(job.out.chunks_mut(job.stride)) {
+        let weight = runs.iter().map(|run| run.scale * run.codes as f32).sum::<f32>();
+        let channels = job.scales.iter().zip(job.offsets);
+        for ((out, sum), (scale, offset)) in out.iter_mut().zip(sums).zip(channels) {
+            *out += sum * scale + weight * offset;
         }
     }
 }
@@ -141,9 +142,9 @@ mod tests {
         let mut channels = Channels::new(3);
         channels.observe(&[1.0, -2.0, 5.0, f32::NAN, 9.0, 9.0, f32::INFINITY, 9.0, 9.0]);
         channels.observe(&[3.0, 252.0, 5.0, f32::MAX, -9.0, 9.0]);
-        assert_eq!(channels.offsets, [2.0, 125.0, 5.0]);
-        assert_eq!(channels.scales, [2.0 / 254.0, 1.0, 0.0]);
-        assert_eq!(channels.inverses[1..], [1.0, 0.0]);
+        assert_eq!(channels.offsets[..4], [2.0, 125.0, 5.0, 0.0]);
+        assert_eq!(channels.scales[..4], [2.0 / 254.0, 1.0, 0.0, 0.0]);
+        assert_eq!(channels.inverses[1..3], [1.0, 0.0]);
         assert_eq!(code(1.0, 2.0, channels.inverses[0]), -127);
     }
 

@@ -9,6 +9,8 @@
 //!
 //! Probabilities are row-major; rows are `stride` elements apart.
 
+use std::ops::Range;
+
 /// Channels in a vector of a kernel's layout.
 pub(crate) const LANES: usize = 16;
 /// Vectors in a panel, at most.
@@ -19,6 +21,19 @@ pub(crate) const ROWS: usize = 6;
 /// of every kernel.
 pub(crate) const KEY_GROUP: usize = 8;
 
+/// Keys whose int8 probabilities share a scale, a multiple of [`KEY_GROUP`]. A shorter run keeps
+/// more of the small probabilities beside a large one, and converts more sums to f32.
+pub(crate) const RUN: usize = 64;
+
+/// Int8 probabilities of one query for a run of keys: `scale * code`.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Int8Run {
+    /// What a code of 1 stands for.
+    pub scale: f32,
+    /// The sum of all codes of the run.
+    pub codes: u32,
+}
+
 /// How operands are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ValueFormat {
@@ -26,7 +41,7 @@ pub(crate) enum ValueFormat {
     F32,
     /// bf16; f32 sums.
     Bf16,
-    /// u8 probabilities, i8 values; exact i32 sums.
+    /// u8 probabilities, i8 values; exact i32 sums over a run of keys, then f32.
     Int8,
 }
 
@@ -63,10 +78,14 @@ pub(crate) struct PvPanel {
     pub probs_stride: usize,
     /// The panel's first group: `groups * vectors * LANES * group` elements.
     pub values: *const u8,
-    /// The first sum of the first row, an f32 or an i32; `vectors * LANES` in each row are added
-    /// to.
-    pub sums: *mut u8,
-    /// Bytes from one row of sums to the next.
+    /// What int8 probabilities stand for: the first run of the first row, and a run for every
+    /// [`RUN`] keys in each row. Not read for other formats.
+    pub runs: *const Int8Run,
+    /// Runs from one row to the next.
+    pub runs_stride: usize,
+    /// The first sum of the first row; `vectors * LANES` in each row are added to.
+    pub sums: *mut f32,
+    /// Elements from one row of sums to the next.
     pub sums_stride: usize,
 }
 
@@ -81,6 +100,7 @@ impl PvPanel {
             let tile = PvPanel { rows, ..rest };
             rest.rows -= rows;
             rest.probs = rest.probs.wrapping_add(rows * rest.probs_stride);
+            rest.runs = rest.runs.wrapping_add(rows * rest.runs_stride);
             rest.sums = rest.sums.wrapping_add(rows * rest.sums_stride);
             left -= 1;
             Some(tile)
@@ -89,14 +109,28 @@ impl PvPanel {
 
     /// The sum of a row's `channel`-th channel.
     #[inline(always)]
-    pub(crate) fn sums_of<T>(&self, row: usize, channel: usize) -> *mut T {
-        self.sums.wrapping_add(row * self.sums_stride).cast::<T>().wrapping_add(channel)
+    pub(crate) fn sums_of(&self, row: usize, channel: usize) -> *mut f32 {
+        self.sums.wrapping_add(row * self.sums_stride + channel)
     }
 
     /// The first probability of a row.
     #[inline(always)]
     pub(crate) fn probs_of<T>(&self, row: usize) -> *const T {
         self.probs.wrapping_add(row * self.probs_stride).cast()
+    }
+
+    /// The groups of each run, of `group` keys each.
+    #[inline(always)]
+    pub(crate) fn runs(&self, group: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let (groups, of_run) = (self.groups, RUN / group);
+        (0..groups.div_ceil(of_run))
+            .map(move |run| (run, run * of_run..(run * of_run + of_run).min(groups)))
+    }
+
+    /// What the probabilities of a row stand for in a run.
+    #[inline(always)]
+    pub(crate) fn run_of(&self, row: usize, run: usize) -> *const Int8Run {
+        self.runs.wrapping_add(row * self.runs_stride + run)
     }
 }
 
@@ -120,15 +154,18 @@ pub(crate) unsafe trait PvKernel: Send + Sync {
     fn is_available(&self) -> bool;
 
     /// What is added to the code of an int8 value when it is stored: 128 for an instruction that
-    /// multiplies u8 by u8. Its sums are larger by `bias * sum_j probs[r, j]`, modulo 2^32.
+    /// multiplies u8 by u8, whose kernel takes it out again.
     fn bias(&self) -> u8 {
         0
     }
 
-    /// `sums[r, c] += sum_j probs[r, j] * values[j, c]`; i32 sums wrap around.
+    /// `sums[r, c] += sum_j probs[r, j] * values[j, c]`.
+    ///
+    /// In int8, run by run: the exact integer, rounded to f32, times the scale of the run, rounded,
+    /// is added to the sum, which is rounded; so every kernel gives the same bits.
     ///
     /// # Safety
-    /// The kernel is available, and the pointers of `panel` are valid for what is named there: for
-    /// reads, the sums for writes too; sums are aligned to 4 bytes.
+    /// The kernel is available, and the pointers of `panel` are valid for what is named there, sums
+    /// for reads and writes and all else for reads, and aligned for f32 where they are to f32.
     unsafe fn panel(&self, panel: PvPanel);
 }

@@ -18,8 +18,7 @@ mod pack;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use int8::Int8Row;
-pub(crate) use kernel::{KEY_GROUP, PvKernel, ValueFormat, bf16_bits};
+pub(crate) use kernel::{Int8Run, KEY_GROUP, PvKernel, RUN, ValueFormat, bf16_bits};
 pub(crate) use pack::PackedValues;
 
 /// Every kernel compiled for this architecture; of each format, best first.

@@ -1,17 +1,16 @@
 //! Values in the order a kernel reads them.
 
-use super::int8::{Channels, Dequantize, Int8Row, LARGEST, code, dequantize};
-use super::kernel::{KEY_GROUP, LANES, PvKernel, PvPanel, VECTORS, ValueFormat, bf16_bits};
+use super::int8::{Channels, Dequantize, LARGEST, code, dequantize};
+use super::kernel::{
+    Int8Run, KEY_GROUP, LANES, PvKernel, PvPanel, RUN, VECTORS, ValueFormat, bf16_bits,
+};
 use crate::aligned::AlignedBytes;
-use crate::simd::widest;
+use crate::simd::{each_lane, lanes, widest};
 use std::borrow::Cow;
-use std::ops::Range;
+use std::ops::{BitOr, Range, Shl};
 
-/// Rows whose int32 sums are on the stack at a time.
-const INT8_ROWS: usize = 48;
-
-/// Most keys of one int8 call: `255 * 127` times as many still fit an i32.
-const INT8_KEYS: usize = 1 << 16;
+/// Rows whose int8 sums are on the stack at a time.
+const INT8_ROWS: usize = 24;
 
 /// The values of one head, `[N, Dv]`.
 ///
@@ -91,7 +90,7 @@ impl PackedValues {
     pub(crate) fn observe(&mut self, rows: &[f32]) {
         if let Some(channels) = &mut self.channels {
             channels.observe(rows);
-            self.fill.copy_from_slice(&channels.offsets);
+            self.fill.copy_from_slice(&channels.offsets[..self.depth]);
         }
     }
 
@@ -120,20 +119,18 @@ impl PackedValues {
         }
         for panel in self.panels() {
             let at = self.panel_start(&panel, first);
-            let channels = panel.start..panel.end.min(self.depth);
-            let of = |all: fn(&Channels) -> &Vec<f32>| match &self.channels {
-                Some(known) => &all(known)[channels.clone()],
-                None => &[],
+            let int8 = match &self.channels {
+                Some(known) => (&known.offsets[panel.clone()], &known.inverses[panel.clone()]),
+                None => Default::default(),
             };
             let job = Spread {
                 kernel: (self.kernel.format(), self.kernel.group(), self.kernel.bias()),
                 rows: &rows,
                 depth: self.depth,
-                channels: channels.clone(),
+                channels: panel,
                 fill: &self.fill,
-                int8: (of(|known| &known.offsets), of(|known| &known.inverses)),
+                int8,
                 out: &mut self.bytes.as_mut_slice()[at..],
-                width: panel.len(),
             };
             widest!(spread, job, Spread<'_> => ());
         }
@@ -180,66 +177,83 @@ impl PackedValues {
         self.accumulate(keys, probs, stride, out);
     }
 
-    /// [`PackedValues::accumulate_f32`] for int8 probabilities, which are codes; `rows` says what
-    /// those of each row stand for. At most 65,536 keys a call.
+    /// [`PackedValues::accumulate_f32`] for int8 probabilities, which are codes; `runs` says what
+    /// they stand for: [`RUN`] keys each, all runs of a row before those of the next.
     pub(crate) fn accumulate_int8(
         &self,
         keys: Range<usize>,
         probs: &[u8],
         stride: usize,
-        rows: &[Int8Row],
+        runs: &[Int8Run],
         out: &mut [f32],
     ) {
-        let channels = self.channels.as_ref().expect("int8 values");
-        assert!(keys.len() <= INT8_KEYS, "int32 sums over {} keys may overflow", keys.len());
-        let width = self.width();
-        assert_eq!(out.len(), rows.len() * width);
-        let mut sums = [0i32; INT8_ROWS * LANES * VECTORS];
-        let blocks = rows.chunks(INT8_ROWS).zip(out.chunks_mut((INT8_ROWS * width).max(1)));
-        for (i, (rows, out)) in blocks.enumerate() {
+        let (width, per_row) = (self.width(), keys.len().div_ceil(RUN));
+        if per_row == 0 || width == 0 {
+            return;
+        }
+        assert_eq!(out.len() / width * per_row, runs.len(), "{per_row} runs in each row");
+        let blocks = out.chunks_mut(INT8_ROWS * width).zip(runs.chunks(INT8_ROWS * per_row));
+        for (i, (out, runs)) in blocks.enumerate() {
+            let probs = &probs[i * INT8_ROWS * stride..];
             for panel in self.panels() {
-                let sums = &mut sums[..rows.len() * panel.len()];
-                sums.fill(0);
-                let probs = &probs[i * INT8_ROWS * stride..];
-                self.panel(&panel, &keys, (probs, stride), (sums, panel.len()));
-                let known = panel.start..panel.end.min(self.depth);
-                dequantize(Dequantize {
-                    sums,
-                    bias: self.kernel.bias(),
-                    rows,
-                    scales: &channels.scales[known.clone()],
-                    offsets: &channels.offsets[known],
-                    out: &mut out[panel.start..],
-                    strides: (panel.len(), width),
-                });
+                self.int8_panel(&panel, &keys, (probs, stride), runs, out);
             }
         }
     }
 
-    /// Every panel, into f32 sums.
+    /// Up to [`INT8_ROWS`] rows of one panel.
+    fn int8_panel(
+        &self,
+        panel: &Range<usize>,
+        keys: &Range<usize>,
+        (probs, stride): (&[u8], usize),
+        runs: &[Int8Run],
+        out: &mut [f32],
+    ) {
+        let channels = self.channels.as_ref().expect("int8 values");
+        let per_row = keys.len().div_ceil(RUN);
+        let (rows, width) = (runs.len() / per_row, panel.len());
+        let mut sums = [0f32; INT8_ROWS * LANES * VECTORS];
+        let sums = &mut sums[..rows * width];
+        self.panel(panel, keys, (probs, stride), runs, (sums, width));
+        let job = Dequantize {
+            sums,
+            runs,
+            per_row,
+            scales: &channels.scales[panel.clone()],
+            offsets: &channels.offsets[panel.clone()],
+            out: &mut out[panel.start..],
+            stride: self.width(),
+        };
+        widest!(dequantize, job, Dequantize<'_> => ());
+    }
+
+    /// Every panel of a float format.
     fn accumulate<P>(&self, keys: Range<usize>, probs: &[P], stride: usize, out: &mut [f32]) {
         let width = self.width();
         if out.is_empty() {
             return;
         }
         for panel in self.panels() {
-            self.panel(&panel, &keys, (probs, stride), (&mut out[panel.start..], width));
+            self.panel(&panel, &keys, (probs, stride), &[], (&mut out[panel.start..], width));
         }
     }
 
     /// Adds to the sums of one panel's channels; the last row of `sums` may end with them.
-    fn panel<P, S>(
+    fn panel<P>(
         &self,
         panel: &Range<usize>,
         keys: &Range<usize>,
         (probs, stride): (&[P], usize),
-        (sums, sums_stride): (&mut [S], usize),
+        runs: &[Int8Run],
+        (sums, sums_stride): (&mut [f32], usize),
     ) {
-        let group = self.kernel.group();
+        let (format, group) = (self.kernel.format(), self.kernel.group());
         let groups = keys.len().div_ceil(group);
         let rows = sums.len().div_ceil(sums_stride);
+        let runs_stride = if format == ValueFormat::Int8 { keys.len().div_ceil(RUN) } else { 0 };
         assert!(keys.start.is_multiple_of(KEY_GROUP) && keys.end <= self.keys, "{keys:?}");
-        assert!(size_of::<P>() == self.kernel.format().size() && size_of::<S>() == 4);
+        assert!(size_of::<P>() == format.size() && runs.len() == rows * runs_stride);
         assert!(stride >= groups * group && probs.len() >= (rows - 1) * stride + groups * group);
         assert!(sums_stride >= panel.len() && sums.len() >= (rows - 1) * sums_stride + panel.len());
         let at = self.panel_start(panel, keys.start);
@@ -251,12 +265,15 @@ impl PackedValues {
             probs_stride: stride * size_of::<P>(),
             // SAFETY: the buffer holds all groups of all panels, and `keys` are inside.
             values: unsafe { self.bytes.as_ptr().add(at) },
-            sums: sums.as_mut_ptr().cast(),
-            sums_stride: sums_stride * size_of::<S>(),
+            runs: runs.as_ptr(),
+            runs_stride,
+            sums: sums.as_mut_ptr(),
+            sums_stride,
         };
-        // SAFETY: `new` asserted that the kernel is available. Whole groups of probabilities and
-        // the panel's sums are in every row, as just asserted, with the sizes of the format. From
-        // `at` on, the panel holds the groups of all keys up to `keys.end <= self.keys`.
+        // SAFETY: `new` asserted that the kernel is available. Whole groups of probabilities, the
+        // runs of all keys and the panel's sums are in every row, as just asserted, probabilities
+        // with the size of the format. From `at` on, the panel holds the groups of all keys up to
+        // `keys.end <= self.keys`.
         unsafe { self.kernel.panel(job) };
     }
 }
@@ -273,50 +290,85 @@ struct Spread<'a> {
     kernel: (ValueFormat, usize, u8),
     rows: &'a [f32],
     depth: usize,
+    /// Of the panel, padded to whole vectors.
     channels: Range<usize>,
     /// The row after the last one.
     fill: &'a [f32],
-    /// Offsets and inverse scales of int8 channels.
+    /// Offsets and inverse scales of int8 channels, padded like these.
     int8: (&'a [f32], &'a [f32]),
     out: &'a mut [u8],
-    /// Channels of the panel, padded.
-    width: usize,
 }
 
 #[inline(always)]
 fn spread(job: Spread<'_>) {
     let (format, group, bias) = job.kernel;
     let (offsets, inverses) = job.int8;
-    let bf16 = |_: usize, x: f32| u64::from(bf16_bits(x));
-    let int8 = |c: usize, x: f32| u64::from(code(x, offsets[c], inverses[c]) as u8 ^ bias);
+    let f32 = |_: usize, x: [f32; LANES]| each_lane(|i| x[i].to_bits());
+    let bf16 = |_: usize, x: [f32; LANES]| each_lane(|i| bf16_bits(x[i]).into());
+    let int8 = |at: usize, x: [f32; LANES]| {
+        let (offset, inverse) = (lanes(offsets, at), lanes(inverses, at));
+        each_lane(|i| u32::from(code(x[i], offset[i], inverse[i]) as u8 ^ bias))
+    };
     match (format, group) {
-        (ValueFormat::F32, _) => interleave::<1, 4>(job, |_, x| u64::from(x.to_bits())),
-        (ValueFormat::Bf16, 2) => interleave::<2, 4>(job, bf16),
-        (ValueFormat::Bf16, _) => interleave::<4, 8>(job, bf16),
-        (ValueFormat::Int8, 4) => interleave::<4, 4>(job, int8),
-        (ValueFormat::Int8, _) => interleave::<8, 8>(job, int8),
+        (ValueFormat::F32, _) => interleave::<1, u32>(job, f32),
+        (ValueFormat::Bf16, 2) => interleave::<2, u32>(job, bf16),
+        (ValueFormat::Bf16, _) => interleave::<4, u64>(job, bf16),
+        (ValueFormat::Int8, 1) => interleave::<1, u8>(job, int8),
+        (ValueFormat::Int8, 4) => interleave::<4, u32>(job, int8),
+        (ValueFormat::Int8, _) => interleave::<8, u64>(job, int8),
     }
 }
 
-/// Groups of `G` rows: for every channel, `BYTES / G` bytes of each row, the first row's first.
-#[inline(always)]
-fn interleave<const G: usize, const BYTES: usize>(
-    job: Spread<'_>,
-    element: impl Fn(usize, f32) -> u64,
-) {
-    let groups = job.rows.chunks(G * job.depth);
-    let outs = job.out.as_chunks_mut::<BYTES>().0.chunks_exact_mut(job.width);
-    for (group, out) in groups.zip(outs) {
-        let mut rows = [&job.fill[job.channels.clone()]; G];
-        for (row, values) in rows.iter_mut().zip(group.chunks_exact(job.depth)) {
-            *row = &values[job.channels.clone()];
-        }
-        for (c, out) in out[..job.channels.len()].iter_mut().enumerate() {
-            let mut word = 0;
-            for (g, row) in rows.iter().enumerate() {
-                word |= element(c, row[c]) << (8 * BYTES / G * g);
+/// What one channel of a group of keys becomes.
+trait Word: Copy + Default + BitOr<Output = Self> + Shl<usize, Output = Self> {
+    /// An element in the lowest bits.
+    fn of(element: u32) -> Self;
+
+    fn write(self, out: &mut [u8]);
+}
+
+macro_rules! words {
+    ($($word:ty),*) => {
+        $(impl Word for $word {
+            #[inline(always)]
+            fn of(element: u32) -> Self {
+                element as Self
             }
-            out.copy_from_slice(&word.to_le_bytes()[..BYTES]);
+
+            #[inline(always)]
+            fn write(self, out: &mut [u8]) {
+                out.copy_from_slice(&self.to_le_bytes());
+            }
+        })*
+    };
+}
+words!(u8, u32, u64);
+
+/// Groups of `G` rows, a word for each channel; the first row is in the lowest bits, which come
+/// first in memory.
+#[inline(always)]
+fn interleave<const G: usize, W: Word>(
+    job: Spread<'_>,
+    elements: impl Fn(usize, [f32; LANES]) -> [u32; LANES],
+) {
+    let known = job.channels.start..job.channels.end.min(job.depth);
+    let groups = job.rows.chunks(G * job.depth);
+    let outs = job.out.chunks_exact_mut(job.channels.len() * size_of::<W>());
+    for (group, out) in groups.zip(outs) {
+        let mut rows = [&job.fill[known.clone()]; G];
+        for (row, values) in rows.iter_mut().zip(group.chunks_exact(job.depth)) {
+            *row = &values[known.clone()];
+        }
+        for (i, out) in out.chunks_exact_mut(LANES * size_of::<W>()).enumerate() {
+            let mut words = [W::default(); LANES];
+            for (g, row) in rows.iter().enumerate() {
+                let elements = elements(i * LANES, lanes(row, i * LANES));
+                let shift = 8 * size_of::<W>() / G * g;
+                words = each_lane(|c| words[c] | W::of(elements[c]) << shift);
+            }
+            for (word, out) in words.iter().zip(out.chunks_exact_mut(size_of::<W>())) {
+                word.write(out);
+            }
         }
     }
 }

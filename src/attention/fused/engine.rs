@@ -11,7 +11,7 @@ use crate::attention::pace::{Pace, Work};
 use crate::attention::scorer::{QueryBlock, ScoreScale, Scorer};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
-use crate::pv::{self, Int8Row, KEY_GROUP, PackedValues, PvKernel, ValueFormat};
+use crate::pv::{self, Int8Run, KEY_GROUP, PackedValues, PvKernel, RUN, ValueFormat};
 use crate::uninit::{overwrite, written};
 use crate::{Error, Result};
 use candle_nn::attention::AttnMask;
@@ -61,7 +61,7 @@ struct Scratch {
     probs: Vec<u16>,
     /// Probabilities in int8, and what they stand for.
     codes: Vec<u8>,
-    rows: Vec<Int8Row>,
+    runs: Vec<Int8Run>,
     sums: Vec<f32>,
 }
 
@@ -224,18 +224,21 @@ impl<'a> Engine<'a> {
         let probs = match self.kernel.format() {
             ValueFormat::F32 => Probs::F32,
             ValueFormat::Bf16 => Probs::Bf16(&mut scratch.probs),
-            ValueFormat::Int8 => Probs::Int8 { codes: &mut scratch.codes, rows: &mut scratch.rows },
+            ValueFormat::Int8 => Probs::Int8 { codes: &mut scratch.codes, runs: &mut scratch.runs },
         };
         let (scores, visible) = (&mut scratch.scores, &scratch.visible_in_tile);
         let tile = Tile { scores, stride, keys: keys.len(), visible, probs };
         softmax_tile(tile, &mut scratch.running);
         scratch.rescale_sums(from.values.width());
-        let Scratch { scores, probs, codes, rows, sums, .. } = &mut *scratch;
+        let Scratch { scores, probs, codes, runs, sums, running, .. } = &mut *scratch;
         let (values, tile) = (&from.values, keys.clone());
         match self.kernel.format() {
             ValueFormat::F32 => values.accumulate_f32(tile, scores, stride, sums),
             ValueFormat::Bf16 => values.accumulate_bf16(tile, probs, stride, sums),
-            ValueFormat::Int8 => values.accumulate_int8(tile, codes, stride, rows, sums),
+            ValueFormat::Int8 => {
+                let runs = &runs[..running.len() * keys.len().div_ceil(RUN)];
+                values.accumulate_int8(tile, codes, stride, runs, sums);
+            }
         }
         self.add_exceptions(values, keys, scratch);
     }
@@ -248,7 +251,13 @@ impl<'a> Engine<'a> {
                 let p = match self.kernel.format() {
                     ValueFormat::F32 => scratch.scores[at],
                     ValueFormat::Bf16 => f32::from_bits(u32::from(scratch.probs[at]) << 16),
-                    ValueFormat::Int8 => f32::from(scratch.codes[at]) * scratch.rows[row].scale,
+                    // Not the code, which may have been rounded to 0, while a NaN must be seen.
+                    ValueFormat::Int8
+                        if scratch.visible_in_tile[row].contains(&(key - keys.start)) =>
+                    {
+                        scratch.running[row].probability(scratch.scores[at])
+                    }
+                    ValueFormat::Int8 => 0.0,
                 };
                 if p != 0.0 {
                     sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
@@ -295,8 +304,7 @@ impl Scratch {
         self.scores.resize(grow, 0.0);
         self.probs.resize(grow, 0);
         self.codes.resize(grow, 0);
-        self.rows.clear();
-        self.rows.resize(rows, Int8Row::default());
+        self.runs.resize(grow.div_ceil(RUN), Int8Run::default());
         self.sums.clear();
         self.sums.resize(rows * width, 0.0);
     }

@@ -59,7 +59,7 @@ unsafe fn add<const R: usize>(tile: PvPanel, vector: usize) {
         for (half, sum) in sums.into_iter().enumerate() {
             // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
             unsafe {
-                let out = tile.sums_of::<f32>(row, vector * LANES + 8 * half);
+                let out = tile.sums_of(row, vector * LANES + 8 * half);
                 _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum));
             }
         }

@@ -56,33 +56,39 @@ unsafe impl PvKernel for Avx2Int8 {
 /// As for [`PvKernel::panel`], with `R` rows and more than `vector` vectors.
 #[target_feature(enable = "avx2")]
 unsafe fn add<const R: usize>(tile: PvPanel, vector: usize) {
-    let mut sums = [[_mm256_setzero_si256(); 2]; R];
     let low_bytes = _mm256_set1_epi16(0xff);
-    for group in 0..tile.groups {
-        // SAFETY: the panel holds `groups` times four keys of `vectors * 16` channels by contract.
-        let v = unsafe {
-            let v = tile.values.add((group * tile.vectors + vector) * LANES * GROUP);
-            [_mm256_loadu_si256(v.cast()), _mm256_loadu_si256(v.add(REGISTER).cast())]
-        };
-        let even = v.map(|v| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v)));
-        let odd = v.map(|v| _mm256_srai_epi16::<8>(v));
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `groups` times four probabilities in each of `R` rows by contract.
-            let p = unsafe { tile.probs_of::<i32>(row).add(group).read_unaligned() };
-            let p = _mm256_set1_epi32(p);
-            let (p_even, p_odd) = (_mm256_and_si256(p, low_bytes), _mm256_srli_epi16::<8>(p));
-            for (half, sum) in sums.iter_mut().enumerate() {
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(p_even, even[half]));
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(p_odd, odd[half]));
+    for (run, groups) in tile.runs(GROUP) {
+        let mut sums = [[_mm256_setzero_si256(); 2]; R];
+        for group in groups {
+            // SAFETY: the panel holds `groups` times four keys of `vectors * 16` channels by
+            // contract.
+            let v = unsafe {
+                let v = tile.values.add((group * tile.vectors + vector) * LANES * GROUP);
+                [_mm256_loadu_si256(v.cast()), _mm256_loadu_si256(v.add(REGISTER).cast())]
+            };
+            let even = v.map(|v| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v)));
+            let odd = v.map(|v| _mm256_srai_epi16::<8>(v));
+            for (row, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: `groups` times four probabilities in each of `R` rows by contract.
+                let p = unsafe { tile.probs_of::<i32>(row).add(group).read_unaligned() };
+                let p = _mm256_set1_epi32(p);
+                let (p_even, p_odd) = (_mm256_and_si256(p, low_bytes), _mm256_srli_epi16::<8>(p));
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(p_even, even[half]));
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(p_odd, odd[half]));
+                }
             }
         }
-    }
-    for (row, sums) in sums.into_iter().enumerate() {
-        for (half, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
-            unsafe {
-                let out = tile.sums_of::<i32>(row, vector * LANES + 8 * half).cast();
-                _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), sum));
+        for (row, sums) in sums.into_iter().enumerate() {
+            // SAFETY: every run of each of `R` rows by contract.
+            let scale = _mm256_set1_ps(unsafe { (*tile.run_of(row, run)).scale });
+            for (half, sum) in sums.into_iter().enumerate() {
+                let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scale);
+                // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
+                unsafe {
+                    let out = tile.sums_of(row, vector * LANES + 8 * half);
+                    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum));
+                }
             }
         }
     }

@@ -57,7 +57,7 @@ unsafe fn add<const R: usize, const V: usize>(tile: PvPanel) {
         for (v, sum) in sums.into_iter().enumerate() {
             // SAFETY: `V` vectors of sums in each of `R` rows by contract.
             unsafe {
-                let out = tile.sums_of::<f32>(row, v * LANES);
+                let out = tile.sums_of(row, v * LANES);
                 _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));
             }
         }

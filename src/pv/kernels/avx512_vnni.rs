@@ -4,6 +4,8 @@
 use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
 use std::arch::x86_64::*;
 
+const GROUP: usize = 4;
+
 pub(crate) struct Avx512Vnni;
 
 // SAFETY: `panel` stays within the lengths of its contract; the instructions are checked.
@@ -17,7 +19,7 @@ unsafe impl PvKernel for Avx512Vnni {
     }
 
     fn group(&self) -> usize {
-        4
+        GROUP
     }
 
     fn is_available(&self) -> bool {
@@ -38,31 +40,36 @@ unsafe impl PvKernel for Avx512Vnni {
 /// As for [`PvKernel::panel`], with `R` rows and `V` vectors.
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn add<const R: usize, const V: usize>(tile: PvPanel) {
-    let mut sums = [[_mm512_setzero_si512(); V]; R];
-    for group in 0..tile.groups {
-        let mut values = [_mm512_setzero_si512(); V];
-        for (v, values) in values.iter_mut().enumerate() {
-            // SAFETY: the panel holds `groups` times four keys of `V` vectors by contract.
-            *values = unsafe {
-                _mm512_loadu_si512(tile.values.cast::<i32>().add((group * V + v) * LANES).cast())
-            };
-        }
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `groups` times four probabilities in each of `R` rows by contract.
-            let p = unsafe { tile.probs_of::<i32>(row).add(group).read_unaligned() };
-            let p = _mm512_set1_epi32(p);
-            for (sum, values) in sums.iter_mut().zip(values) {
-                *sum = _mm512_dpbusd_epi32(*sum, p, values);
+    for (run, groups) in tile.runs(GROUP) {
+        let mut sums = [[_mm512_setzero_si512(); V]; R];
+        for group in groups {
+            let mut values = [_mm512_setzero_si512(); V];
+            for (v, values) in values.iter_mut().enumerate() {
+                // SAFETY: the panel holds `groups` times four keys of `V` vectors by contract.
+                *values = unsafe {
+                    let at = (group * V + v) * LANES;
+                    _mm512_loadu_si512(tile.values.cast::<i32>().add(at).cast())
+                };
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: `groups` times four probabilities in each of `R` rows by contract.
+                let p = unsafe { tile.probs_of::<i32>(row).add(group).read_unaligned() };
+                let p = _mm512_set1_epi32(p);
+                for (sum, values) in sums.iter_mut().zip(values) {
+                    *sum = _mm512_dpbusd_epi32(*sum, p, values);
+                }
             }
         }
-    }
-    for (row, sums) in sums.into_iter().enumerate() {
-        for (v, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `V` vectors of sums in each of `R` rows by contract.
-            unsafe {
-                let out = tile.sums_of::<i32>(row, v * LANES);
-                let old = _mm512_loadu_si512(out.cast());
-                _mm512_storeu_si512(out.cast(), _mm512_add_epi32(old, sum));
+        for (row, sums) in sums.into_iter().enumerate() {
+            // SAFETY: every run of each of `R` rows by contract.
+            let scale = _mm512_set1_ps(unsafe { (*tile.run_of(row, run)).scale });
+            for (v, sum) in sums.into_iter().enumerate() {
+                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+                // SAFETY: `V` vectors of sums in each of `R` rows by contract.
+                unsafe {
+                    let out = tile.sums_of(row, v * LANES);
+                    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));
+                }
             }
         }
     }

@@ -65,7 +65,7 @@ unsafe fn add<const R: usize>(tile: PvPanel, vector: usize) {
         for (quad, sum) in sums.into_iter().enumerate() {
             // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
             unsafe {
-                let out = tile.sums_of::<f32>(row, vector * LANES + 4 * quad);
+                let out = tile.sums_of(row, vector * LANES + 4 * quad);
                 vst1q_f32(out, vaddq_f32(vld1q_f32(out), sum));
             }
         }

@@ -95,7 +95,7 @@ unsafe fn add<const PAIRS: usize>(tile: PvPanel, vector: usize) {
             for (sum, row) in rows_of(left, right).into_iter().zip(2 * pair..tile.rows) {
                 // SAFETY: `vectors * 16` sums in each row by contract.
                 unsafe {
-                    let out = tile.sums_of::<f32>(row, vector * LANES + 4 * quad);
+                    let out = tile.sums_of(row, vector * LANES + 4 * quad);
                     vst1q_f32(out, vaddq_f32(vld1q_f32(out), vreinterpretq_f32_u64(sum)));
                 }
             }

@@ -7,11 +7,12 @@
 //!
 //! Rust's intrinsic is not stable yet, hence the inline assembly for the one instruction.
 
-use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
+use crate::pv::kernel::{Int8Run, LANES, PvKernel, PvPanel, ROWS, ValueFormat};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
 const GROUP: usize = 4;
+const BIAS: u8 = 128;
 /// Registers of 4 lanes in a vector of 16.
 const QUADS: usize = LANES / 4;
 
@@ -32,7 +33,7 @@ unsafe impl PvKernel for NeonDotprod {
     }
 
     fn bias(&self) -> u8 {
-        128
+        BIAS
     }
 
     fn is_available(&self) -> bool {
@@ -73,27 +74,34 @@ fn add_row(sums: &mut [uint32x4_t; QUADS], v: &[uint8x16_t; QUADS], p: uint32x2_
 /// As for [`PvKernel::panel`], with `R` rows and more than `vector` vectors.
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn add<const R: usize>(tile: PvPanel, vector: usize) {
-    let mut sums = [[vdupq_n_u32(0); QUADS]; R];
-    for group in 0..tile.groups {
-        let mut v = [vdupq_n_u8(0); QUADS];
-        for (quad, v) in v.iter_mut().enumerate() {
-            let channel = (group * tile.vectors + vector) * LANES + 4 * quad;
-            // SAFETY: the panel holds `groups` times four keys of `vectors * 16` channels by
-            // contract.
-            *v = unsafe { vld1q_u8(tile.values.add(channel * GROUP)) };
+    for (run, groups) in tile.runs(GROUP) {
+        let mut sums = [[vdupq_n_u32(0); QUADS]; R];
+        for group in groups {
+            let mut v = [vdupq_n_u8(0); QUADS];
+            for (quad, v) in v.iter_mut().enumerate() {
+                let channel = (group * tile.vectors + vector) * LANES + 4 * quad;
+                // SAFETY: the panel holds `groups` times four keys of `vectors * 16` channels by
+                // contract.
+                *v = unsafe { vld1q_u8(tile.values.add(channel * GROUP)) };
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: `groups` times four probabilities in each of `R` rows by contract.
+                let p = unsafe { tile.probs_of::<u32>(row).add(group).read_unaligned() };
+                add_row(sums, &v, vdup_n_u32(p));
+            }
         }
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `groups` times four probabilities in each of `R` rows by contract.
-            let p = unsafe { tile.probs_of::<u32>(row).add(group).read_unaligned() };
-            add_row(sums, &v, vdup_n_u32(p));
-        }
-    }
-    for (row, sums) in sums.into_iter().enumerate() {
-        for (quad, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
-            unsafe {
-                let out = tile.sums_of::<u32>(row, vector * LANES + 4 * quad);
-                vst1q_u32(out, vaddq_u32(vld1q_u32(out), sum));
+        for (row, sums) in sums.into_iter().enumerate() {
+            // SAFETY: every run of each of `R` rows by contract.
+            let Int8Run { scale, codes } = unsafe { *tile.run_of(row, run) };
+            let biased = vdupq_n_u32(codes * u32::from(BIAS));
+            for (quad, sum) in sums.into_iter().enumerate() {
+                let sum = vreinterpretq_s32_u32(vsubq_u32(sum, biased));
+                let sum = vmulq_n_f32(vcvtq_f32_s32(sum), scale);
+                // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
+                unsafe {
+                    let out = tile.sums_of(row, vector * LANES + 4 * quad);
+                    vst1q_f32(out, vaddq_f32(vld1q_f32(out), sum));
+                }
             }
         }
     }

@@ -9,6 +9,8 @@ use crate::pv::kernel::{LANES, PvKernel, PvPanel, ROWS, ValueFormat};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
+const GROUP: usize = 8;
+
 pub(crate) struct NeonI8mm;
 
 // SAFETY: `panel` stays within the lengths of its contract; the instructions are checked.
@@ -22,7 +24,7 @@ unsafe impl PvKernel for NeonI8mm {
     }
 
     fn group(&self) -> usize {
-        8
+        GROUP
     }
 
     fn is_available(&self) -> bool {
@@ -68,31 +70,35 @@ fn usmmla(mut sum: int32x4_t, p: uint8x16_t, v: uint8x16_t) -> int32x4_t {
 /// As for [`PvKernel::panel`], with `2 * PAIRS` rows or one less, and more than `vector` vectors.
 #[target_feature(enable = "neon,i8mm")]
 unsafe fn add<const PAIRS: usize>(tile: PvPanel, vector: usize) {
-    let mut sums = [[vdupq_n_s32(0); COLUMN_PAIRS]; PAIRS];
     let starts = row_pairs::<PAIRS>(&tile);
-    for group in 0..tile.groups {
-        let mut p = [vdupq_n_u8(0); PAIRS];
-        for (p, start) in p.iter_mut().zip(starts) {
-            // SAFETY: `groups` times eight probabilities in each row by contract.
-            *p = unsafe { rows(start, group) };
-        }
-        for column in 0..COLUMN_PAIRS {
-            // SAFETY: the panel holds `groups` times eight keys of `vectors * 16` channels by
-            // contract.
-            let v = unsafe { columns(&tile, group, vector, column) };
-            for (sums, p) in sums.iter_mut().zip(p) {
-                sums[column] = usmmla(sums[column], p, v);
+    for (run, groups) in tile.runs(GROUP) {
+        let mut sums = [[vdupq_n_s32(0); COLUMN_PAIRS]; PAIRS];
+        for group in groups {
+            let mut p = [vdupq_n_u8(0); PAIRS];
+            for (p, start) in p.iter_mut().zip(starts) {
+                // SAFETY: `groups` times eight probabilities in each row by contract.
+                *p = unsafe { rows(start, group) };
+            }
+            for column in 0..COLUMN_PAIRS {
+                // SAFETY: the panel holds `groups` times eight keys of `vectors * 16` channels by
+                // contract.
+                let v = unsafe { columns(&tile, group, vector, column) };
+                for (sums, p) in sums.iter_mut().zip(p) {
+                    sums[column] = usmmla(sums[column], p, v);
+                }
             }
         }
-    }
-    for (pair, sums) in sums.iter().enumerate() {
-        for (quad, sums) in sums.as_chunks::<2>().0.iter().enumerate() {
-            let [left, right] = sums.map(|sum| vreinterpretq_u64_s32(sum));
-            for (sum, row) in rows_of(left, right).into_iter().zip(2 * pair..tile.rows) {
-                // SAFETY: `vectors * 16` sums in each row by contract.
-                unsafe {
-                    let out = tile.sums_of::<i32>(row, vector * LANES + 4 * quad);
-                    vst1q_s32(out, vaddq_s32(vld1q_s32(out), vreinterpretq_s32_u64(sum)));
+        for (pair, sums) in sums.iter().enumerate() {
+            for (quad, sums) in sums.as_chunks::<2>().0.iter().enumerate() {
+                let [left, right] = sums.map(|sum| vreinterpretq_u64_s32(sum));
+                for (sum, row) in rows_of(left, right).into_iter().zip(2 * pair..tile.rows) {
+                    let sum = vcvtq_f32_s32(vreinterpretq_s32_u64(sum));
+                    // SAFETY: every run of each row, and `vectors * 16` sums, by contract.
+                    unsafe {
+                        let sum = vmulq_n_f32(sum, (*tile.run_of(row, run)).scale);
+                        let out = tile.sums_of(row, vector * LANES + 4 * quad);
+                        vst1q_f32(out, vaddq_f32(vld1q_f32(out), sum));
+                    }
                 }
             }
         }

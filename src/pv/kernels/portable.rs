@@ -29,7 +29,7 @@ unsafe impl PvKernel for Portable {
             let (probs, sums) = unsafe {
                 (
                     std::slice::from_raw_parts(panel.probs_of::<f32>(row), panel.groups),
-                    std::slice::from_raw_parts_mut(panel.sums_of::<f32>(row, 0), width),
+                    std::slice::from_raw_parts_mut(panel.sums_of(row, 0), width),
                 )
             };
             for (key, &p) in probs.iter().enumerate() {

@@ -1,8 +1,7 @@
 //! Plain Rust in int8, on every machine.
 
 use crate::pv::kernel::{LANES, PvKernel, PvPanel, ValueFormat};
-
-const GROUP: usize = 4;
+use std::ops::Range;
 
 pub(crate) struct PortableInt8;
 
@@ -17,7 +16,7 @@ unsafe impl PvKernel for PortableInt8 {
     }
 
     fn group(&self) -> usize {
-        GROUP
+        1
     }
 
     fn is_available(&self) -> bool {
@@ -25,26 +24,40 @@ unsafe impl PvKernel for PortableInt8 {
     }
 
     unsafe fn panel(&self, panel: PvPanel) {
-        let width = panel.vectors * LANES;
         for row in 0..panel.rows {
-            // SAFETY: `groups` times four probabilities and `width` sums in each row by contract.
-            let (probs, sums) = unsafe {
-                (
-                    std::slice::from_raw_parts(panel.probs_of::<[u8; GROUP]>(row), panel.groups),
-                    std::slice::from_raw_parts_mut(panel.sums_of::<i32>(row, 0), width),
-                )
-            };
-            for (group, p) in probs.iter().enumerate() {
-                // SAFETY: the panel holds `groups` times four keys of `width` values by contract.
-                let values = unsafe {
-                    let values = panel.values.cast::<[i8; GROUP]>().add(group * width);
-                    std::slice::from_raw_parts(values, width)
-                };
-                for (sum, v) in sums.iter_mut().zip(values) {
-                    let products = p.iter().zip(v).map(|(&p, &v)| i32::from(p) * i32::from(v));
-                    *sum = sum.wrapping_add(products.sum::<i32>());
+            for (run, keys) in panel.runs(1) {
+                for vector in 0..panel.vectors {
+                    // SAFETY: every run of each row, `groups` probabilities and `vectors * LANES`
+                    // sums in it, and `groups` rows of `vectors * LANES` values, by contract.
+                    unsafe { add(&panel, row, vector, run, keys.clone()) };
                 }
             }
         }
+    }
+}
+
+/// Adds one run to 16 channels of one row.
+///
+/// # Safety
+/// `panel` is valid as for [`PvKernel::panel`], and holds the row, the vector, the run and its keys.
+unsafe fn add(panel: &PvPanel, row: usize, vector: usize, run: usize, keys: Range<usize>) {
+    let mut sums = [0i32; LANES];
+    for key in keys {
+        let at = (key * panel.vectors + vector) * LANES;
+        // SAFETY: by contract.
+        let (p, values) = unsafe {
+            (*panel.probs_of::<u8>(row).add(key), &*panel.values.add(at).cast::<[i8; LANES]>())
+        };
+        for (sum, &value) in sums.iter_mut().zip(values) {
+            *sum += i32::from(p) * i32::from(value);
+        }
+    }
+    // SAFETY: by contract.
+    let (scale, out) = unsafe {
+        let out = panel.sums_of(row, vector * LANES).cast::<[f32; LANES]>();
+        ((*panel.run_of(row, run)).scale, &mut *out)
+    };
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out += sum as f32 * scale;
     }
 }

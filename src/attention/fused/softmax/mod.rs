@@ -9,7 +9,7 @@ mod portable;
 
 pub(super) use portable::exp2;
 
-use crate::pv::{Int8Row, KEY_GROUP};
+use crate::pv::{Int8Run, KEY_GROUP, RUN};
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -34,11 +34,11 @@ pub(super) enum Probs<'a> {
     F32,
     /// Rounded to bf16.
     Bf16(&'a mut [u16]),
-    /// Rounded to 1/255 of the row's largest in the tile.
+    /// Rounded to 1/255 of the largest of a run of [`RUN`] keys.
     Int8 {
         codes: &'a mut [u8],
-        /// What the codes of each row stand for.
-        rows: &'a mut [Int8Row],
+        /// What the codes stand for: all runs of a row before those of the next.
+        runs: &'a mut [Int8Run],
     },
 }
 
@@ -70,7 +70,7 @@ trait SoftmaxKernel: Sync {
     fn exp_bf16(&self, scores: &[f32], max: f32, probs: &mut [u16]) -> f32;
 
     /// Writes `255 * 2^(score - max)` rounded; returns the sum of these codes, or NaN if there is a
-    /// NaN. The sum is exact up to 65,793 scores.
+    /// NaN.
     fn exp_int8(&self, scores: &[f32], max: f32, codes: &mut [u8]) -> f32;
 }
 
@@ -110,8 +110,7 @@ fn softmax_tile_with(kernel: &dyn SoftmaxKernel, mut tile: Tile<'_>, running: &m
     for (row, running) in running.iter_mut().enumerate() {
         let Range { start, end } = tile.visible[row].clone();
         let scores = &mut tile.scores[row * tile.stride..][..padded];
-        let tile_max = kernel.max(&scores[start..end]);
-        let max = running.advance(tile_max, &scores[start..end]);
+        let max = running.advance(kernel.max(&scores[start..end]), &scores[start..end]);
         let sum = match &mut tile.probs {
             Probs::F32 => {
                 scores[..start].fill(0.0);
@@ -124,37 +123,66 @@ fn softmax_tile_with(kernel: &dyn SoftmaxKernel, mut tile: Tile<'_>, running: &m
                 probs[end..].fill(0);
                 kernel.exp_bf16(&scores[start..end], max, &mut probs[start..end])
             }
-            Probs::Int8 { codes, rows } => {
+            Probs::Int8 { codes, runs } => {
                 let codes = &mut codes[row * tile.stride..][..padded];
                 codes[..start].fill(0);
                 codes[end..].fill(0);
-                // The tile's own maximum gives all of its codes a use.
-                let (top, scale) = match tile_max == f32::NEG_INFINITY {
-                    true => (0.0, 0.0),
-                    false => (tile_max, exp2(tile_max - max) / CODES),
-                };
-                let sum = kernel.exp_int8(&scores[start..end], top, &mut codes[start..end]);
-                rows[row] = Int8Row { scale, codes: sum as u32 };
-                sum * scale
+                let per_row = tile.keys.div_ceil(RUN);
+                let runs = &mut runs[row * per_row..][..per_row];
+                int8_row(kernel, (&scores[..end], start), max, codes, runs)
             }
         };
         running.sum = running.sum * running.rescale + sum;
     }
 }
 
+/// Writes codes for the scores from `start` on, and what they stand for, run by run; returns the
+/// sum of what they stand for.
+fn int8_row(
+    kernel: &dyn SoftmaxKernel,
+    (scores, start): (&[f32], usize),
+    max: f32,
+    codes: &mut [u8],
+    runs: &mut [Int8Run],
+) -> f32 {
+    let mut sum = 0.0;
+    for (i, run) in runs.iter_mut().enumerate() {
+        let end = (i * RUN + RUN).min(scores.len());
+        let keys = (i * RUN).max(start).min(end)..end;
+        // The run's own maximum gives all of its codes a use.
+        let run_max = kernel.max(&scores[keys.clone()]);
+        let (top, scale) = match run_max == f32::NEG_INFINITY {
+            true => (0.0, 0.0),
+            false => (run_max, exp2(run_max - max) / CODES),
+        };
+        let codes = kernel.exp_int8(&scores[keys.clone()], top, &mut codes[keys]);
+        *run = Int8Run { scale, codes: codes as u32 };
+        sum += codes * scale;
+    }
+    sum
+}
+
 impl Running {
+    /// What `score` adds to the sum.
+    pub(super) fn probability(&self, score: f32) -> f32 {
+        exp2(score - self.max_or_zero())
+    }
+
+    /// Any finite maximum gives zeros for minus infinity, without the NaN of -inf - (-inf).
+    fn max_or_zero(&self) -> f32 {
+        if self.max == f32::NEG_INFINITY { 0.0 } else { self.max }
+    }
+
     /// Takes in the maximum of a tile; returns what to subtract from its scores.
     fn advance(&mut self, tile_max: f32, scores: &[f32]) -> f32 {
-        let max = if tile_max > self.max { tile_max } else { self.max };
-        let nothing_seen = max == f32::NEG_INFINITY;
-        if nothing_seen && scores.iter().any(|x| x.is_nan()) {
+        let old = self.max;
+        self.max = if tile_max > old { tile_max } else { old };
+        if self.max == f32::NEG_INFINITY && scores.iter().any(|x| x.is_nan()) {
             self.sum = f32::NAN;
         }
-        // Any finite maximum gives zeros for minus infinity, without the NaN of -inf - (-inf).
-        let max_or_zero = if nothing_seen { 0.0 } else { max };
-        self.rescale = if max == self.max { 1.0 } else { exp2(self.max - max_or_zero) };
-        self.max = max;
-        max_or_zero
+        let subtract = self.max_or_zero();
+        self.rescale = if self.max == old { 1.0 } else { exp2(old - subtract) };
+        subtract
     }
 }
 
@@ -240,11 +268,11 @@ mod tests {
             buffer.resize(keys.len().next_multiple_of(KEY_GROUP), 123.0);
             let stride = buffer.len();
             let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
-            let mut rows = [Int8Row::default()];
+            let mut runs = vec![Int8Run::default(); keys.len().div_ceil(RUN)];
             let probs = match format {
                 ValueFormat::F32 => Probs::F32,
                 ValueFormat::Bf16 => Probs::Bf16(&mut halves),
-                ValueFormat::Int8 => Probs::Int8 { codes: &mut codes, rows: &mut rows },
+                ValueFormat::Int8 => Probs::Int8 { codes: &mut codes, runs: &mut runs },
             };
             let inside = clamp(visible.start)..clamp(visible.end);
             let (scores, visible) = (&mut buffer, std::slice::from_ref(&inside));
@@ -255,9 +283,12 @@ mod tests {
                 ValueFormat::F32 => buffer,
                 ValueFormat::Bf16 => halves.iter().map(|&half| from_bf16(half)).collect(),
                 ValueFormat::Int8 => {
-                    let sum: u32 = codes.iter().map(|&code| u32::from(code)).sum();
-                    assert!(running[0].sum.is_nan() || rows[0].codes == sum, "{sum} {rows:?}");
-                    codes.iter().map(|&code| f32::from(code) * rows[0].scale).collect()
+                    let real = codes.chunks(RUN).zip(&runs).flat_map(|(codes, run)| {
+                        let sum: u32 = codes.iter().map(|&code| u32::from(code)).sum();
+                        assert!(running[0].sum.is_nan() || run.codes == sum, "{sum} {run:?}");
+                        codes.iter().map(|&code| f32::from(code) * run.scale)
+                    });
+                    real.collect()
                 }
             };
             assert!(written[keys.len()..].iter().all(|&p| p == 0.0), "zeros fill the last group");

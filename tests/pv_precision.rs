@@ -1,0 +1,105 @@
+//! The rule that chose the default P·V precision: the fastest whose attention output stays within
+//! 1.5 times the error that int8 scores alone cause. Measured on the queries, keys and values of a
+//! real encoder over real prose; from fast to slow: int8, bf16, f32.
+
+use candle_core::{Device, Tensor};
+use candle_int8_attention::models::{ModelFiles, TextEncoder};
+use candle_int8_attention::{
+    AttentionConfig, AttnMask, Backend, Int8Config, PvPrecision, attention,
+};
+use std::path::{Path, PathBuf};
+
+type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+/// How much more error than from the scores alone the default may have.
+const ALLOWED: f64 = 1.5;
+
+fn config(pv: PvPrecision) -> AttentionConfig {
+    let backend = Backend::Int8(Int8Config { pv, ..Int8Config::default() });
+    AttentionConfig { backend, ..AttentionConfig::default() }
+}
+
+/// The shipped encoder, and any other that `CANDLE_INT8_TEST_MODEL` names.
+fn encoders() -> TestResult<Vec<(PathBuf, TextEncoder)>> {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/paraphrase-MiniLM-L3-v2");
+    let other = std::env::var_os("CANDLE_INT8_TEST_MODEL").map(PathBuf::from);
+    let folders = std::iter::once(shipped).chain(other);
+    let load = |folder: PathBuf| -> TestResult<(PathBuf, TextEncoder)> {
+        let encoder = TextEncoder::load(&ModelFiles::from_dir(&folder)?, &Device::Cpu)?;
+        Ok((folder, encoder))
+    };
+    folders.map(load).collect()
+}
+
+/// Queries, keys and values of every layer in fp32, over a page and its first paragraphs.
+fn blocks(encoder: &mut TextEncoder) -> TestResult<Vec<[Tensor; 3]>> {
+    let text = include_str!("../examples/data/pride-and-prejudice.txt");
+    encoder.model.set_attention(&AttentionConfig::fp32());
+    let mut blocks = Vec::new();
+    for passage in [text, &text[..text.len() / 4]] {
+        let batch = encoder.tokenize(&[passage])?;
+        let mut hidden = encoder.model.embed(&batch.input_ids, None)?;
+        for layer in encoder.model.layers() {
+            let (q, k, v) = layer.qkv(&hidden)?;
+            hidden = layer.forward(&hidden, &AttnMask::None)?;
+            blocks.push([q, k, v]);
+        }
+    }
+    Ok(blocks)
+}
+
+/// The root mean square of the error of each block's output, against fp32.
+fn errors(blocks: &[[Tensor; 3]], pv: PvPrecision) -> TestResult<Vec<f64>> {
+    let error = |[q, k, v]: &[Tensor; 3]| -> TestResult<f64> {
+        let exact = attention(q, k, v, &AttnMask::None, &AttentionConfig::fp32())?;
+        let found = attention(q, k, v, &AttnMask::None, &config(pv))?;
+        Ok((found - exact)?.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt().into())
+    };
+    blocks.iter().map(error).collect()
+}
+
+/// By how much `errors` exceed those of the scores: the geometric mean, and the worst block.
+fn ratios(errors: &[f64], scores: &[f64]) -> (f64, f64) {
+    let ratios: Vec<f64> = errors.iter().zip(scores).map(|(e, s)| e / s).collect();
+    let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
+    (mean, ratios.iter().copied().fold(0.0, f64::max))
+}
+
+fn has_bf16() -> bool {
+    let x = Tensor::zeros((1, 1, 1, 1), candle_core::DType::F32, &Device::Cpu).expect("a tensor");
+    attention(&x, &x, &x, &AttnMask::None, &config(PvPrecision::Bf16)).is_ok()
+}
+
+#[test]
+fn the_default_is_the_fastest_within_the_error_allowed() -> TestResult {
+    let bf16 = has_bf16();
+    if !bf16 {
+        eprintln!("NOT RUN: P·V in bf16 (this machine does not multiply it)");
+    }
+    for (folder, mut encoder) in encoders()? {
+        let blocks = blocks(&mut encoder)?;
+        let scores = errors(&blocks, PvPrecision::F32)?;
+        let report = |pv: PvPrecision| -> TestResult<f64> {
+            let (mean, worst) = ratios(&errors(&blocks, pv)?, &scores);
+            eprintln!("{}: {pv:?} {mean:.3}, worst layer {worst:.3}", folder.display());
+            Ok(worst)
+        };
+        let int8 = report(PvPrecision::Int8)?;
+        assert!(int8 > ALLOWED, "int8 would be the default: {int8}");
+        let chosen = if bf16 {
+            let bf16 = report(PvPrecision::Bf16)?;
+            assert!(bf16 <= ALLOWED, "bf16 must not be the default: {bf16}");
+            PvPrecision::Bf16
+        } else {
+            PvPrecision::F32
+        };
+        let [q, k, v] = &blocks[0];
+        let outputs = [PvPrecision::Auto, chosen].map(|pv| -> TestResult<Vec<f32>> {
+            let out = attention(q, k, v, &AttnMask::None, &config(pv))?;
+            Ok(out.flatten_all()?.to_vec1()?)
+        });
+        let [default, chosen] = outputs;
+        assert!(default? == chosen?, "Auto is not the precision chosen");
+    }
+    Ok(())
+}
