@@ -46,9 +46,9 @@ fn quantize_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], out: BlockC
     out.zeros.fill(0);
     for start in (0..rows.count()).step_by(LANES) {
         let count = LANES.min(rows.count() - start);
-        let mut folded = [_mm512_setzero_si512(); LANES];
+        let mut folded = [_mm512_setzero_ps(); LANES];
         for (i, max) in folded[..count].iter_mut().enumerate() {
-            *max = row(start + i).max_magnitude();
+            *max = _mm512_castsi512_ps(row(start + i).max_magnitude());
         }
         let (scales, reciprocals, finite) = scales(fold_max(folded));
         let (mut scale, mut reciprocal) = ([0f32; LANES], [0f32; LANES]);
@@ -59,11 +59,12 @@ fn quantize_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], out: BlockC
         }
         for i in 0..count {
             let codes = &mut out.codes[(start + i) * depth..(start + i + 1) * depth];
-            folded[i] = row(start + i).quantize::<true>(scale[i], reciprocal[i], codes);
+            let sums = row(start + i).quantize::<true>(scale[i], reciprocal[i], codes);
+            folded[i] = _mm512_castsi512_ps(sums);
         }
         for i in (0..count).filter(|i| finite >> i & 1 == 0) {
             out.codes[(start + i) * depth..(start + i + 1) * depth].fill(0);
-            (folded[i], scale[i]) = (_mm512_setzero_si512(), f32::NAN);
+            (folded[i], scale[i]) = (_mm512_setzero_ps(), f32::NAN);
         }
         out.scales[start..start + count].copy_from_slice(&scale[..count]);
         let mut sums = [0i32; LANES];
@@ -212,46 +213,61 @@ fn store(codes: __m128i, to: &mut [i8]) {
     }
 }
 
-/// `fold!(vectors, op, ..)`: lane `i` of the result is `op` over all lanes of vector `i`. Each
-/// level halves the vectors: first within 128 bits, then across them.
+/// `fold!(vectors, op)`: lane `i` of the result is `op` over all lanes of vector `i`. Each level
+/// halves the vectors: first within 128 bits, then across them. A macro over plain loops, because a
+/// closure (that of `map` too) is not inlined for certain, and then is compiled without AVX-512.
 macro_rules! fold {
-    ($vectors:expr, $op:expr, $to:ident, $from:ident) => {{
-        let v = $vectors.map(|v| $to(v));
-        let op = |a, b| $to($op($from(a), $from(b)));
-        let pairs: [__m512; 8] = std::array::from_fn(|i| {
+    ($vectors:expr, $op:ident) => {{
+        let v: [__m512; LANES] = $vectors;
+        let mut pairs = [_mm512_setzero_ps(); 8];
+        for (i, pair) in pairs.iter_mut().enumerate() {
             let (a, b) = (v[2 * i], v[2 * i + 1]);
-            op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
-        });
-        let quads: [__m512; 4] = std::array::from_fn(|i| {
+            *pair = $op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        let mut quads = [_mm512_setzero_ps(); 4];
+        for (i, quad) in quads.iter_mut().enumerate() {
             let (a, b) = (_mm512_castps_pd(pairs[2 * i]), _mm512_castps_pd(pairs[2 * i + 1]));
             let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-            op(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
-        });
-        let halves = |a, b| {
-            let (even, odd) =
-                (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-            op(even, odd)
-        };
-        $from(halves(halves(quads[0], quads[1]), halves(quads[2], quads[3])))
+            *quad = $op(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+        }
+        let mut halves = [_mm512_setzero_ps(); 2];
+        for (i, half) in halves.iter_mut().enumerate() {
+            let (a, b) = (quads[2 * i], quads[2 * i + 1]);
+            *half = $op(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        }
+        let [a, b] = halves;
+        $op(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
     }};
 }
 
+/// The larger of two magnitudes' bits.
 #[target_feature(enable = "avx512f")]
-fn same(x: __m512) -> __m512 {
-    x
+#[inline]
+fn max_bits(a: __m512, b: __m512) -> __m512 {
+    _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+}
+
+/// Sums of integers.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn add_integers(a: __m512, b: __m512) -> __m512 {
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 }
 
 #[target_feature(enable = "avx512f")]
-fn fold_max(v: [__m512i; LANES]) -> __m512i {
-    fold!(v, |a, b| _mm512_max_epu32(a, b), _mm512_castsi512_ps, _mm512_castps_si512)
+#[inline]
+fn fold_max(v: [__m512; LANES]) -> __m512i {
+    _mm512_castps_si512(fold!(v, max_bits))
 }
 
 #[target_feature(enable = "avx512f")]
-fn fold_sum(v: [__m512i; LANES]) -> __m512i {
-    fold!(v, |a, b| _mm512_add_epi32(a, b), _mm512_castsi512_ps, _mm512_castps_si512)
+#[inline]
+fn fold_sum(v: [__m512; LANES]) -> __m512i {
+    _mm512_castps_si512(fold!(v, add_integers))
 }
 
 #[target_feature(enable = "avx512f")]
+#[inline]
 fn fold_add(v: [__m512; LANES]) -> __m512 {
-    fold!(v, |a, b| _mm512_add_ps(a, b), same, same)
+    fold!(v, _mm512_add_ps)
 }
