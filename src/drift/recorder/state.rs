@@ -10,8 +10,8 @@ pub(crate) struct Stage {
     pub pooled: ErrorSums,
     /// One signal-to-noise ratio a passage.
     pub sqnr_db: Summary,
-    /// One cosine a passage.
-    pub cosine: Summary,
+    /// `1 - cosine`, one a passage: cosines so near to 1 that the spread would drown in them.
+    pub cosine_loss: Summary,
 }
 
 impl Stage {
@@ -19,13 +19,13 @@ impl Stage {
     pub fn push(&mut self, passage: &ErrorSums) {
         self.pooled.merge(passage);
         self.sqnr_db.push(passage.sqnr_db());
-        self.cosine.push(passage.cosine());
+        self.cosine_loss.push(1.0 - passage.cosine());
     }
 
     pub fn merge(&mut self, other: &Self) {
         self.pooled.merge(&other.pooled);
         self.sqnr_db.merge(&other.sqnr_db);
-        self.cosine.merge(&other.cosine);
+        self.cosine_loss.merge(&other.cosine_loss);
     }
 }
 
