@@ -1,14 +1,16 @@
 //! Keys and values of past tokens in int8, for models that generate token by token.
 //!
 //! * `config` says what can be chosen; `head` is the storage of one head, in pages; `values` the
-//!   formats of values and their product with probabilities.
-//! * `attend` is attention over the pages, `span` its work on one run of keys.
+//!   formats of values.
+//! * `attend` is attention over the pages, `span` its work on one run of keys, `product` that of
+//!   probabilities and values.
 //! * `file` is how a cache is saved, `stored` what of a head is.
 
 mod attend;
 mod config;
 mod file;
 mod head;
+mod product;
 mod span;
 mod stored;
 mod values;

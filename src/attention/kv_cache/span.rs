@@ -2,7 +2,7 @@
 
 use super::attend::{Block, Engine, Span};
 use super::head::{PAGE, Rows};
-use super::values::accumulate_f32;
+use super::product::product_f32;
 use crate::attention::fused::softmax_alone;
 use crate::gemm::{self, ScoreScales};
 use crate::quant::rows::{self, dots};
@@ -82,7 +82,7 @@ impl Partial {
 
     /// Adds values that are kept in f32, multiplied by their probabilities.
     fn add_rows(&mut self, rows: &Rows, probs: &[f32], stride: usize) {
-        accumulate_f32(&rows.values, self.value_dim, probs, stride, &mut self.sums);
+        product_f32(&rows.values, self.value_dim, probs, stride, &mut self.sums);
     }
 
     /// Adds another span.

@@ -1,19 +1,14 @@
-//! Values of a page, row-major in two bytes or one, and their product with probabilities.
+//! Values of a page: row-major, in two bytes an element or one.
 
 use super::config::CacheValues;
+use super::product::{Format, product};
 use crate::aligned::AlignedBytes;
 use crate::pv::bf16_bits;
 use crate::quant::Scheme;
-use crate::quant::rows::{self, BlockCodes, RowParams, quantize_block};
-use crate::simd::LANES;
+use crate::quant::rows::{BlockCodes, RowParams, Rows, quantize_block};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
-
-/// Rows of probabilities that share one pass over the values.
-const ROWS: usize = 4;
-/// Vectors of channels whose sums are in registers at a time.
-const VECTORS: usize = 4;
 
 /// The values of some tokens, `[slots, Dv]`.
 #[derive(Clone)]
@@ -120,7 +115,7 @@ impl Values {
                     sums: &mut [0],
                 };
                 let (rows, params) =
-                    (rows::Rows::contiguous(row, row.len()), RowParams::Own(Scheme::Symmetric));
+                    (Rows::contiguous(row, row.len()), RowParams::Own(Scheme::Symmetric));
                 quantize_block(rows, None, params, codes_out);
                 out.iter_mut().zip(codes).for_each(|(out, code)| *out = code as u8);
             }
@@ -188,173 +183,13 @@ impl Values {
             }
         }
         let bytes = &self.bytes.as_slice()[..slots * self.dim * self.format.size()];
-        match self.format {
-            CacheValues::F16 => product::<F16>(bytes.as_chunks().0, self.dim, probs, stride, sums),
-            CacheValues::Bf16 => {
-                product::<Bf16>(bytes.as_chunks().0, self.dim, probs, stride, sums);
-            }
-            CacheValues::Int8 => product::<Int8>(bytes, self.dim, probs, stride, sums),
-        }
+        let format = match self.format {
+            CacheValues::F16 => Format::F16,
+            CacheValues::Bf16 => Format::Bf16,
+            CacheValues::Int8 => Format::Int8,
+        };
+        product(format, bytes, self.dim, probs, stride, sums);
     }
-}
-
-/// `sums[r, c] += sum_j probs[r, j] * values[j, c]` for f32 values `[keys, dim]`.
-pub(super) fn accumulate_f32(
-    values: &[f32],
-    dim: usize,
-    probs: &[f32],
-    stride: usize,
-    sums: &mut [f32],
-) {
-    product::<F32>(values, dim, probs, stride, sums);
-}
-
-/// How an element is stored.
-trait Element {
-    type Stored: Copy;
-
-    fn decode(stored: Self::Stored) -> f32;
-}
-
-struct F32;
-
-impl Element for F32 {
-    type Stored = f32;
-
-    #[inline(always)]
-    fn decode(stored: f32) -> f32 {
-        stored
-    }
-}
-
-struct Bf16;
-
-impl Element for Bf16 {
-    type Stored = [u8; 2];
-
-    #[inline(always)]
-    fn decode(stored: [u8; 2]) -> f32 {
-        f32::from_bits(u32::from(u16::from_le_bytes(stored)) << 16)
-    }
-}
-
-struct F16;
-
-impl Element for F16 {
-    type Stored = [u8; 2];
-
-    /// Without the conversion instruction, which plain Rust cannot ask for. The bits of exponent and
-    /// mantissa moved into their places in an f32 are the number times `2^-112`; subnormal ones
-    /// become normal by the multiplication. Infinities and NaN are never stored.
-    #[inline(always)]
-    fn decode(stored: [u8; 2]) -> f32 {
-        const SCALE: f32 = f32::from_bits((127 + 112) << 23);
-        let bits = u32::from(u16::from_le_bytes(stored));
-        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * SCALE;
-        f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
-    }
-}
-
-struct Int8;
-
-impl Element for Int8 {
-    type Stored = u8;
-
-    #[inline(always)]
-    fn decode(stored: u8) -> f32 {
-        f32::from(stored as i8)
-    }
-}
-
-/// Row-major values, and rows of probabilities for them.
-struct Product<'a, T> {
-    values: &'a [T],
-    dim: usize,
-    probs: &'a [f32],
-    stride: usize,
-    sums: &'a mut [f32],
-}
-
-fn product<E: Element>(
-    values: &[E::Stored],
-    dim: usize,
-    probs: &[f32],
-    stride: usize,
-    sums: &mut [f32],
-) {
-    let blocks = sums.chunks_mut(ROWS * dim.max(1)).zip(probs.chunks(ROWS * stride.max(1)));
-    for (sums, probs) in blocks {
-        let job = Product { values, dim, probs, stride, sums };
-        match job.sums.len() / dim {
-            4 => in_registers::<E, 4>(job),
-            3 => in_registers::<E, 3>(job),
-            2 => in_registers::<E, 2>(job),
-            _ => in_registers::<E, 1>(job),
-        }
-    }
-}
-
-fn in_registers<E: Element, const R: usize>(job: Product<'_, E::Stored>) {
-    struct Job<'a, E: Element, const R: usize>(Product<'a, E::Stored>);
-    impl<E: Element, const R: usize> pulp::WithSimd for Job<'_, E, R> {
-        type Output = ();
-
-        #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) {
-            product_body::<E, R>(self.0);
-        }
-    }
-    pulp::Arch::new().dispatch(Job::<E, R>(job));
-}
-
-#[inline(always)]
-fn product_body<E: Element, const R: usize>(mut job: Product<'_, E::Stored>) {
-    let whole = job.dim / LANES * LANES;
-    let mut start = 0;
-    while start < whole {
-        match (whole - start) / LANES {
-            1 => start += channels::<E, R, 1>(&mut job, start),
-            2 => start += channels::<E, R, 2>(&mut job, start),
-            3 => start += channels::<E, R, 3>(&mut job, start),
-            _ => start += channels::<E, R, VECTORS>(&mut job, start),
-        }
-    }
-    for channel in whole..job.dim {
-        for row in 0..R {
-            let values = job.values[channel..].iter().step_by(job.dim);
-            let terms = values.zip(&job.probs[row * job.stride..]).map(|(x, p)| p * E::decode(*x));
-            job.sums[row * job.dim + channel] += terms.sum::<f32>();
-        }
-    }
-}
-
-/// Adds to `V * 16` channels of `R` rows; returns how many channels that are.
-#[inline(always)]
-fn channels<E: Element, const R: usize, const V: usize>(
-    job: &mut Product<'_, E::Stored>,
-    start: usize,
-) -> usize {
-    let mut sums = [[[0f32; LANES]; V]; R];
-    for (key, row) in job.values.chunks_exact(job.dim).enumerate() {
-        let values = &row[start..start + V * LANES].as_chunks::<LANES>().0[..V];
-        let mut p = [0f32; R];
-        for (r, p) in p.iter_mut().enumerate() {
-            *p = job.probs[r * job.stride + key];
-        }
-        for (v, values) in values.iter().enumerate() {
-            for i in 0..LANES {
-                let x = E::decode(values[i]);
-                for r in 0..R {
-                    sums[r][v][i] += p[r] * x;
-                }
-            }
-        }
-    }
-    for (r, sums) in sums.iter().enumerate() {
-        let out = &mut job.sums[r * job.dim + start..][..V * LANES];
-        out.iter_mut().zip(sums.as_flattened()).for_each(|(out, sum)| *out += sum);
-    }
-    V * LANES
 }
 
 #[cfg(test)]
@@ -403,17 +238,6 @@ mod tests {
                         assert!(error <= bound, "{format:?} {dim} {rows} {i}: {error} {bound}");
                     }
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn every_f16_is_decoded() {
-        for bits in 0..=u16::MAX {
-            let exact = f16::from_bits(bits);
-            if exact.is_finite() {
-                let found = F16::decode(bits.to_le_bytes());
-                assert_eq!(found.to_bits(), exact.to_f32().to_bits(), "{bits:#x}");
             }
         }
     }
