@@ -76,6 +76,11 @@ fn a_budget_is_kept_and_written_or_neither() {
     let written: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     assert_eq!(written["layers"].as_array().unwrap().len(), 3);
     assert_eq!(written["about"]["budget"]["attention-output"], 40.0);
+    let similarity = json("sentence_similarity", &["--layers", file.to_str().unwrap()]);
+    assert!(similarity["min_cosine"].as_f64().unwrap() > 0.999, "{similarity}");
+    assert_eq!(similarity["config"], format!("layers as in {}", file.display()));
+    let other = ["--layers", file.to_str().unwrap(), "--scheme", "affine"];
+    assert_eq!(run("sentence_similarity", &other).status.code(), Some(2), "not both");
     std::fs::remove_file(&file).unwrap();
 
     // A margin below zero promises what the text cannot keep: cheapest settings, whatever comes.

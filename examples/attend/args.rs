@@ -29,7 +29,7 @@ pub struct Args {
     #[arg(long, requires = "output")]
     pub save_scores: bool,
 
-    /// Print JSON; an infinite ratio (no difference at all) is null
+    /// Print JSON; a number that is infinite (no difference at all) or undefined is null
     #[arg(long)]
     pub json: bool,
 

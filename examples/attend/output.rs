@@ -1,5 +1,6 @@
 //! The output file: complete, or not there.
 
+use crate::common::output::folder;
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 use std::collections::HashMap;
@@ -25,10 +26,6 @@ impl Output {
         );
         let same = input.canonicalize().is_ok_and(|input| input == *path);
         ensure!(!same, "cannot write {path:?}: it is the input");
-        let folder = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
         let mut builder = tempfile::Builder::new();
         builder.prefix(".attend-").suffix(".tmp");
         #[cfg(unix)]
@@ -37,7 +34,7 @@ impl Output {
             // As for any other new file; the umask takes its part.
             builder.permissions(std::fs::Permissions::from_mode(0o666));
         }
-        let file = builder.tempfile_in(folder).with_context(cannot)?;
+        let file = builder.tempfile_in(folder(path)).with_context(cannot)?;
         Ok(Self { path: path.clone(), file })
     }
 

@@ -31,6 +31,7 @@ use candle_int8_attention::models::{
 };
 use candle_int8_attention::quant::{ObserverKind, Scheme};
 use common::model::ModelArgs;
+use common::output::check_writable;
 use common::passages::{PassageArgs, Passages};
 use common::print::{finish, parse};
 use report::Report;
@@ -103,6 +104,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<String> {
     let loaded = args.ranges.as_ref().map(Calibration::load).transpose()?;
+    args.output.as_deref().map(check_writable).transpose()?;
     let (mut encoder, name) = args.model.encoder()?;
     let passages = args.text.read(&encoder)?;
     let model = &mut encoder.model;

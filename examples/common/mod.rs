@@ -7,6 +7,7 @@
 pub mod config;
 pub mod llama;
 pub mod model;
+pub mod output;
 pub mod passages;
 pub mod print;
 pub mod windows;

@@ -27,6 +27,7 @@ use anyhow::Result;
 use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
 use clap::{ArgGroup, Parser};
 use common::model::ModelArgs;
+use common::output::check_writable;
 use common::passages::PassageArgs;
 use common::print::{finish, parse};
 use report::Report;
@@ -51,7 +52,7 @@ struct Args {
     attention: Option<f64>,
 
     /// Aim this many dB above the budget: other text drifts a little more
-    #[arg(long, value_name = "DB", default_value = "0.5", allow_negative_numbers = true)]
+    #[arg(long, value_name = "DB", default_value = "1", allow_negative_numbers = true)]
     margin: f64,
 
     /// Time every setting this often; the fastest counts
@@ -94,6 +95,7 @@ fn run(args: &Args) -> Result<(Report, String)> {
         (Some(db), _) => Budget::Embedding(db),
         (None, db) => Budget::AttentionOutput(db.unwrap_or_default()),
     };
+    args.output.as_deref().map(check_writable).transpose()?;
     let (mut encoder, model) = args.model.encoder()?;
     let passages = args.text.read(&encoder)?;
     let config =

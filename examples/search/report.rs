@@ -86,13 +86,13 @@ impl Report {
     }
 
     fn layers(&self) -> comfy_table::Table {
-        let mut table = table(&["", "ms", "fp32 ms", "SQNR dB", "worst head", "setting"]);
+        let mut table = table(&["layer", "ms", "fp32 ms", "SQNR dB", "worst head", "setting"]);
         if let Some(column) = table.column_mut(5) {
             column.set_cell_alignment(comfy_table::CellAlignment::Left);
         }
         for (index, layer) in self.found.layers.iter().enumerate() {
             table.add_row([
-                format!("layer {index}"),
+                index.to_string(),
                 format!("{:.2}", 1e3 * layer.seconds),
                 format!("{:.2}", 1e3 * layer.fp32_seconds),
                 decibel(self.found.promised.layer_sqnr_db[index]),

@@ -6,6 +6,7 @@
 //! ```text
 //! cargo run --release --example sentence_similarity
 //! cargo run --release --example sentence_similarity -- --pairs my-pairs.tsv --json
+//! cargo run --release --example sentence_similarity -- --layers found-by-search.json
 //! ```
 //!
 //! A line of the file is `score<TAB>sentence<TAB>sentence`, or `sentence<TAB>sentence` for a pair
@@ -21,6 +22,7 @@ mod report;
 use anyhow::Result;
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::metrics::cosine;
+use candle_int8_attention::models::LayerSettings;
 use clap::Parser;
 use common::config::{Int8Args, describe};
 use common::model::ModelArgs;
@@ -44,6 +46,10 @@ struct Args {
     #[arg(long)]
     json: bool,
 
+    /// Take the attention of each layer from this file, which `search` writes
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["QuantArgs", "output"])]
+    layers: Option<PathBuf>,
+
     #[command(flatten)]
     model: ModelArgs,
 
@@ -66,7 +72,16 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     let (mut encoder, model) = args.model.encoder()?;
     encoder.model.set_attention(&AttentionConfig::fp32());
     let fp32 = corpus.embed(&encoder)?;
-    encoder.model.set_attention(&args.int8.attention());
+    let config = match &args.layers {
+        Some(file) => {
+            LayerSettings::load(file)?.apply(&mut encoder.model)?;
+            format!("layers as in {}", file.display())
+        }
+        None => {
+            encoder.model.set_attention(&args.int8.attention());
+            describe(&args.int8.scores())
+        }
+    };
     let int8 = corpus.embed(&encoder)?;
 
     let min_cosine = fp32.iter().zip(&int8).map(|(a, b)| cosine(a, b)).fold(1.0, f64::min);
@@ -79,7 +94,7 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
         .collect();
     let subject = Subject {
         model,
-        config: describe(&args.int8.scores()),
+        config,
         sentences: corpus.len(),
         sentences_cut: corpus.cut(&encoder)?,
         min_cosine,

@@ -59,6 +59,10 @@ pub(super) fn read_text(what: &'static str, path: &Path) -> Result<String> {
 /// Writes a file that is complete or not there: it takes its name when all of it is written.
 pub(super) fn write(path: &Path, content: &[u8]) -> Result<()> {
     let failed = |source| Error::Io { path: path.to_path_buf(), source };
+    if path.exists() && !path.is_file() {
+        // A device or a pipe is written to, not replaced.
+        return std::fs::write(path, content).map_err(failed);
+    }
     let folder = path.parent().filter(|folder| *folder != Path::new(""));
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]

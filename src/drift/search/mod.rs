@@ -58,9 +58,9 @@ pub struct SearchConfig {
 }
 
 impl SearchConfig {
-    /// Half a dB of margin, [`candidates`], 5 rounds.
+    /// A margin of 1 dB, [`candidates`], 5 rounds.
     pub fn new(budget: Budget) -> Self {
-        Self { budget, margin_db: 0.5, candidates: candidates(), rounds: 5 }
+        Self { budget, margin_db: 1.0, candidates: candidates(), rounds: 5 }
     }
 
     fn check(&self) -> Result<()> {
