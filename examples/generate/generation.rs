@@ -35,7 +35,7 @@ pub fn batch(decoder: &Decoder, ids: &[u32]) -> Result<Tensor> {
     Ok(Tensor::new(ids, decoder.model.device())?.unsqueeze(0)?)
 }
 
-/// Continues `prompt`, which is printed too unless it is a chat's.
+/// Continues `prompt`, which is printed too, except one that was given for a chat.
 pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
     let (model, tokenizer) = (&decoder.model, &decoder.tokenizer);
     let ids = encode(decoder, prompt, args)?;
@@ -47,7 +47,11 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
 
     let input = batch(decoder, &ids)?;
     let mut logits = prefill.measure(ids.len(), || model.forward(&input, &mut cache))?;
-    print(if args.chat { "" } else { prompt })?;
+    print(&match (args.chat, &args.prompt) {
+        (false, _) => prompt.to_string(),
+        (true, None) => format!("> {prompt}\n"),
+        (true, Some(_)) => String::new(),
+    })?;
     let mut end = "--max-tokens";
     for made in 0..args.max_tokens {
         let next = sampler.sample(&logits.squeeze(0)?)?;
@@ -82,7 +86,7 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
 /// What the cache holds, and what the process has in RAM.
 fn memory(cache: &LlamaCache) -> String {
     let (len, context) = (cache.len(), cache.context());
-    let cache = format!("cache {} for {len} of {context} tokens", megabytes(cache.memory()));
+    let cache = format!("cache {} for {len} of {context} tokens", megabytes(cache.memory_bytes()));
     match resident_bytes() {
         Some(bytes) => format!("{cache}, process {}", megabytes(bytes)),
         None => cache,

@@ -4,6 +4,7 @@
 mod agreement;
 mod cache;
 mod errors;
+mod examples;
 mod tiny;
 mod tokenizers;
 

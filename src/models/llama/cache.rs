@@ -54,19 +54,17 @@ impl LlamaCache {
         self.context
     }
 
-    /// Forgets all tokens, and keeps the memory.
-    pub fn reset(&mut self) {
-        self.truncate(0);
-    }
-
-    /// Forgets all but the first `len` tokens.
-    pub fn truncate(&mut self, len: usize) {
-        self.layers.iter_mut().for_each(|layer| layer.truncate(len));
+    /// Forgets all but the first `len` tokens, and keeps the memory.
+    ///
+    /// # Errors
+    /// None in a cache of f32; another kind may not be able to.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.truncate(len))
     }
 
     /// Memory in use, in bytes.
-    pub fn memory(&self) -> usize {
-        self.layers.iter().map(LayerCache::memory).sum()
+    pub fn memory_bytes(&self) -> usize {
+        self.layers.iter().map(LayerCache::memory_bytes).sum()
     }
 
     pub(super) fn layers_mut(&mut self) -> &mut [LayerCache] {
@@ -141,16 +139,17 @@ impl LayerCache {
     }
 
     /// Memory in use, in bytes.
-    pub fn memory(&self) -> usize {
+    pub fn memory_bytes(&self) -> usize {
         match self {
-            Self::Full(cache) => cache.memory(),
+            Self::Full(cache) => cache.memory_bytes(),
         }
     }
 
-    fn truncate(&mut self, len: usize) {
+    fn truncate(&mut self, len: usize) -> Result<()> {
         match self {
             Self::Full(cache) => cache.len = cache.len.min(len),
         }
+        Ok(())
     }
 }
 
@@ -204,7 +203,7 @@ impl FullCache {
         Ok(())
     }
 
-    fn memory(&self) -> usize {
+    fn memory_bytes(&self) -> usize {
         (self.keys.elem_count() + self.values.elem_count()) * size_of::<f32>()
     }
 

@@ -170,7 +170,7 @@ impl LlamaModel {
         let before = cache.len();
         let hidden = self.run_layers(input_ids, cache);
         if hidden.is_err() {
-            cache.truncate(before);
+            cache.truncate(before)?;
         }
         hidden
     }

