@@ -4,6 +4,7 @@
 // Each example compiles its own copy of this module and uses a part of it.
 #![allow(dead_code)]
 
+pub mod cache;
 pub mod config;
 pub mod llama;
 pub mod model;

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::common::cache::CacheArgs;
 use crate::common::llama::LlamaArgs;
 use anyhow::{Result, bail};
 use candle_int8_attention::AttentionConfig;
@@ -66,6 +67,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub model: LlamaArgs,
+
+    #[command(flatten)]
+    pub cache: CacheArgs,
 }
 
 /// The value of `--attention`.

@@ -36,6 +36,8 @@ struct Parting {
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
+    /// The cache of int8 attention.
+    cache: String,
     max_tokens: usize,
     prompts: Vec<Comparison>,
 }
@@ -50,10 +52,16 @@ pub fn run(args: &Args) -> Result<String> {
         name: fp32.name.clone(),
     };
     int8.model.set_attention(&AttentionConfig::int8());
+    args.cache.apply(&mut int8.model, None)?;
     let prompts = args.prompts();
     let prompts = prompts.iter().map(|prompt| compare(&fp32, &int8, prompt, args));
     let prompts = prompts.collect::<Result<_>>()?;
-    let report = Report { model: fp32.name, max_tokens: args.max_tokens, prompts };
+    let report = Report {
+        model: fp32.name,
+        cache: args.cache.describe(),
+        max_tokens: args.max_tokens,
+        prompts,
+    };
     Ok(if args.json { serde_json::to_string_pretty(&report)? } else { report.render()? })
 }
 
@@ -118,6 +126,7 @@ impl Report {
             "{}: the likeliest token each time, at most {}.",
             self.model, self.max_tokens
         )?;
+        writeln!(out, "Cache of int8: {}.", self.cache)?;
         let header = ["prompt", "equal tokens", "fp32 goes on", "margin", "int8 goes on", "margin"];
         let mut table = table(&header);
         for (number, prompt) in self.prompts.iter().enumerate() {

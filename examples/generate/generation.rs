@@ -1,6 +1,6 @@
 //! One prompt continued, with the text on stdout and figures on stderr.
 
-use crate::args::Args;
+use crate::args::{Args, Attention};
 use crate::chat;
 use crate::common::llama::Decoder;
 use crate::figures::{Pace, megabytes, resident_bytes};
@@ -27,7 +27,7 @@ pub fn encode(decoder: &Decoder, prompt: &str, args: &Args) -> Result<Vec<u32>> 
 /// An empty cache as `--context` asks for.
 pub fn new_cache(decoder: &Decoder, args: &Args) -> Result<LlamaCache> {
     let context = args.context.unwrap_or(decoder.model.config().context_length);
-    Ok(decoder.model.new_cache(1, context)?)
+    args.cache.new_cache(&decoder.model, context)
 }
 
 /// Token ids as a batch of one.
@@ -79,6 +79,9 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
     }
     print("\n")?;
     eprintln!("[prompt: {}; text: {}, ended by {end}]", prefill.describe(), decode.describe());
+    if args.attention == Attention::Int8 {
+        eprintln!("[int8, cache with {}]", args.cache.describe());
+    }
     eprintln!("[{}]", memory(&cache));
     Ok(())
 }

@@ -18,7 +18,7 @@ mod figures;
 mod generation;
 
 use anyhow::Result;
-use args::Args;
+use args::{Args, Attention};
 use clap::Parser;
 use common::print::{failure, finish};
 use std::process::ExitCode;
@@ -38,6 +38,8 @@ fn main() -> ExitCode {
 fn generate(args: &Args) -> Result<()> {
     let mut decoder = args.model.load()?;
     decoder.model.set_attention(&args.attention());
+    let without = (args.attention == Attention::Fp32).then_some("--attention is fp32");
+    args.cache.apply(&mut decoder.model, without)?;
     let prompts = args.prompts();
     for (number, prompt) in prompts.iter().enumerate() {
         if number > 0 {

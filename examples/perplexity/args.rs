@@ -1,9 +1,12 @@
 //! The command line.
 
-use crate::common::config::Int8Args;
+use crate::common::cache::{CacheArgs, Keys};
+use crate::common::config::{Int8Args, describe};
 use crate::common::llama::LlamaArgs;
 use crate::common::model::{project_file, shown};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use candle_int8_attention::ScoreConfig;
+use candle_int8_attention::models::llama::LlamaModel;
 use std::path::PathBuf;
 
 /// What is read without `--file`.
@@ -34,6 +37,9 @@ pub struct Args {
     pub model: LlamaArgs,
 
     #[command(flatten)]
+    pub cache: CacheArgs,
+
+    #[command(flatten)]
     pub int8: Int8Args,
 }
 
@@ -45,5 +51,27 @@ impl Args {
         let bytes = std::fs::read(&path).with_context(|| format!("cannot read {name}"))?;
         let text = String::from_utf8(bytes).with_context(|| format!("{name} is not UTF-8"))?;
         Ok((text, name))
+    }
+
+    /// Switches all layers to int8.
+    pub fn to_int8(&self, model: &mut LlamaModel) -> Result<()> {
+        if self.cache.cache == Keys::Int8 && self.int8.scores() != ScoreConfig::default() {
+            bail!(
+                "--scheme, --granularity, --no-smooth-k, --no-smooth-q and --output are for keys \
+                 that are quantized with every call, expected --cache f32"
+            );
+        }
+        model.set_attention(&self.int8.attention());
+        self.cache.apply(model, None)
+    }
+
+    /// What int8 means, in words.
+    pub fn describe_int8(&self) -> String {
+        match self.cache.cache {
+            Keys::Int8 => format!("cache with {}", self.cache.describe()),
+            Keys::F32 => {
+                format!("{}; cache with {}", describe(&self.int8.scores()), self.cache.describe())
+            }
+        }
     }
 }

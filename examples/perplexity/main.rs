@@ -18,7 +18,6 @@ use anyhow::{Context, Result, bail};
 use args::Args;
 use candle_int8_attention::drift::tokens::TextDrift;
 use clap::Parser;
-use common::config::describe;
 use common::llama::Decoder;
 use common::print::finish;
 use report::Report;
@@ -41,10 +40,10 @@ fn run(args: &Args) -> Result<String> {
 
 fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Result<Report> {
     let mut int8 = fp32.model.clone();
-    int8.set_attention(&args.int8.attention());
+    args.to_int8(&mut int8)?;
     let (mut tokens, mut times) = (Vec::new(), [Duration::ZERO; 2]);
     for (number, ids) in windows.iter().enumerate() {
-        tokens.extend(windows::compare([&fp32.model, &int8], ids, &mut times)?);
+        tokens.extend(windows::compare([&fp32.model, &int8], ids, args, &mut times)?);
         let so_far = TextDrift::of(&tokens);
         eprintln!(
             "[{}/{}] perplexity fp32 {:.4}, int8 {:.4}; mean KL {:.2e}, same top {:.2} %",
@@ -62,7 +61,7 @@ fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Resu
     Ok(Report {
         model: fp32.name.clone(),
         text,
-        config: describe(&args.int8.scores()),
+        config: args.describe_int8(),
         context: windows.context(),
         windows: windows.len(),
         seconds_fp32: times[0].as_secs_f64(),

@@ -61,12 +61,13 @@ impl Windows {
 pub fn compare(
     models: [&LlamaModel; 2],
     ids: &[u32],
+    args: &Args,
     times: &mut [Duration; 2],
 ) -> Result<Vec<TokenDrift>> {
     let mut hidden = Vec::with_capacity(2);
     for (model, time) in models.iter().zip(times) {
         let start = Instant::now();
-        hidden.push(hidden_states(model, ids)?);
+        hidden.push(hidden_states(model, ids, args)?);
         *time += start.elapsed();
     }
     let first = ids.len() / 2;
@@ -90,8 +91,8 @@ pub fn compare(
 }
 
 /// `[N, hidden_size]`.
-fn hidden_states(model: &LlamaModel, ids: &[u32]) -> Result<Tensor> {
-    let mut cache = model.new_cache(1, ids.len())?;
+fn hidden_states(model: &LlamaModel, ids: &[u32], args: &Args) -> Result<Tensor> {
+    let mut cache = args.cache.new_cache(model, ids.len())?;
     let ids = Tensor::new(ids, model.device())?.unsqueeze(0)?;
     Ok(model.hidden_states(&ids, &mut cache)?.squeeze(0)?)
 }

@@ -73,6 +73,13 @@ impl Int8KvCache {
     }
 
     /// # Errors
+    /// Those of [`Int8KvCache::attention`] that concern only the configuration, for queries of
+    /// `heads` heads of `depth` elements.
+    pub(crate) fn check_config(heads: usize, depth: usize, config: &AttentionConfig) -> Result<()> {
+        check_config(heads, depth, config).map(|_| ())
+    }
+
+    /// # Errors
     /// Those of [`Int8KvCache::attention`] that concern the shape of `q`.
     fn check_queries(&self, queries: &View<'_>) -> Result<usize> {
         let Some(dims) = self.dims else {
@@ -143,14 +150,7 @@ impl<'a> Engine<'a> {
     ) -> Result<Self> {
         let value_dim = cache.check_queries(&queries)?;
         let [_, h, m, d] = queries.dims();
-        config.check(h)?;
-        if config.backend == Backend::Fp32 {
-            return Err(Error::Config("fp32 attention over a cache of int8 keys".into()));
-        }
-        if config.kv_lens.is_some() {
-            return Err(Error::Config("kv_lens with a cache, which knows its lengths".into()));
-        }
-        let scale = config.scale(d)?;
+        let scale = check_config(h, d, config)?;
         let engine = Self {
             kernel: gemm::select()?,
             visible: visible(cache, m, mask, config)?,
@@ -307,6 +307,21 @@ impl<'a> Engine<'a> {
         }
         spans
     }
+}
+
+/// The factor on scores.
+///
+/// # Errors
+/// [`Error::Config`] for what cannot be with `heads` query heads of `depth` elements.
+fn check_config(heads: usize, depth: usize, config: &AttentionConfig) -> Result<f32> {
+    config.check(heads)?;
+    if config.backend == Backend::Fp32 {
+        return Err(Error::Config("fp32 attention over a cache of int8 keys".into()));
+    }
+    if config.kv_lens.is_some() {
+        return Err(Error::Config("kv_lens with a cache, which knows its lengths".into()));
+    }
+    config.scale(depth)
 }
 
 /// What the queries of each sequence see by their positions.

@@ -242,6 +242,19 @@ impl Int8KvCache {
     /// # Errors
     /// The same, and [`Error::Config`] unless there is one length for each sequence.
     pub fn truncate_lens(&mut self, lens: &[usize]) -> Result<()> {
+        self.check_truncate(lens)?;
+        for (sequence, &len) in self.sequences.iter_mut().zip(lens) {
+            if len < sequence.len {
+                sequence.heads.iter_mut().for_each(|head| head.truncate(len));
+                sequence.len = len;
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// Those of [`Int8KvCache::truncate_lens`].
+    pub(crate) fn check_truncate(&self, lens: &[usize]) -> Result<()> {
         if lens.len() != self.sequences.len() {
             let (found, batch) = (lens.len(), self.sequences.len());
             return Err(Error::Config(format!("{found} lens for a batch of {batch}")));
@@ -258,12 +271,6 @@ impl Int8KvCache {
                      the next query would see them from {} on",
                     seen_from.max(sinks)
                 )));
-            }
-        }
-        for (sequence, &len) in self.sequences.iter_mut().zip(lens) {
-            if len < sequence.len {
-                sequence.heads.iter_mut().for_each(|head| head.truncate(len));
-                sequence.len = len;
             }
         }
         Ok(())

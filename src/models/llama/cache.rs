@@ -1,9 +1,10 @@
 //! Keys and values of the tokens so far.
 
 use super::LlamaConfig;
+use super::layer::LlamaLayer;
 use super::linear::contiguous;
 use super::one_query::{self, Tokens};
-use crate::{AttentionConfig, AttnMask, Backend, Error, Result, attention};
+use crate::{AttentionConfig, AttnMask, Backend, CacheMask, Error, Int8KvCache, Result, attention};
 use candle_core::{DType, Device, Tensor};
 
 /// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.
@@ -16,15 +17,51 @@ pub struct LlamaCache {
 }
 
 impl LlamaCache {
-    /// An empty cache for `batch` sequences of at most `context` tokens.
+    /// An empty cache in f32 for `batch` sequences of at most `context` tokens, which serves both
+    /// kinds of attention. [`LlamaModel::new_cache`](super::LlamaModel::new_cache) makes one in
+    /// int8.
     ///
     /// # Errors
     /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
-    pub fn new(
+    pub fn full(
         config: &LlamaConfig,
         batch: usize,
         context: usize,
         device: &Device,
+    ) -> Result<Self> {
+        let full = |shape| Ok(LayerCache::Full(FullCache::new(shape, context, device)?));
+        Self::build(config, batch, context, |_, shape| full(shape))
+    }
+
+    /// An empty cache that is int8 in the layers with int8 attention, and f32 in the others; the
+    /// int8 cache is for the CPU, so on another device all of it is f32.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    pub(super) fn of_layers(
+        layers: &[LlamaLayer],
+        config: &LlamaConfig,
+        batch: usize,
+        context: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::build(config, batch, context, |layer, shape| {
+            let layer = &layers[layer];
+            Ok(match layer.attention.config().backend {
+                Backend::Int8(_) if device.is_cpu() => {
+                    LayerCache::Int8(Int8KvCache::new(layer.kv_cache.clone()))
+                }
+                _ => LayerCache::Full(FullCache::new(shape, context, device)?),
+            })
+        })
+    }
+
+    /// With what `layer` makes of a layer's number and `[B, H_kv, D]`.
+    fn build(
+        config: &LlamaConfig,
+        batch: usize,
+        context: usize,
+        layer: impl Fn(usize, [usize; 3]) -> Result<LayerCache>,
     ) -> Result<Self> {
         let longest = config.context_length;
         if context == 0 || context > longest {
@@ -34,8 +71,8 @@ impl LlamaCache {
             )));
         }
         let shape = [batch, config.num_kv_heads, config.head_dim];
-        let layer = || Ok(LayerCache::Full(FullCache::new(shape, context, device)?));
-        let layers = (0..config.num_layers).map(|_| layer()).collect::<Result<_>>()?;
+        let layers = (0..config.num_layers).map(|index| layer(index, shape));
+        let layers = layers.collect::<Result<_>>()?;
         Ok(Self { layers, shape, context })
     }
 
@@ -54,29 +91,52 @@ impl LlamaCache {
         self.context
     }
 
-    /// Forgets all but the first `len` tokens, and keeps the memory.
+    /// The layers, first to last.
+    pub fn layers(&self) -> &[LayerCache] {
+        &self.layers
+    }
+
+    /// Forgets all tokens.
+    pub fn reset(&mut self) {
+        self.layers.iter_mut().for_each(LayerCache::reset);
+    }
+
+    /// Forgets all but the first `len` tokens.
+    ///
+    /// What comes next is then the same as if no more tokens had been there, bit for bit, but for
+    /// two things in int8 layers: tokens that were quantized, because they were no longer among the
+    /// [recent](crate::KvCacheConfig::recent) ones, stay so, and so does a key offset that came
+    /// from tokens which are forgotten.
     ///
     /// # Errors
-    /// None in a cache of f32; another kind may not be able to.
+    /// [`Error::Config`] if the [window](crate::KvCacheConfig::window) of a layer has dropped
+    /// tokens that would be seen again. The cache is then as it was.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
+        self.layers.iter().try_for_each(|layer| layer.check_truncate(len))?;
         self.layers.iter_mut().try_for_each(|layer| layer.truncate(len))
     }
 
     /// Memory in use, in bytes.
-    pub fn memory_bytes(&self) -> usize {
-        self.layers.iter().map(LayerCache::memory_bytes).sum()
+    pub fn memory(&self) -> usize {
+        self.layers.iter().map(LayerCache::memory).sum()
     }
 
     pub(super) fn layers_mut(&mut self) -> &mut [LayerCache] {
         &mut self.layers
     }
 
-    /// Whether input ids of this shape, `[B, N]`, can be added.
+    /// Whether input ids of this shape, `[B, N]`, can be added by these layers.
     ///
     /// # Errors
-    /// [`Error::Config`] for the cache of another model, [`Error::Shape`] for another batch,
-    /// [`Error::ContextLength`] if there is no room for `N` tokens.
-    pub(super) fn check(&self, config: &LlamaConfig, ids: &[usize]) -> Result<()> {
+    /// [`Error::Config`] for the cache of another model or of other kinds of attention,
+    /// [`Error::Shape`] for another batch, [`Error::ContextLength`] if there is no room for `N`
+    /// tokens.
+    pub(super) fn check(
+        &self,
+        config: &LlamaConfig,
+        layers: &[LlamaLayer],
+        ids: &[usize],
+    ) -> Result<()> {
         let shape = [self.shape[0], config.num_kv_heads, config.head_dim];
         if self.layers.len() != config.num_layers || self.shape != shape {
             return Err(Error::Config(format!(
@@ -94,6 +154,9 @@ impl LlamaCache {
                 expected: format!("[{}, N] like the cache", self.shape[0]),
             });
         }
+        for (index, (cache, layer)) in self.layers.iter().zip(layers).enumerate() {
+            cache.check(index, layer.attention.config(), config)?;
+        }
         let (tokens, used, context) = (ids[1], self.len(), self.context);
         match tokens <= context - used {
             true => Ok(()),
@@ -108,6 +171,8 @@ impl LlamaCache {
 pub enum LayerCache {
     /// In f32.
     Full(FullCache),
+    /// In int8, for int8 attention on the CPU.
+    Int8(Int8KvCache),
 }
 
 impl LayerCache {
@@ -115,6 +180,7 @@ impl LayerCache {
     pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         match self {
             Self::Full(cache) => cache.append(k, v),
+            Self::Int8(cache) => cache.append(k, v),
         }
     }
 
@@ -123,6 +189,7 @@ impl LayerCache {
     pub(super) fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
         match self {
             Self::Full(cache) => cache.attend(q, config),
+            Self::Int8(cache) => cache.attention(q, &CacheMask::Causal, config),
         }
     }
 
@@ -130,6 +197,7 @@ impl LayerCache {
     pub fn len(&self) -> usize {
         match self {
             Self::Full(cache) => cache.len,
+            Self::Int8(cache) => cache.len(),
         }
     }
 
@@ -139,15 +207,49 @@ impl LayerCache {
     }
 
     /// Memory in use, in bytes.
-    pub fn memory_bytes(&self) -> usize {
+    pub fn memory(&self) -> usize {
         match self {
-            Self::Full(cache) => cache.memory_bytes(),
+            Self::Full(cache) => cache.memory(),
+            Self::Int8(cache) => cache.memory_bytes(),
+        }
+    }
+
+    /// Whether attention can be so. What an int8 cache has quantized cannot be taken back after an
+    /// error, so it is asked before.
+    fn check(&self, layer: usize, attention: &AttentionConfig, config: &LlamaConfig) -> Result<()> {
+        match self {
+            Self::Full(_) => Ok(()),
+            Self::Int8(_) if attention.backend == Backend::Fp32 => Err(Error::Config(format!(
+                "fp32 attention in layer {layer}, whose cache is int8; expected int8, or a cache \
+                 that is made after the attention was switched"
+            ))),
+            Self::Int8(_) => {
+                Int8KvCache::check_config(config.num_heads, config.head_dim, attention)
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        match self {
+            Self::Full(cache) => cache.len = 0,
+            Self::Int8(cache) => cache.reset(),
+        }
+    }
+
+    /// # Errors
+    /// Those of [`LayerCache::truncate`].
+    fn check_truncate(&self, len: usize) -> Result<()> {
+        match self {
+            Self::Full(_) => Ok(()),
+            Self::Int8(cache) => cache.check_truncate(&vec![len; cache.lens().len()]),
         }
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {
         match self {
+            _ if len == 0 => self.reset(),
             Self::Full(cache) => cache.len = cache.len.min(len),
+            Self::Int8(cache) => cache.truncate(len)?,
         }
         Ok(())
     }
@@ -203,7 +305,7 @@ impl FullCache {
         Ok(())
     }
 
-    fn memory_bytes(&self) -> usize {
+    fn memory(&self) -> usize {
         (self.keys.elem_count() + self.values.elem_count()) * size_of::<f32>()
     }
 

@@ -5,7 +5,7 @@ use super::config::LlamaConfig;
 use super::linear::Linear;
 use super::rope::Rotation;
 use super::weights::{Loader, Part};
-use crate::{AttentionConfig, QuantizedAttention, Result};
+use crate::{AttentionConfig, KvCacheConfig, QuantizedAttention, Result};
 use candle_core::Tensor;
 use candle_nn::{Module, RmsNorm};
 
@@ -15,6 +15,8 @@ pub struct LlamaLayer {
     /// The attention in use; switch it with
     /// [`set_config`](crate::QuantizedAttention::set_config).
     pub attention: QuantizedAttention,
+    /// How a new cache holds the keys and values of this layer while its attention is int8.
+    pub kv_cache: KvCacheConfig,
     heads: usize,
     kv_heads: usize,
     attention_norm: RmsNorm,
@@ -35,6 +37,7 @@ impl LlamaLayer {
         let kv_width = config.num_kv_heads * config.head_dim;
         Ok(Self {
             attention: QuantizedAttention::new(AttentionConfig::fp32()),
+            kv_cache: KvCacheConfig::default(),
             heads: config.num_heads,
             kv_heads: config.num_kv_heads,
             attention_norm: from.norm(Part::ATTENTION_NORM, hidden)?,

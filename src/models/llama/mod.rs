@@ -9,7 +9,7 @@
 //!
 //! * [`LlamaModel`]: the decoder, from a [`Gguf`] file or a folder with safetensors, with an
 //!   attention per layer that can be switched between fp32 and int8.
-//! * [`LlamaCache`]: keys and values of the tokens so far.
+//! * [`LlamaCache`]: keys and values of the tokens so far, in int8 where attention is.
 //! * [`LlamaTokenizer`]: text to ids and back, where to stop, and the template of a chat.
 
 mod cache;

@@ -7,7 +7,7 @@ use super::layer::LlamaLayer;
 use super::linear::{Matrix, WeightFormat};
 use super::rope::Rope;
 use super::weights::{Loader, Part, Shards, Source};
-use crate::{AttentionConfig, Error, Result};
+use crate::{AttentionConfig, Error, KvCacheConfig, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, RmsNorm};
 use std::path::Path;
@@ -120,7 +120,7 @@ impl LlamaModel {
         &self.layers
     }
 
-    /// The layers, to switch the attention of one.
+    /// The layers, to switch the attention or the kind of cache of one.
     pub fn layers_mut(&mut self) -> &mut [LlamaLayer] {
         &mut self.layers
     }
@@ -132,6 +132,13 @@ impl LlamaModel {
         }
     }
 
+    /// Sets how new caches hold the keys and values of layers with int8 attention.
+    pub fn set_kv_cache(&mut self, config: &KvCacheConfig) {
+        for layer in &mut self.layers {
+            layer.kv_cache = config.clone();
+        }
+    }
+
     /// Bytes of all matrices, as they are held.
     pub fn weight_bytes(&self) -> usize {
         let own = if self.config.tie_embeddings { 0 } else { self.output.bytes() };
@@ -139,12 +146,17 @@ impl LlamaModel {
         self.embeddings.bytes() + own + layers
     }
 
-    /// An empty cache for `batch` sequences of at most `context` tokens.
+    /// An empty cache for `batch` sequences of at most `context` tokens: on the CPU an
+    /// [`Int8KvCache`](crate::Int8KvCache) with the layer's own
+    /// [`kv_cache`](LlamaLayer::kv_cache) where attention is int8, f32 elsewhere.
+    ///
+    /// A layer that is switched to fp32 later refuses an int8 cache. [`LlamaCache::full`] makes one
+    /// that serves both kinds of attention, and then keys are quantized again with every call.
     ///
     /// # Errors
     /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
     pub fn new_cache(&self, batch: usize, context: usize) -> Result<LlamaCache> {
-        LlamaCache::new(&self.config, batch, context, &self.device)
+        LlamaCache::of_layers(&self.layers, &self.config, batch, context, &self.device)
     }
 
     /// Logits of the token that follows: `input_ids` `[B, N]` U32, which come after the tokens in
@@ -164,8 +176,8 @@ impl LlamaModel {
     /// # Errors
     /// [`Error::ContextLength`] if the cache has no room, [`Error::Shape`] for an empty input or
     /// one that does not fit to the cache, [`Error::DType`] unless ids are U32, [`Error::Config`]
-    /// for an id outside of the vocabulary, and those of [`attention`](crate::attention()). After
-    /// an error the cache is as it was.
+    /// for an id outside of the vocabulary or a layer switched to fp32 over an int8 cache, and
+    /// those of [`attention`](crate::attention()). After an error the cache is as it was.
     pub fn hidden_states(&self, input_ids: &Tensor, cache: &mut LlamaCache) -> Result<Tensor> {
         let before = cache.len();
         let hidden = self.run_layers(input_ids, cache);
@@ -185,7 +197,7 @@ impl LlamaModel {
 
     fn run_layers(&self, input_ids: &Tensor, cache: &mut LlamaCache) -> Result<Tensor> {
         let tokens = self.check_ids(input_ids)?;
-        cache.check(&self.config, input_ids.dims())?;
+        cache.check(&self.config, &self.layers, input_ids.dims())?;
         let rotation = self.rope.at(cache.len(), tokens, &self.device)?;
         let mut hidden = self.embeddings.rows(input_ids)?;
         for (layer, cache) in self.layers.iter().zip(cache.layers_mut()) {
