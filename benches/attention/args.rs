@@ -33,7 +33,7 @@ pub struct Args {
     pub dtype: Dtype,
 
     /// Seconds of measuring for each shape; everyone is called at least three times in any case
-    #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     #[arg(allow_negative_numbers = true)]
     pub seconds: f64,
 

@@ -8,6 +8,11 @@ pub const SHAPE: &str = "[B, H, N, D]";
 /// What stands where there is no number.
 pub const NOTHING: &str = "-";
 
+/// A number as `show` writes it, if there is one.
+pub fn known(number: Option<f64>, show: fn(f64) -> String) -> String {
+    number.map_or(NOTHING.into(), show)
+}
+
 /// An empty table, in lines of Markdown. The first column is text, the others are numbers.
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();

@@ -73,6 +73,7 @@ fn shapes(args: &Args) -> Vec<Shape> {
 
 /// One thread and all of them, in turns.
 fn measure(shape: Shape, pools: &[Arc<ThreadPool>; 2], args: &Args) -> Result<Row> {
+    eprintln!("attention of {shape} ..");
     let inputs = Inputs::random(shape, args.dtype.candle())?;
     let mut contenders = pools.clone().map(|pool| {
         let (inputs, config) = (inputs.clone(), args.attention());

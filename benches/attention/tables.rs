@@ -4,13 +4,16 @@ use crate::args::{Args, What};
 use crate::contenders::{self, Inputs};
 use crate::limit::{Limit, pv_peak};
 use crate::peak::{Peak, Peaks};
-use crate::print::{self, milliseconds, percent, times};
+use crate::print::{self, known, milliseconds, percent, times};
 use crate::shape::Shape;
 use crate::turns::{Timing, in_turns};
 use anyhow::{Context, Result};
 use comfy_table::CellAlignment;
 use serde::Serialize;
 use std::time::Duration;
+
+/// From here up, attention should be near its limit.
+const LONG: usize = 512;
 
 /// Everything that is printed.
 #[derive(Serialize)]
@@ -23,9 +26,22 @@ struct Report {
 struct Table {
     what: What,
     rows: Vec<Row>,
-    /// How many times as long as this crate each peer takes, geometric mean over the shapes that
-    /// it ran; in the order of the rows' entries.
-    geometric_mean: Vec<Option<f64>>,
+    geometric_means: Means,
+}
+
+/// Over all shapes for which the number is known.
+#[derive(Serialize)]
+struct Means {
+    peers: Vec<MeanRatio>,
+    fraction_of_limit: Option<f64>,
+    fraction_of_macs: Option<f64>,
+}
+
+/// How many times as long as this crate a peer takes.
+#[derive(Serialize)]
+struct MeanRatio {
+    id: &'static str,
+    ratio: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -67,6 +83,7 @@ pub fn run(args: &Args) -> Result<impl Serialize + use<>> {
 }
 
 fn measure(what: What, shape: Shape, peaks: &Peaks, args: &Args) -> Result<Row> {
+    eprintln!("{} of {shape} ..", what.name());
     let inputs = Inputs::random(shape, args.dtype.candle())?;
     let context = || format!("{} of {shape}", what.name());
     let mut contenders = contenders::all(what, &inputs, args).with_context(context)?;
@@ -106,19 +123,31 @@ fn first_line(error: &candle_core::Error) -> String {
 
 impl Table {
     fn new(what: What, rows: Vec<Row>) -> Self {
-        let peers = rows.first().map_or(0, |row| row.entries.len());
-        let mean = |peer: usize| geometric_mean(rows.iter().map(|row| row.entries[peer].ratio));
-        Self { geometric_mean: (0..peers).map(mean).collect(), what, rows }
+        let of_all = |number: &dyn Fn(&Row) -> Option<f64>| geometric_mean(rows.iter().map(number));
+        let peers = rows.first().map_or(&[][..], |row| &row.entries[1..]).iter().enumerate();
+        let mean = |(i, peer): (usize, &Entry)| MeanRatio {
+            id: peer.id,
+            ratio: of_all(&|row| row.entries[i + 1].ratio),
+        };
+        let geometric_means = Means {
+            peers: peers.map(mean).collect(),
+            fraction_of_limit: of_all(&|row| row.fraction_of_limit),
+            fraction_of_macs: of_all(&|row| row.fraction_of_macs),
+        };
+        Self { what, rows, geometric_means }
     }
 
     fn print(&self, peaks: &Peaks, args: &Args) {
         let Some(first) = self.rows.first() else { return };
-        let title = match self.what {
-            What::Scores => "Scores: q·k^T",
-            What::Attention => "Attention: softmax(q·k^T / sqrt(D))·v",
+        let (title, limit) = match self.what {
+            What::Scores => ("Scores: q·k^T", "B·H·N·N·D int8 MACs at their peak"),
+            What::Attention => ("Attention: softmax(q·k^T / sqrt(D))·v", "see below"),
         };
-        println!("\n{title}, {} in and out. Median ms ± half of the", args.dtype.name());
-        println!("interquartile range, and how many times as long as this crate.\n");
+        println!(
+            "\n{title}, {} in and out.\nMedian ms ± half of the interquartile range, and how many \
+             times as long as this crate. Limit: {limit}.\n",
+            args.dtype.name()
+        );
         let names = first.entries.iter().map(|entry| entry.name);
         let mut header: Vec<&str> = [print::SHAPE].into_iter().chain(names).collect();
         header.push("of the limit");
@@ -144,25 +173,22 @@ impl Table {
                 let time = format!("{} ±{}", milliseconds(timing.median), percent(timing.spread()));
                 if i == 0 { time } else { format!("{time}  {}", times(*ratio)) }
             }
-            _ => print::NOTHING.to_string(),
+            _ => print::NOTHING.into(),
         }));
-        cells.push(row.fraction_of_limit.map_or(print::NOTHING.into(), percent));
+        cells.push(known(row.fraction_of_limit, percent));
         if self.what == What::Attention {
-            cells.push(row.fraction_of_macs.map_or(print::NOTHING.into(), percent));
+            cells.push(known(row.fraction_of_macs, percent));
         }
         cells
     }
 
     fn means(&self) -> Vec<String> {
+        let means = &self.geometric_means;
         let mut cells = vec!["geometric mean".to_string(), String::new()];
-        let ratios = self.geometric_mean.iter().skip(1);
-        cells.extend(ratios.map(|mean| mean.map_or(print::NOTHING.into(), times)));
-        let of_all = |fraction: fn(&Row) -> Option<f64>| {
-            geometric_mean(self.rows.iter().map(fraction)).map_or(print::NOTHING.into(), percent)
-        };
-        cells.push(of_all(|row| row.fraction_of_limit));
+        cells.extend(means.peers.iter().map(|peer| known(peer.ratio, times)));
+        cells.push(known(means.fraction_of_limit, percent));
         if self.what == What::Attention {
-            cells.push(of_all(|row| row.fraction_of_macs));
+            cells.push(known(means.fraction_of_macs, percent));
         }
         cells
     }
@@ -183,7 +209,10 @@ impl Table {
             return;
         }
         println!(
-            "\nThe limit of attention in ms: each part at its instruction peak, one by one.\n"
+            "\nThe limit of attention, in ms, is the sum of its parts at the instruction peaks above: \
+             B·H·N·N·D MACs\nin int8, as many in {pv}, and B·H·N·N exponentials. Nothing else is in \
+             it: no loads and stores, no\nquantizing and packing, no maxima and sums of the \
+             softmax.\n"
         );
         let product = format!("P·V {pv}");
         let header =
@@ -192,11 +221,16 @@ impl Table {
         for row in &self.rows {
             let (Some(limit), Some(ours)) = (row.limit, row.entries[0].seconds) else { continue };
             let times = [limit.int8, limit.pv, limit.exp2, limit.seconds(), ours.median];
-            let fraction = row.fraction_of_limit.map_or(print::NOTHING.into(), percent);
+            let fraction = known(row.fraction_of_limit, percent);
             let shape = std::iter::once(row.shape.to_string());
             table.add_row(shape.chain(times.map(milliseconds)).chain([fraction]));
         }
         println!("{table}");
+        let long = self.rows.iter().filter(|row| row.shape.tokens() >= LONG);
+        let fractions = long.filter_map(|row| Some((row.fraction_of_limit?, row.shape)));
+        if let Some((fraction, shape)) = fractions.min_by(|a, b| a.0.total_cmp(&b.0)) {
+            println!("\nLeast at N >= {LONG}: {} of the limit, {shape}.", percent(fraction));
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use plotters::coord::Shift;
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use serde::Deserialize;
 use std::path::PathBuf;
@@ -60,6 +61,8 @@ struct Entry {
 #[derive(Deserialize)]
 struct Limit {
     seconds: Option<f64>,
+    /// Precision of probabilities times values.
+    pv: String,
 }
 
 /// One line of the figure: pairs of tokens and what the axis shows.
@@ -81,6 +84,7 @@ struct Panel<'a> {
     series: Vec<Series>,
     /// The least time, as a dashed line.
     limit: Vec<(f64, f64)>,
+    limit_label: String,
     legend: bool,
 }
 
@@ -141,6 +145,7 @@ fn draw(results: &Results, table: &Table, svg: &mut String) -> Result<()> {
             .iter()
             .filter_map(|row| Some((row.tokens(), row.limit.seconds?)))
             .collect(),
+        limit_label: format!("limit of the instructions (int8, {})", table.rows[0].limit.pv),
         legend: true,
     };
     let ratios = Panel {
@@ -149,6 +154,7 @@ fn draw(results: &Results, table: &Table, svg: &mut String) -> Result<()> {
         label: &|ratio| format!("{ratio}x"),
         series: ratios(&times.series),
         limit: Vec::new(),
+        limit_label: String::new(),
         legend: false,
     };
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
@@ -243,7 +249,7 @@ impl Panel<'_> {
             let style = LIMIT.stroke_width(2);
             chart
                 .draw_series(DashedLineSeries::new(self.limit.iter().copied(), 6, 4, style))?
-                .label("limit of the instructions")
+                .label(&self.limit_label)
                 .legend(move |(x, y)| DashedPathElement::new([(x, y), (x + 24, y)], 6, 4, style));
         }
         if self.legend {

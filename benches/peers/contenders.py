@@ -29,9 +29,12 @@ class Process:
         # Who is not at work must not spin: libraries keep their defaults, which end after a while.
         for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND"):
             env.pop(variable, None)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            )
+        except OSError as error:
+            raise Problem(f"{name} does not start: {error}") from None
         self.about = self.ask("about")
 
     def ask(self, line):
@@ -44,7 +47,10 @@ class Process:
         if not answer:
             code = self.process.wait()
             raise Problem(f"{self.name} ended with code {code} instead of answering {line!r}")
-        answer = json.loads(answer)
+        try:
+            answer = json.loads(answer)
+        except json.JSONDecodeError:
+            raise Problem(f"{self.name} answers {line!r} with {answer.strip()!r}") from None
         if "missing" in answer:
             raise Missing(answer["missing"])
         if "error" in answer:

@@ -13,17 +13,22 @@ def timing(seconds):
     """What is kept of the seconds of all calls."""
     lower, median, upper = np.percentile(seconds, [25, 50, 75])
     return {
-        "median": median,
-        "lower_quartile": lower,
-        "upper_quartile": upper,
-        "fastest": min(seconds),
+        "median": digits(median),
+        "lower_quartile": digits(lower),
+        "upper_quartile": digits(upper),
+        "fastest": digits(min(seconds)),
         "calls": len(seconds),
     }
 
 
+def digits(number):
+    """Six digits: more would be noise in the JSON."""
+    return float(f"{number:.6g}")
+
+
 def geometric_mean(numbers):
     numbers = [number for number in numbers if number is not None]
-    return math.exp(sum(map(math.log, numbers)) / len(numbers)) if numbers else None
+    return digits(math.exp(sum(map(math.log, numbers)) / len(numbers))) if numbers else None
 
 
 def output_bytes(shape):

@@ -25,6 +25,7 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def __init__(self, threads):
+        import onnx  # noqa: F401  models are made with it
         import onnxruntime
 
         self.runtime = onnxruntime
