@@ -154,7 +154,7 @@ fn each_layer_has_the_cache_of_its_attention() -> Result<()> {
     let difference = relative_difference(&pieces, &mixed)?;
     assert!(difference <= INT8_CACHE, "{difference}");
     // In f32 600 tokens take 640 places; codes, scales and int8 values, a third of them at most.
-    let [full, int8] = [0, 1].map(|layer| cache.layers()[layer].memory());
+    let [full, int8] = [0, 1].map(|layer| cache.layers()[layer].memory_bytes());
     assert!(3 * int8 < full, "{int8} {full}");
     Ok(())
 }

@@ -117,8 +117,8 @@ impl LlamaCache {
     }
 
     /// Memory in use, in bytes.
-    pub fn memory(&self) -> usize {
-        self.layers.iter().map(LayerCache::memory).sum()
+    pub fn memory_bytes(&self) -> usize {
+        self.layers.iter().map(LayerCache::memory_bytes).sum()
     }
 
     pub(super) fn layers_mut(&mut self) -> &mut [LayerCache] {
@@ -207,9 +207,9 @@ impl LayerCache {
     }
 
     /// Memory in use, in bytes.
-    pub fn memory(&self) -> usize {
+    pub fn memory_bytes(&self) -> usize {
         match self {
-            Self::Full(cache) => cache.memory(),
+            Self::Full(cache) => cache.memory_bytes(),
             Self::Int8(cache) => cache.memory_bytes(),
         }
     }
@@ -305,7 +305,7 @@ impl FullCache {
         Ok(())
     }
 
-    fn memory(&self) -> usize {
+    fn memory_bytes(&self) -> usize {
         (self.keys.elem_count() + self.values.elem_count()) * size_of::<f32>()
     }
 
