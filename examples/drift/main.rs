@@ -8,7 +8,15 @@
 //! ```
 //!
 //! The exit status is 2 if a threshold of the gate does not hold, and 1 for every other error. As
-//! a step of a CI job that is all there is to do: `drift --file corpus.txt --gate gate.toml`.
+//! a step of a CI job that is all there is to do: `drift --file corpus.txt --gate gate.toml`, with
+//! a file of thresholds such as
+//!
+//! ```toml
+//! min_layer_sqnr_db = 44.0      # every layer, mean over its heads
+//! min_head_sqnr_db = 39.0       # every head
+//! max_head_kl = 1e-3
+//! min_embedding_cosine = 0.9999 # every passage, int8 in all layers
+//! ```
 //!
 //! A large corpus can be spread over machines, each of which reads every n-th passage. With GNU
 //! parallel, or as a Slurm array whose tasks run one line each:

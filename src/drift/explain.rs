@@ -1,7 +1,7 @@
 //! Why a head drifts: the shape of its queries, keys and attention, and what is unusual about it.
 
 use super::recorder::call::Reference;
-use super::{Sum, Summary, metrics};
+use super::{Sum, Summary};
 use crate::quant::token_mean;
 use serde::{Deserialize, Serialize};
 
@@ -147,13 +147,14 @@ impl HeadShape {
         let size = dims.queries * dims.keys;
         let mut mean = vec![0f64; dims.keys];
         let mut rows = 0;
-        for row in call.probabilities[head * size..][..size].chunks_exact(dims.keys.max(1)) {
+        let matrix = call.probabilities[head * size..][..size].chunks_exact(dims.keys.max(1));
+        for (row, entropy) in matrix.zip(&call.entropies[head * dims.queries..]) {
             let seen = row.iter().filter(|&&p| p > 0.0).count();
             if seen < 2 {
                 continue;
             }
             rows += 1;
-            self.uniformity.push(metrics::entropy(row) / (seen as f64).ln());
+            self.uniformity.push(entropy / (seen as f64).ln());
             mean.iter_mut().zip(row).for_each(|(sum, &p)| *sum += f64::from(p));
         }
         // With fewer keys, one of them has a large share anyway.

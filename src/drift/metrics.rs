@@ -121,10 +121,10 @@ pub fn topk_agreement(p: &[f32], q: &[f32], k: usize) -> f64 {
 /// Places of the `k` largest values, largest first, the first of equals first. NaN counts as
 /// smallest.
 pub fn top_k(row: &[f32], k: usize) -> Vec<usize> {
+    let key = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
     let mut best: Vec<usize> = Vec::with_capacity(k + 1);
-    let number = |place: usize| if row[place].is_nan() { f32::NEG_INFINITY } else { row[place] };
-    for place in 0..row.len() {
-        let worse = |&other: &usize| number(other) < number(place);
+    for (place, &x) in row.iter().enumerate() {
+        let worse = |&other: &usize| key(row[other]) < key(x);
         if best.len() < k || best.last().is_some_and(worse) {
             let at = best.partition_point(|other| !worse(other));
             best.insert(at, place);
@@ -255,6 +255,7 @@ mod tests {
         let row = [0.1, 0.4, 0.4, 0.0, 0.1];
         assert_eq!(top_k(&row, 3), [1, 2, 0]);
         assert_eq!(top_k(&row, 9), [1, 2, 0, 4, 3]);
+        assert_eq!(top_k(&[f32::NAN, 0.5, f32::NAN], 2), [1, 0]);
         assert_eq!(topk_agreement(&row, &[0.4, 0.4, 0.1, 0.0, 0.1], 2), 0.5);
         assert_eq!(topk_agreement(&row, &row, 5), 1.0);
         assert_eq!(topk_agreement(&[f32::NAN, 1.0], &[f32::NAN, 1.0], 1), 0.0);

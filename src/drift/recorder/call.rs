@@ -2,10 +2,12 @@
 
 use crate::attention::attention_probs;
 use crate::drift::Attend;
+use crate::drift::metrics::entropy;
 use crate::quant::{QuantConfig, QuantizedTensor, token_mean};
 use crate::{AttentionConfig, AttnMask, Backend, Error, Result, attention, attention_scores};
 use crate::{Int8Config, ScoreConfig, ScoreOutput};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use std::time::Instant;
 
 /// The arguments of one call.
@@ -108,8 +110,8 @@ impl Call {
         let group = dims.heads / dims.kv_heads.max(1);
         // Query heads that share a key head are rows of one taller matrix.
         let rows = (dims.kv_heads, group * dims.queries, dims.depth);
-        let q = self.q.to_dtype(candle_core::DType::F32)?.contiguous()?.reshape(rows)?;
-        let k = self.k.to_dtype(candle_core::DType::F32)?.squeeze(0)?.contiguous()?;
+        let q = self.q.to_dtype(DType::F32)?.contiguous()?.reshape(rows)?;
+        let k = self.k.to_dtype(DType::F32)?.squeeze(0)?.contiguous()?;
         flat(&q.matmul(&k.t()?)?)
     }
 
@@ -126,16 +128,22 @@ pub(crate) struct Reference {
     pub k: Vec<f32>,
     pub scores: Vec<f32>,
     pub probabilities: Vec<f32>,
+    /// Of each row of the probabilities.
+    pub entropies: Vec<f64>,
 }
 
 impl Reference {
     pub fn of(call: &Call) -> Result<Self> {
+        let dims = call.dims()?;
+        let probabilities = call.probabilities(Backend::Fp32)?;
+        let entropies = probabilities.par_chunks(dims.keys.max(1)).map(entropy).collect();
         Ok(Self {
-            dims: call.dims()?,
+            dims,
             q: flat(&call.q)?,
             k: flat(&call.k)?,
             scores: call.fp32_scores()?,
-            probabilities: call.probabilities(Backend::Fp32)?,
+            probabilities,
+            entropies,
         })
     }
 }
@@ -174,7 +182,7 @@ impl Rounded {
         let shape = tensor.dims().to_vec();
         let (_, heads, tokens, depth) = tensor.dims4()?;
         let matrix = (tokens * depth).max(1);
-        let mut values = flat(&tensor.to_dtype(candle_core::DType::F32)?)?;
+        let mut values = flat(&tensor.to_dtype(DType::F32)?)?;
         let means: Vec<Vec<f32>> = match smooth {
             true => values.chunks(matrix).map(|head| token_mean(head, depth)).collect(),
             false => vec![vec![0.0; depth]; heads],
@@ -214,5 +222,5 @@ pub(crate) fn is_requantized(config: &ScoreConfig) -> bool {
 
 /// The numbers of a tensor in row-major order.
 pub(crate) fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()?)
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }

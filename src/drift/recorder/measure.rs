@@ -75,7 +75,8 @@ impl Compared<'_> {
         let size = queries * value_dim;
         let (a, b) = (part(&self.fp32.output, head, size), part(output, head, size));
         into.push_output(&a, &b, value_dim);
-        into.probabilities.push(p, &stages.probabilities[matrix], keys)
+        let entropies = &self.reference.entropies[head * queries..][..queries];
+        into.probabilities.push(p, entropies, &stages.probabilities[matrix])
     }
 
     fn count_clipped(&self, heads: &mut [HeadState], stages: &Int8Stages) {

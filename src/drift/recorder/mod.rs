@@ -135,7 +135,7 @@ impl Recorder {
         let mut fp32 = hidden.clone();
         let mut own = vec![hidden; self.configs.len()];
         for layer in 0..model.layers() {
-            fp32 = self.record_layer(model, layer, &fp32, &mut own, &mut passage, index, words)?;
+            fp32 = self.record_layer(model, layer, &fp32, &mut own, &mut passage)?;
         }
         passage.finish(&mut self.worst);
         self.passages += 1;
@@ -152,7 +152,6 @@ impl Recorder {
 
     /// One layer of all paths; gives the fp32 path's output, and leaves that of each
     /// configuration in `own`.
-    #[allow(clippy::too_many_arguments)]
     fn record_layer<M: LayeredModel>(
         &mut self,
         model: &M,
@@ -160,8 +159,6 @@ impl Recorder {
         hidden: &Tensor,
         own: &mut [Tensor],
         passage: &mut Passage<'_>,
-        index: u64,
-        words: &[String],
     ) -> Result<Tensor> {
         let run = |backend: &Backend, hidden: &Tensor| {
             call::run(layer, backend, &mut |attend| model.layer(layer, hidden, attend))
@@ -171,7 +168,7 @@ impl Recorder {
         let reference = Reference::of(&fp32.call)?;
         self.make_room(layer, reference.dims.heads)?;
         let shapes = self.shapes[layer].par_iter_mut().enumerate();
-        shapes.for_each(|(head, shape)| shape.push(&reference, head, words, index));
+        shapes.for_each(|(head, shape)| shape.push(&reference, head, passage.words, passage.index));
 
         let compared = Compared { reference: &reference, fp32: &fp32 };
         let exact = flat(&fp32.hidden)?;

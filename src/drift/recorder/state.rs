@@ -40,11 +40,13 @@ pub(crate) struct Probabilities {
 }
 
 impl Probabilities {
-    /// Adds the rows of a head, and gives the KL divergence of each. A query that sees no key has
+    /// Adds the rows of a head, whose entropies in the reference are known, and gives the KL
+    /// divergence of each. A query that sees no key has
     /// no probabilities to compare; its divergence is 0.
-    pub fn push(&mut self, reference: &[f32], candidate: &[f32], keys: usize) -> Vec<f64> {
-        let rows = reference.chunks_exact(keys.max(1)).zip(candidate.chunks_exact(keys.max(1)));
-        rows.map(|(p, q)| {
+    pub fn push(&mut self, reference: &[f32], entropies: &[f64], candidate: &[f32]) -> Vec<f64> {
+        let keys = (reference.len() / entropies.len().max(1)).max(1);
+        let rows = reference.chunks_exact(keys).zip(candidate.chunks_exact(keys)).zip(entropies);
+        rows.map(|((p, q), before)| {
             if p.iter().all(|&p| p == 0.0) {
                 return 0.0;
             }
@@ -53,7 +55,7 @@ impl Probabilities {
             self.total_variation.push(total_variation(p, q));
             self.top1.push(f64::from(u8::from(same_top1(p, q))));
             self.top5.push(topk_agreement(p, q, 5));
-            self.entropy_change.push(entropy(q) - entropy(p));
+            self.entropy_change.push(entropy(q) - before);
             kl
         })
         .collect()

@@ -93,8 +93,8 @@ impl Worst {
 
 /// Gathers what one passage's words go through, layer by layer.
 pub(super) struct Passage<'a> {
-    index: u64,
-    words: &'a [String],
+    pub index: u64,
+    pub words: &'a [String],
     /// Sum of the KL divergence over heads and layers, one a token.
     total: Vec<f64>,
     rows: usize,

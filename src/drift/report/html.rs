@@ -1,6 +1,7 @@
 //! A report as one HTML page that needs nothing else: no script, no network. It follows the
 //! reader's light or dark setting and the width of the window.
 
+use super::causes::LayerCauses;
 use super::charts::{Histogram, Scatter};
 use super::terminal::{decibel, in_words, small};
 use super::{ConfigReport, Report};
@@ -22,6 +23,7 @@ struct Page<'a> {
     histogram: Option<Histogram>,
     scatter: Option<Scatter>,
     shares: Option<String>,
+    causes: Vec<LayerCauses>,
 }
 
 /// One cell of the heat map.
@@ -58,6 +60,7 @@ impl Report {
             histogram: main.map(Histogram::of),
             scatter: (self.configs.len() > 1).then(|| Scatter::of(&self.configs)),
             shares: self.worst_shares(),
+            causes: main.map(|main| self.causes(main)).unwrap_or_default(),
         }))
         .map_err(failed)
     }

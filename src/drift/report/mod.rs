@@ -4,6 +4,7 @@
 //! In JSON, a number that is infinite (the signal-to-noise ratio of equal data) or not a number is
 //! `null`.
 
+mod causes;
 mod charts;
 mod figures;
 mod html;

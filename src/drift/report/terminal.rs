@@ -1,5 +1,6 @@
 //! A report for the terminal, at most 100 columns wide.
 
+use super::causes::HEADER;
 use super::{ConfigReport, Report, Shares, Similarity, Stat};
 use crate::drift::{MovedWord, Target};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
@@ -82,7 +83,16 @@ impl Report {
 
     fn write_causes(&self, out: &mut String, main: &ConfigReport) {
         let worst = main.output.worst_head;
-        out.push_str("\n## Why\n\n");
+        out.push_str(
+            "\n## Why\n\n\
+             Queries and keys of each layer. Smoothing: what subtracting the mean wins. Bias: the largest\n\
+             mean of a key channel, to the usual spread. Outlier: the largest key, to the usual size.\n\n",
+        );
+        let mut rows = table(&HEADER);
+        for layer in self.causes(main) {
+            rows.add_row(layer.cells());
+        }
+        let _ = writeln!(out, "{rows}\n");
         let head = main.layers.get(worst.layer).and_then(|layer| layer.heads.get(worst.head));
         if let Some(head) = head {
             let output = &head.alone.output.sqnr_db;
