@@ -2,7 +2,7 @@
 
 use super::files::{ModelFiles, Weights};
 use super::{BertConfig, HiddenAct};
-use crate::nn::{Activation, LayerNorm, Linear};
+use crate::nn::{self, Activation, LayerNorm, Linear};
 use crate::{AttentionConfig, AttnMask, Error, QuantizedAttention, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -220,9 +220,18 @@ impl BertLayer {
     /// Those of [`attention`](crate::attention()).
     pub fn attention_block(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
         let (q, k, v) = self.qkv(hidden)?;
-        let context = self.attention.forward(&q, &k, &v, mask)?;
+        let context = self.attend(&q, &k, &v, mask)?;
         // `[B, N, H, head_dim]`: the projection merges the heads as it reads them.
         self.output.forward_add_norm(&context.transpose(1, 2)?, hidden, &self.output_norm)
+    }
+
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttnMask) -> Result<Tensor> {
+        if *self.attention.config() == AttentionConfig::fp32()
+            && let Some(context) = nn::attention(q, k, v, mask)?
+        {
+            return Ok(context);
+        }
+        self.attention.forward(q, k, v, mask)
     }
 
     /// The whole layer, `[B, N, hidden_size]` to the same.
