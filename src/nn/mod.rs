@@ -3,6 +3,7 @@
 //! ```text
 //! Linear     x·W^T + b, an activation or a residual in the same pass over the result
 //! LayerNorm  of each row; after a Linear in the memory of its result
+//! attention  in fp32, for an encoder; in int8 it is the room `attention`
 //! ```
 //!
 //! Weights are put in the kernel's order once, when a model is loaded. The vectors are `pulp`'s:
@@ -14,13 +15,16 @@
 //! made of Candle's own operations.
 
 mod activation;
+mod attention;
 mod layer_norm;
 mod linear;
 mod packed;
 mod product;
 mod rows;
+mod softmax;
 
 pub(crate) use activation::Activation;
+pub(crate) use attention::attention;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::Linear;
 

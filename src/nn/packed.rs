@@ -2,8 +2,9 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Vectors in a panel where there are 32 registers, and where there are 16.
+/// Vectors in a panel of many outputs, where there are 32 registers.
 pub(super) const WIDE: usize = 4;
+/// Vectors in a panel of few outputs, and of all where there are 16 registers.
 pub(super) const NARROW: usize = 2;
 
 /// `W` `[N, K]` in panels of some vectors of outputs, so that the product reads it front to back:
@@ -22,22 +23,38 @@ pub(crate) struct PackedWeights {
 }
 
 impl PackedWeights {
-    /// Packs `weights`, row-major `[bias.len(), depth]`.
-    pub(super) fn new(arch: Arch, weights: &[f32], bias: &[f32], depth: usize) -> Self {
-        let outputs = bias.len();
-        assert_eq!(weights.len(), outputs * depth);
-        let width = arch.dispatch(PanelWidth);
+    /// Packs weights `at(output, k)`, for as many outputs as there are biases.
+    pub(super) fn pack(
+        arch: Arch,
+        bias: &[f32],
+        depth: usize,
+        at: impl Fn(usize, usize) -> f32,
+    ) -> Self {
+        let (outputs, width) = (bias.len(), arch.dispatch(PanelWidth { outputs: bias.len() }));
         let padded = outputs.next_multiple_of(width);
         let mut panels = vec![0f32; padded * depth];
-        for (output, row) in weights.chunks_exact(depth.max(1)).enumerate() {
-            let panel = &mut panels[output / width * width * depth..][..width * depth];
-            for (k, x) in row.iter().enumerate() {
-                panel[k * width + output % width] = *x;
+        for first in (0..outputs).step_by(width) {
+            let panel = &mut panels[first * depth..][..width * depth];
+            for (k, lanes) in panel.chunks_exact_mut(width).enumerate() {
+                for (output, lane) in (first..outputs).zip(lanes) {
+                    *lane = at(output, k);
+                }
             }
         }
         let mut bias = bias.to_vec();
         bias.resize(padded, 0.0);
         Self { arch, panels, bias, outputs, depth, width }
+    }
+
+    /// Packs `weights`, row-major `[bias.len(), depth]`.
+    pub(super) fn new(arch: Arch, weights: &[f32], bias: &[f32], depth: usize) -> Self {
+        assert_eq!(weights.len(), bias.len() * depth);
+        Self::pack(arch, bias, depth, |output, k| weights[output * depth + k])
+    }
+
+    /// Outputs in a vector.
+    pub(super) fn lanes(arch: Arch) -> usize {
+        arch.dispatch(Lanes)
     }
 
     /// The weights as they came, row-major `[N, K]`.
@@ -82,19 +99,35 @@ impl PackedWeights {
     }
 }
 
-/// Vectors in a panel.
-pub(super) const fn vectors_per_panel<S: Simd>() -> usize {
+/// Vectors in a panel at most.
+pub(super) const fn most_vectors<S: Simd>() -> usize {
     if S::REGISTER_COUNT >= 32 { WIDE } else { NARROW }
 }
 
-struct PanelWidth;
+struct PanelWidth {
+    outputs: usize,
+}
 
 impl WithSimd for PanelWidth {
     type Output = usize;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> usize {
-        vectors_per_panel::<S>() * S::F32_LANES
+        match self.outputs <= NARROW * S::F32_LANES {
+            true => NARROW * S::F32_LANES,
+            false => most_vectors::<S>() * S::F32_LANES,
+        }
+    }
+}
+
+struct Lanes;
+
+impl WithSimd for Lanes {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        S::F32_LANES
     }
 }
 

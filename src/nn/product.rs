@@ -6,7 +6,7 @@
 //! tile, so results depend neither on the vectors nor on how the work is divided.
 
 use super::Activation;
-use super::packed::{NARROW, PackedWeights, WIDE, vectors_per_panel};
+use super::packed::{NARROW, PackedWeights, WIDE, most_vectors};
 use super::rows::Rows;
 use crate::gemm::SERIAL_BELOW;
 use pulp::{Simd, WithSimd};
@@ -17,7 +17,7 @@ use std::ops::Range;
 /// Rows of a tile, at most.
 const ROWS: usize = 6;
 /// Rows of a task, at most: a panel of weights, in L2 by then, is used by eight tiles.
-const BLOCK: usize = 8 * ROWS;
+pub(super) const BLOCK: usize = 8 * ROWS;
 /// Tasks a thread, so that threads end at about the same time.
 const TASKS_PER_THREAD: usize = 16;
 /// Multiply-accumulates of a task, at least: some 10 microseconds.
@@ -63,6 +63,19 @@ pub(super) fn multiply(
         }
         false => tasks.into_par_iter().with_max_len(1).for_each_init(Vec::new, run),
     }
+}
+
+/// [`multiply`] for a few rows one after the other, in this thread.
+pub(super) fn multiply_rows(x: &[f32], weights: &PackedWeights, out: &mut [MaybeUninit<f32>]) {
+    let (outputs, depth) = (weights.outputs(), weights.depth());
+    if out.is_empty() {
+        return;
+    }
+    let rows = out.len() / outputs;
+    assert_eq!((x.len(), out.len()), (rows * depth, rows * outputs));
+    let out = out.chunks_exact_mut(outputs).collect();
+    let task = Task { rows: 0..rows, columns: 0..outputs, out };
+    weights.arch().dispatch(Product { x, weights, epilogue: Epilogue::default(), task });
 }
 
 /// How a result is divided: the largest block of it that is one task.
@@ -125,20 +138,25 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let width = vectors_per_panel::<S>() * S::F32_LANES;
-        assert_eq!(self.weights.width(), width, "packed for other vectors");
-        for column in self.task.columns.clone().step_by(width) {
-            for row in (0..self.task.rows.len()).step_by(ROWS) {
-                match vectors_per_panel::<S>() {
-                    WIDE => self.tile_of_rows::<S, WIDE>(simd, row, column),
-                    _ => self.tile_of_rows::<S, NARROW>(simd, row, column),
-                }
-            }
+        match self.weights.width() / S::F32_LANES {
+            WIDE if most_vectors::<S>() == WIDE => self.panels::<S, WIDE>(simd),
+            _ => self.panels::<S, NARROW>(simd),
         }
     }
 }
 
 impl Product<'_> {
+    #[inline(always)]
+    fn panels<S: Simd, const V: usize>(&mut self, simd: S) {
+        let width = V * S::F32_LANES;
+        assert_eq!(self.weights.width(), width, "packed for other vectors");
+        for column in self.task.columns.clone().step_by(width) {
+            for row in (0..self.task.rows.len()).step_by(ROWS) {
+                self.tile_of_rows::<S, V>(simd, row, column);
+            }
+        }
+    }
+
     /// The tile at a row and a column, with as many rows as there are left.
     #[inline(always)]
     fn tile_of_rows<S: Simd, const V: usize>(&mut self, simd: S, row: usize, column: usize) {

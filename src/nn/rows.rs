@@ -35,6 +35,19 @@ impl<'a> Rows<'a> {
         Ok(Self { data, dims, strides, contiguous: layout.is_contiguous() })
     }
 
+    /// As rank 4; the first of lower ranks are 1.
+    pub(super) fn dims(&self) -> [usize; 4] {
+        self.dims
+    }
+
+    /// Matrix `index` of `[B, H, N, D]`, counted over the batch: its rows are the N tokens.
+    pub(super) fn matrix(&self, index: usize) -> Rows<'a> {
+        let ([_, h, n, d], [s_b, s_h, s_n, s_d]) = (self.dims, self.strides);
+        let data = &self.data[index / h * s_b + index % h * s_h..];
+        let contiguous = (s_d == 1 || d == 1) && (s_n == d || n == 1);
+        Rows { data, dims: [1, n, 1, d], strides: [0, s_n, 0, s_d], contiguous }
+    }
+
     /// Rows.
     pub(super) fn count(&self) -> usize {
         self.dims[0] * self.dims[1]
@@ -83,6 +96,16 @@ mod tests {
             .collect()
     }
 
+    /// All matrices.
+    fn matrices(x: &Tensor) -> Vec<f32> {
+        let (storage, layout) = x.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { panic!("not on the CPU") };
+        let rows = Rows::new(storage, layout).unwrap();
+        let [b, h, n, _] = rows.dims();
+        let mut buffer = Vec::new();
+        (0..b * h).flat_map(|index| rows.matrix(index).read(0..n, &mut buffer).to_vec()).collect()
+    }
+
     #[test]
     fn any_strides_read_as_the_contiguous_copy() {
         let x = Tensor::arange(0f32, 240., &Device::Cpu).unwrap().reshape((2, 3, 5, 8)).unwrap();
@@ -101,6 +124,9 @@ mod tests {
             let copy: Vec<f32> =
                 view.contiguous().unwrap().flatten_all().unwrap().to_vec1().unwrap();
             assert_eq!(read(&view), copy, "{:?} {:?}", view.dims(), view.stride());
+            if view.rank() == 4 {
+                assert_eq!(matrices(&view), copy, "{:?} {:?}", view.dims(), view.stride());
+            }
         }
     }
 
