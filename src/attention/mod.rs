@@ -11,7 +11,7 @@
 mod config;
 mod flash;
 mod fused;
-pub mod kv_cache;
+mod kv_cache;
 mod mask;
 mod module;
 mod operand;
