@@ -38,6 +38,17 @@
 //! * *dynamic*, *static*: the range is from this very tensor, or given.
 //! * *drift*: what differs between fp32 and int8 on the same inputs.
 //!
+//! # In a model
+//! [`recipes`] has whole programs: the swap of one line, a layer of BERT, a layer of Llama with an
+//! [`Int8KvCache`].
+//!
+//! # Devices
+//! The kernels are for CPUs. Where tensors are on a CUDA or Metal device, [`attention()`],
+//! [`flash_attn`] and [`QuantizedAttention`] compute the same numbers with Candle's own operations
+//! ([`attention::tensor_ops`]), which shows what int8 changes there, but is not faster than fp32.
+//! [`Int8KvCache`] and [`attention_scores`] are for CPUs only, and say so. The features `cuda`,
+//! `cudnn`, `metal`, `mkl` and `accelerate` are Candle's, passed on.
+//!
 //! # Rooms
 //! `quant` <- `gemm` <- `attention` <- `models`, which has its other layers from `nn`; [`drift`] measures, `hub` (feature) downloads.
 
@@ -52,6 +63,8 @@ pub mod models;
 mod nn;
 mod pv;
 pub mod quant;
+#[doc = include_str!("../docs/recipes.md")]
+pub mod recipes {}
 mod simd;
 mod uninit;
 

@@ -1,5 +1,6 @@
 //! What can be chosen: how scores are quantized, what leaves the op, which backend computes.
 
+use crate::pv::{self, PvKernel, ValueFormat};
 use crate::quant::{Granularity, QuantConfig, Scheme};
 use crate::{Error, Result};
 
@@ -100,6 +101,27 @@ pub enum PvPrecision {
     /// its channel coarse. The error is larger than that of the int8 scores (the README has
     /// figures): never chosen by `Auto`.
     Int8,
+}
+
+impl PvPrecision {
+    /// The best kernel for it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] on a machine without an instruction for it.
+    pub(super) fn kernel(self) -> Result<&'static dyn PvKernel> {
+        let kernel = match self {
+            Self::Auto => pv::select(ValueFormat::Bf16).or_else(|| pv::select(ValueFormat::F32)),
+            Self::F32 => pv::select(ValueFormat::F32),
+            Self::Bf16 => pv::select(ValueFormat::Bf16),
+            Self::Int8 => pv::select(ValueFormat::Int8),
+        };
+        kernel.ok_or_else(|| {
+            Error::Config(format!(
+                "P·V precision {self:?}: this machine has no instruction for it; use Auto, F32 or \
+                 Int8"
+            ))
+        })
+    }
 }
 
 /// Numeric choices of the int8 backend.

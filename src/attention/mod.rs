@@ -14,7 +14,7 @@ mod config;
 mod flash;
 mod fused;
 mod keys;
-pub mod kv_cache;
+mod kv_cache;
 mod mask;
 mod module;
 mod operand;

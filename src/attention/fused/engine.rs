@@ -4,16 +4,16 @@ use super::between::Between;
 use super::mask::MaskView;
 use super::output::Element;
 use super::softmax::{Probs, Running, Tile, softmax_tile};
-use crate::attention::config::{AttentionConfig, Int8Config, PvPrecision};
+use crate::Result;
+use crate::attention::config::{AttentionConfig, Int8Config};
 use crate::attention::keys::PackedKeys;
 use crate::attention::operand::{BLOCK, blocks};
 use crate::attention::pace::{Pace, Work};
 use crate::attention::scorer::{QueryBlock, ScoreScale, Scorer};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
-use crate::pv::{self, Int8Run, KEY_GROUP, PackedValues, PvKernel, RUN, ValueFormat};
+use crate::pv::{Int8Run, KEY_GROUP, PackedValues, PvKernel, RUN, ValueFormat};
 use crate::uninit::{overwrite, written};
-use crate::{Error, Result};
 use candle_nn::attention::AttnMask;
 use std::cell::{Cell, RefCell};
 use std::f32::consts::LOG2_E;
@@ -94,7 +94,7 @@ impl<'a> Engine<'a> {
         };
         Ok(Self {
             values: v,
-            kernel: value_kernel(int8.pv)?,
+            kernel: int8.pv.kernel()?,
             visible: Visible::new((b, m, n), attn_mask, config)?,
             between: Between { softcap: config.softcap, slopes: config.alibi_slopes.clone(), mask },
             scorer: Scorer::prepare(q, k, &int8.scores, scale)?,
@@ -265,22 +265,6 @@ impl<'a> Engine<'a> {
             }
         }
     }
-}
-
-/// The kernel for a precision.
-fn value_kernel(precision: PvPrecision) -> Result<&'static dyn PvKernel> {
-    let kernel = match precision {
-        PvPrecision::Auto => pv::select(ValueFormat::Bf16).or_else(|| pv::select(ValueFormat::F32)),
-        PvPrecision::F32 => pv::select(ValueFormat::F32),
-        PvPrecision::Bf16 => pv::select(ValueFormat::Bf16),
-        PvPrecision::Int8 => pv::select(ValueFormat::Int8),
-    };
-    kernel.ok_or_else(|| {
-        Error::Config(format!(
-            "P·V precision {precision:?}: this machine has no instruction for it; use Auto, F32 or \
-             Int8"
-        ))
-    })
 }
 
 impl Scratch {

@@ -17,11 +17,12 @@ use super::config::CacheMask;
 use super::head::{Head, PAGE};
 use super::span::Partial;
 use super::{Int8KvCache, cpu};
-use crate::attention::config::{AttentionConfig, Backend};
+use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
 use crate::attention::shapes::{check_cpu, check_float, check_scores};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
 use crate::gemm::{self, Kernel, PackedLhs};
+use crate::pv::PvKernel;
 use crate::quant::Scheme;
 use crate::quant::rows::{BlockCodes, RowParams, Rows, dots, quantize_block};
 use crate::{Error, Result};
@@ -34,7 +35,7 @@ use std::ops::Range;
 const OP: &str = "Int8KvCache::attention";
 
 /// Rows of a block; two rows of codes each.
-const ROWS: usize = 24;
+const ROWS: usize = 48;
 
 /// Keys of a span. The cut into spans does not depend on the number of threads, so neither does
 /// the result.
@@ -44,10 +45,10 @@ impl Int8KvCache {
     /// `softmax(scale * q·k^T)·v` over the keys and values in the cache: `q` `[B, H, M, D]`, f32,
     /// f16 or bf16 with any strides, to `[B, H, M, Dv]` in the dtype of `q`. `H_kv` divides `H`.
     ///
-    /// Of `config`, softmax scale, softcap, ALiBi slopes and windows count; how keys and values are
-    /// quantized is the cache's own configuration, and queries are quantized to 16 bits. The result
-    /// is the same whatever the number of threads. It has no gradient. A query that sees no key
-    /// gives zeros.
+    /// Of `config`, softmax scale, softcap, ALiBi slopes, windows and the P·V precision count; how
+    /// keys and values are quantized is the cache's own configuration, and queries are quantized to
+    /// 16 bits. For few queries P·V is in f32 whatever its precision. The result is the same
+    /// whatever the number of threads. It has no gradient. A query that sees no key gives zeros.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for a `q` that does not fit the
@@ -72,6 +73,8 @@ impl Int8KvCache {
         Ok(if q.dtype() == DType::F32 { out } else { out.to_dtype(q.dtype())? })
     }
 
+    /// Heads of keys, and the value dim.
+    ///
     /// # Errors
     /// Those of [`Int8KvCache::attention`] that concern only the configuration, for queries of
     /// `heads` heads of `depth` elements.
@@ -81,12 +84,11 @@ impl Int8KvCache {
 
     /// # Errors
     /// Those of [`Int8KvCache::attention`] that concern the shape of `q`.
-    fn check_queries(&self, queries: &View<'_>) -> Result<usize> {
-        let Some(dims) = self.dims else {
+    fn check_queries(&self, queries: &View<'_>) -> Result<(usize, usize)> {
+        let Some((heads, dims)) = self.shape else {
             let problem = "attention over a cache to which nothing was appended";
             return Err(Error::Config(problem.into()));
         };
-        let heads = self.sequences.first().map_or(0, |sequence| sequence.heads.len());
         let [b, h, m, d] = queries.dims();
         let keys = [self.sequences.len(), heads, self.len(), dims.depth];
         if check_scores(OP, &[b, h, m, d], &keys).is_err() {
@@ -95,7 +97,7 @@ impl Int8KvCache {
                 format!("[{}, a multiple of {heads}, M, {}] to match the cache", keys[0], keys[3]);
             return Err(Error::Shape { op: OP, tensor: "q", shape, expected });
         }
-        Ok(dims.value_dim)
+        Ok((heads, dims.value_dim))
     }
 }
 
@@ -109,6 +111,8 @@ pub(super) struct Engine<'a> {
     /// Query heads that share a head of keys.
     group: usize,
     pub value_dim: usize,
+    /// Multiplies values with many rows of probabilities.
+    pub many: &'static dyn PvKernel,
     /// Multiplies every score.
     pub factor: f32,
     pub softcap: Option<f32>,
@@ -148,14 +152,15 @@ impl<'a> Engine<'a> {
         mask: &CacheMask,
         config: &AttentionConfig,
     ) -> Result<Self> {
-        let value_dim = cache.check_queries(&queries)?;
+        let (heads, value_dim) = cache.check_queries(&queries)?;
         let [_, h, m, d] = queries.dims();
-        let scale = check_config(h, d, config)?;
+        let (scale, int8) = check_config(h, d, config)?;
         let engine = Self {
             kernel: gemm::select()?,
             visible: visible(cache, m, mask, config)?,
-            group: h / cache.sequences.first().map_or(1, |s| s.heads.len().max(1)),
+            group: h / heads.max(1),
             value_dim,
+            many: int8.pv.kernel()?,
             // A softcap bends the score itself; log2(e) comes after it.
             factor: if config.softcap.is_some() { scale } else { scale * LOG2_E },
             softcap: config.softcap,
@@ -309,19 +314,30 @@ impl<'a> Engine<'a> {
     }
 }
 
-/// The factor on scores.
+/// The factor on scores, and the choices of the int8 backend.
 ///
 /// # Errors
 /// [`Error::Config`] for what cannot be with `heads` query heads of `depth` elements.
-fn check_config(heads: usize, depth: usize, config: &AttentionConfig) -> Result<f32> {
+fn check_config(
+    heads: usize,
+    depth: usize,
+    config: &AttentionConfig,
+) -> Result<(f32, &Int8Config)> {
     config.check(heads)?;
-    if config.backend == Backend::Fp32 {
+    let Backend::Int8(int8) = &config.backend else {
         return Err(Error::Config("fp32 attention over a cache of int8 keys".into()));
-    }
+    };
     if config.kv_lens.is_some() {
         return Err(Error::Config("kv_lens with a cache, which knows its lengths".into()));
     }
-    config.scale(depth)
+    if int8.pv == PvPrecision::Int8 {
+        return Err(Error::Config(
+            "P·V in int8 over a cache, whose values are multiplied in f32 or bf16 however they are \
+             stored; use Auto, F32 or Bf16"
+                .into(),
+        ));
+    }
+    Ok((config.scale(depth)?, int8))
 }
 
 /// What the queries of each sequence see by their positions.

@@ -98,7 +98,6 @@ impl Int8KvCache {
 
     fn header(&self) -> Header {
         let config = &self.config;
-        let heads = self.sequences.first().map_or(0, |sequence| sequence.heads.len());
         let of_sequence = |sequence: &Sequence| {
             let packed = sequence.heads.first().map_or(0, |head| head.packed);
             let first = sequence.heads.first().map_or(0, Head::kept_from).min(packed);
@@ -116,7 +115,9 @@ impl Int8KvCache {
             recent: config.recent,
             window: config.window,
             capacity: config.capacity,
-            dims: self.dims.map(|d| [self.sequences.len(), heads, d.depth, d.value_dim]),
+            dims: self
+                .shape
+                .map(|(heads, dims)| [self.sequences.len(), heads, dims.depth, dims.value_dim]),
             sequences: self.sequences.iter().map(of_sequence).collect(),
         }
     }
@@ -254,7 +255,7 @@ impl<'a> Reader<'a> {
             let heads = stored.into_iter().enumerate().map(restore).collect();
             sequences.push(Sequence { heads, len: place.len });
         }
-        Ok(Int8KvCache { config, dims: Some(dims), sequences })
+        Ok(Int8KvCache { config, shape: Some((heads, dims)), sequences })
     }
 
     /// The bytes of a tensor that has this dtype and shape.

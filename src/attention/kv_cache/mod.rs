@@ -60,8 +60,8 @@ use std::ops::Deref;
 #[derive(Clone)]
 pub struct Int8KvCache {
     config: KvCacheConfig,
-    /// Known from the first append on.
-    dims: Option<Dims>,
+    /// Heads of keys, and their dims; known from the first append on.
+    shape: Option<(usize, Dims)>,
     sequences: Vec<Sequence>,
 }
 
@@ -85,7 +85,7 @@ impl std::fmt::Debug for Int8KvCache {
 impl Int8KvCache {
     /// An empty cache. The first append decides batch, heads and dims.
     pub fn new(config: KvCacheConfig) -> Self {
-        Self { config, dims: None, sequences: Vec::new() }
+        Self { config, shape: None, sequences: Vec::new() }
     }
 
     /// The configuration.
@@ -148,10 +148,8 @@ impl Int8KvCache {
         let k = View::new(OP, "k", cpu(&k.0)?, k.1)?;
         let v = View::new(OP, "v", cpu(&v.0)?, v.1)?;
         let empty = self.check_append(&k, &v, lens)?;
-        self.dims = Some(Dims { depth: k.depth(), value_dim: v.depth() });
+        self.shape = Some((k.dims()[1], Dims { depth: k.depth(), value_dim: v.depth() }));
         self.sequences.extend(empty);
-
-        let heads_per_sequence = k.dims()[1];
         let config = &self.config;
         let tasks: Vec<(usize, usize, &mut Head)> = (self.sequences.iter_mut().zip(lens))
             .flat_map(|(sequence, &len)| {
@@ -161,7 +159,6 @@ impl Int8KvCache {
             .enumerate()
             .map(|(index, (len, head))| (index, len, head))
             .collect();
-        debug_assert_eq!(tasks.len(), lens.len() * heads_per_sequence);
         let append = |(index, len, head): (usize, usize, &mut Head)| {
             if let Some(window) = config.window {
                 // What the next query does not see, but for a page that a truncation may ask for.
@@ -208,8 +205,7 @@ impl Int8KvCache {
             }
         }
         let dims = Dims { depth, value_dim };
-        if let Some(held) = self.dims {
-            let heads = self.sequences.first().map_or(h, |sequence| sequence.heads.len());
+        if let Some((heads, held)) = self.shape {
             if (b, h, depth) != (self.sequences.len(), heads, held.depth) {
                 let (b, depth) = (self.sequences.len(), held.depth);
                 return shape("k", k, format!("[{b}, {heads}, S, {depth}] as in the cache"));
@@ -278,7 +274,7 @@ impl Int8KvCache {
 
     /// Forgets everything but the configuration: batch, heads, dims and key offset are open again.
     pub fn reset(&mut self) {
-        self.dims = None;
+        self.shape = None;
         self.sequences.clear();
     }
 }

@@ -6,6 +6,7 @@ use super::product::product_f32;
 use crate::attention::fused::softmax_alone;
 use crate::gemm::{self, ScoreScales};
 use crate::quant::rows::{self, dots};
+use crate::simd::widest;
 use crate::uninit::overwrite;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -59,7 +60,7 @@ impl Partial {
         let mut partial = Self { softmax, ..Self::nothing(rows, engine.value_dim) };
         match span {
             Span::Sinks => partial.add_rows(&head.sinks, scores, stride),
-            Span::Pages(_) => partial.add_pages(block, &tokens, scores, stride),
+            Span::Pages(_) => partial.add_pages(engine, block, &tokens, scores, stride),
             Span::Recent => partial.add_rows(&head.recent, scores, stride),
         }
         partial
@@ -68,6 +69,7 @@ impl Partial {
     /// Adds the values of pages, multiplied by their probabilities.
     fn add_pages(
         &mut self,
+        engine: &Engine<'_>,
         block: &Block<'_>,
         tokens: &Range<usize>,
         probs: &mut [f32],
@@ -76,13 +78,24 @@ impl Partial {
         for (start, used, page) in block.head.pages_of(tokens.clone()) {
             let used = used.min(tokens.end - start);
             let probs = &mut probs[start - tokens.start..];
-            page.values.accumulate(used, probs, stride, &mut self.sums);
+            page.values.accumulate(used, probs, stride, &mut self.sums, engine.many);
         }
     }
 
     /// Adds values that are kept in f32, multiplied by their probabilities.
     fn add_rows(&mut self, rows: &Rows, probs: &[f32], stride: usize) {
-        product_f32(&rows.values, self.value_dim, probs, stride, &mut self.sums);
+        let dim = self.value_dim;
+        if rows.values.iter().all(|x| x.is_finite()) {
+            return product_f32(&rows.values, dim, probs, stride, &mut self.sums);
+        }
+        // What a row does not see must not leak through 0 * NaN.
+        for (key, values) in rows.values.chunks_exact(dim).enumerate() {
+            let probs = probs[key..].iter().step_by(stride);
+            for (sums, p) in self.sums.chunks_exact_mut(dim).zip(probs).filter(|(_, p)| **p != 0.0)
+            {
+                sums.iter_mut().zip(values).for_each(|(sum, x)| *sum += p * x);
+            }
+        }
     }
 
     /// Adds another span.
@@ -148,7 +161,12 @@ fn page_scores(block: &Block<'_>, tokens: Range<usize>, scores: &mut [f32], stri
         gemm::score_tiles(&block.codes, &page.keys, 0..used, &scales, overwrite(out), stride);
     }
     let (first, left_over) = scores.split_at_mut(block.rows.len() * stride);
-    first.iter_mut().zip(left_over).for_each(|(a, b)| *a += *b);
+    widest!(add, (first, &*left_over), (&mut [f32], &[f32]) => ());
+}
+
+#[inline(always)]
+fn add((sums, others): (&mut [f32], &[f32])) {
+    sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
 }
 
 /// f32 scores against keys that are kept in f32.
