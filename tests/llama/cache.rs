@@ -5,7 +5,9 @@ use super::{batch, relative_difference};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::llama::{LayerCache, LlamaCache, LlamaModel};
-use candle_int8_attention::{AttentionConfig, CacheValues, Error, KeyOffset, KvCacheConfig};
+use candle_int8_attention::{
+    AttentionConfig, Backend, CacheValues, Error, Int8Config, KeyOffset, KvCacheConfig, PvPrecision,
+};
 
 /// Sums in another order.
 const ROUNDING: f32 = 2e-5;
@@ -84,7 +86,10 @@ fn kv_caches() -> Vec<(KvCacheConfig, f32)> {
 fn token_by_token_is_as_at_once_with_an_int8_cache() -> Result<()> {
     let (mut model, ids) = (model()?, tokens());
     let fp32 = in_pieces(&model, model.new_cache(1, CONTEXT)?, &ids, &[600])?;
-    model.set_attention(&AttentionConfig::int8());
+    // P·V in f32, because few queries have it so whatever the precision of many.
+    let int8 = Int8Config { pv: PvPrecision::F32, ..Default::default() };
+    let attention = AttentionConfig { backend: Backend::Int8(int8), ..Default::default() };
+    model.set_attention(&attention);
     for (config, tolerance) in kv_caches() {
         model.set_kv_cache(&config);
         let new_cache = || model.new_cache(1, CONTEXT);
@@ -153,9 +158,9 @@ fn each_layer_has_the_cache_of_its_attention() -> Result<()> {
     let pieces = in_pieces(&model, model.new_cache(1, CONTEXT)?, &ids, &[1])?;
     let difference = relative_difference(&pieces, &mixed)?;
     assert!(difference <= INT8_CACHE, "{difference}");
-    // In f32 600 tokens take 640 places; codes, scales and int8 values, a third of them at most.
+    // Heads are so small here that scales take as much as codes, and places come by whole pages.
     let [full, int8] = [0, 1].map(|layer| cache.layers()[layer].memory_bytes());
-    assert!(3 * int8 < full, "{int8} {full}");
+    assert!(2 * int8 < full, "{int8} {full}");
     Ok(())
 }
 
