@@ -1,5 +1,13 @@
 //! The example `drift`, run as a user and as a CI job run it.
 
+// The parts of the example that have tests of their own, which run here.
+#[allow(dead_code)]
+#[path = "../examples/drift/passages.rs"]
+mod passages;
+#[allow(dead_code)]
+#[path = "../examples/drift/words.rs"]
+mod words;
+
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
