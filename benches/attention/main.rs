@@ -54,7 +54,7 @@ fn run(args: &Args) -> Result<()> {
     } else if args.mode.memory {
         ("memory", serde_json::to_value(memory::run(args)?)?)
     } else {
-        ("tables", serde_json::to_value(tables::run(args)?)?)
+        ("comparison", serde_json::to_value(tables::run(args)?)?)
     };
     if let Some(file) = json {
         let report = serde_json::json!({

@@ -145,7 +145,7 @@ impl Table {
         };
         println!(
             "\n{title}, {} in and out.\nMedian ms ± half of the interquartile range, and how many \
-             times as long as this crate. Limit: {limit}.\n",
+             times as long as this crate.\nLimit: {limit}.\n",
             args.dtype.name()
         );
         let names = first.entries.iter().map(|entry| entry.name);

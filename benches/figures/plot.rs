@@ -78,8 +78,8 @@ struct Series {
 struct Panel<'a> {
     /// What the vertical axis shows.
     what: &'a str,
-    /// Where it may be labelled; it ends at two of these.
-    ticks: &'a [f64],
+    /// It is labelled at powers of this, and ends at two of them.
+    base: f64,
     label: &'a dyn Fn(&f64) -> String,
     series: Vec<Series>,
     /// The least time, as a dashed line.
@@ -104,9 +104,6 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(0x8a, 0x6d, 0x00),
     RGBColor(0x33, 0x33, 0x99),
 ];
-/// Seconds, and times as long as this crate.
-const SECONDS: [f64; 9] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0];
-const RATIOS: [f64; 10] = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
 
 fn main() -> Result<()> {
     let args = Args::parse();
@@ -137,7 +134,7 @@ fn draw(results: &Results, table: &Table, svg: &mut String) -> Result<()> {
     );
     let times = Panel {
         what: "time of a call",
-        ticks: &SECONDS,
+        base: 10.0,
         label: &time_label,
         series: series(table),
         limit: table
@@ -150,7 +147,7 @@ fn draw(results: &Results, table: &Table, svg: &mut String) -> Result<()> {
     };
     let ratios = Panel {
         what: "times as long as this crate",
-        ticks: &RATIOS,
+        base: 2.0,
         label: &|ratio| format!("{ratio}x"),
         series: ratios(&times.series),
         limit: Vec::new(),
@@ -266,18 +263,19 @@ impl Panel<'_> {
         Ok(())
     }
 
-    /// The ticks from the last below all points to the first above them.
+    /// The powers of the base that enclose all points.
     fn ticks(&self) -> Vec<f64> {
         let lines = self.series.iter().map(|line| &line.points).chain([&self.limit]);
-        let values: Vec<f64> = lines.flatten().map(|point| point.1).collect();
-        let low = self.ticks.iter().rposition(|tick| values.iter().all(|value| value >= tick));
-        let high = self.ticks.iter().position(|tick| values.iter().all(|value| value <= tick));
-        self.ticks[low.unwrap_or(0)..=high.unwrap_or(self.ticks.len() - 1)].to_vec()
+        let powers: Vec<f64> = lines.flatten().map(|point| point.1.log(self.base)).collect();
+        let low = powers.iter().copied().fold(f64::INFINITY, f64::min).floor() as i32;
+        let high = powers.iter().copied().fold(f64::NEG_INFINITY, f64::max).ceil() as i32;
+        (low..=high.max(low + 1)).map(|power| self.base.powi(power)).collect()
     }
 }
 
 fn time_label(seconds: &f64) -> String {
     match *seconds {
+        s if s < 9e-7 => format!("{:.0} ns", s * 1e9),
         s if s < 9e-4 => format!("{:.0} µs", s * 1e6),
         s if s < 0.9 => format!("{:.0} ms", s * 1e3),
         s => format!("{s:.0} s"),

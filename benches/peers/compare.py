@@ -9,6 +9,7 @@ have their turn. README.md in this folder says how to install what is needed.
 import argparse
 import datetime
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -58,7 +59,8 @@ def main():
     processes = {}
     try:
         processes, everyone, notes = contenders.start(args)
-        print("\n".join(notes), file=sys.stderr, end="\n" if notes else "")
+        for note in [*notes, *busy()]:
+            print(note, file=sys.stderr)
         results = results_of(args, processes, everyone)
     except contenders.Problem as problem:
         sys.exit(f"error: {problem}")
@@ -73,6 +75,14 @@ def main():
         args.markdown.write_text(text + "\n")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def busy():
+    """A warning if others use the machine: whoever is interrupted more often looks slower."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        return [f"The machine is busy (load {load:.1f}): times will mean little."]
+    return []
 
 
 def arguments():
@@ -225,10 +235,11 @@ def measure(args, bench, what, shape, those, pace):
 def markdown(results):
     """All tables, and what they were measured with."""
     machine, versions = results["machine"], results["versions"]
+    noun = "thread" if results["threads"] == 1 else "threads"
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
         f"{results['date']}, {machine['processor']}, {machine['cores']} cores, "
-        f"{results['threads']} threads; int8 kernel {machine['kernel']}; {libraries}.",
+        f"{results['threads']} {noun}; int8 kernel {machine['kernel']}; {libraries}.",
         "Median ms ± half of the interquartile range, and how many times as long as this crate; "
         "f32 in and f32 out.",
     ]
