@@ -288,7 +288,9 @@ impl Scratch {
         self.scores.resize(grow, 0.0);
         self.probs.resize(grow, 0);
         self.codes.resize(grow, 0);
-        self.runs.resize(grow.div_ceil(RUN), Int8Run::default());
+        // Every row has runs of its own, also where it is shorter than one.
+        let runs = self.runs.len().max(rows * self.stride.div_ceil(RUN));
+        self.runs.resize(runs, Int8Run::default());
         self.sums.clear();
         self.sums.resize(rows * width, 0.0);
     }
