@@ -66,6 +66,9 @@ pub mod quant;
 #[doc = include_str!("../docs/recipes.md")]
 pub mod recipes {}
 mod simd;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod testing;
 mod uninit;
 
 pub use attention::{

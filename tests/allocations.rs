@@ -1,8 +1,11 @@
 //! What a call allocates: views are read where they lie, not copied. One test, because the count is
 //! that of the whole process.
 
+mod common;
+
 use candle_core::{Device, Result, Tensor};
 use candle_int8_attention::{AttnMask, flash_attn, flash_attn_varlen_cpu};
+use common::randn;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -46,7 +49,7 @@ fn large_pieces(f: impl Fn() -> Result<Tensor>) -> Result<usize> {
 
 #[test]
 fn transposed_views_are_not_copied() -> Result<()> {
-    let heads_first = Tensor::randn(0f32, 1., (B, H, S, D), &Device::Cpu)?;
+    let heads_first = randn((B, H, S, D));
     let view = heads_first.transpose(1, 2)?;
     let contiguous = view.contiguous()?;
     assert_eq!(large_pieces(|| view.contiguous())?, 1, "a copy is counted");

@@ -1,5 +1,7 @@
 //! Attention with both backends: masks, shapes, dtypes, errors.
 
+mod common;
+
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::{attention_probs, unfused};
 use candle_int8_attention::quant::{Granularity, Scheme};
@@ -7,12 +9,9 @@ use candle_int8_attention::{
     AttentionConfig, AttnMask, Backend, Error, Int8Config, PvPrecision, QuantizedAttention,
     ScoreConfig, ScoreOutput, attention,
 };
+use common::randn;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
-
-fn randn(shape: (usize, usize, usize, usize)) -> candle_core::Result<Tensor> {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu)
-}
 
 fn values(x: &Tensor) -> Vec<f32> {
     x.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
@@ -68,10 +67,10 @@ fn both_backends_agree_with_the_definition() -> TestResult {
     for ((b, h, h_kv, m, n), (d, dv)) in
         [((2, 4, 2, 5, 9), (16, 12)), ((1, 3, 1, 7, 7), (50, 50)), ((1, 1, 1, 1, 1), (1, 1))]
     {
-        let (q, k, v) = (randn((b, h, m, d))?, randn((b, h_kv, n, d))?, randn((b, h_kv, n, dv))?);
+        let (q, k, v) = (randn((b, h, m, d)), randn((b, h_kv, n, d)), randn((b, h_kv, n, dv)));
         let keep: Vec<u8> = (0..b * n).map(|i| u8::from(i % 3 != 1)).collect();
         let boolean = Tensor::from_vec(keep.clone(), (b, 1, 1, n), &Device::Cpu)?;
-        let additive = Tensor::randn(0f32, 1., (h, 1, n), &Device::Cpu)?;
+        let additive = randn((h, 1, n));
         let added = additive.squeeze(1)?.to_vec2::<f32>()?;
         for (config, bound) in BOUNDS {
             let check = |mask: AttnMask, define: &dyn Fn([usize; 4]) -> f64| -> TestResult {
@@ -94,7 +93,7 @@ fn both_backends_agree_with_the_definition() -> TestResult {
 
 #[test]
 fn a_fully_masked_row_gives_zeros() -> TestResult {
-    let q = randn((2, 2, 4, 8))?;
+    let q = randn((2, 2, 4, 8));
     let masks = [
         Tensor::new(&[[1u8, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]], &Device::Cpu)?,
         Tensor::new(&[[0f32; 4], [f32::NEG_INFINITY; 4], [0.; 4], [f32::MIN; 4]], &Device::Cpu)?,
@@ -115,7 +114,7 @@ fn a_fully_masked_row_gives_zeros() -> TestResult {
 
 #[test]
 fn probabilities_sum_to_one() -> TestResult {
-    let q = randn((1, 2, 6, 8))?;
+    let q = randn((1, 2, 6, 8));
     for (config, _) in BOUNDS {
         let probs = attention_probs(&q, &q, &AttnMask::causal(), &config())?;
         assert_eq!(probs.dims(), [1, 2, 6, 6]);
@@ -129,7 +128,7 @@ fn probabilities_sum_to_one() -> TestResult {
 
 #[test]
 fn output_has_the_dtype_of_the_queries() -> TestResult {
-    let (q, v) = (randn((1, 2, 6, 8))?, randn((1, 2, 6, 5))?);
+    let (q, v) = (randn((1, 2, 6, 8)), randn((1, 2, 6, 5)));
     for (config, bound) in BOUNDS {
         let full = attention(&q, &q, &v, &AttnMask::None, &config())?;
         for dtype in [DType::F16, DType::BF16] {
@@ -144,7 +143,7 @@ fn output_has_the_dtype_of_the_queries() -> TestResult {
 
 #[test]
 fn softmax_scale_is_applied() -> TestResult {
-    let q = randn((1, 1, 6, 16))?;
+    let q = randn((1, 1, 6, 16));
     for (config, bound) in BOUNDS {
         let scaled = AttentionConfig { softmax_scale: Some(1.0), ..config() };
         let out = attention(&q, &q, &q, &AttnMask::None, &scaled)?;
@@ -156,7 +155,7 @@ fn softmax_scale_is_applied() -> TestResult {
 
 #[test]
 fn module_switches_its_backend() -> TestResult {
-    let q = randn((1, 2, 6, 16))?;
+    let q = randn((1, 2, 6, 16));
     let mut layer = QuantizedAttention::new(AttentionConfig::fp32());
     let exact = layer.forward(&q, &q, &q, &AttnMask::None)?;
     layer.set_config(AttentionConfig::int8());
@@ -177,7 +176,7 @@ fn empty_dimensions() -> TestResult {
             ((1, 2, 3, 0), (1, 2, 5, 0), (1, 2, 5, 6)),
             ((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 0)),
         ] {
-            let (q, k, v) = (randn(q)?, randn(k)?, randn(v)?);
+            let (q, k, v) = (randn(q), randn(k), randn(v));
             let out = attention(&q, &k, &v, &AttnMask::None, &config())?;
             let (b, h, m, _) = q.dims4()?;
             assert_eq!(out.dims(), [b, h, m, v.dim(3)?]);
@@ -189,12 +188,12 @@ fn empty_dimensions() -> TestResult {
 
 #[test]
 fn errors_name_the_values() -> TestResult {
-    let q = randn((1, 4, 8, 16))?;
+    let q = randn((1, 4, 8, 16));
     for (config, _) in BOUNDS {
         let message = |k: &Tensor, v: &Tensor, mask: &AttnMask| {
             attention(&q, k, v, mask, &config()).unwrap_err().to_string()
         };
-        let text = message(&q, &randn((1, 4, 9, 16))?, &AttnMask::None);
+        let text = message(&q, &randn((1, 4, 9, 16)), &AttnMask::None);
         assert!(text.contains("v has shape [1, 4, 9, 16], expected [1, 4, 8, Dv]"), "{text}");
         let wrong = Tensor::zeros((7, 8), DType::F32, &Device::Cpu)?;
         let text = message(&q, &q, &AttnMask::Mask(wrong.clone()));
@@ -263,8 +262,8 @@ fn fused_equals_unfused_over_shapes() -> TestResult {
         (3, 6, 1, 1, 700),
     ] {
         for (d, dv) in [(1, 1), (33, 50), (64, 64), (80, 17), (256, 130)] {
-            let (q, k) = (randn((b, h, m, d))?, randn((b, h_kv, n, d))?);
-            let v = randn((b, h_kv, n, dv))?;
+            let (q, k) = (randn((b, h, m, d)), randn((b, h_kv, n, d)));
+            let v = randn((b, h_kv, n, dv));
             let config = AttentionConfig::int8();
             fused_equals_unfused(&q, &k, &v, &AttnMask::None, &config)?;
             fused_equals_unfused(&q, &k, &v, &AttnMask::causal_with_offset(n / 3), &config)?;
@@ -276,11 +275,11 @@ fn fused_equals_unfused_over_shapes() -> TestResult {
 #[test]
 fn fused_equals_unfused_with_everything_that_changes_scores() -> TestResult {
     let (b, h, h_kv, m, n, d) = (3, 4, 2, 60, 530, 32);
-    let (q, k, v) = (randn((b, h, m, d))?, randn((b, h_kv, n, d))?, randn((b, h_kv, n, d))?);
+    let (q, k, v) = (randn((b, h, m, d)), randn((b, h_kv, n, d)), randn((b, h_kv, n, d)));
     let keep: Vec<u8> = (0..b * n).map(|i| u8::from(i % 7 != 1 && i % n < 500)).collect();
     let keep = Tensor::from_vec(keep, (b, 1, 1, n), &Device::Cpu)?;
-    let over_queries = Tensor::randn(0f32, 1., (m, n), &Device::Cpu)?;
-    let over_heads = Tensor::randn(0f32, 1., (1, h, 1, n), &Device::Cpu)?;
+    let over_queries = randn((m, n));
+    let over_heads = randn((1, h, 1, n));
     let masks = [
         AttnMask::None,
         AttnMask::causal(),
@@ -333,7 +332,7 @@ fn with_pv(pv: PvPrecision) -> AttentionConfig {
 }
 
 fn does_not_depend_on_strides_or_threads(config: &AttentionConfig) -> TestResult {
-    let (q, k, v) = (randn((2, 4, 130, 40))?, randn((2, 2, 200, 40))?, randn((2, 2, 200, 24))?);
+    let (q, k, v) = (randn((2, 4, 130, 40)), randn((2, 2, 200, 40)), randn((2, 2, 200, 24)));
     let expected = attention(&q, &k, &v, &AttnMask::causal(), config)?;
     let bshd = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
     let strided = attention(&bshd(&q)?, &bshd(&k)?, &bshd(&v)?, &AttnMask::causal(), config)?;
@@ -356,7 +355,7 @@ fn nan_in_masked_keys_and_values_does_not_leak() -> TestResult {
 
 fn nan_does_not_leak(int8: &AttentionConfig) -> TestResult {
     let (b, h, m, n, d) = (1, 2, 5, 70, 16);
-    let (q, k, v) = (randn((b, h, m, d))?, randn((b, h, n, d))?, randn((b, h, n, d))?);
+    let (q, k, v) = (randn((b, h, m, d)), randn((b, h, n, d)), randn((b, h, n, d)));
     let keep = Tensor::from_vec((0..n).map(|j| u8::from(j < 60)).collect(), (1, n), &Device::Cpu)?;
     let spoil = |x: &Tensor, bad: f32| -> candle_core::Result<Tensor> {
         Tensor::cat(&[&x.narrow(2, 0, 60)?, &Tensor::full(bad, (b, h, 10, d), &Device::Cpu)?], 2)
@@ -392,9 +391,9 @@ fn nan_does_not_leak(int8: &AttentionConfig) -> TestResult {
 
 #[test]
 fn gradients_are_those_of_fp32_attention() -> TestResult {
-    let var = |shape| Var::from_tensor(&randn(shape).unwrap());
+    let var = |shape| Var::from_tensor(&randn(shape));
     let (q, k, v) = (var((2, 4, 6, 8))?, var((2, 2, 9, 8))?, var((2, 2, 9, 5))?);
-    let weight = randn((2, 4, 6, 5))?;
+    let weight = randn((2, 4, 6, 5));
     for mask in [AttnMask::None, AttnMask::causal_with_offset(3)] {
         let grads = |config: &AttentionConfig| -> Result<_, Box<dyn std::error::Error>> {
             let out = attention(&q, &k, &v, &mask, config)?;
@@ -412,7 +411,7 @@ fn gradients_are_those_of_fp32_attention() -> TestResult {
 #[test]
 fn nothing_as_large_as_all_scores_is_allocated() -> TestResult {
     // [1, 1, 40000, 16]: all scores would be 6.4 GB, more than a test machine likes to give.
-    let q = randn((1, 1, 40_000, 16))?;
+    let q = randn((1, 1, 40_000, 16));
     let lens =
         AttentionConfig { window_left: Some(20), window_right: Some(0), ..Default::default() };
     let out = attention(&q, &q, &q, &AttnMask::None, &lens)?;
@@ -422,7 +421,7 @@ fn nothing_as_large_as_all_scores_is_allocated() -> TestResult {
 
 #[test]
 fn contradictions_in_the_configuration_are_named() -> TestResult {
-    let q = randn((2, 4, 8, 16))?;
+    let q = randn((2, 4, 8, 16));
     let int8 = AttentionConfig::int8;
     for (config, message) in [
         (AttentionConfig { softcap: Some(0.0), ..int8() }, "softcap 0"),

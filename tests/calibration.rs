@@ -1,5 +1,7 @@
 //! Static ranges, the search, and their files, with the encoder of this repository.
 
+mod common;
+
 use candle_core::{Device, Tensor};
 use candle_int8_attention::drift::layers::{attention_errors, embedding_error, embeddings};
 use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
@@ -9,6 +11,7 @@ use candle_int8_attention::models::{
 };
 use candle_int8_attention::quant::{Granularity, ObserverKind, Scheme};
 use candle_int8_attention::{AttentionConfig, AttnMask, Backend, Error, attention};
+use common::randn;
 use std::path::{Path, PathBuf};
 
 fn encoder() -> TextEncoder {
@@ -151,7 +154,7 @@ fn what_cannot_be_calibrated_is_said() {
 #[test]
 fn calibrations_of_other_models_are_refused() {
     let mut model = model();
-    let x = Tensor::randn(0f32, 1., (1, 4, 8, 16), &Device::Cpu).unwrap();
+    let x = randn((1, 4, 8, 16));
     let mut calibrator = Calibrator::new(CalibrationConfig::default()).unwrap();
     calibrator.observe(0, &x, &x).unwrap();
     let calibration = calibrator.finish().unwrap();
@@ -162,7 +165,7 @@ fn calibrations_of_other_models_are_refused() {
     assert!(error.contains("layer 1"), "{error}");
     // Other heads are found where the data are.
     let config = calibration.config(0, StaticScales::PerHead, &base).unwrap();
-    let y = Tensor::randn(0f32, 1., (1, 6, 8, 16), &Device::Cpu).unwrap();
+    let y = randn((1, 6, 8, 16));
     let error = attention(&y, &y, &y, &AttnMask::None, &config).unwrap_err().to_string();
     assert!(error.contains("4 static parameters for 6 groups"), "{error}");
 }

@@ -1,15 +1,14 @@
 //! The path of other devices, in ordinary tensor operations, exercised on the CPU.
 
+mod common;
+
 use candle_core::{DType, Device, Result, Tensor};
 use candle_int8_attention::attention::{tensor_ops, unfused};
 use candle_int8_attention::quant::{Granularity, Scheme};
 use candle_int8_attention::{
     AttentionConfig, AttnMask, Backend, Int8Config, PvPrecision, ScoreConfig, attention,
 };
-
-fn randn(shape: (usize, usize, usize, usize)) -> Result<Tensor> {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu)
-}
+use common::randn;
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
     assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
@@ -20,7 +19,7 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
 #[test]
 fn the_same_numbers_as_the_kernels() -> Result<()> {
     let (b, h, h_kv, m, n, d, dv) = (2, 4, 2, 20, 70, 48, 24);
-    let (q, k, v) = (randn((b, h, m, d))?, randn((b, h_kv, n, d))?, randn((b, h_kv, n, dv))?);
+    let (q, k, v) = (randn((b, h, m, d)), randn((b, h_kv, n, d)), randn((b, h_kv, n, dv)));
     let keep: Vec<u8> = (0..b * n).map(|i| u8::from(i % 5 != 1)).collect();
     let keep = Tensor::from_vec(keep, (b, 1, 1, n), &Device::Cpu)?;
     let int8 = |scores, pv| AttentionConfig {
@@ -59,12 +58,12 @@ fn the_same_numbers_as_the_kernels() -> Result<()> {
 fn half_precision_and_empty_tensors() -> Result<()> {
     let config = AttentionConfig::int8();
     for dtype in [DType::F16, DType::BF16] {
-        let q = randn((1, 4, 12, 32))?.to_dtype(dtype)?;
+        let q = randn((1, 4, 12, 32)).to_dtype(dtype)?;
         let anywhere = tensor_ops::attention(&q, &q, &q, &AttnMask::causal(), &config)?;
         let fused = attention(&q, &q, &q, &AttnMask::causal(), &config)?;
         assert!(largest_difference(&anywhere, &fused)? < 0.02);
     }
-    let (q, kv) = (randn((1, 2, 3, 8))?, randn((1, 2, 0, 8))?);
+    let (q, kv) = (randn((1, 2, 3, 8)), randn((1, 2, 0, 8)));
     let out = tensor_ops::attention(&q, &kv, &kv, &AttnMask::None, &config)?;
     assert_eq!(out.dims(), [1, 2, 3, 8]);
     Ok(())

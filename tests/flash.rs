@@ -1,19 +1,18 @@
 //! `flash_attn` and `flash_attn_varlen_cpu` beside Candle's functions of the same names.
 
+mod common;
+
 use candle_core::{DType, Device, Result, Tensor};
 use candle_int8_attention::{
     AttentionConfig, AttnMask, attention, flash_attn, flash_attn_varlen_cpu,
 };
 use candle_nn::attention as candle;
+use common::randn;
 use half::{bf16, f16};
 
 /// What int8 scores may change on N(0, 1) data: one element, and the root mean square of all.
 const LARGEST: f32 = 0.08;
 const RMS: f32 = 0.01;
-
-fn randn(shape: &[usize]) -> Tensor {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap()
-}
 
 fn values(x: &Tensor) -> Vec<f32> {
     x.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()

@@ -1,5 +1,7 @@
 //! The models: agreement with candle-transformers, and every way in which files can be wrong.
 
+mod common;
+
 use candle_core::{DType, Device, Tensor, Var};
 use candle_int8_attention::models::{
     BertConfig, BertModel, ModelFiles, TextEncoder, Weights, WordEmbeddings, mean_pool,
@@ -7,6 +9,7 @@ use candle_int8_attention::models::{
 use candle_int8_attention::{AttentionConfig, AttnMask, Error, QuantizedAttention};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert;
+use common::randn;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -83,7 +86,7 @@ fn tiny(prefix: &str, dtype: DType) -> HashMap<String, Tensor> {
     let (hidden, inner) = (6, 8);
     let mut tensors = HashMap::new();
     let mut add = |name: String, shape: &[usize]| {
-        let tensor = Tensor::randn(0f32, 0.5, shape, &CPU).unwrap().to_dtype(dtype).unwrap();
+        let tensor = (randn(shape) * 0.5).unwrap().to_dtype(dtype).unwrap();
         tensors.insert(format!("{prefix}{name}"), tensor);
     };
     add("embeddings.word_embeddings.weight".into(), &[11, hidden]);
@@ -178,7 +181,7 @@ fn gradients_pass_through_a_layer() -> TestResult {
     for attention in [AttentionConfig::fp32(), AttentionConfig::int8()] {
         model.set_attention(&attention);
         let layer = &model.layers()[0];
-        let hidden = Var::randn(0f32, 1., (2, 5, 6), &CPU)?;
+        let hidden = Var::from_tensor(&randn((2, 5, 6)))?;
         let out = layer.forward(&hidden, &AttnMask::None)?;
         let plain = layer.forward(&hidden.detach(), &AttnMask::None)?;
         assert!(largest_difference(&out, &plain) < 1e-4);

@@ -1,10 +1,13 @@
 //! The quantized tensor type: edge cases, files, misuse.
 
+mod common;
+
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::Error;
 use candle_int8_attention::quant::{
     CodeStorage, Granularity, QuantConfig, QuantParams, QuantizedTensor, RangeSource, Scheme,
 };
+use common::randn;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
@@ -24,7 +27,7 @@ fn configs() -> impl Iterator<Item = QuantConfig> {
 
 #[test]
 fn error_is_at_most_half_a_step() -> TestResult {
-    let x = Tensor::randn(0.7f32, 2., (2, 3, 10, 17), &Device::Cpu)?;
+    let x = randn((2, 3, 10, 17)).affine(2., 0.7)?;
     let real = x.flatten_all()?.to_vec1::<f32>()?;
     for config in configs() {
         let q = QuantizedTensor::quantize(&x, &config)?;
@@ -126,7 +129,7 @@ fn static_ranges_saturate_and_repeat_over_the_batch() -> TestResult {
 fn files_come_back_bit_for_bit() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("q.safetensors");
-    let x = Tensor::randn(0.3f32, 1., (2, 5, 7), &Device::Cpu)?;
+    let x = (randn((2, 5, 7)) + 0.3)?;
     for config in configs() {
         for storage in [CodeStorage::I8, CodeStorage::U8] {
             let q = QuantizedTensor::quantize(&x, &config)?;
@@ -147,7 +150,7 @@ fn bad_files_are_named() -> TestResult {
     let message = || QuantizedTensor::load(&path).unwrap_err().to_string();
     assert!(message().contains("quantized tensor not found"), "{}", message());
 
-    let x = Tensor::randn(0f32, 1., (4, 6), &Device::Cpu)?;
+    let x = randn((4, 6));
     let q = QuantizedTensor::quantize(&x, &QuantConfig::default())?;
     let bytes = q.to_safetensors(CodeStorage::I8)?;
     for len in [0, 7, 40, bytes.len() - 1] {

@@ -1,9 +1,12 @@
 //! The score op against its independent path in tensor operations, and against floating point.
 
+mod common;
+
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::{attention_scores_int8, tensor_ops};
 use candle_int8_attention::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
 use candle_int8_attention::{Error, RequantConfig, ScoreConfig, ScoreOutput, attention_scores};
+use common::randn;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
@@ -18,8 +21,8 @@ const GRANULARITIES: [Granularity; 5] = [
 /// Normal data with what Gaussian data hides: a biased channel and an outlier token.
 fn data(shape: (usize, usize, usize, usize)) -> candle_core::Result<Tensor> {
     let (b, h, s, d) = shape;
-    let x = Tensor::randn(0f32, 1., shape, &Device::Cpu)?;
-    let bias = Tensor::randn(0f32, 2., (1, h, 1, d), &Device::Cpu)?;
+    let x = randn(shape);
+    let bias = (randn((1, h, 1, d)) * 2.0)?;
     let outlier: Vec<f32> = (0..s).map(|token| if token == s / 2 { 5.0 } else { 1.0 }).collect();
     let outlier = Tensor::from_vec(outlier, (1, 1, s, 1), &Device::Cpu)?;
     let _ = b;
@@ -119,7 +122,7 @@ fn equals_tensor_ops_within_float_rounding_with_smoothing() -> TestResult {
 
 #[test]
 fn the_question_a_times_a_transposed() -> TestResult {
-    let a = Tensor::randn(0f32, 1., (1, 4, 1024, 256), &Device::Cpu)?;
+    let a = randn((1, 4, 1024, 256));
     let exact = fp32(&a, &a)?;
     // (configuration, dB that facts about such data lead to expect, less a margin of half a dB)
     let per_head = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerHead);
@@ -319,7 +322,7 @@ fn gradient_is_that_of_the_floating_point_product() -> TestResult {
     for (q_shape, k_shape) in [((2, 4, 5, 8), (2, 2, 7, 8)), ((1, 3, 4, 6), (1, 3, 4, 6))] {
         let (q, k) = (Var::from_tensor(&data(q_shape)?)?, Var::from_tensor(&data(k_shape)?)?);
         let (b, h, m, n) = (q_shape.0, q_shape.1, q_shape.2, k_shape.2);
-        let weight = Tensor::randn(0f32, 1., (b, h, m, n), &Device::Cpu)?;
+        let weight = randn((b, h, m, n));
         let output = ScoreOutput::Requantized(RequantConfig::default());
         for config in [ScoreConfig::default(), ScoreConfig { output, ..ScoreConfig::default() }] {
             let int8 = (attention_scores(&q, &k, &config)? * &weight)?.sum_all()?.backward()?;

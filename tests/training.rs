@@ -1,18 +1,17 @@
 //! Training through the int8 op: its gradients, and a block that learns with it.
 
+mod common;
+
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::tensor_ops;
 use candle_int8_attention::{AttentionConfig, AttnMask, attention};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
+use common::randn;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
 /// The gradient is recomputed in fp32 from the same inputs, so only the order of sums differs.
 const TOLERANCE: f32 = 1e-5;
-
-fn randn(shape: &[usize]) -> candle_core::Result<Tensor> {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu)
-}
 
 fn largest(x: &Tensor) -> candle_core::Result<f32> {
     x.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar()
@@ -53,12 +52,12 @@ fn bias(
 fn gradients_are_those_of_candles_unfused_attention() -> TestResult {
     let (b, h, h_kv, m, n, d, dv) = (2, 4, 2, 6, 9, 8, 5);
     let vars = [vec![b, h, m, d], vec![b, h_kv, n, d], vec![b, h_kv, n, dv]]
-        .map(|shape| Var::from_tensor(&randn(&shape).unwrap()).unwrap());
+        .map(|shape| Var::from_tensor(&randn(shape)).unwrap());
     let [q, k, v] = &vars;
-    let weight = randn(&[b, h, m, dv])?;
+    let weight = randn(&[b, h, m, dv]);
 
     let boolean: Vec<u8> = (0..b * n).map(|i| u8::from(i % 4 != 1)).collect();
-    let additive = randn(&[1, h, m, n])?;
+    let additive = randn(&[1, h, m, n]);
     let slopes = vec![0.7f32, 0.2, 0.1, 0.0];
     let distance: Vec<f32> =
         (0..m * n).map(|i| -((i / n + n - m) as f32 - (i % n) as f32).abs()).collect();
@@ -118,7 +117,7 @@ fn gradients_are_those_of_candles_unfused_attention() -> TestResult {
 
 #[test]
 fn a_query_that_sees_nothing_has_no_gradient() -> TestResult {
-    let q = Var::from_tensor(&randn(&[1, 2, 4, 8])?)?;
+    let q = Var::from_tensor(&randn(&[1, 2, 4, 8]))?;
     let keep = Tensor::new(&[[1u8, 1, 0, 1], [0; 4], [1; 4], [0, 0, 0, 1]], &Device::Cpu)?;
     let out = attention(&q, &q, &q, &AttnMask::Mask(keep), &AttentionConfig::int8())?;
     let grads = out.sqr()?.sum_all()?.backward()?;
@@ -129,7 +128,7 @@ fn a_query_that_sees_nothing_has_no_gradient() -> TestResult {
 
 #[test]
 fn half_precision_gradients_keep_their_dtype() -> TestResult {
-    let half = |shape: &[usize]| Var::from_tensor(&randn(shape)?.to_dtype(DType::BF16)?);
+    let half = |shape: &[usize]| Var::from_tensor(&randn(shape).to_dtype(DType::BF16)?);
     let (q, kv) = (half(&[1, 4, 5, 8])?, half(&[1, 2, 5, 8])?);
     let out = attention(&q, &kv, &kv, &AttnMask::causal(), &AttentionConfig::int8())?;
     let grads = out.sum_all()?.backward()?;
@@ -179,8 +178,8 @@ const TOKENS: usize = 24;
 
 /// Each token is one of four; the class to name is the token two places before.
 fn recall_task(batch: usize) -> candle_core::Result<(Tensor, Tensor)> {
-    let embeddings = Tensor::randn(0f32, 1., (CLASSES, WIDTH), &Device::Cpu)?;
-    let places = Tensor::randn(0f32, 1., (TOKENS, WIDTH), &Device::Cpu)?;
+    let embeddings = randn((CLASSES, WIDTH));
+    let places = randn((TOKENS, WIDTH));
     let tokens: Vec<u32> = (0..batch * TOKENS).map(|i| (i * i / 7 + i / 3) as u32 % 4).collect();
     let before = |i: usize| if i % TOKENS < 2 { 0 } else { tokens[i - 2] };
     let classes: Vec<u32> = (0..tokens.len()).map(before).collect();

@@ -175,13 +175,10 @@ impl CustomOp3 for Attention {
 mod tests {
     use super::*;
     use crate::nn::all_vectors;
+    use crate::testing::randn;
     use candle_core::{Device, Var};
 
     const CPU: Device = Device::Cpu;
-
-    fn randn(shape: &[usize]) -> Tensor {
-        Tensor::randn(0f32, 1., shape, &CPU).unwrap()
-    }
 
     fn to_f64(x: &Tensor) -> Tensor {
         x.to_dtype(DType::F64).unwrap().contiguous().unwrap()

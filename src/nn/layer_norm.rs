@@ -180,9 +180,8 @@ fn scale<S: Simd>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Var};
-
-    const CPU: Device = Device::Cpu;
+    use crate::testing::randn;
+    use candle_core::Var;
 
     fn exact(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Vec<f64> {
         let n = weight.len() as f64;
@@ -259,23 +258,22 @@ mod tests {
 
     #[test]
     fn tensors_of_any_strides_and_their_gradients() {
-        let tensor = |shape: &[usize]| Tensor::randn(0f32, 1., shape, &CPU).unwrap();
-        let norm = LayerNorm::new(tensor(&[20]), tensor(&[20]), 1e-5).unwrap();
+        let norm = LayerNorm::new(randn(&[20]), randn(&[20]), 1e-5).unwrap();
         let difference = |a: &Tensor, b: &Tensor| {
             assert_eq!(a.dims(), b.dims());
             (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
         };
-        for x in [tensor(&[20]), tensor(&[3, 20]), tensor(&[2, 20, 3]).t().unwrap()] {
+        for x in [randn(&[20]), randn(&[3, 20]), randn(&[2, 20, 3]).t().unwrap()] {
             let found = norm.forward(&x).unwrap();
             assert!(difference(&found, &norm.of_tensor(&x).unwrap()) < 1e-5, "{:?}", x.dims());
         }
-        let x = Var::from_tensor(&tensor(&[3, 20])).unwrap();
+        let x = Var::from_tensor(&randn(&[3, 20])).unwrap();
         let tracked = norm.forward(&x).unwrap();
         assert!(difference(&tracked, &norm.forward(&x.detach()).unwrap()) < 1e-5);
         let grads = (&tracked * &tracked).unwrap().sum_all().unwrap().backward().unwrap();
         let gradient = grads.get(&x).expect("a gradient").abs().unwrap().max_all().unwrap();
         assert!(gradient.to_scalar::<f32>().unwrap() > 1e-3);
-        let error = norm.forward(&tensor(&[3, 19])).unwrap_err().to_string();
+        let error = norm.forward(&randn(&[3, 19])).unwrap_err().to_string();
         assert!(error.contains("[3, 19], expected [.., 20]"), "{error}");
     }
 }

@@ -192,14 +192,11 @@ impl CustomOp2 for Fused<'_> {
 mod tests {
     use super::super::all_vectors;
     use super::*;
+    use crate::testing::randn;
     use candle_core::{DType, Var};
     use proptest::prelude::*;
 
     const CPU: Device = Device::Cpu;
-
-    fn randn(shape: &[usize]) -> Tensor {
-        Tensor::randn(0f32, 1., shape, &CPU).unwrap()
-    }
 
     fn f64s(x: &Tensor) -> Tensor {
         x.to_dtype(DType::F64).unwrap()
