@@ -7,7 +7,7 @@ use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Softcap, then ALiBi, then the mask.
-pub(super) struct Between<'a> {
+pub(in crate::attention) struct Between<'a> {
     pub softcap: Option<f32>,
     /// One a query head.
     pub slopes: Option<Vec<f32>>,
@@ -22,7 +22,7 @@ impl Between<'_> {
 
     /// Changes the scores of `keys` for one query, `at` its batch element, head and token, and
     /// leaves them in units of log2. Its place among the keys is `position`.
-    pub(super) fn apply(
+    pub(in crate::attention) fn apply(
         &self,
         at: [usize; 3],
         position: isize,

@@ -15,7 +15,7 @@ enum Data<'a> {
 }
 
 /// A mask tensor seen as `[B, H, M, N]`: U8 (boolean, non-zero = attend) or float (additive).
-pub(super) struct MaskView<'a> {
+pub(in crate::attention) struct MaskView<'a> {
     data: Data<'a>,
     strides: [usize; 4],
 }

@@ -23,6 +23,7 @@ use super::scorer::check_product;
 use super::unfused;
 use super::view::View;
 use crate::{Error, Result};
+pub(super) use between::Between;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor, Var};
 use candle_nn::attention::AttnMask;
 use engine::Engine;

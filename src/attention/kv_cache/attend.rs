@@ -18,6 +18,7 @@ use super::head::{Head, PAGE};
 use super::span::Partial;
 use super::{Int8KvCache, cpu};
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
+use crate::attention::fused::Between;
 use crate::attention::shapes::{check_cpu, check_float, check_scores};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
@@ -115,8 +116,7 @@ pub(super) struct Engine<'a> {
     pub many: &'static dyn PvKernel,
     /// Multiplies every score.
     pub factor: f32,
-    pub softcap: Option<f32>,
-    pub slopes: Option<Vec<f32>>,
+    pub between: Between<'static>,
 }
 
 /// Some rows of the queries that share a head of keys.
@@ -163,8 +163,11 @@ impl<'a> Engine<'a> {
             many: int8.pv.kernel()?,
             // A softcap bends the score itself; log2(e) comes after it.
             factor: if config.softcap.is_some() { scale } else { scale * LOG2_E },
-            softcap: config.softcap,
-            slopes: config.alibi_slopes.clone(),
+            between: Between {
+                softcap: config.softcap,
+                slopes: config.alibi_slopes.clone(),
+                mask: None,
+            },
             cache,
             queries,
         };

@@ -8,7 +8,6 @@ use crate::gemm::{self, ScoreScales};
 use crate::quant::rows::{self, dots};
 use crate::simd::widest;
 use crate::uninit::overwrite;
-use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Attention over one span, or several: of each row the largest score and the sum of
@@ -53,7 +52,9 @@ impl Partial {
             (0..rows).map(|row| inside(engine, block, row, span, &tokens)).collect();
         for (row, inside) in visible.iter().enumerate() {
             let keys = tokens.start + inside.start..tokens.start + inside.end;
-            modify(engine, block, row, keys, &mut scores[row * stride..][inside.clone()]);
+            let scores = &mut scores[row * stride..][inside.clone()];
+            let (head, query) = block.rows[row];
+            engine.between.apply([0, head, query], block.positions.position(query), keys, scores);
         }
         let scores = &mut scores[..rows * stride];
         let softmax = softmax_alone(scores, stride, tokens.len(), &visible);
@@ -184,25 +185,5 @@ fn float_scores(
         let query = &block.queries[row * depth..(row + 1) * depth];
         dots(rows::Rows::new(&keys.keys, keys.tokens, depth, depth), None, query, scores);
         scores.iter_mut().for_each(|score| *score *= engine.factor);
-    }
-}
-
-/// Softcap and ALiBi on the scores of one row; leaves them in units of log2.
-fn modify(
-    engine: &Engine<'_>,
-    block: &Block<'_>,
-    row: usize,
-    keys: Range<usize>,
-    scores: &mut [f32],
-) {
-    if let Some(cap) = engine.softcap {
-        scores.iter_mut().for_each(|s| *s = (*s / cap).tanh() * (cap * LOG2_E));
-    }
-    if let Some(slopes) = &engine.slopes {
-        let (head, query) = block.rows[row];
-        let (slope, position) = (slopes[head] * LOG2_E, block.positions.position(query));
-        for (score, key) in scores.iter_mut().zip(keys) {
-            *score -= slope * (position - key as isize).unsigned_abs() as f32;
-        }
     }
 }

@@ -77,7 +77,7 @@ impl SearchConfig {
 }
 
 /// Per tensor, head and token without smoothing, with smooth-K and with both, symmetric; per token
-/// with both, affine; each with P·V in f32 and in the precision that is fastest here.
+/// with both, affine; each with P·V in every precision: f32, the default of this machine, int8.
 pub fn candidates() -> Vec<LayerSetting> {
     use Granularity::{PerHead, PerTensor, PerToken};
     let smoothing = [(false, false), (true, false), (true, true)];
@@ -91,7 +91,7 @@ pub fn candidates() -> Vec<LayerSetting> {
         })
     });
     let affine = Int8Setting { scheme: Scheme::Affine, ..Int8Setting::default() };
-    let precisions = [PvPrecision::Auto, PvPrecision::F32];
+    let precisions = [PvPrecision::Int8, PvPrecision::Auto, PvPrecision::F32];
     let all = symmetric.chain([affine]);
     all.flat_map(|int8| precisions.map(|pv| LayerSetting::Int8(Int8Setting { pv, ..int8 })))
         .collect()
