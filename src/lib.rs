@@ -65,6 +65,7 @@ mod pv;
 pub mod quant;
 #[doc = include_str!("../docs/recipes.md")]
 pub mod recipes {}
+mod share;
 mod simd;
 #[cfg(test)]
 #[path = "../tests/common/mod.rs"]

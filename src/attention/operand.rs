@@ -5,8 +5,8 @@ use crate::quant::rows::{BlockCodes, RowParams, Rows, quantize_block, row_range}
 use crate::quant::{
     Granularity, MeanSums, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
 };
+use crate::share;
 use crate::{Error, Result};
-use rayon::prelude::*;
 
 /// Rows that are loaded and quantized at a time; they fit L1 and L2 at any head dim.
 pub(super) const BLOCK: usize = 48;
@@ -123,8 +123,7 @@ impl<'a> Operand<'a> {
     /// The parameters of every group, from the ranges of the smoothed data.
     fn dynamic_params(&self, groups: usize) -> Vec<QuantParams> {
         let mut ranges = vec![Range::EMPTY; groups];
-        let heads = (0..self.view.heads()).into_par_iter();
-        let found: Vec<_> = heads.map(|head| self.head_ranges(head)).collect();
+        let found = share::map(0..self.view.heads(), |head| self.head_ranges(head));
         for (group, range) in found.into_iter().flatten() {
             ranges[group] = ranges[group].union(range);
         }

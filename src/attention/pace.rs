@@ -1,6 +1,6 @@
 //! How much work an op is, and whether other threads are worth waking for it.
 
-use rayon::prelude::*;
+use crate::share;
 
 /// The parts of an op that take time.
 #[derive(Debug, Clone, Copy, Default)]
@@ -18,10 +18,12 @@ const INT8_MACS_PER_NS: usize = 128;
 const VALUE_MACS_PER_NS: usize = 64;
 const ELEMENTS_PER_NS: usize = 3;
 
-/// To wake a sleeping thread and to be woken by it takes about this long together.
-const WAKE_NS: usize = 60_000;
-/// Waking is paid once; after that a piece of work must only be worth a place in a queue.
-const PIECE_NS: usize = 10_000;
+/// Calling a sleeping thread takes some µs, and as many pass before it can help.
+const WAKE_NS: usize = 15_000;
+/// Waking is paid once; after that a piece of work must only be worth taking.
+const PIECE_NS: usize = 2_000;
+/// Pieces that are to be divided again, if a thread runs out of them.
+const DIVIDED_NS: usize = 40_000;
 
 impl Work {
     fn nanoseconds(self) -> usize {
@@ -34,7 +36,7 @@ impl Work {
     pub(super) fn for_each<T: Send>(self, parts: Vec<T>, f: impl Fn(T) + Sync + Send) {
         match self.nanoseconds() < WAKE_NS {
             true => parts.into_iter().for_each(f),
-            false => parts.into_par_iter().for_each(f),
+            false => share::for_each(parts, f),
         }
     }
 
@@ -54,10 +56,14 @@ impl Work {
         }
         let each = whole / chunks;
         // Threads that have run out of chunks take parts of those that are left.
-        let pace = if each >= 4 * PIECE_NS { Pace::Parallel } else { Pace::Serial };
+        let pace = if each >= DIVIDED_NS { Pace::Parallel } else { Pace::Serial };
         let at_once = (PIECE_NS / each.max(1)).clamp(1, chunks.div_ceil(threads));
-        let chunks = out.par_chunks_mut(size).enumerate().with_min_len(at_once);
-        chunks.for_each(|(index, chunk)| f(pace, index, chunk));
+        let groups = out.chunks_mut(at_once * size).enumerate();
+        share::for_each(groups, |(group, chunks)| {
+            for (index, chunk) in chunks.chunks_mut(size).enumerate() {
+                f(pace, group * at_once + index, chunk);
+            }
+        });
     }
 }
 
@@ -79,7 +85,7 @@ impl Pace {
     ) {
         match self {
             Pace::Serial => parts.for_each(f),
-            Pace::Parallel => parts.collect::<Vec<T>>().into_par_iter().for_each(f),
+            Pace::Parallel => share::for_each(parts, f),
         }
     }
 }

@@ -4,9 +4,9 @@ use super::dispatch::select;
 use super::driver::{ZeroCorrection, int_tiles};
 use super::kernel::Kernel;
 use super::pack::{PackedLhs, PackedRhs};
+use crate::share;
 use crate::uninit::written;
 use crate::{Error, Result};
-use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
 /// Rows of the left side that one task takes.
@@ -180,7 +180,7 @@ pub(super) fn matmul_nt_with(
     let all = |out: &mut [MaybeUninit<i32>]| match (len, len.saturating_mul(depth) < SERIAL_BELOW) {
         (0, _) => {}
         (_, true) => out.chunks_mut(ROW_BLOCK * n).enumerate().for_each(block),
-        (_, false) => out.par_chunks_mut(ROW_BLOCK * n).enumerate().for_each(block),
+        (_, false) => share::for_each(out.chunks_mut(ROW_BLOCK * n).enumerate(), block),
     };
     // SAFETY: the blocks cover all rows, and `int_tiles` writes every sum of a block.
     Ok(unsafe { written(len, all) })

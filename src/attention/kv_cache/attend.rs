@@ -26,10 +26,10 @@ use crate::gemm::{self, Kernel, PackedLhs};
 use crate::pv::PvKernel;
 use crate::quant::Scheme;
 use crate::quant::rows::{BlockCodes, RowParams, Rows, dots, quantize_block};
+use crate::share;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
-use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
@@ -232,10 +232,11 @@ impl<'a> Engine<'a> {
                 self.attend(&prepare(block), out);
             }
         } else if blocks.len() >= 4 * rayon::current_num_threads() {
-            let tasks: Vec<_> = blocks.iter().zip(outs).collect();
-            tasks.into_par_iter().for_each(|(block, out)| self.attend(&prepare(block), out));
+            share::for_each(blocks.iter().zip(outs), |(block, out)| {
+                self.attend(&prepare(block), out);
+            });
         } else {
-            let blocks: Vec<Block<'_>> = blocks.par_iter().map(prepare).collect();
+            let blocks: Vec<Block<'_>> = share::map(&blocks, prepare);
             self.attend_in_spans(&blocks, outs);
         }
         out
@@ -244,13 +245,9 @@ impl<'a> Engine<'a> {
     /// The spans of few blocks in parallel.
     fn attend_in_spans<'o>(&self, blocks: &[Block<'_>], outs: impl Iterator<Item = &'o mut [f32]>) {
         let spans: Vec<Vec<Span>> = blocks.iter().map(|block| self.spans(block)).collect();
-        let tasks: Vec<(&Block<'_>, &Span)> = (blocks.iter().zip(&spans))
-            .flat_map(|(block, spans)| spans.iter().map(move |span| (block, span)))
-            .collect();
-        let partials: Vec<Partial> = tasks
-            .into_par_iter()
-            .map_init(Vec::new, |scores, (block, span)| Partial::over(self, block, span, scores))
-            .collect();
+        let tasks = (blocks.iter().zip(&spans))
+            .flat_map(|(block, spans)| spans.iter().map(move |span| (block, span)));
+        let partials = share::map(tasks, |(block, span)| Partial::over(self, block, span));
         let mut partials = partials.into_iter();
         for ((block, spans), out) in blocks.iter().zip(&spans).zip(outs) {
             let mut merged = Partial::nothing(block.rows.len(), self.value_dim);
@@ -261,10 +258,9 @@ impl<'a> Engine<'a> {
 
     /// All spans of a block, one after the other.
     fn attend(&self, block: &Block<'_>, out: &mut [f32]) {
-        let mut scores = Vec::new();
         let mut merged = Partial::nothing(block.rows.len(), self.value_dim);
         for span in self.spans(block) {
-            merged.merge(&Partial::over(self, block, &span, &mut scores));
+            merged.merge(&Partial::over(self, block, &span));
         }
         merged.finish(out);
     }

@@ -8,6 +8,7 @@ use crate::gemm::{self, ScoreScales};
 use crate::quant::rows::{self, dots};
 use crate::simd::widest;
 use crate::uninit::overwrite;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Attention over one span, or several: of each row the largest score and the sum of
@@ -19,6 +20,10 @@ pub(super) struct Partial {
     value_dim: usize,
 }
 
+thread_local! {
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 impl Partial {
     /// What is neutral to a merge.
     pub(super) fn nothing(rows: usize, value_dim: usize) -> Self {
@@ -26,8 +31,12 @@ impl Partial {
         Self { softmax, sums: vec![0.0; rows * value_dim], value_dim }
     }
 
-    /// Attention over one span. `scores` is a buffer of any length.
-    pub(super) fn over(
+    /// Attention over one span.
+    pub(super) fn over(engine: &Engine<'_>, block: &Block<'_>, span: &Span) -> Self {
+        SCORES.with_borrow_mut(|scores| Self::over_with(engine, block, span, scores))
+    }
+
+    fn over_with(
         engine: &Engine<'_>,
         block: &Block<'_>,
         span: &Span,

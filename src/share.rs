@@ -1,0 +1,194 @@
+//! Loops that the calling thread shares with rayon's pool.
+//!
+//! A parallel iterator of rayon that is called from a thread outside of the pool, which is what
+//! Candle's callers are, hands everything over and puts the caller to sleep: two changes of thread,
+//! some 60 µs, before it goes on. Here the caller begins at once, and threads of the pool that wake
+//! up in time take rounds from it, so little work is worth sharing. Inside of the pool these loops
+//! are rayon's own.
+
+use rayon::prelude::*;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::Thread;
+
+/// Calls `f` for all indices below `count`, in any order and on any thread.
+pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
+    if count <= 1 || rayon::current_num_threads() == 1 {
+        return (0..count).for_each(f);
+    }
+    let f: &(dyn Fn(usize) + Sync) = &f;
+    if rayon::current_thread_index().is_some() {
+        return (0..count).into_par_iter().for_each(f);
+    }
+    // SAFETY: only the lifetime changes. `Rounds::take` calls `f` for indices below `count` alone,
+    // and `finish` returns, or unwinds, after all of these calls have ended. A thread that comes
+    // later finds no index left.
+    let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static _>(f) };
+    let rounds = Arc::new(Rounds {
+        f,
+        count,
+        next: AtomicUsize::new(0),
+        done: AtomicUsize::new(0),
+        panic: Mutex::new(None),
+        caller: std::thread::current(),
+    });
+    invite(&rounds, (count - 1).min(rayon::current_num_threads() - 1));
+    rounds.take();
+    rounds.finish();
+}
+
+/// Calls `f` for all parts.
+pub(crate) fn for_each<T: Send>(parts: impl IntoIterator<Item = T>, f: impl Fn(T) + Sync) {
+    let parts: Vec<_> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
+    for_each_index(parts.len(), |index| {
+        let part = parts[index].lock().expect("nobody panics while taking a part").take();
+        f(part.expect("each index comes once"));
+    });
+}
+
+/// The results of `f` for all parts, in their order.
+pub(crate) fn map<T: Send, U: Send>(
+    parts: impl IntoIterator<Item = T>,
+    f: impl Fn(T) -> U + Sync,
+) -> Vec<U> {
+    let parts: Vec<T> = parts.into_iter().collect();
+    let mut results: Vec<Option<U>> = parts.iter().map(|_| None).collect();
+    for_each(parts.into_iter().zip(&mut results), |(part, result)| *result = Some(f(part)));
+    results.into_iter().map(|result| result.expect("each part was done")).collect()
+}
+
+/// The indices of a loop, which threads take one by one.
+struct Rounds {
+    f: &'static (dyn Fn(usize) + Sync),
+    count: usize,
+    next: AtomicUsize,
+    /// Calls that have ended.
+    done: AtomicUsize,
+    /// What the first call that panicked said.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    caller: Thread,
+}
+
+/// Asks `helpers` threads of the pool for help: one directly, which asks the others, because
+/// waking a thread takes the one that wakes it some µs.
+fn invite(rounds: &Arc<Rounds>, helpers: usize) {
+    if helpers == 0 {
+        return;
+    }
+    let rounds = Arc::clone(rounds);
+    rayon::spawn(move || {
+        let others = helpers - 1;
+        if rounds.next.load(Ordering::Relaxed) < rounds.count {
+            invite(&rounds, others / 2);
+            invite(&rounds, others - others / 2);
+        }
+        if rounds.take() {
+            rounds.caller.unpark();
+        }
+    });
+}
+
+impl Rounds {
+    /// Takes indices until none is left; whether the last call of all ended here.
+    fn take(&self) -> bool {
+        let mut last = false;
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.count {
+                return last;
+            }
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (self.f)(index))) {
+                let mut first = self.panic.lock().expect("nobody panics while storing a panic");
+                first.get_or_insert(panic);
+            }
+            // Release: the caller sees what the call has written.
+            last = self.done.fetch_add(1, Ordering::Release) + 1 == self.count;
+        }
+    }
+
+    /// Waits for the calls that others have begun.
+    fn finish(&self) {
+        // They end within a round, which is mostly shorter than to sleep and to be woken.
+        const SPINS: usize = 2_000;
+        let mut spins = 0;
+        while self.done.load(Ordering::Acquire) < self.count {
+            match spins < SPINS {
+                true => std::hint::spin_loop(),
+                false => std::thread::park(),
+            }
+            spins += 1;
+        }
+        if let Some(panic) = self.panic.lock().expect("nobody panics while storing a panic").take()
+        {
+            resume_unwind(panic);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn every_index_comes_once() {
+        for count in [0, 1, 2, 3, 17, 1000] {
+            let calls: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+            for_each_index(count, |index| {
+                calls[index].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(calls.iter().all(|calls| calls.load(Ordering::Relaxed) == 1), "{count}");
+        }
+    }
+
+    #[test]
+    fn results_keep_their_order_in_and_outside_of_a_pool() {
+        let squares = || map(0..100u64, |x| x * x);
+        let expected: Vec<u64> = (0..100).map(|x| x * x).collect();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        assert_eq!((squares(), pool.install(squares)), (expected.clone(), expected));
+    }
+
+    #[test]
+    fn loops_in_loops_and_many_callers() {
+        let sum = || {
+            let sum = AtomicUsize::new(0);
+            for_each_index(20, |i| {
+                for_each_index(30, |j| {
+                    sum.fetch_add(i * j, Ordering::Relaxed);
+                })
+            });
+            sum.into_inner()
+        };
+        std::thread::scope(|scope| {
+            let callers: Vec<_> = (0..8).map(|_| scope.spawn(sum)).collect();
+            callers.into_iter().for_each(|caller| assert_eq!(caller.join().unwrap(), 190 * 435));
+        });
+    }
+
+    #[test]
+    fn slow_rounds_are_waited_for() {
+        let done = AtomicUsize::new(0);
+        for_each_index(5, |index| {
+            std::thread::sleep(Duration::from_millis(index as u64));
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(done.into_inner(), 5);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_after_all_rounds() {
+        let done = AtomicUsize::new(0);
+        let calls = catch_unwind(AssertUnwindSafe(|| {
+            for_each_index(50, |index| {
+                done.fetch_add(1, Ordering::Relaxed);
+                assert_ne!(index, 7, "round 7");
+            })
+        }));
+        let message = *calls.unwrap_err().downcast::<String>().unwrap();
+        assert!(message.contains("round 7"), "{message}");
+        assert_eq!(done.into_inner(), 50);
+    }
+}
