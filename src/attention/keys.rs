@@ -42,6 +42,9 @@ struct KeyChunk<'a> {
 const CHUNK: usize = 128;
 
 impl PackedKeys {
+    /// Bytes that a thread may keep for the next head.
+    pub(super) const KEPT: usize = 512 << 10;
+
     /// No keys yet.
     pub(super) fn new(kernel: &'static dyn Kernel) -> Self {
         Self {

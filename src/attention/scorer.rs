@@ -10,7 +10,7 @@ use crate::quant::Scheme;
 use crate::quant::rows::dots;
 use crate::uninit::written;
 use crate::{Error, Result};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -208,7 +208,7 @@ impl<'a> Scorer<'a> {
             ..Work::default()
         };
         let of_head = |pace: Pace, head: usize, out: &mut [MaybeUninit<T>]| {
-            let mut keys = PackedKeys::new(self.kernel);
+            let mut keys = KEYS.take().unwrap_or_else(|| PackedKeys::new(self.kernel));
             self.pack_keys(head, pace, &mut keys);
             let outs = self.query_heads(head).zip(out.chunks_mut(m * n));
             let blocks = outs.flat_map(|(head, out)| {
@@ -221,6 +221,9 @@ impl<'a> Scorer<'a> {
                     f(&keys, block, out);
                 });
             });
+            if keys.memory() <= PackedKeys::KEPT {
+                KEYS.set(Some(keys));
+            }
         };
         let all = |out: &mut [MaybeUninit<T>]| {
             if len > 0 {
@@ -241,4 +244,6 @@ impl QueryBlock {
 thread_local! {
     /// The queries that a thread works on, kept so that a block allocates nothing.
     static QUERIES: RefCell<QueryBlock> = RefCell::default();
+    /// The keys of the head before, whose memory is used again.
+    static KEYS: Cell<Option<PackedKeys>> = const { Cell::new(None) };
 }

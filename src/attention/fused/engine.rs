@@ -65,9 +65,6 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
-/// Bytes of packed keys and values that a thread may keep for the next head.
-const KEPT: usize = 512 << 10;
-
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
     static KEY_HEAD: Cell<Option<KeyHead>> = const { Cell::new(None) };
@@ -141,7 +138,7 @@ impl<'a> Engine<'a> {
         pace.for_each(blocks, |(queries, out)| {
             SCRATCH.with_borrow_mut(|scratch| self.attend::<T>(&queries, scratch, out));
         });
-        if from.keys.memory() + from.values.memory() <= KEPT {
+        if from.keys.memory() + from.values.memory() <= PackedKeys::KEPT {
             KEY_HEAD.set(Some(from));
         }
     }
