@@ -119,14 +119,22 @@ impl HubModel {
         Ok(config.parent().map(Path::to_path_buf).unwrap_or_default())
     }
 
-    /// A file that not every model has. Offline, one that is not in the cache counts as such.
+    /// A file that not every model has. Offline, one that is not in the cache counts as such. What
+    /// the cache knows of a commit stays true, also that it lacks a file: the hub is not asked.
     fn optional_file(
         &self,
         repository: &HFRepositorySync<RepoTypeModel>,
         name: &str,
         revision: Option<&str>,
     ) -> Result<Option<PathBuf>> {
-        match self.get(repository, name, revision) {
+        let cached = self.get(repository, name, revision, true);
+        let found = match cached {
+            Err(HFError::LocalEntryNotFound { .. }) if !self.offline => {
+                self.get(repository, name, revision, false)
+            }
+            _ => cached,
+        };
+        match found {
             Ok(path) => Ok(Some(path)),
             Err(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. }) => Ok(None),
             Err(error) => Err(self.error(&error, name)),
@@ -139,7 +147,8 @@ impl HubModel {
         name: &str,
         revision: Option<&str>,
     ) -> Result<PathBuf> {
-        self.get(repository, name, revision).map_err(|error| self.error(&error, name))
+        let file = self.get(repository, name, revision, self.offline);
+        file.map_err(|error| self.error(&error, name))
     }
 
     fn get(
@@ -147,13 +156,14 @@ impl HubModel {
         repository: &HFRepositorySync<RepoTypeModel>,
         name: &str,
         revision: Option<&str>,
+        offline: bool,
     ) -> std::result::Result<PathBuf, HFError> {
         let download = Arc::new(Download::new(name));
         let path = repository
             .download_file()
             .filename(name)
             .maybe_revision(revision)
-            .local_files_only(self.offline)
+            .local_files_only(offline)
             .progress(Arc::clone(&download))
             .send()?;
         download.verify(&path)?;

@@ -1,7 +1,7 @@
 //! Decoders: in several files, in one, and as GGUF.
 
 use super::server::Hub;
-use super::{FILES, ID, client, hub_error, offline};
+use super::{FILES, ID, client, closed_endpoint, hub_error, offline};
 use anyhow::Result;
 use candle_int8_attention::hub::HubModel;
 use std::collections::HashMap;
@@ -48,6 +48,14 @@ fn a_decoder_in_one_file_is_downloaded_without_what_it_lacks() -> Result<()> {
     assert!(FILES.iter().all(|name| folder.join(name).is_file()));
     assert!(!folder.join("model.safetensors.index.json").exists());
     assert_eq!(offline().fetch_llama_from(&client, None)?, folder);
+
+    // Again: only whether the branch has moved is asked, not for the files that it lacks.
+    hub.requests();
+    assert_eq!(HubModel::new(ID).fetch_llama_from(&client, None)?, folder);
+    assert_eq!(hub.requests(), [format!("HEAD /{ID}/resolve/main/config.json")]);
+    // The hub is gone.
+    let gone = self::client(&closed_endpoint(), cache.path())?;
+    assert_eq!(HubModel::new(ID).fetch_llama_from(&gone, None)?, folder);
     Ok(())
 }
 

@@ -123,7 +123,15 @@ impl Hub {
         let name = request.path.rsplit('/').next().unwrap_or_default();
         let Some((&name, content)) = self.files.get_key_value(name) else {
             let missing = self.missing;
-            write!(stream, "HTTP/1.1 {missing}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
+            // Of a model that exists, it is told which commit lacks the file.
+            let commit = match self.files.is_empty() {
+                true => String::new(),
+                false => format!("X-Repo-Commit: {COMMIT}\r\nX-Error-Code: EntryNotFound\r\n"),
+            };
+            write!(
+                stream,
+                "HTTP/1.1 {missing}\r\n{commit}Content-Length: 0\r\nConnection: close\r\n\r\n"
+            )?;
             return Ok(());
         };
         match request.path.strip_prefix("/store/") {
