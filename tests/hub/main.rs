@@ -1,7 +1,11 @@
 //! The Hugging Face Hub: unreachable, offline, and a small one on the loopback interface.
 
 mod decoders;
+mod examples;
 mod server;
+#[path = "../llama/tiny.rs"]
+#[allow(dead_code, reason = "its own tests use the rest of it")]
+mod tiny;
 
 use anyhow::Result;
 use candle_int8_attention::Error;
