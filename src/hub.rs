@@ -3,15 +3,23 @@
 //! Files land in the cache that other Hugging Face tools use (`HF_HUB_CACHE`, or `hub` in
 //! `HF_HOME`), and what is there already is not fetched again. `HF_ENDPOINT` names another hub,
 //! `HF_TOKEN` opens private models.
+//!
+//! What arrives is compared with the hash that the hub names, SHA-256 or git's, or with the size if
+//! it names none, and a file that is another does not stay in the cache. A download that breaks off
+//! starts anew the next time. Where the cache holds copies instead of links (Windows), only the
+//! size is compared.
+
+mod download;
 
 use crate::models::ModelFiles;
 use crate::models::llama::shard_files;
 use crate::{Error, Result};
-use hf_hub::progress::{DownloadEvent, Progress, ProgressEvent, ProgressHandler};
+use download::Download;
 use hf_hub::repository::RepoTypeModel;
 use hf_hub::{HFClientSync, HFError, HFRepositorySync, split_id};
-use indicatif::{ProgressBar, ProgressStyle};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The index of weights that are in several files.
 const SHARDS: &str = "model.safetensors.index.json";
@@ -111,14 +119,22 @@ impl HubModel {
         Ok(config.parent().map(Path::to_path_buf).unwrap_or_default())
     }
 
-    /// A file that not every model has. Offline, one that is not in the cache counts as such.
+    /// A file that not every model has. Offline, one that is not in the cache counts as such. What
+    /// the cache knows of a commit stays true, also that it lacks a file: the hub is not asked.
     fn optional_file(
         &self,
         repository: &HFRepositorySync<RepoTypeModel>,
         name: &str,
         revision: Option<&str>,
     ) -> Result<Option<PathBuf>> {
-        match self.get(repository, name, revision) {
+        let cached = self.get(repository, name, revision, true);
+        let found = match cached {
+            Err(HFError::LocalEntryNotFound { .. }) if !self.offline => {
+                self.get(repository, name, revision, false)
+            }
+            _ => cached,
+        };
+        match found {
             Ok(path) => Ok(Some(path)),
             Err(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. }) => Ok(None),
             Err(error) => Err(self.error(&error, name)),
@@ -131,7 +147,8 @@ impl HubModel {
         name: &str,
         revision: Option<&str>,
     ) -> Result<PathBuf> {
-        self.get(repository, name, revision).map_err(|error| self.error(&error, name))
+        let file = self.get(repository, name, revision, self.offline);
+        file.map_err(|error| self.error(&error, name))
     }
 
     fn get(
@@ -139,14 +156,18 @@ impl HubModel {
         repository: &HFRepositorySync<RepoTypeModel>,
         name: &str,
         revision: Option<&str>,
+        offline: bool,
     ) -> std::result::Result<PathBuf, HFError> {
-        repository
+        let download = Arc::new(Download::new(name));
+        let path = repository
             .download_file()
             .filename(name)
             .maybe_revision(revision)
-            .local_files_only(self.offline)
-            .progress(Progress::new(Bar::new(name)))
-            .send()
+            .local_files_only(offline)
+            .progress(Arc::clone(&download))
+            .send()?;
+        download.verify(&path)?;
+        Ok(path)
     }
 
     /// Id and revision become parts of paths and addresses.
@@ -172,13 +193,22 @@ impl HubModel {
             }
             // hf-hub does not tell these apart when it asks for a file.
             HFError::EntryNotFound { .. } => {
-                format!("no {file}: this model or revision does not exist, or lacks the file")
+                format!(
+                    "no {file}: this model or revision does not exist, or lacks the file; check \
+                     how both are written"
+                )
             }
-            HFError::RepoNotFound { .. } => "no such model on the hub".into(),
-            HFError::RevisionNotFound { .. } => "no such revision of this model".into(),
+            HFError::RepoNotFound { .. } => "no such model on the hub; check its name".into(),
+            HFError::RevisionNotFound { .. } => {
+                "no such revision of this model; check its name".into()
+            }
             HFError::AuthRequired { .. } | HFError::Forbidden { .. } => format!(
                 "{file} may not be read: the model does not exist, or it is private or gated and \
                  HF_TOKEN is not set to a token that opens it ({})",
+                causes(error)
+            ),
+            HFError::Request { source, .. } if source.is_body() || source.is_decode() => format!(
+                "the download of {file} broke off; run it again, it starts anew ({})",
                 causes(error)
             ),
             HFError::Request { .. } => format!(
@@ -186,6 +216,24 @@ impl HubModel {
                  offline mode if the model is in the cache ({})",
                 causes(error)
             ),
+            // See Download::verify.
+            HFError::Io(problem) if problem.kind() == ErrorKind::InvalidData => format!(
+                "{file} arrived damaged and was not kept: it {problem}; run it again, and if that \
+                 does not help, check HF_ENDPOINT and proxies"
+            ),
+            HFError::Http { context } if context.status.is_server_error() => format!(
+                "the hub has a problem ({}); try again later, or use offline mode if the model is \
+                 in the cache",
+                causes(error)
+            ),
+            HFError::MalformedResponse { .. } => format!(
+                "{file} could not be fetched: what answers is no hub; check HF_ENDPOINT and \
+                 proxies ({})",
+                causes(error)
+            ),
+            HFError::RateLimited { .. } => {
+                format!("the hub refuses so many requests; try again later ({})", causes(error))
+            }
             _ => format!("{file} could not be fetched: {}", causes(error)),
         })
     }
@@ -214,39 +262,4 @@ fn causes(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-/// The progress of one file. Nothing is drawn before bytes arrive, nor if stderr is no terminal.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new(name: &str) -> Self {
-        let style = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-        let style =
-            ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
-        Self(ProgressBar::new(0).with_style(style).with_message(name.to_string()))
-    }
-}
-
-impl ProgressHandler for Bar {
-    fn on_progress(&self, event: &ProgressEvent) {
-        let ProgressEvent::Download(event) = event else { return };
-        match event {
-            DownloadEvent::Start { total_bytes, .. } => self.0.set_length(*total_bytes),
-            DownloadEvent::Progress { files } => {
-                files.iter().for_each(|file| self.0.set_position(file.bytes_completed));
-            }
-            DownloadEvent::AggregateProgress { bytes_completed, .. } => {
-                self.0.set_position(*bytes_completed);
-            }
-            DownloadEvent::Complete => self.0.finish_and_clear(),
-        }
-    }
-}
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        // A failed download sends no Complete.
-        self.0.finish_and_clear();
-    }
 }

@@ -62,6 +62,14 @@ fn word_embeddings_are_followed_by_name() {
 }
 
 #[test]
+fn the_embeddings_of_a_bert_model() {
+    let report = json(&["--data", "bert", "--heads", "2", "--tokens", "512"]);
+    assert_eq!(report["shape"], serde_json::json!([1, 2, 512, 384]));
+    assert!(report["data"].as_str().unwrap().contains("MiniLM-L3"), "{report}");
+    assert!(decibels(&report["right_way"]["from_int32"]).iter().all(|&db| db > 30.0), "{report}");
+}
+
+#[test]
 fn the_report_is_narrow_and_depends_on_the_seed_alone() {
     for args in [&["--data", "glove", "--heads", "2"][..], &["--heads", "1", "--seed", "7"]] {
         let report = succeed(args);
@@ -93,7 +101,7 @@ fn bad_values_are_errors_with_a_reason() {
     let weights = tempfile::tempdir().unwrap();
     std::fs::write(weights.path().join("model-f16.safetensors"), b"not safetensors").unwrap();
     let corrupt = weights.path().to_str().unwrap();
-    let cases: [(&[&str], &str); 12] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["--heads", "0"], "--heads is 0"),
         (&["--tokens", "0"], "--tokens is 0"),
         (&["--depth", "0"], "--depth is 0"),
@@ -105,6 +113,9 @@ fn bad_values_are_errors_with_a_reason() {
         (&["--data", "glove", "--heads", "10", "--tokens", "2001"], "the vocabulary has 20000"),
         (&["--data", "glove", "--depth", "64"], "these embeddings have 50"),
         (&["--data", "glove", "--model", empty], "model-f16.safetensors"),
+        (&["--data", "bert", "--model", empty], "model.safetensors"),
+        (&["--model", empty], "not with random data"),
+        (&["--data", "glove", "--model-id", "a/b"], "goes with --data bert"),
         (&["--data", "glove", "--model", corrupt], "model-f16.safetensors"),
     ];
     for (args, expected) in cases {

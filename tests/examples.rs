@@ -227,3 +227,13 @@ fn a_reader_that_leaves_early_is_no_error() {
         assert!(output.status.success() && stderr.is_empty(), "{name}: {stderr}");
     }
 }
+
+#[cfg(not(feature = "hub"))]
+#[test]
+fn without_its_feature_the_hub_is_refused_with_what_to_do() {
+    for name in [SIMILARITY, WORDS, "calibrate", "generate", "perplexity"] {
+        fail(name, &["--model-id", "someone/some-model"], "--features hub --example");
+        let help = succeed(name, &["--help"]);
+        assert!(help.contains("--revision <REVISION>") && help.contains("--offline"), "{help}");
+    }
+}

@@ -1,9 +1,11 @@
 //! What A holds: random numbers or word embeddings.
 
 use crate::Args;
+use crate::model::{project_file, shown};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use tokenizers::Tokenizer;
 
 /// The word embeddings that come with this project.
 const BUNDLED: &str = "models/glove-6b-50d-top20k";
@@ -16,8 +18,10 @@ pub const RANDOM_DEPTH: usize = 256;
 pub enum Source {
     /// Independent normal numbers with mean 0 and deviation 1.
     Random,
-    /// Word embeddings, most frequent words first.
+    /// Word vectors in a folder with model-f16.safetensors and vocab.txt, most frequent words first.
     Glove,
+    /// The word embeddings of a BERT model, in the order of its vocabulary.
+    Bert,
 }
 
 /// A, row-major.
@@ -37,11 +41,12 @@ pub fn load(args: &Args) -> Result<Input> {
     match args.data {
         Source::Random => random(args),
         Source::Glove => glove(args),
+        Source::Bert => bert(args),
     }
 }
 
 fn random(args: &Args) -> Result<Input> {
-    ensure!(args.model.is_none(), "--model goes with --data glove, not with random data");
+    ensure!(!args.model.is_given(), "a model goes with --data glove or bert, not with random data");
     let depth = args.depth.unwrap_or(RANDOM_DEPTH);
     Ok(Input {
         name: format!("random, normal, mean 0, deviation 1, seed {}", args.seed),
@@ -72,54 +77,76 @@ fn normal(len: usize, seed: u64) -> Vec<f32> {
 }
 
 fn glove(args: &Args) -> Result<Input> {
-    let folder =
-        args.model.clone().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(BUNDLED));
+    ensure!(args.model.hub.model_id.is_none(), "--model-id goes with --data bert, not with glove");
+    let folder = args.model.model.clone().unwrap_or_else(|| project_file(BUNDLED));
     ensure!(
         folder.is_dir(),
         "no folder {}; the word embeddings are in the repository, not in the published crate",
         folder.display()
     );
-    let (vocabulary, depth, values) = embeddings(&folder.join("model-f16.safetensors"))?;
+    let table = embeddings(&folder.join("model-f16.safetensors"), &["embedding.weight"])?;
+    let path = folder.join("vocab.txt");
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let words = text.lines().map(str::to_string).enumerate().take(table.rows).collect();
+    chosen(args, &table, words, &shown(&folder))
+}
+
+fn bert(args: &Args) -> Result<Input> {
+    let (files, name) = args.model.files()?;
+    let names = ["embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"];
+    let table = embeddings(&files.weights, &names)?;
+    let tokenizer = Tokenizer::from_file(&files.tokenizer)
+        .map_err(|error| anyhow::anyhow!("{}: {error}", files.tokenizer.display()))?;
+    // Whole words: no special tokens, no pieces, no punctuation.
+    let is_word = |word: &str| word.len() > 1 && word.chars().all(char::is_alphabetic);
+    let word = |row: usize| Some((row, tokenizer.id_to_token(row as u32)?));
+    let words = (0..table.rows).filter_map(word).filter(|(_, word)| is_word(word)).collect();
+    chosen(args, &table, words, &name)
+}
+
+/// A matrix of word embeddings.
+struct Table {
+    rows: usize,
+    columns: usize,
+    /// Row-major.
+    values: Vec<f32>,
+}
+
+/// The first words, as many as the options ask for; each has a row in the table.
+fn chosen(args: &Args, table: &Table, words: Vec<(usize, String)>, name: &str) -> Result<Input> {
+    let depth = table.columns;
     if let Some(asked) = args.depth.filter(|&asked| asked != depth) {
         bail!("--depth {asked}, but these embeddings have {depth} elements; leave --depth out");
     }
     let wanted = args.heads * args.tokens;
     ensure!(
-        wanted <= vocabulary,
-        "--heads {} and --tokens {} ask for {wanted} words, but the vocabulary has {vocabulary}",
+        wanted <= words.len(),
+        "--heads {} and --tokens {} ask for {wanted} words, but the vocabulary has {}",
         args.heads,
-        args.tokens
+        args.tokens,
+        words.len()
     );
+    let rows = words[..wanted].iter();
+    let values = rows.flat_map(|(row, _)| &table.values[row * depth..(row + 1) * depth]).copied();
     Ok(Input {
-        name: format!("the first {wanted} words of {}", shown(&folder)),
+        name: format!("the first {wanted} words of {name}"),
         shape: [1, args.heads, args.tokens, depth],
-        values: values[..wanted * depth].to_vec(),
-        words: words(&folder.join("vocab.txt"), args.tokens)?,
+        values: values.collect(),
+        words: words.into_iter().take(args.tokens).map(|(_, word)| word).collect(),
     })
 }
 
-/// `(rows, columns, row-major values)` of the tensor `embedding.weight`.
-fn embeddings(path: &PathBuf) -> Result<(usize, usize, Vec<f32>)> {
+/// The first of the tensors `names` that is in the file.
+fn embeddings(path: &Path, names: &[&str]) -> Result<Table> {
     let shown = path.display();
     let tensors = candle_core::safetensors::load(path, &Device::Cpu)
         .with_context(|| format!("cannot read {shown}"))?;
-    let weight = tensors
-        .get("embedding.weight")
-        .with_context(|| format!("{shown} has no tensor embedding.weight"))?;
-    let (rows, columns) =
-        weight.dims2().with_context(|| format!("embedding.weight in {shown} is not a matrix"))?;
-    ensure!(columns > 0, "embedding.weight in {shown} has rows without elements");
-    Ok((rows, columns, weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?))
-}
-
-/// The first `count` lines.
-fn words(path: &Path, count: usize) -> Result<Vec<String>> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(text.lines().take(count).map(str::to_string).collect())
-}
-
-/// A path for people: relative to this project where it lies in it.
-fn shown(path: &Path) -> String {
-    path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(path).display().to_string()
+    let weight = (names.iter().find_map(|name| tensors.get(*name)))
+        .with_context(|| format!("{shown} has no tensor {}", names.join(" or ")))?;
+    let (rows, columns) = weight
+        .dims2()
+        .with_context(|| format!("{} in {shown} is not a matrix", names.join(" or ")))?;
+    ensure!(columns > 0, "{} in {shown} has rows without elements", names.join(" or "));
+    Ok(Table { rows, columns, values: weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1()? })
 }

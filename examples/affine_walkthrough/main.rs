@@ -8,10 +8,15 @@
 //! ```text
 //! cargo run --release --example affine_walkthrough
 //! cargo run --release --example affine_walkthrough -- --data glove
+//! cargo run --release --features hub --example affine_walkthrough -- \
+//!     --data bert --model-id sentence-transformers/all-MiniLM-L6-v2
 //! ```
 
 mod data;
 mod first_tried;
+#[path = "../common/model.rs"]
+#[allow(dead_code, reason = "the other examples use the rest of it")]
+mod model;
 #[path = "../common/print.rs"]
 #[allow(dead_code, reason = "the other examples use the rest of it")]
 mod print;
@@ -25,13 +30,13 @@ use data::Input;
 use first_tried::FirstTried;
 use right_way::RightWay;
 use scores::Scores;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// The question's int8 pipeline: first tried, then right, with the error after every stage.
 #[derive(Debug, Parser)]
 struct Args {
-    /// What A holds: random (normal, mean 0, deviation 1) or glove (word embeddings)
+    /// What A holds: random (normal, mean 0, deviation 1), glove (word vectors; --model is a folder
+    /// with model-f16.safetensors and vocab.txt), or bert (the word embeddings of a BERT model)
     #[arg(long, value_name = "DATA", default_value = "random")]
     data: data::Source,
 
@@ -43,7 +48,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 1024)]
     tokens: usize,
 
-    /// Elements of each row [default: 256 for random, the embeddings' width for glove]
+    /// Elements of each row [default: 256 for random, else the embeddings' width]
     #[arg(long, value_name = "N")]
     depth: Option<usize>,
 
@@ -51,9 +56,8 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
 
-    /// Folder with model-f16.safetensors and vocab.txt [default: the one of this project]
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    model: model::ModelArgs,
 
     /// Print JSON; an infinite ratio (nothing differs) is null
     #[arg(long)]
@@ -115,7 +119,7 @@ fn check_sizes(args: &Args) -> Result<()> {
     // Embeddings have their own width, and the vocabulary bounds how many there are.
     let depth = args.depth.unwrap_or(match args.data {
         data::Source::Random => data::RANDOM_DEPTH,
-        data::Source::Glove => 1,
+        data::Source::Glove | data::Source::Bert => 1,
     });
     ensure!(
         depth <= limit,

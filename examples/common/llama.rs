@@ -1,5 +1,6 @@
 //! Flags that say where a decoder's files are.
 
+use super::model::{HubArgs, shown};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use candle_int8_attention::models::llama::{LlamaModel, LlamaTokenizer, WeightFormat};
@@ -24,25 +25,12 @@ pub struct LlamaArgs {
     #[arg(long, value_name = "FILE|DIR")]
     pub model: Option<PathBuf>,
 
-    /// Take this model of the Hugging Face Hub instead, from the cache or downloaded
-    #[cfg(feature = "hub")]
-    #[arg(long, value_name = "OWNER/NAME", conflicts_with = "model")]
-    pub model_id: Option<String>,
+    #[command(flatten)]
+    pub hub: HubArgs,
 
     /// Take this GGUF file of --model-id [default: its safetensors]
-    #[cfg(feature = "hub")]
     #[arg(long, value_name = "NAME", requires = "model_id")]
     pub gguf: Option<String>,
-
-    /// Branch, tag or commit of --model-id [default: main]
-    #[cfg(feature = "hub")]
-    #[arg(long, value_name = "REVISION", requires = "model_id")]
-    pub revision: Option<String>,
-
-    /// Use what is in the cache of the Hub, and no network
-    #[cfg(feature = "hub")]
-    #[arg(long, requires = "model_id")]
-    pub offline: bool,
 
     /// How matrices of a GGUF file are held: what is fastest, as in the file, or in f32
     #[arg(long, value_enum, default_value_t = Weights::Auto)]
@@ -85,15 +73,11 @@ impl LlamaArgs {
 
     /// The path of the model, and a name for people.
     fn path(&self) -> Result<(PathBuf, String)> {
-        #[cfg(feature = "hub")]
-        if let Some(id) = &self.model_id {
-            let (revision, offline) = (self.revision.clone(), self.offline);
-            let name = format!("{id} at {}", revision.as_deref().unwrap_or("main"));
-            let hub = candle_int8_attention::hub::HubModel { revision, offline, id: id.clone() };
-            return Ok((hub.fetch_llama(self.gguf.as_deref())?, name));
+        if let Some(id) = &self.hub.model_id {
+            return self.hub.decoder(id, self.gguf.as_deref());
         }
         match &self.model {
-            Some(path) => Ok((path.clone(), super::model::shown(path))),
+            Some(path) => Ok((path.clone(), shown(path))),
             None => bail!(NO_MODEL),
         }
     }

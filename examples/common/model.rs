@@ -27,18 +27,24 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
 
-    /// Take this BERT model of the Hugging Face Hub instead, from the cache or downloaded
-    #[cfg(feature = "hub")]
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+/// Which model of the Hugging Face Hub to take. Without the feature `hub` the flags are there too,
+/// and say what they need.
+#[derive(Debug, Clone, clap::Args)]
+pub struct HubArgs {
+    /// Take this model of the Hugging Face Hub instead, from the cache or downloaded (needs the
+    /// feature hub)
     #[arg(long, value_name = "OWNER/NAME", conflicts_with = "model")]
     pub model_id: Option<String>,
 
     /// Branch, tag or commit of --model-id [default: main]
-    #[cfg(feature = "hub")]
     #[arg(long, value_name = "REVISION", requires = "model_id")]
     pub revision: Option<String>,
 
     /// Use what is in the cache of the Hub, and no network
-    #[cfg(feature = "hub")]
     #[arg(long, requires = "model_id")]
     pub offline: bool,
 }
@@ -58,23 +64,58 @@ impl ModelArgs {
         Ok((encoder, name, files))
     }
 
+    /// Whether one was named.
+    pub fn is_given(&self) -> bool {
+        self.model.is_some() || self.hub.model_id.is_some()
+    }
+
     /// The files, and a name for people.
-    fn files(&self) -> Result<(ModelFiles, String)> {
-        #[cfg(feature = "hub")]
-        if let Some(id) = &self.model_id {
-            return self.hub_files(id);
+    pub fn files(&self) -> Result<(ModelFiles, String)> {
+        if let Some(id) = &self.hub.model_id {
+            return self.hub.encoder(id);
         }
         let folder = self.model.clone().unwrap_or_else(|| project_file(BUNDLED));
         let files = ModelFiles::from_dir(&folder)
             .with_context(|| format!("cannot use the model in {}", shown(&folder)))?;
         Ok((files, shown(&folder)))
     }
+}
 
-    #[cfg(feature = "hub")]
-    fn hub_files(&self, id: &str) -> Result<(ModelFiles, String)> {
+#[cfg(feature = "hub")]
+impl HubArgs {
+    /// The files of the encoder `id`, and a name for people.
+    pub fn encoder(&self, id: &str) -> Result<(ModelFiles, String)> {
+        let (model, name) = self.model(id);
+        Ok((model.fetch()?, name))
+    }
+
+    /// The path of the decoder `id`, which is the file `gguf` if there is one, and a name for
+    /// people.
+    pub fn decoder(&self, id: &str, gguf: Option<&str>) -> Result<(PathBuf, String)> {
+        let (model, name) = self.model(id);
+        Ok((model.fetch_llama(gguf)?, name))
+    }
+
+    fn model(&self, id: &str) -> (candle_int8_attention::hub::HubModel, String) {
         let (revision, offline) = (self.revision.clone(), self.offline);
         let name = format!("{id} at {}", revision.as_deref().unwrap_or("main"));
-        let model = candle_int8_attention::hub::HubModel { revision, offline, id: id.to_string() };
-        Ok((model.fetch()?, name))
+        (candle_int8_attention::hub::HubModel { revision, offline, id: id.to_string() }, name)
+    }
+}
+
+/// Said when a model of the Hub is named.
+#[cfg(not(feature = "hub"))]
+const NO_HUB: &str = "--model-id needs the feature hub, and this program was built without it: \
+run it with `cargo run --release --features hub --example ...`, or download the model yourself and \
+name it with --model";
+
+#[cfg(not(feature = "hub"))]
+impl HubArgs {
+    pub fn encoder(&self, _id: &str) -> Result<(ModelFiles, String)> {
+        anyhow::bail!(NO_HUB)
+    }
+
+    pub fn decoder(&self, _id: &str, _gguf: Option<&str>) -> Result<(PathBuf, String)> {
+        anyhow::bail!(NO_HUB)
     }
 }

@@ -58,7 +58,7 @@ fn a_file_that_is_no_gguf() -> Result<()> {
         ("", "starts with \"\""),
         ("PK\u{3}\u{4} and so on", "not a GGUF file: it starts with \"PK"),
         ("version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        ("GGUF", "not a whole GGUF file (4 bytes)"),
+        ("GGUF", "cannot be read as GGUF (4 bytes)"),
     ] {
         std::fs::write(&path, content)?;
         expect(&load(&path), &["model.gguf", message]);

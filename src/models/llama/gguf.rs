@@ -44,7 +44,7 @@ impl Gguf {
         check_start(path, &mut file)?;
         file.rewind().map_err(io)?;
         let content = Content::read(&mut BufReader::new(&file)).map_err(|e| {
-            corrupt(path, format!("not a whole GGUF file ({size} bytes): {}", reason(e)))
+            corrupt(path, format!("cannot be read as GGUF ({size} bytes): {}", reason(e)))
         })?;
         for (name, tensor) in &content.tensor_infos {
             let end = content.tensor_data_offset.saturating_add(tensor.offset);
