@@ -136,7 +136,8 @@ pub struct Int8Config {
 /// Who computes attention. A model holds one per layer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Backend {
-    /// Candle's own fp32 operations.
+    /// In fp32: Candle's own operations, or, in the BERT encoder of [`models`](crate::models), a fused
+    /// fp32 op of this crate.
     Fp32,
     /// Int8 scores.
     Int8(Int8Config),

@@ -1,5 +1,6 @@
 //! What a model must offer to be recorded.
 
+use crate::models::llama::LlamaModel;
 use crate::models::{BertModel, WordEmbeddings, mean_pool};
 use crate::{AttentionConfig, AttnMask, Result};
 use candle_core::{DType, Tensor};
@@ -12,7 +13,7 @@ pub type Attend<'a> =
 
 /// A model whose attention can be computed by someone else.
 ///
-/// [`BertModel`] and [`WordEmbeddings`] are recorded as they are. A model of your own needs three
+/// [`BertModel`], [`LlamaModel`] and [`WordEmbeddings`] are recorded as they are. A model of your own needs three
 /// short methods, and in its layer `attend(...)` in the place of its attention:
 ///
 /// ```
@@ -122,6 +123,30 @@ impl LayeredModel for BertModel {
     fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {
         let (b, n, _) = hidden.dims3()?;
         mean_pool(hidden, &Tensor::ones((b, n), DType::U32, hidden.device())?)
+    }
+}
+
+/// The input is token ids, U32 `[1, N]`. Attention is causal over the whole sequence, without a
+/// cache; the embedding is the normalized state of the last token, which predicts the next one.
+impl LayeredModel for LlamaModel {
+    type Input = Tensor;
+
+    fn layers(&self) -> usize {
+        LlamaModel::layers(self).len()
+    }
+
+    fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
+        LlamaModel::embed(self, input_ids)
+    }
+
+    fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
+        let config = LlamaModel::layers(self)[index].attention.config();
+        self.layer_with(index, hidden, |q, k, v| attend(q, k, v, &AttnMask::causal(), config))
+    }
+
+    fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {
+        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.squeeze(1)?;
+        self.normalize(&last)
     }
 }
 

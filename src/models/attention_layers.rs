@@ -1,6 +1,7 @@
 //! What tools need of a model: its attention, layer by layer, and what enters it.
 
 use super::BertModel;
+use super::llama::LlamaModel;
 use crate::{AttnMask, QuantizedAttention, Result};
 use candle_core::Tensor;
 
@@ -112,5 +113,31 @@ impl AttentionLayers for BertModel {
             hidden = layer.forward(&hidden, &AttnMask::None)?;
         }
         Ok(hidden)
+    }
+}
+
+impl AttentionLayers for LlamaModel {
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        self.layers().iter().map(|layer| &layer.attention).collect()
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
+    }
+
+    fn run(
+        &self,
+        ids: &Tensor,
+        see: &mut dyn FnMut(usize, AttentionInput<'_>) -> Result<()>,
+    ) -> Result<Tensor> {
+        let mask = AttnMask::causal();
+        let mut hidden = self.embed(ids)?;
+        for (index, layer) in self.layers().iter().enumerate() {
+            hidden = self.layer_with(index, &hidden, |q, k, v| {
+                see(index, AttentionInput { q, k, v, mask: &mask })?;
+                Ok(layer.attention.forward(q, k, v, &mask)?)
+            })?;
+        }
+        self.normalize(&hidden)
     }
 }

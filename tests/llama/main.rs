@@ -1,8 +1,9 @@
-//! The Llama decoder: against candle-transformers, between formats, its cache, its tokenizers, and
-//! files that are wrong.
+//! The Llama decoder: against candle-transformers, between formats, its cache, its drift, its
+//! tokenizers, and files that are wrong.
 
 mod agreement;
 mod cache;
+mod drift;
 mod errors;
 mod examples;
 mod tiny;

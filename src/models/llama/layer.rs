@@ -59,25 +59,29 @@ impl LlamaLayer {
         rotation: &Rotation,
         cache: &mut LayerCache,
     ) -> Result<Tensor> {
-        let hidden = (self.attention_block(hidden, rotation, cache)? + hidden)?;
-        let x = self.ffn_norm.forward(&hidden)?;
-        let inner = (self.gate.forward(&x)?.silu()? * self.up.forward(&x)?)?;
-        Ok((self.down.forward(&inner)? + hidden)?)
+        self.forward_with(hidden, rotation, |q, k, v| {
+            cache.append(k, v)?;
+            cache.attend(q, self.attention.config())
+        })
     }
 
-    fn attention_block(
+    /// The same with attention by someone else: `attend` gets queries `[B, H, N, head_dim]`, keys
+    /// and values `[B, H_kv, N, head_dim]`, and returns `[B, H, N, head_dim]`.
+    pub(super) fn forward_with(
         &self,
         hidden: &Tensor,
         rotation: &Rotation,
-        cache: &mut LayerCache,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let x = self.attention_norm.forward(hidden)?;
         let q = rotation.apply(&split_heads(&self.query.forward(&x)?, self.heads)?)?;
         let k = rotation.apply(&split_heads(&self.key.forward(&x)?, self.kv_heads)?)?;
         let v = split_heads(&self.value.forward(&x)?, self.kv_heads)?;
-        cache.append(&k, &v)?;
-        let context = cache.attend(&q, self.attention.config())?;
-        self.output.forward(&context.transpose(1, 2)?.flatten_from(2)?)
+        let context = attend(&q, &k, &v)?.transpose(1, 2)?.flatten_from(2)?;
+        let hidden = (self.output.forward(&context)? + hidden)?;
+        let x = self.ffn_norm.forward(&hidden)?;
+        let inner = (self.gate.forward(&x)?.silu()? * self.up.forward(&x)?)?;
+        Ok((self.down.forward(&inner)? + hidden)?)
     }
 
     /// Bytes of its matrices.

@@ -187,6 +187,41 @@ impl LlamaModel {
         hidden
     }
 
+    /// What enters the first layer: `input_ids` `[B, N]` U32 to `[B, N, hidden_size]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an empty input, [`Error::DType`] unless ids are U32, [`Error::Config`]
+    /// for an id outside of the vocabulary.
+    pub fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
+        self.check_ids(input_ids)?;
+        self.embeddings.rows(input_ids)
+    }
+
+    /// Layer `index` over whole sequences, without a cache and with attention by someone else:
+    /// `hidden` `[B, N, hidden_size]` to the same. `attend` gets queries `[B, H, N, head_dim]` and
+    /// keys and values `[B, H_kv, N, head_dim]` behind the rotary embedding, computes causal
+    /// attention, and returns `[B, H, N, head_dim]`.
+    ///
+    /// # Errors
+    /// Those of `attend`; Candle's own.
+    pub fn layer_with(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let rotation = self.rope.at(0, hidden.dim(1)?, &self.device)?;
+        self.layers[index].forward_with(hidden, &rotation, attend)
+    }
+
+    /// What follows the last layer: `[B, N, hidden_size]`, normalized.
+    ///
+    /// # Errors
+    /// Candle's own, for a tensor of another shape or dtype.
+    pub fn normalize(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.norm.forward(hidden)?)
+    }
+
     /// Logits of hidden states: `[.., hidden_size]` to `[.., vocab_size]`.
     ///
     /// # Errors
@@ -203,7 +238,7 @@ impl LlamaModel {
         for (layer, cache) in self.layers.iter().zip(cache.layers_mut()) {
             hidden = layer.forward(&hidden, &rotation, cache)?;
         }
-        Ok(self.norm.forward(&hidden)?)
+        self.normalize(&hidden)
     }
 
     /// The number of tokens of each sequence.
