@@ -135,7 +135,7 @@ impl AttentionLayers for LlamaModel {
         for (index, layer) in self.layers().iter().enumerate() {
             hidden = self.layer_with(index, &hidden, |q, k, v| {
                 see(index, AttentionInput { q, k, v, mask: &mask })?;
-                Ok(layer.attention.forward(q, k, v, &mask)?)
+                layer.attention.forward(q, k, v, &mask)
             })?;
         }
         self.normalize(&hidden)
