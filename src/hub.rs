@@ -100,6 +100,9 @@ impl HubModel {
         let (owner, name) = split_id(&self.id);
         let repository = client.model(owner, name);
         if let Some(file) = gguf {
+            if !file.split('/').all(is_name) {
+                return Err(self.problem(format!("{file:?}, expected a file of the repository")));
+            }
             return self.file(&repository, file, self.revision.as_deref());
         }
         let config = self.file(&repository, "config.json", self.revision.as_deref())?;
@@ -172,15 +175,10 @@ impl HubModel {
 
     /// Id and revision become parts of paths and addresses.
     fn check_names(&self) -> Result<()> {
-        let part = |part: &str| {
-            !part.is_empty()
-                && !part.starts_with('.')
-                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-        };
-        if self.id.split('/').count() > 2 || !self.id.split('/').all(part) {
+        if self.id.split('/').count() > 2 || !self.id.split('/').all(is_name) {
             return Err(self.problem("not a model id, expected owner/name".into()));
         }
-        if self.revision.as_ref().is_some_and(|revision| !revision.split('/').all(part)) {
+        if self.revision.as_ref().is_some_and(|revision| !revision.split('/').all(is_name)) {
             return Err(self.problem("not a revision, expected a branch, a tag or a commit".into()));
         }
         Ok(())
@@ -262,4 +260,10 @@ fn causes(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// Whether a part of an id, a revision or a file's path is a plain name: it becomes part of a path.
+fn is_name(part: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !part.is_empty() && !part.starts_with('.') && part.chars().all(is_plain)
 }

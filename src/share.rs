@@ -101,7 +101,11 @@ impl Rounds {
             }
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (self.f)(index))) {
                 let mut first = self.panic.lock().expect("nobody panics while storing a panic");
-                first.get_or_insert(panic);
+                match *first {
+                    None => *first = Some(panic),
+                    // Dropping what it says might panic again, and nobody would count this call.
+                    Some(_) => std::mem::forget(panic),
+                }
             }
             // Release: the caller sees what the call has written.
             last = self.done.fetch_add(1, Ordering::Release) + 1 == self.count;

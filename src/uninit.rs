@@ -39,8 +39,10 @@ fn ask_for_huge_pages<T>(out: &mut Vec<T>) {
 fn ask_for_huge_pages<T>(_: &mut Vec<T>) {}
 
 /// Memory that holds numbers already, for functions that only write numbers.
-pub(crate) fn overwrite(numbers: &mut [f32]) -> &mut [MaybeUninit<f32>] {
-    // SAFETY: the same layout; the functions this is passed to (`gemm::score_tiles`) write
-    // initialized numbers or nothing, so `numbers` stays initialized.
+///
+/// # Safety
+/// Nothing but initialized numbers is written.
+pub(crate) unsafe fn overwrite(numbers: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: the same layout, and `numbers` stays initialized by contract.
     unsafe { &mut *(std::ptr::from_mut(numbers) as *mut [MaybeUninit<f32>]) }
 }

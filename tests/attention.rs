@@ -437,3 +437,15 @@ fn contradictions_in_the_configuration_are_named() -> TestResult {
     }
     Ok(())
 }
+
+#[test]
+fn views_of_nothing_that_start_beyond_their_storage() -> TestResult {
+    let qkv = Tensor::zeros((1, 0, 3, 2, 4), DType::F32, &Device::Cpu)?;
+    let part = |i| qkv.get_on_dim(2, i)?.transpose(1, 2);
+    let (q, k, v) = (part(0)?, part(1)?, part(2)?);
+    for config in [AttentionConfig::int8(), AttentionConfig::fp32()] {
+        let out = attention(&q, &k, &v, &AttnMask::None, &config)?;
+        assert_eq!(out.dims(), [1, 2, 0, 4]);
+    }
+    Ok(())
+}

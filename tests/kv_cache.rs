@@ -124,7 +124,8 @@ fn attention_is_that_over_what_is_stored() {
 fn everything_that_changes_scores() {
     let (b, h, h_kv, n, m, d) = (2, 4, 2, 1200, 5, 32);
     let (k, v, q) = (keys((b, h_kv, n, d)), randn((b, h_kv, n, d)), randn((b, h, m, d)));
-    let config = KvCacheConfig { sinks: 3, recent: 20, ..Default::default() };
+    let key_offset = KeyOffset::FirstTokens(64);
+    let config = KvCacheConfig { key_offset, sinks: 3, recent: 20, ..Default::default() };
     let cache = filled(config.clone(), &k, &v);
     let (k, v) = as_stored(&k, &v, &config, &mean_of(&k, 3, 64));
     let slopes = Some(vec![0.5, 0.1, 0.01, 0.0]);
@@ -267,7 +268,8 @@ fn truncated_to_almost_nothing_the_offset_stays_frozen() {
 fn a_window_drops_what_nobody_sees() {
     let (h, h_kv, n, d, window, sinks) = (4, 2, 2400, 32, 300, 4);
     let (k, v) = (keys((1, h_kv, n, d)), randn((1, h_kv, n, d)));
-    let config = KvCacheConfig { window: Some(window), sinks, ..KvCacheConfig::default() };
+    let key_offset = KeyOffset::FirstTokens(64);
+    let config = KvCacheConfig { key_offset, window: Some(window), sinks, ..Default::default() };
     let mut cache = Int8KvCache::new(config.clone());
     let (stored_k, stored_v) = as_stored(&k, &v, &config, &mean_of(&k, sinks, 64));
     let mut largest = 0;
@@ -380,8 +382,9 @@ fn decoding_takes_no_memory_but_the_pages() {
         cache.append(&k, &v).unwrap();
         sizes.push(cache.memory_bytes());
     }
-    // 256 tokens of 64 codes of keys and of values, two scales and a sum, for two heads.
-    let page = 2 * 256 * (64 + 64 + 12);
+    // 256 tokens of 64 codes of keys and of values, two scales and a sum, and four offsets, for
+    // two heads.
+    let page = 2 * (256 * (64 + 64 + 12) + 4 * 64 * 4);
     assert_eq!(sizes[1999] - sizes[1999 - 256], page);
     let grown = sizes.windows(2).filter(|pair| pair[1] != pair[0]).count();
     assert!(grown < 100, "memory changed {grown} times");
@@ -630,4 +633,48 @@ fn a_calibrated_offset_and_the_default_take_the_bias_out() {
     let (none, first) = (error(KeyOffset::None), error(KeyOffset::default()));
     let calibrated = error(KeyOffset::calibrated(&k).unwrap());
     assert!(first < 0.3 * none && calibrated < 0.3 * none, "{none} {first} {calibrated}");
+}
+
+#[test]
+fn more_recent_tokens_than_a_window_has() {
+    let (k, v) = (keys((1, 1, 1200, 8)), randn((1, 1, 1200, 8)));
+    let config = KvCacheConfig { window: Some(10), recent: 1000, ..KvCacheConfig::default() };
+    let mut cache = filled(config, &tokens(&k, 0, 1100), &tokens(&v, 0, 1100));
+    for token in 1100..1200 {
+        cache.append(&tokens(&k, token, 1), &tokens(&v, token, 1)).unwrap();
+    }
+    let q = randn((1, 1, 1, 8));
+    let found = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+    let exact =
+        attention(&q, &tokens(&k, 1189, 11), &tokens(&v, 1189, 11), &AttnMask::None, &FP32());
+    assert!(largest_difference(&found, &exact.unwrap()) < ARITHMETIC);
+}
+
+/// A bias that turns with the position, as a rotary embedding makes it do: a frozen mean is no
+/// longer that of later keys, and doubles their range where it points the other way.
+#[test]
+fn a_moving_offset_follows_a_bias_that_turns() {
+    let (n, d, period) = (4096, 32, 2000.0);
+    let noise = randn((1, 1, n, d));
+    let bias: Vec<f32> = (0..n * d)
+        .map(|i| {
+            let angle = (i / d) as f32 / period * std::f32::consts::TAU;
+            let pair = (i % d / 2) as f32;
+            4.0 * if i % 2 == 0 { (angle + pair).cos() } else { (angle + pair).sin() }
+        })
+        .collect();
+    let k = (noise + Tensor::from_vec(bias, (1, 1, n, d), &Device::Cpu).unwrap()).unwrap();
+    let (v, q) = (randn((1, 1, n, d)), randn((1, 4, 1, d)));
+    let exact = attention(&q, &k, &v, &AttnMask::None, &FP32()).unwrap();
+    let error = |key_offset| {
+        let cache = filled(KvCacheConfig { key_offset, ..Default::default() }, &k, &v);
+        let out = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+        let square = (out - &exact).unwrap().sqr().unwrap().sum_all().unwrap();
+        square.to_scalar::<f32>().unwrap().sqrt()
+    };
+    let moving = error(KeyOffset::Moving);
+    for other in [KeyOffset::None, KeyOffset::FirstTokens(64), KeyOffset::FirstTokens(4096)] {
+        let other = (error(other.clone()), other);
+        assert!(moving < 0.6 * other.0, "{moving}, {other:?}");
+    }
 }

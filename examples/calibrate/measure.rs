@@ -6,6 +6,7 @@ use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::layers::{
     LayerErrors, attention_errors, embedding_error, embeddings,
 };
+use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::models::{
     AttentionLayers, BertModel, Calibration, CalibrationConfig, Int8Setting, LayerRanges,
     LayerSetting, StaticScales,
@@ -72,10 +73,7 @@ pub fn rows(
         rows.push(Row {
             scales: way.name,
             layer_sqnr_db: errors.iter().map(LayerErrors::mean_sqnr_db).collect(),
-            worst_head_db: errors
-                .iter()
-                .map(LayerErrors::worst_head_db)
-                .fold(f64::INFINITY, f64::min),
+            worst_head_db: lowest(errors.iter().map(LayerErrors::worst_head_db)),
             embedding_sqnr_db: embedding.sqnr_db(),
             clipped: way.clipped,
         });

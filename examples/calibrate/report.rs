@@ -3,6 +3,7 @@
 use crate::common::passages::Summary;
 use crate::common::print::{decibel, table};
 use crate::measure::Row;
+use candle_int8_attention::drift::metrics::lowest;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -38,7 +39,7 @@ impl Report {
         let mut table =
             table(&["scales", "mean", "lowest layer", "worst head", "embedding", "clipped"]);
         for row in &self.rows {
-            let lowest = row.layer_sqnr_db.iter().copied().fold(f64::INFINITY, f64::min);
+            let lowest = lowest(row.layer_sqnr_db.iter().copied());
             let clipped = row.clipped.map(|share| format!("{:.3} %", 100.0 * share));
             table.add_row([
                 row.scales.clone(),

@@ -25,8 +25,9 @@ pub struct CacheArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub recent: usize,
 
-    /// What an int8 cache subtracts from keys: none, or the mean of this number of first tokens
-    #[arg(long, value_name = "none|N", default_value = "64")]
+    /// What an int8 cache subtracts from keys: the mean of 64 tokens that moves along with the text,
+    /// none, or the mean of this number of first tokens
+    #[arg(long, value_name = "moving|none|N", default_value = "moving")]
     pub key_offset: Offset,
 }
 
@@ -55,8 +56,9 @@ impl FromStr for Offset {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.parse() {
             _ if text == "none" => Ok(Self(KeyOffset::None)),
+            _ if text == "moving" => Ok(Self(KeyOffset::Moving)),
             Ok(tokens) if tokens > 0 => Ok(Self(KeyOffset::FirstTokens(tokens))),
-            _ => Err("expected none, or a number of tokens from 1 on".into()),
+            _ => Err("expected moving, none, or a number of tokens from 1 on".into()),
         }
     }
 }
@@ -101,14 +103,15 @@ impl CacheArgs {
         })
     }
 
-    /// The cache in words: `keys int8 less the mean of the first 64, values f16`.
+    /// The cache in words: `keys int8 less a mean that moves along, values f16`.
     pub fn describe(&self) -> String {
         if self.cache == Keys::F32 {
             return "keys and values f32".into();
         }
         let offset = match self.key_offset.0 {
             KeyOffset::FirstTokens(tokens) => format!(" less the mean of the first {tokens}"),
-            _ => String::new(),
+            KeyOffset::Moving => " less a mean that moves along".to_string(),
+            KeyOffset::None | KeyOffset::Given(_) => String::new(),
         };
         let mut words = format!(
             "keys int8{offset}, values {}",

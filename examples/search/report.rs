@@ -3,6 +3,7 @@
 use crate::common::passages::Summary;
 use crate::common::print::{decibel, table, wrapped};
 use anyhow::Result;
+use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::drift::search::{Budget, Found};
 use serde::Serialize;
 use std::fmt::Write;
@@ -64,7 +65,11 @@ impl Report {
                 promised.of(Budget::AttentionOutput(0.0)),
                 verified.of(Budget::AttentionOutput(0.0)),
             ),
-            ("worst head", lowest(&promised.worst_head_db), lowest(&verified.worst_head_db)),
+            (
+                "worst head",
+                lowest(promised.worst_head_db.iter().copied()),
+                lowest(verified.worst_head_db.iter().copied()),
+            ),
         ];
         for (name, promised, verified) in rows {
             figures.add_row([name.to_string(), decibel(promised), decibel(verified)]);
@@ -102,8 +107,4 @@ impl Report {
         }
         table
     }
-}
-
-fn lowest(all: &[f64]) -> f64 {
-    all.iter().copied().fold(f64::INFINITY, f64::min)
 }

@@ -21,7 +21,7 @@ mod report;
 
 use anyhow::Result;
 use candle_int8_attention::AttentionConfig;
-use candle_int8_attention::drift::metrics::cosine;
+use candle_int8_attention::drift::metrics::{cosine, lowest};
 use candle_int8_attention::models::LayerSettings;
 use clap::Parser;
 use common::config::{Int8Args, describe};
@@ -84,7 +84,7 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     };
     let int8 = corpus.embed(&encoder)?;
 
-    let min_cosine = fp32.iter().zip(&int8).map(|(a, b)| cosine(a, b)).fold(1.0, f64::min);
+    let min_cosine = lowest(fp32.iter().zip(&int8).map(|(a, b)| cosine(a, b)));
     let similarities = pairs
         .iter()
         .map(|pair| {

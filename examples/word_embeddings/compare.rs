@@ -6,6 +6,7 @@ use crate::common::windows::Window;
 use crate::heads::{HeadDrift, Path, Qkv, drift_per_head};
 use crate::report::Subject;
 use anyhow::Result;
+use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::models::BertModel;
 use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
 use candle_int8_attention::{
@@ -146,10 +147,6 @@ fn row(name: &str, config: &ScoreConfig, layers: &[Vec<HeadDrift>]) -> Row {
 fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     let count = values.len() as f64;
     values.sum::<f64>() / count
-}
-
-fn lowest(values: impl Iterator<Item = f64>) -> f64 {
-    values.fold(f64::INFINITY, f64::min)
 }
 
 impl Comparison {

@@ -112,7 +112,7 @@ fn final_drift(fp32: &Tensor, int8: &Tensor) -> Result<Final> {
     let (a, b) = (flat(fp32)?, flat(int8)?);
     let cosines = a.chunks(hidden).zip(b.chunks(hidden)).map(|(a, b)| metrics::cosine(a, b));
     Ok(Final {
-        worst_token_cosine: cosines.fold(1.0, f64::min),
+        worst_token_cosine: metrics::lowest(cosines),
         tokens: Drift::of_outputs(&a, &b),
         text: Drift::of_outputs(&text(fp32)?, &text(int8)?),
     })

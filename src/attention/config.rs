@@ -173,7 +173,7 @@ pub struct AttentionConfig {
 }
 
 impl AttentionConfig {
-    /// Candle's fp32 operations with the default scale.
+    /// Fp32 with the default scale, see [`Backend::Fp32`].
     pub fn fp32() -> Self {
         Self { backend: Backend::Fp32, ..Self::default() }
     }

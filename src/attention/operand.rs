@@ -114,7 +114,10 @@ impl<'a> Operand<'a> {
         };
         out.resize(rows.count(), rows.depth());
         if rows.depth() == 0 {
-            return out.scales.fill(1.0); // sums of nothing are 0 at any scale
+            // Sums of nothing are 0 at any scale.
+            out.scales.fill(1.0);
+            out.zeros.fill(0);
+            return out.sums.fill(0);
         }
         let QuantizedRows { codes, scales, zeros, sums } = out;
         quantize_block(rows, mean, params, BlockCodes { codes, scales, zeros, sums });

@@ -14,6 +14,11 @@ enum Data<'a> {
     BF16(&'a [bf16]),
 }
 
+/// What follows `start`; nothing where a view of no elements starts beyond its storage.
+pub(super) fn from<T>(data: &[T], start: usize) -> &[T] {
+    data.get(start..).unwrap_or_default()
+}
+
 /// `[B, H, S, D]` with any strides.
 pub(super) struct View<'a> {
     data: Data<'a>,
@@ -38,9 +43,9 @@ impl<'a> View<'a> {
         };
         let start = layout.start_offset();
         let data = match storage {
-            CpuStorage::F32(data) => Data::F32(&data[start..]),
-            CpuStorage::F16(data) => Data::F16(&data[start..]),
-            CpuStorage::BF16(data) => Data::BF16(&data[start..]),
+            CpuStorage::F32(data) => Data::F32(from(data, start)),
+            CpuStorage::F16(data) => Data::F16(from(data, start)),
+            CpuStorage::BF16(data) => Data::BF16(from(data, start)),
             other => {
                 let dtype = candle_core::backend::BackendStorage::dtype(other);
                 return Err(Error::DType { op, tensor, dtype, expected: "F32, F16 or BF16" });

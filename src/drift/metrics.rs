@@ -152,6 +152,13 @@ fn top1(row: &[f32]) -> Option<usize> {
     row.iter().position(|&x| x == largest)
 }
 
+/// The lowest of some values; NaN if one is NaN (`f64::min` would drop it), infinite if there is
+/// none.
+pub fn lowest(values: impl IntoIterator<Item = f64>) -> f64 {
+    let lower = |a: f64, b: f64| if a.is_nan() || a <= b { a } else { b };
+    values.into_iter().fold(f64::INFINITY, lower)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -26,7 +26,8 @@ impl TokenDrift {
     pub fn of_logits(reference: &[f32], candidate: &[f32], token: usize) -> Self {
         assert_eq!(reference.len(), candidate.len(), "logits to compare differ in length");
         let (top_a, top_b) = (top(reference), top(candidate));
-        let (max_a, max_b) = (f64::from(reference[top_a]), f64::from(candidate[top_b]));
+        let largest = |of: &[f32], top: Option<usize>| top.map_or(f64::NAN, |i| f64::from(of[i]));
+        let (max_a, max_b) = (largest(reference, top_a), largest(candidate, top_b));
         let (mut sum_a, mut sum_b, mut moved) = (0.0, 0.0, 0.0);
         for (&a, &b) in reference.iter().zip(candidate) {
             let (a, b) = (f64::from(a), f64::from(b));
@@ -45,7 +46,7 @@ impl TokenDrift {
             nll_candidate: ln_sum_b - f64::from(candidate[token]),
             // Rounding can push the divergence of equal rows below 0; NaN stays.
             kl: if kl < 0.0 { 0.0 } else { kl },
-            same_top: top_a == top_b,
+            same_top: top_a.is_some() && top_a == top_b,
         }
     }
 
@@ -55,12 +56,16 @@ impl TokenDrift {
     }
 }
 
-/// Index of the first largest logit.
-fn top(logits: &[f32]) -> usize {
-    let mut top = 0;
-    for (index, logit) in logits.iter().enumerate() {
-        if *logit > logits[top] {
-            top = index;
+/// Index of the first largest logit; none among NaN.
+fn top(logits: &[f32]) -> Option<usize> {
+    let mut top = None;
+    let mut largest = f32::NEG_INFINITY;
+    for (index, &logit) in logits.iter().enumerate() {
+        if logit.is_nan() {
+            return None;
+        }
+        if top.is_none() || logit > largest {
+            (top, largest) = (Some(index), logit);
         }
     }
     top

@@ -275,7 +275,9 @@ mod tests {
                 zeros: affine.then_some(zeros),
             };
             let mut out = vec![POISON; m * stride];
-            score_tiles(&lhs, &rhs, 0..n, &scales, overwrite(&mut out), stride);
+            // SAFETY: `score_tiles` writes numbers.
+            let all = unsafe { overwrite(&mut out) };
+            score_tiles(&lhs, &rhs, 0..n, &scales, all, stride);
             out
         }
 

@@ -228,11 +228,6 @@ impl PackedRhs {
         }
     }
 
-    /// Bytes in memory.
-    pub(crate) fn size(&self) -> usize {
-        self.bytes.as_slice().len() + size_of_val(self.init.as_slice())
-    }
-
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }

@@ -146,7 +146,8 @@ impl Attention {
     ) {
         let (rows, width) = (out.len() / head.values.outputs(), head.keys.outputs());
         scores.resize(rows * width, 0.0);
-        multiply_rows(queries, &head.keys, overwrite(scores));
+        // SAFETY: `multiply_rows` writes numbers.
+        multiply_rows(queries, &head.keys, unsafe { overwrite(scores) });
         softmax(self.arch, scores, width);
         multiply_rows(scores, &head.values, out);
     }

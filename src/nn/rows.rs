@@ -19,7 +19,8 @@ impl<'a> Rows<'a> {
         let CpuStorage::F32(data) = storage else {
             bail!("linear: the input is not f32");
         };
-        let data = &data[layout.start_offset()..];
+        // A view of no elements may start beyond its storage.
+        let data = data.get(layout.start_offset()..).unwrap_or_default();
         let four = |from: &[usize], fill: usize| -> Option<[usize; 4]> {
             match *from {
                 [d] => Some([fill, fill, fill, d]),
@@ -43,7 +44,7 @@ impl<'a> Rows<'a> {
     /// Matrix `index` of `[B, H, N, D]`, counted over the batch: its rows are the N tokens.
     pub(super) fn matrix(&self, index: usize) -> Rows<'a> {
         let ([_, h, n, d], [s_b, s_h, s_n, s_d]) = (self.dims, self.strides);
-        let data = &self.data[index / h * s_b + index % h * s_h..];
+        let data = self.data.get(index / h * s_b + index % h * s_h..).unwrap_or_default();
         let contiguous = (s_d == 1 || d == 1) && (s_n == d || n == 1);
         Rows { data, dims: [1, n, 1, d], strides: [0, s_n, 0, s_d], contiguous }
     }

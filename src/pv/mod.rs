@@ -3,9 +3,9 @@
 //!
 //! The operands are f32, or bf16 where the hardware multiplies it: bf16 halves the memory and
 //! doubles the speed, and its rounding of `P` and `V` (2^-9 relative) is smaller than what int8
-//! scores cost. Or they are int8, on request: probabilities with a scale for each row and tile of
-//! keys, values with a scale for each channel, exact int32 sums over a tile; that costs more
-//! accuracy than the scores do (see the README's table).
+//! scores cost. Or they are int8, on request: probabilities with a scale for each row and run of
+//! 64 keys, values with a scale for each channel, exact int32 sums over a run; that costs more
+//! accuracy than the scores do (the README has figures).
 //!
 //! * `kernel` says what a kernel is; `kernels/` holds one file for each instruction set and format.
 //! * `pack` puts values in the order a kernel reads, and multiplies.

@@ -34,7 +34,11 @@ impl FixedPointMultiplier {
         // multiplier = fraction * 2^exponent with fraction in [0.5, 1). `log2` may land one off
         // beside a power of two; the two adjustments put that right.
         let mut exponent = multiplier.log2().floor() as i32 + 1;
-        let scaled = |exponent: i32| multiplier * f64::exp2(-f64::from(exponent));
+        // In two steps, each of which is a normal number also where the multiplier is not.
+        let scaled = |exponent: i32| {
+            let half = exponent / 2;
+            multiplier * f64::exp2(-f64::from(half)) * f64::exp2(-f64::from(exponent - half))
+        };
         if scaled(exponent) >= 1.0 {
             exponent += 1;
         } else if scaled(exponent) < 0.5 {

@@ -49,7 +49,15 @@ const ELEMENTS_A_TASK: usize = 1 << 16;
 /// `(heads, tokens, depth)` of a shape `[.., S, D]`.
 fn matrix_dims(shape: &[usize]) -> Result<(usize, usize, usize)> {
     match shape {
-        [heads @ .., tokens, depth] => Ok((heads.iter().product(), *tokens, *depth)),
+        [heads @ .., tokens, depth] if is_countable(shape) => {
+            Ok((heads.iter().product(), *tokens, *depth))
+        }
+        [_, _, ..] => Err(Error::Shape {
+            op: "QuantizedTensor",
+            tensor: "the tensor",
+            shape: shape.to_vec(),
+            expected: "a shape whose rows and elements can be counted".into(),
+        }),
         _ => Err(Error::Shape {
             op: "QuantizedTensor",
             tensor: "the tensor",
@@ -57,6 +65,15 @@ fn matrix_dims(shape: &[usize]) -> Result<(usize, usize, usize)> {
             expected: "at least 2 dimensions: [.., S, D]".into(),
         }),
     }
+}
+
+/// Whether a shape, of a damaged file for example, has no more elements, nor more rows of no
+/// elements, than fit into memory.
+fn is_countable(shape: &[usize]) -> bool {
+    let product = |dims: &[usize]| dims.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
+    let rows = product(&shape[..shape.len() - 1]);
+    let elements = product(shape).filter(|&n| n <= isize::MAX as usize / size_of::<f64>());
+    elements.is_some_and(|n| n > 0) || rows.is_some_and(|rows| rows <= 1 << 24)
 }
 
 impl QuantizedTensor {

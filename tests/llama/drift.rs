@@ -7,8 +7,8 @@ use candle_core::Device;
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
 use candle_int8_attention::drift::{Candidate, LayeredModel, Recorder};
-use candle_int8_attention::models::AttentionLayers;
-use candle_int8_attention::models::llama::LlamaModel;
+use candle_int8_attention::models::llama::{LlamaCache, LlamaModel};
+use candle_int8_attention::models::{AttentionLayers, CalibrationConfig, StaticScales, calibrate};
 
 fn model() -> Result<LlamaModel> {
     let folder = tempfile::tempdir()?;
@@ -67,5 +67,20 @@ fn a_decoder_is_recorded_and_searched() -> Result<()> {
     found.settings()?.apply(&mut model)?;
     let set = model.attention();
     assert_eq!(set.len(), LAYERS);
+    Ok(())
+}
+
+#[test]
+fn calibrated_scales_of_each_head_serve_single_tokens_too() -> Result<()> {
+    let mut model = model()?;
+    let ids = ids(40);
+    let passages = [batch(&ids)?];
+    let calibration = calibrate(&model, &passages, CalibrationConfig::default())?;
+    calibration.apply(&mut model, StaticScales::PerHead)?;
+    let mut cache = LlamaCache::full(model.config(), 1, 40, &Device::Cpu)?;
+    let whole = model.hidden_states(&batch(&ids)?, &mut cache)?.narrow(1, 39, 1)?;
+    cache.truncate(39)?;
+    let last = model.hidden_states(&batch(&ids[39..])?, &mut cache)?;
+    assert!(relative_difference(&last, &whole)? < 0.02);
     Ok(())
 }

@@ -202,7 +202,8 @@ impl<'a> Engine<'a> {
     /// Adds one tile of keys to the sums of a block of queries.
     fn tile(&self, queries: &Queries<'_>, keys: Range<usize>, scratch: &mut Scratch) {
         let (from, stride) = (queries.from, scratch.stride);
-        let scores = overwrite(&mut scratch.scores);
+        // SAFETY: `Scorer::score` writes numbers.
+        let scores = unsafe { overwrite(&mut scratch.scores) };
         self.scorer.score(&from.keys, &scratch.block, keys.clone(), scores, stride);
         let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
         let inside = scratch.visible.iter().map(|seen| clamp(seen.start)..clamp(seen.end));

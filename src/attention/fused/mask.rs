@@ -1,5 +1,6 @@
 //! Mask tensors, read where they lie: a row at a time, broadcast by strides.
 
+use crate::attention::view::from;
 use crate::simd::widest;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Layout};
@@ -28,11 +29,11 @@ impl<'a> MaskView<'a> {
     pub(super) fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         let start = layout.start_offset();
         let data = match storage {
-            CpuStorage::U8(data) => Data::Bool(&data[start..]),
-            CpuStorage::F32(data) => Data::F32(&data[start..]),
-            CpuStorage::F16(data) => Data::F16(&data[start..]),
-            CpuStorage::BF16(data) => Data::BF16(&data[start..]),
-            CpuStorage::F64(data) => Data::F64(&data[start..]),
+            CpuStorage::U8(data) => Data::Bool(from(data, start)),
+            CpuStorage::F32(data) => Data::F32(from(data, start)),
+            CpuStorage::F16(data) => Data::F16(from(data, start)),
+            CpuStorage::BF16(data) => Data::BF16(from(data, start)),
+            CpuStorage::F64(data) => Data::F64(from(data, start)),
             other => {
                 let dtype = candle_core::backend::BackendStorage::dtype(other);
                 return Err(super::super::mask::unsupported(dtype));

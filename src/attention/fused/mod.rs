@@ -2,11 +2,11 @@
 //! so that nothing as large as `M * N` ever exists.
 //!
 //! ```text
-//! once a key head:      keys -> int8 panels        values -> panels of bf16 (or f32)
+//! once a key head:      keys -> int8 panels        values -> panels of bf16, f32 or int8
 //! for 48 queries:       quantize and pack
 //!   for a tile of keys: int8 scores -> f32 (scale and log2(e) folded in)
 //!                       softcap, ALiBi, mask
-//!                       running softmax -> probabilities (bf16 or f32)
+//!                       running softmax -> probabilities (bf16, f32 or int8)
 //!                       sums += probabilities x values
 //!   divide by the running sum
 //! ```

@@ -74,8 +74,6 @@ impl Int8KvCache {
         Ok(if q.dtype() == DType::F32 { out } else { out.to_dtype(q.dtype())? })
     }
 
-    /// Heads of keys, and the value dim.
-    ///
     /// # Errors
     /// Those of [`Int8KvCache::attention`] that concern only the configuration, for queries of
     /// `heads` heads of `depth` elements.
@@ -280,15 +278,25 @@ impl<'a> Engine<'a> {
         let (codes, mut scales) = two_codes(&queries, rows.len(), depth);
         let mut packed = PackedLhs::new(self.kernel);
         packed.put(&codes, 2 * rows.len(), depth);
+        scales.iter_mut().for_each(|x| *x *= self.factor);
         let mut biases = vec![0f32; 2 * rows.len()];
-        if let Some(offset) = head.offset.as_ref().filter(|offset| !offset.is_empty()) {
-            let values = Rows::new(&queries, rows.len(), depth, depth);
-            dots(values, None, offset, &mut biases[..rows.len()]);
+        if let Some(offset) = &head.offset {
+            self.bias(&queries, offset, &mut biases[..rows.len()]);
         }
-        scales.iter_mut().chain(&mut biases).for_each(|x| *x *= self.factor);
         let positions = &self.visible[sequence];
         let visible = rows.iter().map(|&(_, query)| self.seen(positions, query)).collect();
         Block { head, positions, rows, queries, codes: packed, scales, biases, visible }
+    }
+
+    /// What an offset that was subtracted from keys adds to the scores of each query.
+    pub(super) fn bias(&self, queries: &[f32], offset: &[f32], biases: &mut [f32]) {
+        if offset.is_empty() {
+            return;
+        }
+        biases.fill(0.0);
+        let depth = offset.len();
+        dots(Rows::new(queries, queries.len() / depth, depth, depth), None, offset, biases);
+        biases.iter_mut().for_each(|bias| *bias *= self.factor);
     }
 
     /// The spans in which a row of the block sees a key, in order.

@@ -25,8 +25,8 @@ pub struct KvCacheConfig {
 }
 
 impl Default for KvCacheConfig {
-    /// The mean of the first 64 keys as offset, values in f16, nothing kept in f32 beyond those 64
-    /// tokens' wait for the offset, no limits.
+    /// A moving offset, values in f16, nothing kept in f32 beyond the first 64 tokens while they
+    /// wait for their offset, no limits.
     fn default() -> Self {
         Self {
             key_offset: KeyOffset::default(),
@@ -50,23 +50,22 @@ impl KvCacheConfig {
 /// Zhang et al. 2024, arXiv:2410.02367); its exact effect is added back to the scores. It takes out
 /// of the codes what all keys of a head share, a bias for example.
 ///
-/// It is frozen before the first key of a sequence is quantized, so no key is ever quantized twice,
-/// and codes do not depend on how tokens were cut into chunks.
-#[derive(Debug, Clone, PartialEq)]
+/// That of a key is known before the key is quantized, and stays: no key is ever quantized twice, and
+/// codes do not depend on how tokens were cut into chunks.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub enum KeyOffset {
     /// Nothing.
     None,
     /// The mean over this many tokens, the first ones after the sinks. They wait in f32 until all
     /// of them are there.
     FirstTokens(usize),
+    /// For each group of 64 tokens the mean of the keys in the group before, as they are stored; for
+    /// the first group its own, which waits in f32 until it is complete. It follows what changes
+    /// slowly with the position, as rotary embeddings make a bias do, for `D` numbers a group.
+    #[default]
+    Moving,
     /// Known from calibration: one vector of `D` elements for each of `H_kv` heads.
     Given(Vec<Vec<f32>>),
-}
-
-impl Default for KeyOffset {
-    fn default() -> Self {
-        KeyOffset::FirstTokens(64)
-    }
 }
 
 impl KeyOffset {

@@ -8,7 +8,8 @@
 //!           "<b>.value_scales" F32  [H_kv, T]        of int8 values only
 //!           "<b>.sinks.keys"   F32  [H_kv, S, D]     and values, for tokens kept in f32
 //!           "<b>.recent.keys"  F32  [H_kv, R, D]     and values
-//!           "<b>.offset"       F32  [H_kv, D]        once it is frozen
+//!           "<b>.offset"       F32  [H_kv, D]        of the next key, once it is known
+//!           "<b>.offsets"      F32  [H_kv, G, D]     of the groups in pages, where they move
 //!           "<b>.exceptions"   F32  [E, Dv]          values that their format cannot hold,
 //!           "<b>.exceptions_at" U32 [E, 2]           with their heads and tokens
 //!           "key_offset"       F32  [H_kv, D]        if the configuration gives one
@@ -35,6 +36,9 @@ const VERSION: u32 = 1;
 /// More heads than any model has: a number beyond is a damaged file.
 const MAX_HEADS: usize = 1 << 16;
 
+/// Likewise, elements of a value.
+const MAX_VALUE_DIM: usize = 1 << 20;
+
 /// What is not in the tensors.
 #[derive(Serialize, Deserialize)]
 struct Header {
@@ -55,6 +59,7 @@ struct Header {
 enum OffsetKind {
     None,
     FirstTokens(usize),
+    Moving,
     Given,
 }
 
@@ -108,6 +113,7 @@ impl Int8KvCache {
             key_offset: match config.key_offset {
                 KeyOffset::None => OffsetKind::None,
                 KeyOffset::FirstTokens(tokens) => OffsetKind::FirstTokens(tokens),
+                KeyOffset::Moving => OffsetKind::Moving,
                 KeyOffset::Given(_) => OffsetKind::Given,
             },
             values: config.values,
@@ -198,6 +204,11 @@ impl Writer {
         if let Some(offsets) = offsets {
             self.f32(&name("offset"), &[h, depth], offsets.concat());
         }
+        let offsets: Vec<f32> = heads.iter().flat_map(|head| &head.offsets).copied().collect();
+        if !offsets.is_empty() {
+            let groups = offsets.len() / (h * depth);
+            self.f32(&name("offsets"), &[h, groups, depth], offsets);
+        }
         let found = |(head, stored): (usize, &Stored)| {
             let at = move |(token, _): &(usize, _)| [head as u32, *token as u32];
             stored.exceptions.iter().map(at).collect::<Vec<_>>()
@@ -234,6 +245,7 @@ impl<'a> Reader<'a> {
         let key_offset = match header.key_offset {
             OffsetKind::None => KeyOffset::None,
             OffsetKind::FirstTokens(tokens) => KeyOffset::FirstTokens(tokens),
+            OffsetKind::Moving => KeyOffset::Moving,
             OffsetKind::Given => KeyOffset::Given(reader.key_offset()?),
         };
         let Header { values, sinks, recent, window, capacity, .. } = header;
@@ -241,6 +253,13 @@ impl<'a> Reader<'a> {
         let Some([batch, heads, depth, value_dim]) = header.dims else {
             return Ok(Int8KvCache::new(config));
         };
+        let limit = gemm::max_depth(false);
+        if depth > limit || value_dim > MAX_VALUE_DIM {
+            return Err(format!(
+                "keys of {depth} elements and values of {value_dim}, expected at most {limit} and \
+                 {MAX_VALUE_DIM}"
+            ));
+        }
         if header.sequences.len() != batch || heads > MAX_HEADS {
             let found = header.sequences.len();
             return Err(format!("{found} sequences of {heads} heads for a batch of {batch}"));
@@ -337,6 +356,13 @@ impl<'a> Reader<'a> {
             });
         } else if tokens > 0 {
             return Err(format!("sequence {b}: quantized keys without their offset"));
+        }
+        if config.key_offset == KeyOffset::Moving && tokens > 0 && depth > 0 {
+            let groups = Stored::groups(first..packed).len();
+            let offsets = self.f32(&name("offsets"), &[heads, groups, depth])?;
+            all.iter_mut().enumerate().for_each(|(h, head)| {
+                head.offsets = part(&offsets, heads, h).to_vec();
+            });
         }
         self.exceptions(b, &mut all, first..packed)?;
         Ok(all)

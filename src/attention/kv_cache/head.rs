@@ -20,17 +20,25 @@ use std::sync::Arc;
 /// Tokens of a page: a multiple of every kernel's panel, and long enough for the memory to stream.
 pub(super) const PAGE: usize = 256;
 
+/// Tokens that share a moving offset: a multiple of every kernel's panel.
+pub(super) const GROUP: usize = 64;
+
 /// The codes of some tokens that follow each other.
 #[derive(Clone)]
 pub(super) struct Page {
     pub keys: PackedRhs,
     pub key_scales: Vec<f32>,
+    /// What was subtracted from the keys of each group, `[PAGE / GROUP, D]`, where offsets move;
+    /// otherwise empty.
+    pub offsets: Vec<f32>,
     pub values: Values,
 }
 
 impl Page {
-    fn new(kernel: &'static dyn Kernel, dims: Dims, format: CacheValues) -> Self {
+    fn new(kernel: &'static dyn Kernel, dims: Dims, format: CacheValues, moving: bool) -> Self {
+        let groups = if moving { PAGE / GROUP } else { 0 };
         Self {
+            offsets: vec![0.0; groups * dims.depth],
             keys: PackedRhs::new(kernel, PAGE, dims.depth),
             key_scales: vec![0.0; PAGE],
             values: Values::new(format, PAGE, dims.value_dim),
@@ -39,7 +47,13 @@ impl Page {
 
     /// Bytes in memory.
     fn size(&self) -> usize {
-        self.keys.size() + size_of_val(self.key_scales.as_slice()) + self.values.size()
+        let numbers = self.key_scales.len() + self.offsets.len();
+        self.keys.memory() + numbers * size_of::<f32>() + self.values.size()
+    }
+
+    /// What was subtracted from the keys of a group, where offsets move.
+    pub(super) fn offset(&mut self, group: usize, depth: usize) -> &mut [f32] {
+        &mut self.offsets[group * depth..(group + 1) * depth]
     }
 
     /// Packs key codes from slot `first` on.
@@ -118,8 +132,10 @@ pub(super) struct Head {
     /// Tokens before this one are in pages, or sinks.
     pub packed: usize,
     pub recent: Rows,
-    /// What is subtracted from keys; `None` until it is known.
+    /// What is subtracted from the next key; `None` until it is known.
     pub offset: Option<Vec<f32>>,
+    /// Whether each group has an offset of its own.
+    pub moving: bool,
 }
 
 impl Head {
@@ -141,9 +157,10 @@ impl Head {
             recent: Rows::default(),
             offset: match &config.key_offset {
                 KeyOffset::None => Some(vec![0.0; dims.depth]),
-                KeyOffset::FirstTokens(_) => None,
+                KeyOffset::FirstTokens(_) | KeyOffset::Moving => None,
                 KeyOffset::Given(offsets) => Some(offsets[head].clone()),
             },
+            moving: config.key_offset == KeyOffset::Moving,
         }
     }
 
@@ -183,46 +200,95 @@ impl Head {
             self.offset = self.first_mean(&config.key_offset);
         }
         if let Some(offset) = self.offset.take() {
-            self.pack(self.recent.tokens.saturating_sub(config.recent), &offset);
-            self.offset = Some(offset);
+            self.pack(self.recent.tokens.saturating_sub(config.recent), offset);
         }
     }
 
     /// The mean of the first tokens, once they are there. Until then nothing is packed.
     fn first_mean(&self, offset: &KeyOffset) -> Option<Vec<f32>> {
-        let KeyOffset::FirstTokens(tokens) = *offset else { return None };
-        let first = self.recent.keys.get(..tokens * self.dims.depth)?;
-        (self.recent.tokens >= tokens).then(|| token_mean(first, self.dims.depth))
+        let tokens = match *offset {
+            KeyOffset::FirstTokens(tokens) => tokens,
+            KeyOffset::Moving => GROUP,
+            KeyOffset::None | KeyOffset::Given(_) => return None,
+        };
+        let depth = self.dims.depth;
+        let complete = self.recent.tokens >= tokens;
+        complete.then(|| token_mean(&self.recent.keys[..tokens * depth], depth))
     }
 
     /// Quantizes the first `tokens` of the recent ones.
-    fn pack(&mut self, tokens: usize, offset: &[f32]) {
+    fn pack(&mut self, tokens: usize, mut offset: Vec<f32>) {
         let Dims { depth, value_dim } = self.dims;
         let mut packer = KeyCodes::default();
         let mut recent = std::mem::take(&mut self.recent);
         let mut done = 0;
         while done < tokens {
             let slot = self.packed % PAGE;
-            let count = (PAGE - slot).min(tokens - done);
+            let step = if self.moving { GROUP } else { PAGE };
+            let count = (step - slot % step).min(tokens - done);
             let rows = done..done + count;
-            packer.quantize(&recent.keys[rows.start * depth..rows.end * depth], offset, count);
+            packer.quantize(&recent.keys[rows.start * depth..rows.end * depth], &offset, count);
+            let moving = self.moving;
             let page = self.last_page();
+            if moving {
+                page.offset(slot / GROUP, depth).copy_from_slice(&offset);
+            }
             page.put_codes(slot, &packer.codes, &packer.scales, &packer.sums);
             page.values.put(slot, &recent.values[rows.start * value_dim..rows.end * value_dim]);
             self.packed += count;
             done += count;
+            offset = self.moved_offset().unwrap_or(offset);
         }
+        self.offset = Some(offset);
         recent.keys.drain(..tokens * depth);
         recent.values.drain(..tokens * value_dim);
         recent.tokens -= tokens;
         self.recent = recent;
     }
 
+    /// What is subtracted from the next packed token, as far as pages say so.
+    fn moved_offset(&self) -> Option<Vec<f32>> {
+        let depth = self.dims.depth;
+        let in_group = self.packed % GROUP;
+        if !self.moving {
+            return None;
+        }
+        if in_group == 0 && self.packed > self.sink_count {
+            return self.group_mean(self.packed - GROUP);
+        }
+        let page = self.pages.get((self.packed / PAGE).checked_sub(self.first_page)?)?;
+        let group = self.packed % PAGE / GROUP;
+        page.offsets.get(group * depth..(group + 1) * depth).map(<[f32]>::to_vec)
+    }
+
+    /// The mean of the keys in a group that starts with token `start`, as they are stored. What is
+    /// not finite does not count.
+    fn group_mean(&self, start: usize) -> Option<Vec<f32>> {
+        let depth = self.dims.depth;
+        let page = self.pages.get((start / PAGE).checked_sub(self.first_page)?)?;
+        let group = start % PAGE / GROUP;
+        let mut mean: Vec<f64> = vec![0.0; depth];
+        let (mut codes, mut count) = (vec![0i8; depth], 0);
+        for token in start.max(self.sink_count)..start + GROUP {
+            let slot = token % PAGE;
+            let scale = page.key_scales[slot];
+            if scale.is_finite() {
+                page.keys.get(slot, &mut codes);
+                let codes = mean.iter_mut().zip(&codes);
+                codes.for_each(|(sum, &code)| *sum += f64::from(scale) * f64::from(code));
+                count += 1;
+            }
+        }
+        let offset = &page.offsets[group * depth..(group + 1) * depth];
+        let mean = mean.iter().zip(offset);
+        Some(mean.map(|(sum, x)| (sum / f64::from(count.max(1)) + f64::from(*x)) as f32).collect())
+    }
+
     /// The page that the next packed token belongs to.
     pub(super) fn last_page(&mut self) -> &mut Page {
         let index = self.packed / PAGE - self.first_page;
         if index == self.pages.len() {
-            let page = Page::new(self.kernel, self.dims, self.format);
+            let page = Page::new(self.kernel, self.dims, self.format, self.moving);
             self.pages.push_back(Arc::new(page));
         }
         self.page(index)
@@ -235,6 +301,8 @@ impl Head {
 
     /// Drops the pages before token `first`.
     pub(super) fn drop_before(&mut self, first: usize) {
+        // The page that is being filled stays, also where more recent tokens wait than a window has.
+        let first = first.min(self.packed);
         while (self.first_page + 1) * PAGE <= first && !self.pages.is_empty() {
             self.pages.pop_front();
             self.first_page += 1;
@@ -249,6 +317,7 @@ impl Head {
             return;
         }
         self.packed = len.max(self.sink_count);
+        self.offset = self.moved_offset().or(self.offset.take());
         if self.packed <= self.first_page * PAGE {
             // Everything that was kept is forgotten, and with it that something was dropped.
             self.pages.clear();

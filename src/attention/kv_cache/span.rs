@@ -1,7 +1,7 @@
 //! Attention of some rows over one span of keys, and how spans are merged.
 
 use super::attend::{Block, Engine, Span};
-use super::head::{PAGE, Rows};
+use super::head::{GROUP, PAGE, Rows};
 use super::product::product_f32;
 use crate::attention::fused::softmax_alone;
 use crate::gemm::{self, ScoreScales};
@@ -54,7 +54,7 @@ impl Partial {
         let scores = &mut scores[..2 * rows * stride];
         match span {
             Span::Sinks => float_scores(engine, block, &head.sinks, scores, stride),
-            Span::Pages(_) => page_scores(block, tokens.clone(), scores, stride),
+            Span::Pages(_) => page_scores(engine, block, tokens.clone(), scores, stride),
             Span::Recent => float_scores(engine, block, &head.recent, scores, stride),
         }
         let visible: Vec<Range<usize>> =
@@ -156,19 +156,36 @@ fn inside(
 }
 
 /// Int8 scores against `tokens`, whose start is that of a page.
-fn page_scores(block: &Block<'_>, tokens: Range<usize>, scores: &mut [f32], stride: usize) {
+fn page_scores(
+    engine: &Engine<'_>,
+    block: &Block<'_>,
+    tokens: Range<usize>,
+    scores: &mut [f32],
+    stride: usize,
+) {
     const NO_BIAS: [f32; PAGE] = [0.0; PAGE];
+    let depth = block.head.dims.depth;
+    let mut biases = block.biases.clone();
     for (start, used, page) in block.head.pages_of(tokens.clone()) {
-        let scales = ScoreScales {
-            row_scales: &block.scales,
-            row_biases: &block.biases,
-            column_scales: &page.key_scales,
-            column_biases: &NO_BIAS,
-            zeros: None,
-        };
-        let out = &mut scores[start - tokens.start..];
         let used = used.min(tokens.end - start);
-        gemm::score_tiles(&block.codes, &page.keys, 0..used, &scales, overwrite(out), stride);
+        let step = if page.offsets.is_empty() { PAGE } else { GROUP };
+        for first in (0..used).step_by(step) {
+            if !page.offsets.is_empty() {
+                let offset = &page.offsets[first / GROUP * depth..(first / GROUP + 1) * depth];
+                engine.bias(&block.queries, offset, &mut biases[..block.rows.len()]);
+            }
+            let scales = ScoreScales {
+                row_scales: &block.scales,
+                row_biases: &biases,
+                column_scales: &page.key_scales,
+                column_biases: &NO_BIAS,
+                zeros: None,
+            };
+            // SAFETY: `score_tiles` writes numbers.
+            let out = unsafe { overwrite(&mut scores[start + first - tokens.start..]) };
+            let columns = first..(first + step).min(used);
+            gemm::score_tiles(&block.codes, &page.keys, columns, &scales, out, stride);
+        }
     }
     let (first, left_over) = scores.split_at_mut(block.rows.len() * stride);
     widest!(add, (first, &*left_over), (&mut [f32], &[f32]) => ());

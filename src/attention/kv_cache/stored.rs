@@ -1,6 +1,6 @@
 //! A head as it is written to a file: rows of codes, whatever the panels of this machine's kernel.
 
-use super::head::{Dims, Head, PAGE, Rows};
+use super::head::{Dims, GROUP, Head, PAGE, Rows};
 use super::values::StoredRows;
 use std::ops::Range;
 
@@ -18,6 +18,8 @@ pub(super) struct Stored {
     /// Sinks, and the recent tokens.
     pub rows: [Rows; 2],
     pub offset: Option<Vec<f32>>,
+    /// Those of the groups with tokens in pages, where offsets move: `[groups, D]`.
+    pub offsets: Vec<f32>,
 }
 
 impl Stored {
@@ -31,6 +33,7 @@ impl Stored {
             exceptions: Vec::new(),
             rows: [Rows::default(), Rows::default()],
             offset: None,
+            offsets: Vec::new(),
         }
     }
 
@@ -41,6 +44,14 @@ impl Stored {
         let in_order = pages.start <= pages.end && sinks <= pages.end;
         let starts = pages.start == start || pages.is_empty();
         in_order && starts && (pages.end <= len || (pages.is_empty() && pages.end == sinks))
+    }
+
+    /// The groups that tokens in these pages belong to.
+    pub(super) fn groups(pages: Range<usize>) -> Range<usize> {
+        match pages.is_empty() {
+            true => 0..0,
+            false => pages.start / GROUP..pages.end.div_ceil(GROUP),
+        }
     }
 
     /// What a head holds, tokens in pages from `first` on.
@@ -54,6 +65,10 @@ impl Stored {
                 stored.keys.extend_from_slice(&codes);
             }
             stored.key_scales.extend_from_slice(&page.key_scales[slots.clone()]);
+            let groups = slots.start / GROUP..slots.end.div_ceil(GROUP);
+            let depth = if head.moving { head.dims.depth } else { 0 };
+            let offsets = &page.offsets[groups.start * depth..groups.end * depth];
+            stored.offsets.extend_from_slice(offsets);
             let rows = page.values.stored(slots);
             stored.values.bytes.extend(rows.bytes);
             stored.values.scales.extend(rows.scales);
@@ -95,6 +110,14 @@ impl Head {
             page.values.restore(slot, &values);
             self.packed += count;
             done += count;
+        }
+        if self.moving {
+            let groups = Stored::groups(first..self.packed);
+            for (group, offset) in groups.zip(stored.offsets.chunks_exact(depth.max(1))) {
+                let index = group * GROUP / PAGE - self.first_page;
+                let group = group % (PAGE / GROUP);
+                self.page(index).offset(group, depth).copy_from_slice(offset);
+            }
         }
         for (token, row) in stored.exceptions {
             let index = token / PAGE - self.first_page;

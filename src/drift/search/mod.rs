@@ -17,6 +17,7 @@ mod choose;
 mod speed;
 
 use super::layers::{LayerErrors, attention_errors, embedding_error, embeddings, fp32};
+use super::metrics::lowest;
 use crate::attention::{AttentionConfig, PvPrecision};
 use crate::models::{AttentionLayers, Int8Setting, LayerSetting, LayerSettings};
 use crate::quant::{Granularity, Scheme};
@@ -108,7 +109,8 @@ pub struct Found {
     pub layers: Vec<FoundLayer>,
     /// Time of all attention layers for a passage, in seconds.
     pub seconds: f64,
-    /// The same in fp32.
+    /// The same in fp32 by [`attention`](crate::attention()), which is slower than the BERT encoder's
+    /// own fp32 attention.
     pub fp32_seconds: f64,
     /// On the passages that were searched.
     pub promised: Figures,
@@ -142,9 +144,7 @@ impl Figures {
     /// The ratio that the budget is about.
     pub fn of(&self, budget: Budget) -> f64 {
         match budget {
-            Budget::AttentionOutput(_) => {
-                self.layer_sqnr_db.iter().copied().fold(f64::INFINITY, f64::min)
-            }
+            Budget::AttentionOutput(_) => lowest(self.layer_sqnr_db.iter().copied()),
             Budget::Embedding(_) => self.embedding_sqnr_db,
         }
     }

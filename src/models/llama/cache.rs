@@ -4,7 +4,11 @@ use super::LlamaConfig;
 use super::layer::LlamaLayer;
 use super::linear::contiguous;
 use super::one_query::{self, Tokens};
-use crate::{AttentionConfig, AttnMask, Backend, CacheMask, Error, Int8KvCache, Result, attention};
+use crate::quant::{Granularity, QuantConfig, RangeSource};
+use crate::{
+    AttentionConfig, AttnMask, Backend, CacheMask, Error, Int8Config, Int8KvCache, Result,
+    attention,
+};
 use candle_core::{DType, Device, Tensor};
 
 /// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.
@@ -318,7 +322,9 @@ impl FullCache {
         match &config.backend {
             Backend::Fp32 if newest && q.device().is_cpu() => self.one_query_fp32(q, config),
             Backend::Fp32 => in_blocks(q, &keys, &values, past, config),
-            Backend::Int8(_) if newest => one_query_int8(q, &keys, &values, config),
+            Backend::Int8(int8) if newest && rows_of_any_head(int8) => {
+                one_query_int8(q, &keys, &values, config)
+            }
             Backend::Int8(_) => {
                 attention(q, &keys, &values, &AttnMask::causal_with_offset(past), config)
             }
@@ -345,6 +351,13 @@ fn sees_everything(config: &AttentionConfig) -> bool {
         && config.window_right.is_none()
         && config.alibi_slopes.is_none()
         && config.kv_lens.is_none()
+}
+
+/// Whether the codes of a query do not depend on the head that it is counted to.
+fn rows_of_any_head(int8: &Int8Config) -> bool {
+    let QuantConfig { granularity, range, .. } = &int8.scores.q;
+    let alone = matches!(granularity, Granularity::PerToken | Granularity::PerTensor);
+    alone && matches!(range, RangeSource::Dynamic)
 }
 
 /// The newest token in int8: the query heads that share a key head become queries of one head.

@@ -76,7 +76,7 @@ impl Histogram {
             Scheme::Symmetric => {
                 let above = self.above_zero().zip(self.below_zero());
                 let top = self.distance_of(share * total, above.map(|(a, b)| a + b));
-                self.clamped(-top, top)
+                self.symmetric(top)
             }
             Scheme::Affine => {
                 let inside = (1.0 + share) / 2.0 * total;
@@ -88,7 +88,7 @@ impl Histogram {
                 };
                 let max = bound(inside, below as f64, &mut self.above_zero());
                 let min = bound(inside, above, &mut self.below_zero());
-                self.clamped(-min, max)
+                self.affine(min, max)
             }
         }
     }
@@ -108,11 +108,17 @@ impl Histogram {
         self.counts[..SIDE].iter().rev().copied()
     }
 
-    /// The range, not wider than what was seen (bins are).
-    pub(super) fn clamped(&self, min: f64, max: f64) -> Range {
-        let Range { min: low, max: high } = self.extremes;
-        let bound = low.abs().max(high.abs());
-        Range { min: (min as f32).max(low.min(0.0)).max(-bound), max: (max as f32).min(bound) }
+    /// `[-bound, bound]`, not wider than what was seen (bins are).
+    pub(super) fn symmetric(&self, bound: f64) -> Range {
+        let Range { min, max } = self.extremes;
+        let bound = (bound as f32).min(min.abs().max(max.abs()));
+        Range { min: -bound, max: bound }
+    }
+
+    /// From `below` under zero to `above` over it, not wider than what was seen on either side.
+    pub(super) fn affine(&self, below: f64, above: f64) -> Range {
+        let Range { min, max } = self.extremes;
+        Range { min: (-below as f32).max(min.min(0.0)), max: (above as f32).min(max.max(0.0)) }
     }
 
     /// How far from zero `target` values lie inside, of those counted in `outwards`.

@@ -32,7 +32,7 @@ impl Histogram {
                     rounding(bins as f64 * width / 127.0, inside) + tail.clipping(bins)
                 };
                 let best = best_bound(tail.occupied, error) as f64 * width;
-                self.clamped(-best, best)
+                self.symmetric(best)
             }
             Scheme::Affine => {
                 let (above, below) =
@@ -52,7 +52,7 @@ impl Histogram {
                     }
                     (low, high) = (lower, upper);
                 }
-                self.clamped(-(low as f64) * width, high as f64 * width)
+                self.affine(low as f64 * width, high as f64 * width)
             }
         }
     }
