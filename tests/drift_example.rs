@@ -1,6 +1,10 @@
 //! The example `drift`, run as a user and as a CI job run it.
 
 // The parts of the example that have tests of their own, which run here.
+mod common {
+    #[path = "../../examples/common/words.rs"]
+    pub mod words;
+}
 #[allow(dead_code)]
 #[path = "../examples/drift/passages.rs"]
 mod passages;

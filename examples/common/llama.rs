@@ -29,7 +29,7 @@ pub struct LlamaArgs {
     pub hub: HubArgs,
 
     /// Take this GGUF file of --model-id [default: its safetensors]
-    #[arg(long, value_name = "NAME", requires = "model_id")]
+    #[arg(long, value_name = "NAME", requires = "model_id", conflicts_with = "model")]
     pub gguf: Option<String>,
 
     /// How matrices of a GGUF file are held: what is fastest, as in the file, or in f32

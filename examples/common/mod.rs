@@ -12,3 +12,4 @@ pub mod output;
 pub mod passages;
 pub mod print;
 pub mod windows;
+pub mod words;

@@ -41,11 +41,11 @@ pub struct HubArgs {
     pub model_id: Option<String>,
 
     /// Branch, tag or commit of --model-id [default: main]
-    #[arg(long, value_name = "REVISION", requires = "model_id")]
+    #[arg(long, value_name = "REVISION", requires = "model_id", conflicts_with = "model")]
     pub revision: Option<String>,
 
     /// Use what is in the cache of the Hub, and no network
-    #[arg(long, requires = "model_id")]
+    #[arg(long, requires = "model_id", conflicts_with = "model")]
     pub offline: bool,
 }
 

@@ -1,5 +1,6 @@
 //! A text as windows of tokens, each no longer than the model reads at once.
 
+use super::words::split_long;
 use anyhow::{Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::TextEncoder;
@@ -66,7 +67,7 @@ impl Pieces {
         let ends = ((id(0)?, first.clone()), (id(1)?, last.clone()));
 
         let (mut tokens, mut lost) = (Vec::new(), 0);
-        let words: Vec<&str> = text.split_whitespace().collect();
+        let words: Vec<&str> = text.split_whitespace().flat_map(split_long).collect();
         for words in words.chunks(WORDS_AT_ONCE) {
             let batch = encoder.tokenize(words)?;
             for (ids, names) in batch.input_ids.to_vec2::<u32>()?.into_iter().zip(batch.tokens) {

@@ -45,6 +45,7 @@ mod results;
 mod run;
 mod words;
 
+use anyhow::ensure;
 use args::{Args, Command};
 use candle_int8_attention::drift::{Gate, Report};
 use clap::Parser;
@@ -92,6 +93,11 @@ fn run(args: &Args) -> anyhow::Result<(String, Vec<String>)> {
         None => run::record(&args.run)?,
     };
     let report = results.report();
+    // A part of a corpus may be empty; a gate that saw nothing must not pass.
+    ensure!(
+        gate.is_none() || report.passages > 0,
+        "no passage was measured, so no threshold holds"
+    );
     if let Some(html) = html {
         html.write(&report.to_html()?)?;
     }

@@ -1,5 +1,6 @@
 //! A text as passages of tokens, each no longer than the model reads at once.
 
+use crate::common::words::split_long;
 use anyhow::{Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::TextEncoder;
@@ -27,6 +28,8 @@ pub struct Cutter<'a> {
     /// Words that the model has no token for.
     pub unknown: u64,
     pub tokens: u64,
+    /// Tokens of words that alone are longer than the model reads.
+    pub lost: u64,
 }
 
 /// What the tokenizer writes for a word it cannot spell.
@@ -49,7 +52,7 @@ impl<'a> Cutter<'a> {
         };
         let ends = ((id(0)?, first.clone()), (id(1)?, format!(" {last}")));
         let room = tokens - 2;
-        Ok(Self { encoder, ends, room, waiting: VecDeque::new(), unknown: 0, tokens: 0 })
+        Ok(Self { encoder, ends, room, waiting: VecDeque::new(), unknown: 0, tokens: 0, lost: 0 })
     }
 
     /// Tokens of a passage, the special ones included.
@@ -65,14 +68,21 @@ impl<'a> Cutter<'a> {
     /// Tokenizes words, which it takes away, and appends them. BERT's tokenizer splits at white
     /// space first, so word by word the tokens are the same.
     pub fn push(&mut self, words: &mut Vec<String>) -> Result<()> {
-        for words in words.chunks(WORDS_AT_ONCE) {
-            let batch = self.encoder.tokenize(words)?;
+        let in_parts = |word| {
+            let parts = split_long(word).into_iter().enumerate();
+            parts.map(|(index, part)| (part, index == 0))
+        };
+        let parts: Vec<(&str, bool)> = words.iter().flat_map(|word| in_parts(word)).collect();
+        for parts in parts.chunks(WORDS_AT_ONCE) {
+            let texts: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
+            let batch = self.encoder.tokenize(&texts)?;
+            self.lost += batch.truncated.iter().map(|&tokens| tokens as u64).sum::<u64>();
             let rows = batch.input_ids.to_vec2::<u32>()?.into_iter().zip(batch.tokens);
-            for ((ids, names), word) in rows.zip(words) {
+            for ((ids, names), &(word, starts)) in rows.zip(parts) {
                 let inner = 1..names.len() - 1;
                 self.unknown += u64::from(names[inner.clone()].iter().any(|n| n == UNKNOWN));
                 self.tokens += inner.len() as u64;
-                let labels = labels(&names[inner.clone()], word);
+                let labels = labels(&names[inner.clone()], word, starts);
                 self.waiting.extend(ids[inner].iter().copied().zip(labels));
             }
         }
@@ -99,7 +109,7 @@ const WORDS_AT_ONCE: usize = 1024;
 
 /// The texts of a word's tokens: the letters of the word, or the tokens' own names where the
 /// tokenizer has changed more than their case.
-fn labels(names: &[String], word: &str) -> Vec<String> {
+fn labels(names: &[String], word: &str, starts: bool) -> Vec<String> {
     let bare = |name: &String| name.strip_prefix("##").unwrap_or(name).to_string();
     let mut texts: Vec<String> = names.iter().map(bare).collect();
     let lengths: Vec<usize> = texts.iter().map(|text| text.chars().count()).collect();
@@ -109,7 +119,7 @@ fn labels(names: &[String], word: &str) -> Vec<String> {
     } else if let [only] = texts.as_mut_slice() {
         *only = word.to_string();
     }
-    if let Some(first) = texts.first_mut() {
+    if let Some(first) = texts.first_mut().filter(|_| starts) {
         first.insert(0, ' ');
     }
     texts
@@ -122,10 +132,11 @@ mod tests {
     #[test]
     fn tokens_have_the_letters_of_their_word() {
         let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
-        assert_eq!(labels(&names(&["mr", "."]), "Mr."), [" Mr", "."]);
-        assert_eq!(labels(&names(&["mer", "##yt", "##on"]), "Meryton"), [" Mer", "yt", "on"]);
-        assert_eq!(labels(&names(&["[UNK]"]), "\u{1f980}"), [" \u{1f980}"]);
-        assert_eq!(labels(&names(&["cafe", "s"]), "cafe\u{301}s"), [" cafe", "s"]);
-        assert!(labels(&[], "\u{ad}").is_empty());
+        assert_eq!(labels(&names(&["mr", "."]), "Mr.", true), [" Mr", "."]);
+        assert_eq!(labels(&names(&["mer", "##yt", "##on"]), "Meryton", true), [" Mer", "yt", "on"]);
+        assert_eq!(labels(&names(&["[UNK]"]), "\u{1f980}", true), [" \u{1f980}"]);
+        assert_eq!(labels(&names(&["cafe", "s"]), "cafe\u{301}s", true), [" cafe", "s"]);
+        assert!(labels(&[], "\u{ad}", true).is_empty());
+        assert_eq!(labels(&names(&[",", "a"]), ",a", false), [",", "a"]);
     }
 }

@@ -8,7 +8,7 @@ use crate::results::Results;
 use crate::words::Words;
 use anyhow::{Context, Result, ensure};
 use candle_int8_attention::drift::{Embeddings, Recorder, Subject, Text};
-use candle_int8_attention::models::TextEncoder;
+use candle_int8_attention::models::{ModelFiles, TextEncoder};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::BufRead;
 use std::path::Path;
@@ -21,7 +21,7 @@ pub fn record(args: &RunArgs) -> Result<Results> {
     let words = args.file.as_deref().map(Words::open).transpose()?;
     let (encoder, model, files) = args.model.encoder_and_files()?;
     let recorder = Recorder::new(args.candidates())?;
-    let subject = Subject { model, fingerprint: fingerprint(&files.weights)?, texts: Vec::new() };
+    let subject = Subject { model, fingerprint: fingerprint(&files)?, texts: Vec::new() };
     let run = Run { args, encoder: &encoder, recorder, subject };
     match (&pairs, words) {
         (Some(pairs), _) => run.pairs(pairs),
@@ -76,7 +76,11 @@ impl Run<'_> {
             1 => "one passage".to_string(),
             n => format!("cut into {n} passages of at most {tokens} tokens{limit}"),
         };
-        self.finish(name.to_string(), cut, Vec::new())
+        let lost = match cutter.lost {
+            0 => String::new(),
+            n => format!("; {n} tokens of words that no passage holds are left out"),
+        };
+        self.finish(name.to_string(), cut + &lost, Vec::new())
     }
 
     fn pairs(mut self, pairs: &[Pair]) -> Result<Results> {
@@ -87,17 +91,18 @@ impl Run<'_> {
         let mut cut = 0;
         for (index, pair) in (0u64..).zip(pairs) {
             progress.set_position(index);
+            let [a, b] = &pair.sentences;
+            // Of all pairs, so that the parts of a corpus say the same.
+            cut += self.too_long(a)? + self.too_long(b)?;
             if !self.args.shard.has(index) {
                 continue;
             }
-            let [a, b] = &pair.sentences;
             let mut embed = |sentence: &str, side: u64| -> Result<Embeddings> {
                 let mut cutter = Cutter::new(self.encoder, None)?;
                 cutter.push(&mut sentence.split_whitespace().map(str::to_string).collect())?;
                 let passage = cutter.next(true)?;
                 let passage =
                     passage.with_context(|| format!("{name}: no word or sign in {sentence:?}"))?;
-                cut += u64::from(cutter.next(true)?.is_some());
                 self.record(&passage, 2 * index + side)
             };
             let embeddings = [embed(a, 0)?, embed(b, 1)?];
@@ -111,6 +116,12 @@ impl Run<'_> {
             ),
         };
         self.finish(name, how, judged)
+    }
+
+    /// 1 if the model does not read all of a sentence, else 0.
+    fn too_long(&self, sentence: &str) -> Result<u64> {
+        let batch = self.encoder.tokenize(&[sentence])?;
+        Ok(u64::from(batch.truncated.iter().any(|&tokens| tokens > 0)))
     }
 
     fn record(&mut self, passage: &Passage, index: u64) -> Result<Embeddings> {
@@ -140,12 +151,15 @@ fn progress_bar(length: u64) -> ProgressBar {
     bar
 }
 
-/// A checksum of the weights, which tells models apart whatever their folders are called.
-fn fingerprint(weights: &Path) -> Result<String> {
-    let mut file = std::fs::File::open(weights)
-        .with_context(|| format!("cannot read {}", weights.display()))?;
+/// A checksum of the model's files, which tells models apart whatever their folders are called.
+fn fingerprint(files: &ModelFiles) -> Result<String> {
     let mut hasher = Checksum(crc32fast::Hasher::new());
-    let size = std::io::copy(&mut file, &mut hasher)?;
+    let mut size = 0;
+    for path in [&files.weights, &files.config, &files.tokenizer] {
+        let cannot = || format!("cannot read {}", path.display());
+        let mut file = std::fs::File::open(path).with_context(cannot)?;
+        size += std::io::copy(&mut file, &mut hasher).with_context(cannot)?;
+    }
     Ok(format!("{:08x}-{size}", hasher.0.finalize()))
 }
 

@@ -44,14 +44,18 @@ impl Between<'_> {
     }
 }
 
-/// `cap * tanh(score / cap)`, in units of log2. With `e = exp(-2|x|)`, `tanh|x| = (1-e) / (1+e)`:
-/// an absolute error of about 1e-7 caps, which is what a softmax sees.
+/// `cap * tanh(score / cap)`, in units of log2. With `e = exp(-2|x|)`, `tanh|x| = (1-e) / (1+e)`,
+/// which has an absolute error of about 1e-7; where that is much beside a small `x`, the first terms
+/// of its series at 0 take over. A softmax sees `cap` times the error, so caps may be large.
 #[inline(always)]
 fn softcap((scores, cap): (&mut [f32], f32)) {
     for score in scores {
         let x = *score / cap;
-        let e = exp2(-2.0 * LOG2_E * x.abs());
-        *score = ((1.0 - e) / (1.0 + e)).copysign(x) * (cap * LOG2_E);
+        let a = x.abs();
+        let e = exp2(-2.0 * LOG2_E * a);
+        let series = a * (1.0 - a * a * (1.0 / 3.0 - a * a * (2.0 / 15.0)));
+        let tanh = if a < 0.03 { series } else { (1.0 - e) / (1.0 + e) };
+        *score = (tanh * LOG2_E).copysign(x) * cap;
     }
 }
 
@@ -78,9 +82,17 @@ mod tests {
             let exact = f64::from(cap) * (f64::from(*x) / f64::from(cap)).tanh();
             assert!((f64::from(found / LOG2_E) - exact).abs() < 2e-7 * f64::from(cap), "{x}");
         }
+        // Caps that bend nothing.
+        for cap in [1e5f32, 1e8, 1e12, 1e30, 3e38] {
+            let mut scores = [3.5f32, -0.02, 90.0];
+            softcap((&mut scores, cap));
+            for (found, x) in scores.into_iter().zip([3.5f32, -0.02, 90.0]) {
+                assert!((found / LOG2_E - x).abs() < 1e-6 * x.abs().max(1.0), "{cap}: {found}");
+            }
+        }
         let mut special = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0];
         softcap((&mut special, cap));
-        assert_eq!(special[..2], [cap * LOG2_E, -cap * LOG2_E]);
+        assert_eq!(special[..2], [LOG2_E * cap, -LOG2_E * cap]);
         assert!(special[2].is_nan());
         assert_eq!(special[3], 0.0);
     }

@@ -80,7 +80,11 @@ fn apply_body((data, start, step, scores): (&Data<'_>, usize, usize, &mut [f32])
 
 #[inline(always)]
 fn add(score: f32, mask: f32, masked: bool) -> f32 {
-    if masked { f32::NEG_INFINITY } else { score + mask * std::f32::consts::LOG2_E }
+    // Beyond these, the product or the sum would be infinite, which is the mark of other things.
+    const FAR: f32 = f32::MAX / 4.0;
+    let far = if mask.is_finite() { FAR } else { f32::INFINITY };
+    let mask = (mask * std::f32::consts::LOG2_E).clamp(-far, far);
+    if masked { f32::NEG_INFINITY } else { score + mask }
 }
 
 /// `scores[i] = f(scores[i], mask[i * step])`.
