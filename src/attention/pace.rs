@@ -1,6 +1,7 @@
 //! How much work an op is, and whether other threads are worth waking for it.
 
 use crate::share;
+use rayon::prelude::*;
 
 /// The parts of an op that take time.
 #[derive(Debug, Clone, Copy, Default)]
@@ -22,6 +23,9 @@ const ELEMENTS_PER_NS: usize = 3;
 const WAKE_NS: usize = 15_000;
 /// Waking is paid once; after that a piece of work must only be worth taking.
 const PIECE_NS: usize = 2_000;
+/// From here on it costs nothing that the caller sleeps, and it saves having one thread more than
+/// there are cores.
+const LONG_NS: usize = 1_000_000;
 /// Pieces that are to be divided again, if a thread runs out of them.
 const DIVIDED_NS: usize = 40_000;
 
@@ -58,12 +62,15 @@ impl Work {
         // Threads that have run out of chunks take parts of those that are left.
         let pace = if each >= DIVIDED_NS { Pace::Parallel } else { Pace::Serial };
         let at_once = (PIECE_NS / each.max(1)).clamp(1, chunks.div_ceil(threads));
-        let groups = out.chunks_mut(at_once * size).enumerate();
-        share::for_each(groups, |(group, chunks)| {
+        let group = |(group, chunks): (usize, &mut [T])| {
             for (index, chunk) in chunks.chunks_mut(size).enumerate() {
                 f(pace, group * at_once + index, chunk);
             }
-        });
+        };
+        match whole < LONG_NS {
+            true => share::for_each(out.chunks_mut(at_once * size).enumerate(), group),
+            false => out.par_chunks_mut(at_once * size).enumerate().for_each(group),
+        }
     }
 }
 

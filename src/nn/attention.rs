@@ -18,12 +18,11 @@ use super::softmax::softmax;
 use super::{is_plain_f32, vectors};
 use crate::Result;
 use crate::gemm::SERIAL_BELOW;
-use crate::share;
 use crate::uninit::{overwrite, written};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 use candle_nn::attention::AttnMask;
 use pulp::Arch;
-use std::cell::RefCell;
+use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
 use std::mem::MaybeUninit;
 
@@ -72,15 +71,11 @@ struct Head {
 /// A head, the first of its queries, and where their output goes.
 type Block<'a> = (usize, (usize, &'a mut [MaybeUninit<f32>]));
 
-/// Buffers of one thread.
+/// Buffers of one worker.
 #[derive(Default)]
 struct Scratch {
     queries: Vec<f32>,
     scores: Vec<f32>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 impl Attention {
@@ -125,14 +120,14 @@ impl Attention {
         let work = [b, h, m, n].iter().product::<usize>().saturating_mul(d + value_dim);
         if work < SERIAL_BELOW {
             let heads: Vec<Head> = (0..b * h).map(|head| self.pack(head, k, v)).collect();
-            SCRATCH.with_borrow_mut(|scratch| {
-                blocks.for_each(|block| attend(&heads, scratch, block));
-            });
+            let mut scratch = Scratch::default();
+            blocks.for_each(|block| attend(&heads, &mut scratch, block));
         } else {
-            let heads: Vec<Head> = share::map(0..b * h, |head| self.pack(head, k, v));
-            share::for_each(blocks, |block| {
-                SCRATCH.with_borrow_mut(|scratch| attend(&heads, scratch, block));
-            });
+            let heads: Vec<Head> =
+                (0..b * h).into_par_iter().map(|head| self.pack(head, k, v)).collect();
+            let blocks: Vec<Block<'_>> = blocks.collect();
+            let attend = |scratch: &mut Scratch, block| attend(&heads, scratch, block);
+            blocks.into_par_iter().for_each_init(Scratch::default, attend);
         }
     }
 

@@ -2,9 +2,9 @@
 
 use super::{is_plain_f32, is_tracked, vectors};
 use crate::Result;
-use crate::share;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, bail};
 use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 /// Elements that one thread normalizes before another is woken.
 const SERIAL_BELOW: usize = 1 << 15;
@@ -80,7 +80,7 @@ impl FusedNorm {
         let normalize = |rows: &mut [f32]| self.arch.dispatch(Normalize { norm: self, rows });
         match rows.len() < SERIAL_BELOW {
             true => normalize(rows),
-            false => share::for_each(rows.chunks_mut(TASK.div_ceil(width) * width), normalize),
+            false => rows.par_chunks_mut(TASK.div_ceil(width) * width).for_each(normalize),
         }
     }
 }

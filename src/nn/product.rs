@@ -9,9 +9,8 @@ use super::Activation;
 use super::packed::{NARROW, PackedWeights, WIDE, most_vectors};
 use super::rows::Rows;
 use crate::gemm::SERIAL_BELOW;
-use crate::share;
 use pulp::{Simd, WithSimd};
-use std::cell::RefCell;
+use rayon::prelude::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -33,11 +32,6 @@ pub(super) struct Epilogue<'a> {
     pub activation: Option<Activation>,
 }
 
-thread_local! {
-    /// Where rows are gathered that do not lie together.
-    static GATHERED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
 /// Writes `x·W^T + b`, row-major `[rows, N]`, to every element of `out`.
 pub(super) fn multiply(
     x: &Rows<'_>,
@@ -57,16 +51,17 @@ pub(super) fn multiply(
         true => Grid { rows: BLOCK, columns: outputs },
         false => Grid::new((rows, outputs), weights.width(), work),
     };
-    let run = |task: Task<'_>| {
-        GATHERED.with_borrow_mut(|buffer| {
-            let x = x.read(task.rows.clone(), buffer);
-            weights.arch().dispatch(Product { x, weights, epilogue, task });
-        });
+    let run = |buffer: &mut Vec<f32>, task: Task<'_>| {
+        let x = x.read(task.rows.clone(), buffer);
+        weights.arch().dispatch(Product { x, weights, epilogue, task });
     };
     let tasks = grid.tasks(out, outputs);
     match work < SERIAL_BELOW {
-        true => tasks.into_iter().for_each(run),
-        false => share::for_each(tasks, run),
+        true => {
+            let mut buffer = Vec::new();
+            tasks.into_iter().for_each(|task| run(&mut buffer, task));
+        }
+        false => tasks.into_par_iter().with_max_len(1).for_each_init(Vec::new, run),
     }
 }
 

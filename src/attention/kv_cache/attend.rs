@@ -26,10 +26,10 @@ use crate::gemm::{self, Kernel, PackedLhs};
 use crate::pv::PvKernel;
 use crate::quant::Scheme;
 use crate::quant::rows::{BlockCodes, RowParams, Rows, dots, quantize_block};
-use crate::share;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
+use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
@@ -230,11 +230,10 @@ impl<'a> Engine<'a> {
                 self.attend(&prepare(block), out);
             }
         } else if blocks.len() >= 4 * rayon::current_num_threads() {
-            share::for_each(blocks.iter().zip(outs), |(block, out)| {
-                self.attend(&prepare(block), out);
-            });
+            let tasks: Vec<_> = blocks.iter().zip(outs).collect();
+            tasks.into_par_iter().for_each(|(block, out)| self.attend(&prepare(block), out));
         } else {
-            let blocks: Vec<Block<'_>> = share::map(&blocks, prepare);
+            let blocks: Vec<Block<'_>> = blocks.par_iter().map(prepare).collect();
             self.attend_in_spans(&blocks, outs);
         }
         out
@@ -243,9 +242,11 @@ impl<'a> Engine<'a> {
     /// The spans of few blocks in parallel.
     fn attend_in_spans<'o>(&self, blocks: &[Block<'_>], outs: impl Iterator<Item = &'o mut [f32]>) {
         let spans: Vec<Vec<Span>> = blocks.iter().map(|block| self.spans(block)).collect();
-        let tasks = (blocks.iter().zip(&spans))
-            .flat_map(|(block, spans)| spans.iter().map(move |span| (block, span)));
-        let partials = share::map(tasks, |(block, span)| Partial::over(self, block, span));
+        let tasks: Vec<(&Block<'_>, &Span)> = (blocks.iter().zip(&spans))
+            .flat_map(|(block, spans)| spans.iter().map(move |span| (block, span)))
+            .collect();
+        let partials: Vec<Partial> =
+            tasks.into_par_iter().map(|(block, span)| Partial::over(self, block, span)).collect();
         let mut partials = partials.into_iter();
         for ((block, spans), out) in blocks.iter().zip(&spans).zip(outs) {
             let mut merged = Partial::nothing(block.rows.len(), self.value_dim);
