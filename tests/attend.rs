@@ -366,6 +366,15 @@ fn the_output_is_complete_or_not_there() {
     refuse(&dump.path("no/such/folder/out"), "no/such/folder");
     refuse(dump.0.path(), "it is a folder");
     refuse(&dump.path("in.safetensors"), "it is the input");
+    refuse(&dump.path("new/"), "name of a file");
+    refuse(&dump.path("new/."), "name of a file");
+    #[cfg(unix)]
+    {
+        refuse(Path::new("/dev/null"), "a regular file");
+        std::os::unix::fs::symlink("nothing", dump.path("link")).unwrap();
+        refuse(&dump.path("link"), "a link to what does not exist");
+        std::fs::remove_file(dump.path("link")).unwrap();
+    }
     assert_eq!(dump.files(), ["in.safetensors"]);
 
     // An earlier result is replaced by a whole new one, and survives a run that fails.

@@ -158,4 +158,18 @@ fn bad_arguments_are_errors() {
         fail("search", args, expected);
     }
     assert!(!Path::new("ranges.json").exists());
+
+    let observer = ["--observer", "mse"];
+    for (name, flags) in [("calibrate", &observer), ("search", &["--attention", "20"])] {
+        for (input, output, expected) in [
+            ("--file", &word, "it is the input"),
+            ("--unseen", &word, "it is the input"),
+            ("--file", &folder.path().join("new/").to_str().unwrap().to_string(), "name of a file"),
+        ] {
+            fail(name, &[flags, &[input, &word][..], &["--output", output]].concat(), expected);
+        }
+        #[cfg(unix)]
+        fail(name, &[&flags[..], &["--output", "/dev/null"]].concat(), "a regular file");
+    }
+    assert_eq!(std::fs::read(&word).unwrap(), b"word");
 }

@@ -236,4 +236,14 @@ impl Args {
             None => &self.shared,
         }
     }
+
+    /// The files that are read, those of the model apart.
+    pub fn inputs(&self) -> impl Iterator<Item = &PathBuf> {
+        let read: &[PathBuf] = match &self.command {
+            Some(Command::Merge(merge)) => &merge.files,
+            None => &[],
+        };
+        let RunArgs { file, pairs, .. } = &self.run;
+        read.iter().chain(file).chain(pairs).chain(&self.shared().gate)
+    }
 }

@@ -17,7 +17,8 @@ pub struct Report {
     #[serde(flatten)]
     found: Found,
     holds: bool,
-    written: Option<PathBuf>,
+    /// What was saved, as it was named.
+    pub written: Option<PathBuf>,
 }
 
 impl Report {
@@ -29,10 +30,8 @@ impl Report {
         self.holds
     }
 
-    pub fn save(&mut self, path: &Path) -> Result<()> {
-        self.found.settings()?.save(path)?;
-        self.written = Some(path.to_path_buf());
-        Ok(())
+    pub fn save(&self, path: &Path) -> Result<()> {
+        Ok(self.found.settings()?.save(path)?)
     }
 
     pub fn render(&self) -> String {
