@@ -3,6 +3,7 @@
 use crate::args::{Args, Attention};
 use crate::chat;
 use crate::common::llama::Decoder;
+use crate::common::print::tell;
 use crate::figures::{Pace, megabytes, resident_bytes};
 use anyhow::{Result, anyhow, bail};
 use candle_core::Tensor;
@@ -73,16 +74,17 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
             stretch.time += decode.time - before.time;
         }
         if stretch.tokens == args.figures_every {
-            eprintln!("\n[{}, {}]", stretch.describe(), memory(&cache));
+            tell(&format!("\n[{}, {}]", stretch.describe(), memory(&cache)));
             stretch = Pace::default();
         }
     }
     print("\n")?;
-    eprintln!("[prompt: {}; text: {}, ended by {end}]", prefill.describe(), decode.describe());
+    let (prefill, decode) = (prefill.describe(), decode.describe());
+    tell(&format!("[prompt: {prefill}; text: {decode}, ended by {end}]"));
     if args.attention == Attention::Int8 {
-        eprintln!("[int8, cache with {}]", args.cache.describe());
+        tell(&format!("[int8, cache with {}]", args.cache.describe()));
     }
-    eprintln!("[{}]", memory(&cache));
+    tell(&format!("[{}]", memory(&cache)));
     Ok(())
 }
 

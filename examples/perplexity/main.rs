@@ -19,7 +19,7 @@ use args::Args;
 use candle_int8_attention::drift::tokens::TextDrift;
 use clap::Parser;
 use common::llama::Decoder;
-use common::print::finish;
+use common::print::{finish, tell};
 use report::Report;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -45,7 +45,7 @@ fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Resu
     for (number, ids) in windows.iter().enumerate() {
         tokens.extend(windows::compare([&fp32.model, &int8], ids, args, &mut times)?);
         let so_far = TextDrift::of(&tokens);
-        eprintln!(
+        tell(&format!(
             "[{}/{}] perplexity fp32 {:.4}, int8 {:.4}; mean KL {:.2e}, same top {:.2} %",
             number + 1,
             windows.len(),
@@ -53,7 +53,7 @@ fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Resu
             so_far.perplexity_candidate.value,
             so_far.mean_kl.value,
             100.0 * so_far.same_top.value,
-        );
+        ));
     }
     if tokens.is_empty() {
         bail!("--chunks is 0, expected at least 1");

@@ -41,12 +41,16 @@ impl Model {
 }
 
 /// `cargo test` builds the examples next to the folder of this test's own executable.
-fn run(name: &str, args: &[&str]) -> Output {
+fn command(name: &str) -> Command {
     let own = std::env::current_exe().unwrap();
     let profile = own.ancestors().nth(2).unwrap();
     let path = profile.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
     assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
-    Command::new(path).args(args).output().unwrap()
+    Command::new(path)
+}
+
+fn run(name: &str, args: &[&str]) -> Output {
+    command(name).args(args).output().unwrap()
 }
 
 fn texts(output: &Output) -> (String, String) {
@@ -81,6 +85,23 @@ fn text_goes_to_stdout_and_figures_to_stderr() -> Result<()> {
         // After 8 and after 16 tokens, and at the end.
         assert_eq!(figures.matches("tokens, process").count(), 3, "{figures}");
         assert_eq!(model.succeed(GENERATE, &args).0, text, "the same again");
+    }
+    Ok(())
+}
+
+/// `/dev/full` takes nothing that is written to it.
+#[cfg(target_os = "linux")]
+#[test]
+fn figures_that_cannot_be_written_are_no_error() -> Result<()> {
+    let model = Model::new()?;
+    for (name, args) in [
+        (GENERATE, ["--prompt", "the", "--max-tokens", "5", "--figures-every", "2"]),
+        (PERPLEXITY, ["--context", "64", "--chunks", "2", "--values", "f16"]),
+    ] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full")?;
+        let output = command(name).args(["--model", &model.path]).args(args).stderr(full).output();
+        let output = output?;
+        assert!(output.status.success() && !output.stdout.is_empty(), "{name}: {output:?}");
     }
     Ok(())
 }
