@@ -5,6 +5,7 @@ use crate::common::llama::LlamaArgs;
 use anyhow::{Result, bail};
 use candle_int8_attention::AttentionConfig;
 use candle_transformers::generation::LogitsProcessor;
+use clap::builder::RangedU64ValueParser;
 
 /// Text from a Llama-family decoder, with attention in fp32 or in int8.
 ///
@@ -54,7 +55,8 @@ pub struct Args {
     pub seed: u64,
 
     /// Print figures each time this number of tokens was made
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 1024,
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub figures_every: usize,
 
     /// Run fp32 and int8 side by side, always with the likeliest token, and say where they part

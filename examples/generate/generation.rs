@@ -54,7 +54,8 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
         (true, Some(_)) => String::new(),
     })?;
     let mut end = "--max-tokens";
-    for made in 0..args.max_tokens {
+    let mut made = 0;
+    while made < args.max_tokens {
         let next = sampler.sample(&logits.squeeze(0)?)?;
         if tokenizer.stops_at(next) && !args.ignore_stop {
             end = "a stop token";
@@ -62,11 +63,12 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
         }
         let text = stream.step(next).map_err(|e| anyhow!("cannot decode token {next}: {e}"))?;
         print(&text.unwrap_or_default())?;
+        made += 1;
         if cache.len() == cache.context() {
             end = "a full context";
             break;
         }
-        if made + 1 < args.max_tokens {
+        if made < args.max_tokens {
             let input = batch(decoder, &[next])?;
             let before = decode;
             logits = decode.measure(1, || model.forward(&input, &mut cache))?;
@@ -79,7 +81,7 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
         }
     }
     print("\n")?;
-    let (prefill, decode) = (prefill.describe(), decode.describe());
+    let (prefill, decode) = (prefill.describe(), decode.describe_text(made));
     tell(&format!("[prompt: {prefill}; text: {decode}, ended by {end}]"));
     if args.attention == Attention::Int8 {
         tell(&format!("[int8, cache with {}]", args.cache.describe()));

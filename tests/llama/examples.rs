@@ -79,7 +79,7 @@ fn text_goes_to_stdout_and_figures_to_stderr() -> Result<()> {
         let args = [&args[..], &["--attention", attention, "--figures-every", "8"]].concat();
         let (text, figures) = model.succeed(GENERATE, &args);
         assert!(text.starts_with("the") && text.len() > 10, "{text:?}");
-        for part in ["prompt: 2 tokens", "text: 19 tokens", "tokens/s", "of 640 tokens", "MB"] {
+        for part in ["prompt: 2 tokens", "text: 20 tokens", "tokens/s", "of 640 tokens", "MB"] {
             assert!(figures.contains(part), "no {part:?} in {figures:?}");
         }
         // After 8 and after 16 tokens, and at the end.
@@ -125,6 +125,8 @@ fn a_full_context_ends_the_text() -> Result<()> {
     let (_, figures) = Model::new()?.succeed(GENERATE, &args);
     assert!(figures.contains("ended by a full context"), "{figures}");
     assert!(figures.contains("12 of 12 tokens"), "{figures}");
+    // 2 of the prompt and 10 are in the cache; the last one need not be.
+    assert!(figures.contains("text: 11 tokens"), "{figures}");
     Ok(())
 }
 
@@ -177,6 +179,7 @@ fn wrong_arguments_of_generate_are_named() -> Result<()> {
     let long = "h".repeat(641);
     model.fail(GENERATE, &["--prompt", &long], &["641 tokens do not fit", "context's 640"]);
     model.fail(GENERATE, &["--context", "641"], &["context of 641 tokens", "1 to 640"]);
+    model.fail(GENERATE, &["--figures-every", "0"], &["--figures-every", "0 is not in 1"]);
     model.fail(GENERATE, &["--context", "0"], &["context of 0 tokens"]);
     model.fail(GENERATE, &["--top-p", "1.5"], &["--top-p is 1.5"]);
     let tiny = ["--temperature", "1", "--top-p", "1e-300"];
