@@ -193,6 +193,21 @@ fn wrong_arguments_of_generate_are_named() -> Result<()> {
 }
 
 #[test]
+fn models_that_compute_nan_are_refused() -> Result<()> {
+    let mut tiny = Tiny::new(true)?;
+    let name = "output_norm.weight";
+    let nan = (tiny.tensors[name].zeros_like()? * f64::NAN)?;
+    tiny.tensors.insert(name.to_string(), nan);
+    let model = Model::of(&tiny.gguf(GgmlDType::F32)?)?;
+    for args in [&["--prompt", "the"][..], &["--compare"]] {
+        model.fail(GENERATE, args, &["logits are NaN after"]);
+    }
+    let args = ["--context", "64", "--chunks", "2"];
+    model.fail(PERPLEXITY, &args, &["perplexity of fp32 is NaN"]);
+    Ok(())
+}
+
+#[test]
 fn perplexity_of_the_built_in_text() -> Result<()> {
     let model = Model::new()?;
     let args = ["--context", "64", "--chunks", "3"];
