@@ -303,6 +303,21 @@ fn numbers_that_nobody_sees_need_not_be_finite() {
     let hidden = Stored::f32(&[5], [0.0, 0.0, 0.0, 0.0, f32::MIN]);
     dirty.insert("mask".into(), hidden);
     Dump::of(&dirty).attend(&[]);
+    // A key of the first head, which the first two query heads read, may be hidden from those two
+    // alone.
+    let mask = |hiding: std::ops::Range<usize>| {
+        let hide = |head, key| if hiding.contains(&head) && key == 4 { f32::MIN } else { 0.0 };
+        let values: Vec<f32> = (0..20).map(|i| hide(i / 5, i % 5)).collect();
+        Stored::f32(&[1, 4, 1, 5], values)
+    };
+    let mut dirty = with("k", qkv()["k"].clone().with(4 * 8, f32::NAN));
+    for (heads, seen) in [(0..2, false), (0..1, true), (2..4, true)] {
+        dirty.insert("mask".into(), mask(heads));
+        match seen {
+            true => Dump::of(&dirty).fail(&[], "k holds NaN at [0, 0, 4, 0], which a query sees"),
+            false => drop(Dump::of(&dirty).attend(&[])),
+        }
+    }
     Dump::of(&with("q", qkv()["q"].clone().with(9, f32::INFINITY)))
         .fail(&[], "q holds inf at [0, 0, 1, 1]");
 }
