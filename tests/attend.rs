@@ -96,14 +96,19 @@ impl Dump {
         names
     }
 
-    fn run(&self, flags: &[&str]) -> Output {
+    fn command(&self) -> Command {
         // `cargo test` builds the examples next to the folder of this test's own executable.
         let own = std::env::current_exe().unwrap();
         let profile = own.ancestors().nth(2).unwrap();
         let path = profile.join("examples/attend").with_extension(std::env::consts::EXE_EXTENSION);
         assert!(path.exists(), "attend is not built: run `cargo test` or `cargo build --examples`");
         let mut command = Command::new(path);
-        command.arg("--input").arg(self.path("in.safetensors")).args(flags).output().unwrap()
+        command.arg("--input").arg(self.path("in.safetensors"));
+        command
+    }
+
+    fn run(&self, flags: &[&str]) -> Output {
+        self.command().args(flags).output().unwrap()
     }
 
     /// The report as JSON, and the tensors that were written.
@@ -402,6 +407,20 @@ fn the_output_is_complete_or_not_there() {
     std::fs::write(dump.path("in.safetensors"), b"nothing").unwrap();
     dump.fail(&[], "is not a whole safetensors file");
     assert_eq!(std::fs::read(dump.path("out.safetensors")).unwrap(), first);
+}
+
+/// In JSON a name that is not UTF-8 is written with replacement characters.
+#[cfg(target_os = "linux")]
+#[test]
+fn names_that_are_not_utf8_are_reported() {
+    use std::os::unix::ffi::OsStringExt;
+    let dump = Dump::of(&qkv());
+    let out = dump.0.path().join(std::ffi::OsString::from_vec(b"out-\xff".to_vec()));
+    let output = dump.command().arg("--json").arg("--output").arg(&out).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["output"].as_str().unwrap().ends_with("out-\u{fffd}"), "{report}");
+    assert!(out.exists());
 }
 
 #[test]

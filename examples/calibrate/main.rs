@@ -122,8 +122,8 @@ fn run(args: &Args) -> Result<String> {
         Some(path) => path.display().to_string(),
         None => passages.summary.text.clone(),
     };
-    let report =
-        Report { model: name, source, text: passages.summary, rows, written: args.output.clone() };
+    let written = args.output.as_ref().map(|path| path.display().to_string());
+    let report = Report { model: name, source, text: passages.summary, rows, written };
     Ok(if args.json { serde_json::to_string_pretty(&report)? } else { report.render() })
 }
 

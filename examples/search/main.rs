@@ -114,7 +114,7 @@ fn run(args: &Args) -> Result<(Report, String)> {
     let mut report = Report::new(model, passages.summary, found);
     if let (Some(path), true) = (&target, report.holds()) {
         report.save(path)?;
-        report.written = args.output.clone();
+        report.written = args.output.as_ref().map(|path| path.display().to_string());
     }
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { report.render() };
     Ok((report, text))

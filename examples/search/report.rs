@@ -7,7 +7,7 @@ use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::drift::search::{Budget, Found};
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -18,7 +18,7 @@ pub struct Report {
     found: Found,
     holds: bool,
     /// What was saved, as it was named.
-    pub written: Option<PathBuf>,
+    pub written: Option<String>,
 }
 
 impl Report {
@@ -84,7 +84,7 @@ impl Report {
         };
         let _ = writeln!(text, "{}", wrapped(&verdict));
         if let Some(path) = &self.written {
-            let _ = writeln!(text, "Written: {}", path.display());
+            let _ = writeln!(text, "Written: {}", path);
         }
         text
     }
