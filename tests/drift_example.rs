@@ -188,6 +188,8 @@ fn a_gate_exits_with_2_and_names_the_place() {
     let holds = folder.file("holds.toml", "min_head_sqnr_db = 20\nmax_head_kl = 0.1\n");
     let text = succeed(&[&["--gate", &holds][..], &SHORT].concat());
     assert!(text.contains("every threshold holds"), "{text}");
+    let text = succeed(&[&["--min-head-sqnr-db", "-3"][..], &SHORT].concat());
+    assert!(text.contains("every threshold holds"), "{text}");
 
     let report = json(&SHORT);
     let worst = &report["configs"][0]["output"]["worst_head"];

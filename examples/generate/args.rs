@@ -43,11 +43,11 @@ pub struct Args {
     pub context: Option<usize>,
 
     /// 0 always takes the likeliest token; 1 takes tokens as likely as the model says
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
 
     /// Choose among the likeliest tokens that have this probability together
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
 
     /// Seed of the choice

