@@ -96,14 +96,19 @@ impl Dump {
         names
     }
 
-    fn run(&self, flags: &[&str]) -> Output {
+    fn command(&self) -> Command {
         // `cargo test` builds the examples next to the folder of this test's own executable.
         let own = std::env::current_exe().unwrap();
         let profile = own.ancestors().nth(2).unwrap();
         let path = profile.join("examples/attend").with_extension(std::env::consts::EXE_EXTENSION);
         assert!(path.exists(), "attend is not built: run `cargo test` or `cargo build --examples`");
         let mut command = Command::new(path);
-        command.arg("--input").arg(self.path("in.safetensors")).args(flags).output().unwrap()
+        command.arg("--input").arg(self.path("in.safetensors"));
+        command
+    }
+
+    fn run(&self, flags: &[&str]) -> Output {
+        self.command().args(flags).output().unwrap()
     }
 
     /// The report as JSON, and the tensors that were written.
@@ -303,6 +308,21 @@ fn numbers_that_nobody_sees_need_not_be_finite() {
     let hidden = Stored::f32(&[5], [0.0, 0.0, 0.0, 0.0, f32::MIN]);
     dirty.insert("mask".into(), hidden);
     Dump::of(&dirty).attend(&[]);
+    // A key of the first head, which the first two query heads read, may be hidden from those two
+    // alone.
+    let mask = |hiding: std::ops::Range<usize>| {
+        let hide = |head, key| if hiding.contains(&head) && key == 4 { f32::MIN } else { 0.0 };
+        let values: Vec<f32> = (0..20).map(|i| hide(i / 5, i % 5)).collect();
+        Stored::f32(&[1, 4, 1, 5], values)
+    };
+    let mut dirty = with("k", qkv()["k"].clone().with(4 * 8, f32::NAN));
+    for (heads, seen) in [(0..2, false), (0..1, true), (2..4, true)] {
+        dirty.insert("mask".into(), mask(heads));
+        match seen {
+            true => Dump::of(&dirty).fail(&[], "k holds NaN at [0, 0, 4, 0], which a query sees"),
+            false => drop(Dump::of(&dirty).attend(&[])),
+        }
+    }
     Dump::of(&with("q", qkv()["q"].clone().with(9, f32::INFINITY)))
         .fail(&[], "q holds inf at [0, 0, 1, 1]");
 }
@@ -366,6 +386,15 @@ fn the_output_is_complete_or_not_there() {
     refuse(&dump.path("no/such/folder/out"), "no/such/folder");
     refuse(dump.0.path(), "it is a folder");
     refuse(&dump.path("in.safetensors"), "it is the input");
+    refuse(&dump.path("new/"), "name of a file");
+    refuse(&dump.path("new/."), "name of a file");
+    #[cfg(unix)]
+    {
+        refuse(Path::new("/dev/null"), "a regular file");
+        std::os::unix::fs::symlink("nothing", dump.path("link")).unwrap();
+        refuse(&dump.path("link"), "a link to what does not exist");
+        std::fs::remove_file(dump.path("link")).unwrap();
+    }
     assert_eq!(dump.files(), ["in.safetensors"]);
 
     // An earlier result is replaced by a whole new one, and survives a run that fails.
@@ -378,6 +407,20 @@ fn the_output_is_complete_or_not_there() {
     std::fs::write(dump.path("in.safetensors"), b"nothing").unwrap();
     dump.fail(&[], "is not a whole safetensors file");
     assert_eq!(std::fs::read(dump.path("out.safetensors")).unwrap(), first);
+}
+
+/// In JSON a name that is not UTF-8 is written with replacement characters.
+#[cfg(target_os = "linux")]
+#[test]
+fn names_that_are_not_utf8_are_reported() {
+    use std::os::unix::ffi::OsStringExt;
+    let dump = Dump::of(&qkv());
+    let out = dump.0.path().join(std::ffi::OsString::from_vec(b"out-\xff".to_vec()));
+    let output = dump.command().arg("--json").arg("--output").arg(&out).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["output"].as_str().unwrap().ends_with("out-\u{fffd}"), "{report}");
+    assert!(out.exists());
 }
 
 #[test]

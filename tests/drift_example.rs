@@ -192,6 +192,8 @@ fn a_gate_exits_with_2_and_names_the_place() {
     let holds = folder.file("holds.toml", "min_head_sqnr_db = 20\nmax_head_kl = 0.1\n");
     let text = succeed(&[&["--gate", &holds][..], &SHORT].concat());
     assert!(text.contains("every threshold holds"), "{text}");
+    let text = succeed(&[&["--min-head-sqnr-db", "-3"][..], &SHORT].concat());
+    assert!(text.contains("every threshold holds"), "{text}");
 
     let report = json(&SHORT);
     let worst = &report["configs"][0]["output"]["worst_head"];
@@ -245,6 +247,30 @@ fn the_page_is_whole_and_needs_nothing_from_outside() {
     let nowhere = folder.path("no/such/report.html");
     fail(&["--html", &nowhere], "report.html");
     fail(&["--html", folder.0.path().to_str().unwrap()], "it is a folder");
+    fail(&["--html", &folder.path("new/")], "name of a file");
+    for file in [&["--file", &text][..], &["--pairs", &text], &["--gate", &text], &["merge", &text]]
+    {
+        // A gate is read before.
+        let expected = if file[0] == "--gate" { "text.txt" } else { "it is the input" };
+        fail(&[file, &["--html", &text]].concat(), expected);
+    }
+    #[cfg(unix)]
+    {
+        fail(&["--html", "/dev/null"], "a regular file");
+        // What a link points to is replaced, not the link.
+        let link = folder.path("link.html");
+        std::os::unix::fs::symlink(&text, &link).unwrap();
+        fail(&["--file", &text, "--html", &link], "it is the input");
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink("page.html", &link).unwrap();
+        fail(&["--file", &text, "--html", &link], "a link to what does not exist");
+        let page = folder.file("page.html", "old");
+        succeed(&["--file", &text, "--html", &link]);
+        assert!(Path::new(&link).is_symlink());
+        assert!(std::fs::read_to_string(&page).unwrap().contains("</html>"));
+        std::fs::remove_file(&link).unwrap();
+        std::fs::remove_file(&page).unwrap();
+    }
     // A run that fails leaves no page behind.
     let page = folder.path("failed.html");
     fail(&["--html", &page, "--file", &folder.file("blank.txt", " \n")], "no word or sign");

@@ -60,6 +60,26 @@ fn ranges_are_collected_compared_saved_and_loaded() {
     assert_eq!(saved["rows"], loaded["rows"]);
     assert_eq!(saved["rows"][2]["scales"], "static, percentile:99.9");
     assert!(saved["rows"][2]["clipped"].as_f64().unwrap() > 5e-4, "{saved}");
+
+    // Ranges of a model with other heads.
+    let ranges: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    for (layer, side) in [(0, "q"), (1, "k")] {
+        for change in [-1, 1] {
+            let mut ranges = ranges.clone();
+            let heads = &mut ranges["calibration"]["layers"][layer][side];
+            let heads = heads.as_array_mut().unwrap();
+            match change {
+                1 => heads.push(heads[0].clone()),
+                _ => drop(heads.pop()),
+            }
+            let expected =
+                format!("ranges of {} heads in layer {layer} for a model of 12", heads.len());
+            std::fs::write(file, ranges.to_string()).unwrap();
+            for scales in ["head", "tensor"] {
+                fail("calibrate", &["--ranges", file, "--scales", scales], &expected);
+            }
+        }
+    }
 }
 
 #[test]
@@ -138,4 +158,18 @@ fn bad_arguments_are_errors() {
         fail("search", args, expected);
     }
     assert!(!Path::new("ranges.json").exists());
+
+    let observer = ["--observer", "mse"];
+    for (name, flags) in [("calibrate", &observer), ("search", &["--attention", "20"])] {
+        for (input, output, expected) in [
+            ("--file", &word, "it is the input"),
+            ("--unseen", &word, "it is the input"),
+            ("--file", &folder.path().join("new/").to_str().unwrap().to_string(), "name of a file"),
+        ] {
+            fail(name, &[flags, &[input, &word][..], &["--output", output]].concat(), expected);
+        }
+        #[cfg(unix)]
+        fail(name, &[&flags[..], &["--output", "/dev/null"]].concat(), "a regular file");
+    }
+    assert_eq!(std::fs::read(&word).unwrap(), b"word");
 }

@@ -56,12 +56,12 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
 
-    #[command(flatten)]
-    model: model::ModelArgs,
-
     /// Print JSON; an infinite ratio (nothing differs) is null
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    model: model::ModelArgs,
 }
 
 /// Everything that is printed.

@@ -73,7 +73,7 @@ impl Inputs {
         if let Some(at) = bad_rows(&self.q)?.first() {
             bail!("q holds {}", at.describe());
         }
-        let mut seen = None;
+        let (mut seen, h_kv) = (None, self.k.dim(1)?);
         for (name, tensor) in [("k", &mut self.k), ("v", &mut self.v)] {
             let bad = bad_rows(tensor)?;
             if bad.is_empty() {
@@ -81,9 +81,9 @@ impl Inputs {
             }
             let seen = match &mut seen {
                 Some(seen) => seen,
-                none => none.insert(masking.seen_keys()?),
+                none => none.insert(masking.seen_keys(h_kv)?),
             };
-            if let Some(at) = bad.iter().find(|at| seen[at.batch][at.token]) {
+            if let Some(at) = bad.iter().find(|at| seen[at.batch][at.head][at.token]) {
                 let past = if self.past > 0 { " (counted from the first past one)" } else { "" };
                 bail!("{name} holds {}, which a query sees{past}", at.describe());
             }

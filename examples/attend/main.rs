@@ -73,6 +73,7 @@ mod report;
 
 use anyhow::Result;
 use args::Args;
+use common::output::NewFile;
 use common::print::{finish, parse};
 use std::process::ExitCode;
 
@@ -81,14 +82,14 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<String> {
-    let output = args.output.as_deref().map(|path| output::Output::create(path, &args.input));
+    let output = args.output.as_deref().map(|path| NewFile::create(path, [&args.input]));
     let output = output.transpose()?;
     let mut inputs = input::Inputs::read(&args.input)?;
     let masking = masking::Masking::new(&mut inputs, args)?;
     inputs.check_finite(&masking)?;
     let results = measure::Results::of(args, &inputs, &masking)?;
     if let Some(output) = output {
-        output.write(&results.out, results.scores.as_ref())?;
+        output::write(output, &results.out, results.scores.as_ref())?;
     }
     let report = report::Report::new(args, &inputs, &masking, &results)?;
     Ok(if args.json { serde_json::to_string_pretty(&report)? } else { report.render() })

@@ -90,13 +90,15 @@ impl Masking {
         Ok((mask, AttentionConfig { kv_lens, ..config }))
     }
 
-    /// For each sequence and key, whether any query of any head sees it.
-    pub fn seen_keys(&self) -> Result<Vec<Vec<bool>>> {
+    /// For each sequence, head of keys (of `h_kv`) and key, whether any query that reads the head
+    /// sees it.
+    pub fn seen_keys(&self, h_kv: usize) -> Result<Vec<Vec<Vec<bool>>>> {
         let (b, h, m, n) = self.dims;
-        let of_sequence = |batch: usize| -> Result<Vec<bool>> {
+        let group = h / h_kv.max(1);
+        let of_head = |batch: usize, head: usize| -> Result<Vec<bool>> {
             let len = self.kv_lens.as_ref().map_or(n, |lens| lens[batch]);
             let mut seen = vec![false; n];
-            for head in 0..h {
+            for head in head * group..(head + 1) * group {
                 let (mask, _) =
                     self.part(batch, head..head + 1, 0..m, AttentionConfig::default())?;
                 let keys = match &mask {
@@ -107,7 +109,7 @@ impl Masking {
             }
             Ok(seen)
         };
-        (0..b).map(of_sequence).collect()
+        (0..b).map(|batch| (0..h_kv).map(|head| of_head(batch, head)).collect()).collect()
     }
 
     /// What positions let some queries of a sequence see, `[1, 1, queries, N]`, if they hide

@@ -10,14 +10,13 @@ use anyhow::Result;
 use candle_int8_attention::drift::{Drift, ProbabilityDrift};
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::PathBuf;
 
 /// Heads that the table shows.
 const WORST: usize = 5;
 
 #[derive(Debug, Serialize)]
 pub struct Report {
-    input: PathBuf,
+    input: String,
     backend: BackendName,
     /// The int8 configuration in words.
     config: String,
@@ -31,7 +30,7 @@ pub struct Report {
     /// `[B, H_kv, N, Dv]`
     v: Vec<usize>,
     past: usize,
-    output: Option<PathBuf>,
+    output: Option<String>,
     drift: Drift,
     heads: Vec<HeadDrift>,
     probabilities: Option<ProbabilityDrift>,
@@ -59,7 +58,7 @@ impl Report {
             BackendName::Fp32 => "fp32".to_string(),
         };
         Ok(Self {
-            input: args.input.clone(),
+            input: args.input.display().to_string(),
             backend: args.backend,
             config,
             scale: args.scale(inputs)?,
@@ -68,7 +67,7 @@ impl Report {
             k: inputs.k.dims().to_vec(),
             v: inputs.v.dims().to_vec(),
             past: inputs.past,
-            output: args.output.clone(),
+            output: args.output.as_ref().map(|path| path.display().to_string()),
             drift: results.drift,
             heads: results.heads.clone(),
             probabilities: results.probabilities,
@@ -78,7 +77,7 @@ impl Report {
 
     pub fn render(&self) -> String {
         let Self { q, k, v, scale, masks, config, .. } = self;
-        let mut text = format!("Attention on {}\n\n", self.input.display());
+        let mut text = format!("Attention on {}\n\n", self.input);
         let past = if self.past > 0 { format!(" ({} past)", self.past) } else { String::new() };
         // Writing to a String cannot fail.
         let _ = writeln!(text, "  q {q:?}  k {k:?}{past}  v {v:?}");
@@ -92,7 +91,7 @@ impl Report {
             let _ = writeln!(text, "{}", wrapped(&format!("Note: {note}.")));
         }
         if let Some(path) = &self.output {
-            let _ = writeln!(text, "Written: {}", path.display());
+            let _ = writeln!(text, "Written: {}", path);
         }
         text
     }

@@ -104,7 +104,8 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<String> {
     let loaded = args.ranges.as_ref().map(Calibration::load).transpose()?;
-    args.output.as_deref().map(check_writable).transpose()?;
+    let inputs = args.text.file.iter().chain(&args.text.unseen);
+    let target = args.output.as_deref().map(|path| check_writable(path, inputs)).transpose()?;
     let (mut encoder, name) = args.model.encoder()?;
     let passages = args.text.read(&encoder)?;
     let model = &mut encoder.model;
@@ -114,15 +115,15 @@ fn run(args: &Args) -> Result<String> {
         None => collect(args, model, &passages)?,
     };
     let rows = measure::rows(model, &passages.unseen, &calibrations, args.scales.into())?;
-    if let (Some(path), [calibration]) = (&args.output, calibrations.as_slice()) {
+    if let (Some(path), [calibration]) = (&target, calibrations.as_slice()) {
         calibration.save(path)?;
     }
     let source = match &args.ranges {
         Some(path) => path.display().to_string(),
         None => passages.summary.text.clone(),
     };
-    let report =
-        Report { model: name, source, text: passages.summary, rows, written: args.output.clone() };
+    let written = args.output.as_ref().map(|path| path.display().to_string());
+    let report = Report { model: name, source, text: passages.summary, rows, written };
     Ok(if args.json { serde_json::to_string_pretty(&report)? } else { report.render() })
 }
 

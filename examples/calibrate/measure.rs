@@ -1,6 +1,6 @@
 //! The drift of static scales beside that of dynamic ones.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::Tensor;
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::layers::{
@@ -51,6 +51,12 @@ pub fn rows(
     if let Some(calibration) = calibrations.first() {
         let found = calibration.layers.len();
         ensure!(found == layers, "ranges of {found} layers for a model of {layers}");
+        let heads = model.config().num_attention_heads;
+        for (index, LayerRanges { q, k }) in calibration.layers.iter().enumerate() {
+            if let Some(found) = [q.len(), k.len()].into_iter().find(|&found| found != heads) {
+                bail!("ranges of {found} heads in layer {index} for a model of {heads}");
+            }
+        }
         ways.extend(dynamic_ways(layers, calibration.config, scales));
     }
     for calibration in calibrations {

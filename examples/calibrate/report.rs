@@ -6,7 +6,6 @@ use crate::measure::Row;
 use candle_int8_attention::drift::metrics::lowest;
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::PathBuf;
 
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -16,7 +15,7 @@ pub struct Report {
     #[serde(flatten)]
     pub text: Summary,
     pub rows: Vec<Row>,
-    pub written: Option<PathBuf>,
+    pub written: Option<String>,
 }
 
 impl Report {
@@ -30,7 +29,7 @@ impl Report {
         );
         if let Some(path) = &self.written {
             // Writing to a String cannot fail.
-            let _ = writeln!(text, "\nWritten: {}", path.display());
+            let _ = writeln!(text, "\nWritten: {}", path);
         }
         text
     }

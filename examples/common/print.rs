@@ -71,9 +71,13 @@ fn print(text: &str) -> std::io::Result<()> {
     out.flush()
 }
 
+/// Prints a line on stderr. If that is closed, there is nobody to tell, which is no error.
+pub fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Prints an error, and gives the exit code.
 pub fn failure(message: &str) -> ExitCode {
-    // stderr may be closed as well; there is nobody left to tell.
-    let _ = writeln!(std::io::stderr(), "error: {message}");
+    tell(&format!("error: {message}"));
     ExitCode::FAILURE
 }

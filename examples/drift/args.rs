@@ -173,35 +173,35 @@ pub struct SharedArgs {
     gate: Option<PathBuf>,
 
     /// Every layer's attention output: mean signal-to-noise ratio in dB at least
-    #[arg(long, value_name = "DB", help_heading = "Gate")]
+    #[arg(long, value_name = "DB", help_heading = "Gate", allow_negative_numbers = true)]
     min_layer_sqnr_db: Option<f64>,
 
     /// Every head's attention output: signal-to-noise ratio in dB at least
-    #[arg(long, value_name = "DB", help_heading = "Gate")]
+    #[arg(long, value_name = "DB", help_heading = "Gate", allow_negative_numbers = true)]
     min_head_sqnr_db: Option<f64>,
 
     /// Every head in every passage: cosine of the attention output at least
-    #[arg(long, value_name = "X", help_heading = "Gate")]
+    #[arg(long, value_name = "X", help_heading = "Gate", allow_negative_numbers = true)]
     min_head_cosine: Option<f64>,
 
     /// Every head: mean KL divergence of the probabilities in nats at most
-    #[arg(long, value_name = "NATS", help_heading = "Gate")]
+    #[arg(long, value_name = "NATS", help_heading = "Gate", allow_negative_numbers = true)]
     max_head_kl: Option<f64>,
 
     /// Every head: share of queries with the same most attended key at least
-    #[arg(long, value_name = "SHARE", help_heading = "Gate")]
+    #[arg(long, value_name = "SHARE", help_heading = "Gate", allow_negative_numbers = true)]
     min_head_top1: Option<f64>,
 
     /// Every head: the same of the five most attended keys
-    #[arg(long, value_name = "SHARE", help_heading = "Gate")]
+    #[arg(long, value_name = "SHARE", help_heading = "Gate", allow_negative_numbers = true)]
     min_head_top5: Option<f64>,
 
     /// What leaves every layer, each path on its own input: signal-to-noise ratio in dB at least
-    #[arg(long, value_name = "DB", help_heading = "Gate")]
+    #[arg(long, value_name = "DB", help_heading = "Gate", allow_negative_numbers = true)]
     min_accumulated_sqnr_db: Option<f64>,
 
     /// The model's embedding of every passage: cosine at least
-    #[arg(long, value_name = "X", help_heading = "Gate")]
+    #[arg(long, value_name = "X", help_heading = "Gate", allow_negative_numbers = true)]
     min_embedding_cosine: Option<f64>,
 }
 
@@ -235,5 +235,15 @@ impl Args {
             Some(Command::Merge(merge)) => &merge.shared,
             None => &self.shared,
         }
+    }
+
+    /// The files that are read, those of the model apart.
+    pub fn inputs(&self) -> impl Iterator<Item = &PathBuf> {
+        let read: &[PathBuf] = match &self.command {
+            Some(Command::Merge(merge)) => &merge.files,
+            None => &[],
+        };
+        let RunArgs { file, pairs, .. } = &self.run;
+        read.iter().chain(file).chain(pairs).chain(&self.shared().gate)
     }
 }

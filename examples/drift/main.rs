@@ -49,8 +49,9 @@ use anyhow::ensure;
 use args::{Args, Command};
 use candle_int8_attention::drift::{Gate, Report};
 use clap::Parser;
+use common::output::NewFile;
 use common::print::finish;
-use output::{Html, render};
+use output::render;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -87,7 +88,8 @@ fn run(args: &Args) -> anyhow::Result<(String, Vec<String>)> {
     let shared = args.shared();
     let gate = shared.gate()?;
     // Before the long run, so that it is not lost to a wrong path.
-    let html = shared.html.as_deref().map(Html::create).transpose()?;
+    let html = shared.html.as_deref().map(|path| NewFile::create(path, args.inputs()));
+    let html = html.transpose()?;
     let results = match &args.command {
         Some(Command::Merge(merge)) => results::merge(&merge.files)?,
         None => run::record(&args.run)?,
@@ -99,7 +101,8 @@ fn run(args: &Args) -> anyhow::Result<(String, Vec<String>)> {
         "no passage was measured, so no threshold holds"
     );
     if let Some(html) = html {
-        html.write(&report.to_html()?)?;
+        let page = report.to_html()?;
+        html.write(|file| Ok(file.write_all(page.as_bytes())?))?;
     }
     let text = if shared.json { results.to_json(&report)? } else { render(&report, gate.as_ref()) };
     Ok((text, violations(gate.as_ref(), &report)))

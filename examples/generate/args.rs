@@ -5,6 +5,7 @@ use crate::common::llama::LlamaArgs;
 use anyhow::{Result, bail};
 use candle_int8_attention::AttentionConfig;
 use candle_transformers::generation::LogitsProcessor;
+use clap::builder::RangedU64ValueParser;
 
 /// Text from a Llama-family decoder, with attention in fp32 or in int8.
 ///
@@ -42,11 +43,11 @@ pub struct Args {
     pub context: Option<usize>,
 
     /// 0 always takes the likeliest token; 1 takes tokens as likely as the model says
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
 
     /// Choose among the likeliest tokens that have this probability together
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
 
     /// Seed of the choice
@@ -54,7 +55,8 @@ pub struct Args {
     pub seed: u64,
 
     /// Print figures each time this number of tokens was made
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 1024,
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub figures_every: usize,
 
     /// Run fp32 and int8 side by side, always with the likeliest token, and say where they part
@@ -121,8 +123,9 @@ impl Args {
         if !(temperature.is_finite() && temperature >= 0.0) {
             bail!("--temperature is {temperature}, expected 0 or more");
         }
-        if let Some(p) = self.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
-            bail!("--top-p is {p}, expected more than 0 and at most 1");
+        // Probabilities are summed in f32, in which the smallest numbers are 0.
+        if let Some(p) = self.top_p.filter(|p| !(*p as f32 > 0.0 && *p <= 1.0)) {
+            bail!("--top-p is {p:?}, expected more than 0 (in f32) and at most 1");
         }
         let temperature = Some(temperature).filter(|&t| t > 0.0);
         Ok(LogitsProcessor::new(self.seed, temperature, self.top_p))

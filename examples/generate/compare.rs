@@ -3,9 +3,9 @@
 use crate::args::Args;
 use crate::common::llama::Decoder;
 use crate::common::print::table;
-use crate::generation::{batch, encode, new_cache};
+use crate::generation::{batch, encode, new_cache, next_logits};
 use anyhow::{Result, anyhow};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_int8_attention::AttentionConfig;
 use serde::Serialize;
 use std::fmt::Write;
@@ -76,10 +76,10 @@ fn greedy(decoder: &Decoder, prompt: &[u32], args: &Args) -> Result<Greedy> {
     let mut made = Greedy { tokens: Vec::new(), logits: Vec::new() };
     let mut input = prompt.to_vec();
     while made.tokens.len() < args.max_tokens && cache.len() < cache.context() {
-        let logits: Tensor = decoder.model.forward(&batch(decoder, &input)?, &mut cache)?;
-        let next = logits.argmax(1)?.to_vec1::<u32>()?[0];
+        let logits = next_logits(decoder, &batch(decoder, &input)?, &mut cache)?;
+        let next = Tensor::new(logits.as_slice(), &Device::Cpu)?.argmax(0)?.to_scalar()?;
         made.tokens.push(next);
-        made.logits.push(logits.squeeze(0)?.to_vec1()?);
+        made.logits.push(logits);
         if decoder.tokenizer.stops_at(next) && !args.ignore_stop {
             break;
         }

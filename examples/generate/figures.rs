@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Tokens and the time they took.
+/// Tokens that the model has read, and the time it took.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Pace {
     pub tokens: usize,
@@ -10,7 +10,7 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Runs `work`, which makes `tokens` tokens.
+    /// Runs `work`, which reads `tokens` tokens.
     pub fn measure<T>(&mut self, tokens: usize, work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let made = work();
@@ -21,10 +21,20 @@ impl Pace {
 
     /// `12 tokens, 34.5 tokens/s`.
     pub fn describe(&self) -> String {
+        self.describe_text(self.tokens)
+    }
+
+    /// The same of a text of `tokens` tokens, the last of which need not have been read.
+    pub fn describe_text(&self, tokens: usize) -> String {
+        let s = if tokens == 1 { "" } else { "s" };
         let seconds = self.time.as_secs_f64();
-        let rate = if seconds > 0.0 { self.tokens as f64 / seconds } else { 0.0 };
-        let s = if self.tokens == 1 { "" } else { "s" };
-        format!("{} token{s}, {rate:.1} tokens/s", self.tokens)
+        match seconds > 0.0 {
+            true => {
+                let rate = self.tokens as f64 / seconds;
+                format!("{tokens} token{s}, {rate:.1} tokens/s")
+            }
+            false => format!("{tokens} token{s}"),
+        }
     }
 }
 

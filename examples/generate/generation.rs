@@ -3,9 +3,10 @@
 use crate::args::{Args, Attention};
 use crate::chat;
 use crate::common::llama::Decoder;
+use crate::common::print::tell;
 use crate::figures::{Pace, megabytes, resident_bytes};
 use anyhow::{Result, anyhow, bail};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_int8_attention::models::llama::LlamaCache;
 use std::io::{ErrorKind, Write};
 
@@ -35,9 +36,18 @@ pub fn batch(decoder: &Decoder, ids: &[u32]) -> Result<Tensor> {
     Ok(Tensor::new(ids, decoder.model.device())?.unsqueeze(0)?)
 }
 
+/// The logits of the token that follows `input`. NaN is an error.
+pub fn next_logits(decoder: &Decoder, input: &Tensor, cache: &mut LlamaCache) -> Result<Vec<f32>> {
+    let logits = decoder.model.forward(input, cache)?.flatten_all()?.to_vec1::<f32>()?;
+    if logits.iter().any(|x| x.is_nan()) {
+        bail!("the model's logits are NaN after {} tokens, expected numbers", cache.len());
+    }
+    Ok(logits)
+}
+
 /// Continues `prompt`, which is printed too, except one that was given for a chat.
 pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
-    let (model, tokenizer) = (&decoder.model, &decoder.tokenizer);
+    let tokenizer = &decoder.tokenizer;
     let ids = encode(decoder, prompt, args)?;
     let mut cache = new_cache(decoder, args)?;
     let mut sampler = args.sampler()?;
@@ -46,43 +56,46 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
         (Pace::default(), Pace::default(), Pace::default());
 
     let input = batch(decoder, &ids)?;
-    let mut logits = prefill.measure(ids.len(), || model.forward(&input, &mut cache))?;
+    let mut logits = prefill.measure(ids.len(), || next_logits(decoder, &input, &mut cache))?;
     print(&match (args.chat, &args.prompt) {
         (false, _) => prompt.to_string(),
         (true, None) => format!("> {prompt}\n"),
         (true, Some(_)) => String::new(),
     })?;
     let mut end = "--max-tokens";
-    for made in 0..args.max_tokens {
-        let next = sampler.sample(&logits.squeeze(0)?)?;
+    let mut made = 0;
+    while made < args.max_tokens {
+        let next = sampler.sample(&Tensor::new(logits.as_slice(), &Device::Cpu)?)?;
         if tokenizer.stops_at(next) && !args.ignore_stop {
             end = "a stop token";
             break;
         }
         let text = stream.step(next).map_err(|e| anyhow!("cannot decode token {next}: {e}"))?;
         print(&text.unwrap_or_default())?;
+        made += 1;
         if cache.len() == cache.context() {
             end = "a full context";
             break;
         }
-        if made + 1 < args.max_tokens {
+        if made < args.max_tokens {
             let input = batch(decoder, &[next])?;
             let before = decode;
-            logits = decode.measure(1, || model.forward(&input, &mut cache))?;
+            logits = decode.measure(1, || next_logits(decoder, &input, &mut cache))?;
             stretch.tokens += decode.tokens - before.tokens;
             stretch.time += decode.time - before.time;
         }
         if stretch.tokens == args.figures_every {
-            eprintln!("\n[{}, {}]", stretch.describe(), memory(&cache));
+            tell(&format!("\n[{}, {}]", stretch.describe(), memory(&cache)));
             stretch = Pace::default();
         }
     }
     print("\n")?;
-    eprintln!("[prompt: {}; text: {}, ended by {end}]", prefill.describe(), decode.describe());
+    let (prefill, decode) = (prefill.describe(), decode.describe_text(made));
+    tell(&format!("[prompt: {prefill}; text: {decode}, ended by {end}]"));
     if args.attention == Attention::Int8 {
-        eprintln!("[int8, cache with {}]", args.cache.describe());
+        tell(&format!("[int8, cache with {}]", args.cache.describe()));
     }
-    eprintln!("[{}]", memory(&cache));
+    tell(&format!("[{}]", memory(&cache)));
     Ok(())
 }
 

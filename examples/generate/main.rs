@@ -36,6 +36,8 @@ fn main() -> ExitCode {
 }
 
 fn generate(args: &Args) -> Result<()> {
+    // Wrong values are told before the model is loaded.
+    args.sampler()?;
     let mut decoder = args.model.load()?;
     decoder.model.set_attention(&args.attention());
     let without = (args.attention == Attention::Fp32).then_some("--attention is fp32");

@@ -19,7 +19,7 @@ use args::Args;
 use candle_int8_attention::drift::tokens::TextDrift;
 use clap::Parser;
 use common::llama::Decoder;
-use common::print::finish;
+use common::print::{finish, tell};
 use report::Report;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -38,6 +38,20 @@ fn run(args: &Args) -> Result<String> {
     Ok(if args.json { serde_json::to_string_pretty(&report)? } else { report.render() })
 }
 
+/// Refuses figures that are NaN.
+fn check_numbers(drift: &TextDrift) -> Result<()> {
+    for (name, figure) in [
+        ("perplexity of fp32", drift.perplexity_reference),
+        ("perplexity of int8", drift.perplexity_candidate),
+        ("mean KL divergence", drift.mean_kl),
+    ] {
+        if figure.value.is_nan() {
+            bail!("the {name} is NaN, expected a number: the model's predictions are none");
+        }
+    }
+    Ok(())
+}
+
 fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Result<Report> {
     let mut int8 = fp32.model.clone();
     args.to_int8(&mut int8)?;
@@ -45,7 +59,9 @@ fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Resu
     for (number, ids) in windows.iter().enumerate() {
         tokens.extend(windows::compare([&fp32.model, &int8], ids, args, &mut times)?);
         let so_far = TextDrift::of(&tokens);
-        eprintln!(
+        check_numbers(&so_far)
+            .with_context(|| format!("window {} of {}", number + 1, windows.len()))?;
+        tell(&format!(
             "[{}/{}] perplexity fp32 {:.4}, int8 {:.4}; mean KL {:.2e}, same top {:.2} %",
             number + 1,
             windows.len(),
@@ -53,7 +69,7 @@ fn compare(args: &Args, fp32: &Decoder, windows: &Windows, text: String) -> Resu
             so_far.perplexity_candidate.value,
             so_far.mean_kl.value,
             100.0 * so_far.same_top.value,
-        );
+        ));
     }
     if tokens.is_empty() {
         bail!("--chunks is 0, expected at least 1");

@@ -27,6 +27,9 @@ impl Windows {
         let ids = decoder.tokenizer.encode(text, false)?;
         let start = decoder.tokenizer.encode("", true)?;
         let whole = ids.len() + start.len();
+        if whole < 3 {
+            bail!("it has {whole} tokens, expected at least 3");
+        }
         let longest = decoder.model.config().context_length;
         let context = args.context.unwrap_or(USUAL_CONTEXT.min(longest).min(whole));
         if context < 3 || context > longest {

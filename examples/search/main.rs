@@ -95,7 +95,8 @@ fn run(args: &Args) -> Result<(Report, String)> {
         (Some(db), _) => Budget::Embedding(db),
         (None, db) => Budget::AttentionOutput(db.unwrap_or_default()),
     };
-    args.output.as_deref().map(check_writable).transpose()?;
+    let inputs = args.text.file.iter().chain(&args.text.unseen);
+    let target = args.output.as_deref().map(|path| check_writable(path, inputs)).transpose()?;
     let (mut encoder, model) = args.model.encoder()?;
     let passages = args.text.read(&encoder)?;
     let config =
@@ -111,8 +112,9 @@ fn run(args: &Args) -> Result<(Report, String)> {
     let texts = (passages.seen.as_slice(), passages.unseen.as_slice());
     let found = search(&mut encoder.model, texts, &config, &mut progress)?;
     let mut report = Report::new(model, passages.summary, found);
-    if let (Some(path), true) = (&args.output, report.holds()) {
+    if let (Some(path), true) = (&target, report.holds()) {
         report.save(path)?;
+        report.written = args.output.as_ref().map(|path| path.display().to_string());
     }
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { report.render() };
     Ok((report, text))

@@ -7,7 +7,7 @@ use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::drift::search::{Budget, Found};
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -17,7 +17,8 @@ pub struct Report {
     #[serde(flatten)]
     found: Found,
     holds: bool,
-    written: Option<PathBuf>,
+    /// What was saved, as it was named.
+    pub written: Option<String>,
 }
 
 impl Report {
@@ -29,10 +30,8 @@ impl Report {
         self.holds
     }
 
-    pub fn save(&mut self, path: &Path) -> Result<()> {
-        self.found.settings()?.save(path)?;
-        self.written = Some(path.to_path_buf());
-        Ok(())
+    pub fn save(&self, path: &Path) -> Result<()> {
+        Ok(self.found.settings()?.save(path)?)
     }
 
     pub fn render(&self) -> String {
@@ -85,7 +84,7 @@ impl Report {
         };
         let _ = writeln!(text, "{}", wrapped(&verdict));
         if let Some(path) = &self.written {
-            let _ = writeln!(text, "Written: {}", path.display());
+            let _ = writeln!(text, "Written: {}", path);
         }
         text
     }

