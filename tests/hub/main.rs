@@ -179,6 +179,16 @@ fn a_renamed_model_is_followed() -> Result<()> {
     hub.check_files(&found)
 }
 
+/// After a fault with `file`: nothing in the cache is damaged, the file is not in it, and without the
+/// fault everything arrives.
+fn check_recovery(hub: &Hub, client: &HFClientSync, (file, cache): (&str, &Path)) -> Result<()> {
+    assert!(whole_files(cache).iter().all(|x| hub.files.values().any(|y| x == y)));
+    let message = hub_error(offline().fetch_from(client));
+    assert!(message.contains(&format!("{file} is not in the local cache")), "{message}");
+    hub.set_fault(None);
+    hub.check_files(&HubModel::new(ID).fetch_from(client)?)
+}
+
 #[test]
 fn a_download_that_breaks_off_starts_anew() -> Result<()> {
     for file in FILES {
@@ -190,11 +200,7 @@ fn a_download_that_breaks_off_starts_anew() -> Result<()> {
         for word in [&format!("download of {file} broke off"), "run it again", "anew"] {
             assert!(message.contains(word), "{word:?} is not in: {message}");
         }
-        assert!(whole_files(cache.path()).iter().all(|x| hub.files.values().any(|y| x == y)));
-        let message = hub_error(offline().fetch_from(&client));
-        assert!(message.contains(&format!("{file} is not in the local cache")), "{message}");
-        hub.set_fault(None);
-        hub.check_files(&HubModel::new(ID).fetch_from(&client)?)?;
+        check_recovery(&hub, &client, (file, cache.path()))?;
     }
     Ok(())
 }
@@ -220,13 +226,8 @@ fn what_arrives_damaged_is_not_kept() -> Result<()> {
                     let kind = if file == WEIGHTS { "SHA-256" } else { "git id" };
                     assert!(message.contains(kind), "{message}");
                 }
-                let whole = whole_files(cache.path());
-                assert!(whole.iter().all(|x| hub.files.values().any(|y| x == y)), "{fault:?}");
             }
-            let message = hub_error(offline().fetch_from(&client));
-            assert!(message.contains(&format!("{file} is not in the local cache")), "{message}");
-            hub.set_fault(None);
-            hub.check_files(&HubModel::new(ID).fetch_from(&client)?)?;
+            check_recovery(&hub, &client, (file, cache.path()))?;
         }
     }
     Ok(())
