@@ -193,6 +193,8 @@ mod tests {
         }));
         let message = *calls.unwrap_err().downcast::<String>().unwrap();
         assert!(message.contains("round 7"), "{message}");
-        assert_eq!(done.into_inner(), 50);
+        // One thread alone stops at once: nobody else is in the middle of a round.
+        let alone = rayon::current_num_threads() == 1;
+        assert_eq!(done.into_inner(), if alone { 8 } else { 50 });
     }
 }
