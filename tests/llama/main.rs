@@ -3,6 +3,7 @@
 
 mod agreement;
 mod cache;
+#[cfg(feature = "drift")]
 mod drift;
 mod errors;
 mod examples;
