@@ -2,8 +2,9 @@
 //! within one run.
 //!
 //! `cargo bench --bench bert` prints the median time of this crate's encoder with int8 and with
-//! fp32 attention and of candle-transformers' `BertModel`, how many times as long that one takes,
-//! and how far the results are apart.
+//! fp32 attention, with int8 attention and linear layers in bf16 where the processor multiplies
+//! it, and of candle-transformers' `BertModel`, how many times as long that one takes, and how far
+//! the results are apart.
 
 #[path = "../common/turns.rs"]
 mod turns;
@@ -42,8 +43,8 @@ struct Args {
     /// Small shapes and few rounds: shows that everything runs, not how fast.
     #[arg(long)]
     short: bool,
-    /// Only this contender: int8, fp32 or candle (for a profiler).
-    #[arg(long, value_name = "NAME", value_parser = ["int8", "fp32", "candle"])]
+    /// Only this contender (for a profiler).
+    #[arg(long, value_name = "NAME", value_parser = OURS.into_iter().chain([CANDLE]).collect::<Vec<_>>())]
     only: Option<String>,
     /// Also write the results to this file as JSON.
     #[arg(long, value_name = "FILE")]
@@ -64,37 +65,52 @@ fn parse_shape(text: &str) -> Result<Shape, String> {
         .ok_or_else(|| format!("{text:?}, expected two positive numbers B,N"))
 }
 
-/// The three encoders, on the same weights.
+/// This crate's encoders: the precision of the attention, and of linear layers if it is not f32.
+const OURS: [&str; 3] = ["int8", "fp32", "int8+bf16"];
+const CANDLE: &str = "candle";
+
+/// The encoders, on the same weights.
 struct Encoders {
-    int8: BertModel,
-    fp32: BertModel,
+    /// As in [`OURS`]; the last one only where the processor multiplies bf16.
+    ours: Vec<BertModel>,
     candle: bert::BertModel,
 }
 
 impl Encoders {
     fn load(folder: &Path) -> Result<Self> {
         let files = ModelFiles::from_dir(folder)?;
-        let mut int8 = BertModel::load(&files, &Device::Cpu)?;
+        let load = || BertModel::load(&files, &Device::Cpu);
+        let (mut int8, fp32, mut bf16) = (load()?, load()?, load()?);
         int8.set_attention(&AttentionConfig::int8());
+        bf16.set_attention(&AttentionConfig::int8());
+        let has_bf16 = bf16.round_linear_to_bf16()?;
+        let ours = [int8, fp32].into_iter().chain(has_bf16.then_some(bf16)).collect();
         let config = serde_json::from_str(&std::fs::read_to_string(&files.config)?)
             .with_context(|| files.config.display().to_string())?;
         let weights = std::fs::read(&files.weights)?;
         let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)?;
-        Ok(Self {
-            int8,
-            fp32: BertModel::load(&files, &Device::Cpu)?,
-            candle: bert::BertModel::load(weights, &config)?,
-        })
+        Ok(Self { ours, candle: bert::BertModel::load(weights, &config)? })
     }
 
-    /// The encoders by name, as functions of the ids.
-    #[expect(clippy::type_complexity, reason = "a table of closures")]
-    fn by_name(&self) -> [(&'static str, Box<dyn Fn(&Tensor) -> Result<Tensor> + '_>); 3] {
-        [
-            ("int8", Box::new(|ids| Ok(self.int8.forward(ids, None)?))),
-            ("fp32", Box::new(|ids| Ok(self.fp32.forward(ids, None)?))),
-            ("candle", Box::new(|ids| Ok(self.candle.forward(ids, &ids.zeros_like()?, None)?))),
-        ]
+    /// This crate's, by name.
+    fn ours(&self) -> impl Iterator<Item = (&'static str, &BertModel)> {
+        OURS.into_iter().zip(&self.ours)
+    }
+
+    /// The hidden states of candle-transformers.
+    fn candle(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(self.candle.forward(ids, &ids.zeros_like()?, None)?)
+    }
+
+    /// Those whose name is wanted, to be timed on the same ids.
+    fn contenders<'a>(&'a self, ids: &'a Tensor, only: Option<&str>) -> Vec<Contender<'a>> {
+        let ours = self.ours().map(|(name, model)| Contender {
+            name,
+            run: Box::new(move || Ok(model.forward(ids, None).map(drop)?)),
+        });
+        let candle = Contender { name: CANDLE, run: Box::new(|| self.candle(ids).map(drop)) };
+        let wanted = |name: &str| only.is_none_or(|only| only == name);
+        ours.chain([candle]).filter(|contender| wanted(contender.name)).collect()
     }
 }
 
@@ -103,46 +119,46 @@ impl Encoders {
 struct Outcome {
     shape: Shape,
     timings: Vec<Timing>,
-    /// Largest differences from candle-transformers' result: int8, fp32.
-    differences: [f32; 2],
+    /// Largest difference from candle-transformers' result, for each of this crate's.
+    differences: Vec<f32>,
 }
 
 impl Outcome {
     fn measure(encoders: &Encoders, shape: Shape, args: &Args) -> Result<Self> {
         let [b, n] = shape;
-        let vocabulary = encoders.fp32.config().vocab_size as u64;
+        let vocabulary = encoders.ours[0].config().vocab_size as u64;
         // Any words: what they are changes nothing in the time.
         let ids: Vec<u32> = (0..(b * n) as u64).map(|i| (i * 7919 % vocabulary) as u32).collect();
         let ids = Tensor::from_vec(ids, (b, n), &Device::Cpu)?;
-        let expected = encoders.candle.forward(&ids, &ids.zeros_like()?, None)?;
-        let difference = |model: &BertModel| -> Result<f32> {
+        let budget = if args.short { 0.0 } else { args.seconds };
+        let mut contenders = encoders.contenders(&ids, args.only.as_deref());
+        let timings = in_turns(&mut contenders, Duration::from_secs_f64(budget))?;
+        let expected = encoders.candle(&ids)?;
+        let difference = |(_, model): (_, &BertModel)| -> Result<f32> {
             let found = model.forward(&ids, None)?;
             Ok((found - &expected)?.abs()?.max_all()?.to_scalar()?)
         };
-        let wanted = |name: &str| args.only.as_ref().is_none_or(|only| only == name);
-        let (by_name, ids) = (encoders.by_name(), &ids);
-        let contenders = by_name.iter().filter(|(name, _)| wanted(name)).map(|(name, forward)| {
-            Contender { name, run: Box::new(move || forward(ids).map(drop)) }
-        });
-        let budget = if args.short { 0.0 } else { args.seconds };
-        let timings =
-            in_turns(&mut contenders.collect::<Vec<_>>(), Duration::from_secs_f64(budget))?;
-        let differences = [difference(&encoders.int8)?, difference(&encoders.fp32)?];
+        let differences = encoders.ours().map(difference).collect::<Result<_>>()?;
         Ok(Self { shape, timings, differences })
     }
 
-    /// Median milliseconds; for candle also how many times as long as the others.
+    /// Of each encoder the median milliseconds; of this crate's also how many times as long
+    /// candle-transformers takes, and the difference.
     fn row(&self) -> Vec<String> {
         let seconds = |name: &str| self.timings.iter().find(|t| t.name == name).map(|t| t.seconds);
-        let ms = |name: &str| seconds(name).map_or("-".into(), |s| format!("{:.2}", s * 1e3));
-        let ratio = |name: &str| match seconds("candle").zip(seconds(name)) {
-            Some((candle, ours)) => format!("{:.2}x", candle / ours),
-            None => "-".into(),
+        let or_dash = |cell: Option<String>| cell.unwrap_or("-".into());
+        let ms = |name: &str| or_dash(seconds(name).map(|s| format!("{:.2}", s * 1e3)));
+        let ratio = |name: &str| {
+            let times = seconds(CANDLE).zip(seconds(name));
+            or_dash(times.map(|(candle, ours)| format!("{:.2}x", candle / ours)))
         };
-        let [int8, fp32] = self.differences.map(|difference| format!("{difference:.1e}"));
         let [b, n] = self.shape;
-        let shape = format!("[{b}, {n}]");
-        vec![shape, ms("int8"), ms("fp32"), ms("candle"), ratio("int8"), ratio("fp32"), int8, fp32]
+        let mut cells = vec![format!("[{b}, {n}]"), ms(CANDLE)];
+        for (i, name) in OURS.into_iter().enumerate() {
+            let difference = self.differences.get(i).map(|difference| format!("{difference:.1e}"));
+            cells.extend([ms(name), ratio(name), or_dash(difference)]);
+        }
+        cells
     }
 }
 
@@ -178,16 +194,11 @@ fn main() -> Result<()> {
 
 fn print(outcomes: &[Outcome]) {
     let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN).set_header([
-        "[B, N]",
-        "int8 attention",
-        "fp32 attention",
-        "candle-transformers",
-        "int8 ratio",
-        "fp32 ratio",
-        "int8 difference",
-        "fp32 difference",
-    ]);
+    let mut header = vec!["[B, N]".to_string(), "candle-transformers".into()];
+    for name in OURS {
+        header.extend([name.to_string(), "ratio".into(), "difference".into()]);
+    }
+    table.load_style(presets::ASCII_MARKDOWN).set_header(header);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

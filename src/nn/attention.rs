@@ -12,9 +12,10 @@
 //! Keys that are masked are left out before anything is computed, and cost nothing.
 
 use super::packed::PackedWeights;
-use super::product::{BLOCK, multiply_rows};
+use super::product::multiply_rows;
 use super::rows::Rows;
 use super::softmax::softmax;
+use super::tasks::BLOCK;
 use super::{is_plain_f32, vectors};
 use crate::Result;
 use crate::gemm::SERIAL_BELOW;

@@ -3,13 +3,15 @@
 use super::layer_norm::FusedNorm;
 use super::packed::PackedWeights;
 use super::product::{Epilogue, multiply};
+use super::product_bf16::Bf16Weights;
 use super::rows::Rows;
 use super::{Activation, LayerNorm, is_plain_f32, vectors};
 use crate::uninit::written;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Shape, Tensor};
 use candle_nn::Module;
 use std::borrow::Cow;
+use std::mem::MaybeUninit;
 
 const OP: &str = "linear";
 
@@ -21,8 +23,51 @@ const OP: &str = "linear";
 pub(crate) struct Linear(Form);
 
 enum Form {
-    Fused(PackedWeights),
+    Fused(Packed),
     Candle(candle_nn::Linear),
+}
+
+/// Weights and bias for the fused op.
+enum Packed {
+    F32(PackedWeights),
+    /// With the weights `[outputs, K]`, in bf16, for Candle's operations.
+    Bf16(Bf16Weights, Tensor),
+}
+
+impl Packed {
+    fn outputs(&self) -> usize {
+        match self {
+            Packed::F32(weights) => weights.outputs(),
+            Packed::Bf16(weights, _) => weights.outputs(),
+        }
+    }
+
+    fn depth(&self) -> usize {
+        match self {
+            Packed::F32(weights) => weights.depth(),
+            Packed::Bf16(weights, _) => weights.depth(),
+        }
+    }
+
+    fn multiply(&self, x: &Rows<'_>, epilogue: Epilogue<'_>, out: &mut [MaybeUninit<f32>]) {
+        match self {
+            Packed::F32(weights) => multiply(x, weights, epilogue, out),
+            Packed::Bf16(weights, _) => weights.multiply(x, epilogue, out),
+        }
+    }
+
+    /// The same layer in Candle's form.
+    fn unpacked(&self) -> Result<candle_nn::Linear> {
+        let (weight, bias) = match self {
+            Packed::F32(weights) => {
+                let shape = (weights.outputs(), weights.depth());
+                let weight = Tensor::from_vec(weights.unpacked(), shape, &Device::Cpu)?;
+                (weight, &weights.bias()[..weights.outputs()])
+            }
+            Packed::Bf16(weights, rounded) => (rounded.to_dtype(DType::F32)?, weights.bias()),
+        };
+        Ok(candle_nn::Linear::new(weight, Some(Tensor::new(bias, &Device::Cpu)?)))
+    }
 }
 
 impl Linear {
@@ -32,10 +77,28 @@ impl Linear {
         Ok(Self(match vectors() {
             Some(arch) if is_plain_f32(&[weight, bias]) => {
                 let weights = weight.flatten_all()?.to_vec1()?;
-                Form::Fused(PackedWeights::new(arch, &weights, &bias.to_vec1()?, depth))
+                let weights = PackedWeights::new(arch, &weights, &bias.to_vec1()?, depth);
+                Form::Fused(Packed::F32(weights))
             }
             _ => Form::Candle(candle_nn::Linear::new(weight.clone(), Some(bias.clone()))),
         }))
+    }
+
+    /// Rounds the weights to bf16, and the rows of `x` from now on; sums stay in f32. Changes
+    /// nothing, and says so, where the processor does not multiply bf16, where the layer is left
+    /// to Candle, and where a weight is too large for bf16.
+    pub(crate) fn round_to_bf16(&mut self) -> Result<bool> {
+        let Form::Fused(Packed::F32(weights)) = &self.0 else {
+            return Ok(matches!(&self.0, Form::Fused(Packed::Bf16(..))));
+        };
+        let (depth, bias) = (weights.depth(), &weights.bias()[..weights.outputs()]);
+        let unpacked = weights.unpacked();
+        let Some(packed) = Bf16Weights::round(&unpacked, bias, depth) else {
+            return Ok(false);
+        };
+        let rounded = Tensor::from_vec(unpacked, (bias.len(), depth), &Device::Cpu)?;
+        self.0 = Form::Fused(Packed::Bf16(packed, rounded.to_dtype(DType::BF16)?));
+        Ok(true)
     }
 
     /// `x·W^T + b`.
@@ -84,23 +147,15 @@ impl Linear {
         };
         let linear = match &self.0 {
             Form::Candle(linear) => Cow::Borrowed(linear),
-            Form::Fused(weights) => Cow::Owned(unpack(weights)?),
+            Form::Fused(weights) => Cow::Owned(weights.unpacked()?),
         };
         Ok(linear.forward(&x)?)
     }
 }
 
-/// The same layer in Candle's form.
-fn unpack(weights: &PackedWeights) -> Result<candle_nn::Linear> {
-    let (outputs, depth) = (weights.outputs(), weights.depth());
-    let bias = Tensor::new(&weights.bias()[..outputs], &Device::Cpu)?;
-    let weights = Tensor::from_vec(weights.unpacked(), (outputs, depth), &Device::Cpu)?;
-    Ok(candle_nn::Linear::new(weights, Some(bias)))
-}
-
 /// The op; its second input is the residual.
 struct Fused<'a> {
-    weights: &'a PackedWeights,
+    weights: &'a Packed,
     activation: Option<Activation>,
     norm: Option<&'a FusedNorm>,
 }
@@ -134,7 +189,7 @@ impl Fused<'_> {
         let epilogue = Epilogue { residual, activation: self.activation };
         let len = shape.iter().product();
         // SAFETY: `multiply` writes every element.
-        let mut out = unsafe { written(len, |out| multiply(&x, self.weights, epilogue, out)) };
+        let mut out = unsafe { written(len, |out| self.weights.multiply(&x, epilogue, out)) };
         if let Some(norm) = self.norm {
             assert_eq!(norm.width(), self.weights.outputs(), "a norm of the layer's results");
             norm.normalize(&mut out);
@@ -193,7 +248,7 @@ mod tests {
     use super::super::all_vectors;
     use super::*;
     use crate::testing::randn;
-    use candle_core::{DType, Var};
+    use candle_core::Var;
     use proptest::prelude::*;
 
     const CPU: Device = Device::Cpu;
@@ -218,7 +273,8 @@ mod tests {
     fn layer(arch: pulp::Arch, weight: &Tensor, bias: &Tensor) -> Linear {
         let weights = weight.flatten_all().unwrap().to_vec1().unwrap();
         let bias = bias.to_vec1::<f32>().unwrap();
-        Linear(Form::Fused(PackedWeights::new(arch, &weights, &bias, weight.dim(1).unwrap())))
+        let packed = PackedWeights::new(arch, &weights, &bias, weight.dim(1).unwrap());
+        Linear(Form::Fused(Packed::F32(packed)))
     }
 
     /// `x·W^T + b` in f64 for `x` `[M, K]`.

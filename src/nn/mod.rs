@@ -20,8 +20,10 @@ mod layer_norm;
 mod linear;
 mod packed;
 mod product;
+mod product_bf16;
 mod rows;
 mod softmax;
+mod tasks;
 
 pub(crate) use activation::Activation;
 pub(crate) use attention::attention;

@@ -8,20 +8,12 @@
 use super::Activation;
 use super::packed::{NARROW, PackedWeights, WIDE, most_vectors};
 use super::rows::Rows;
-use crate::gemm::SERIAL_BELOW;
+use super::tasks::{Shape, Task, in_tasks};
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 /// Rows of a tile, at most.
-const ROWS: usize = 6;
-/// Rows of a task, at most: a panel of weights, in L2 by then, is used by eight tiles.
-pub(super) const BLOCK: usize = 8 * ROWS;
-/// Tasks a thread, so that threads end at about the same time.
-const TASKS_PER_THREAD: usize = 16;
-/// Multiply-accumulates of a task, at least: some 10 microseconds.
-const TASK: usize = 1 << 19;
+pub(super) const ROWS: usize = 6;
 
 /// What happens to the sums before they are stored.
 #[derive(Clone, Copy, Default)]
@@ -39,30 +31,14 @@ pub(super) fn multiply(
     epilogue: Epilogue<'_>,
     out: &mut [MaybeUninit<f32>],
 ) {
-    let (rows, outputs, depth) = (x.count(), weights.outputs(), weights.depth());
+    let (outputs, depth) = (weights.outputs(), weights.depth());
     assert_eq!(x.width(), depth);
-    assert_eq!(out.len(), rows * outputs);
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == out.len()));
-    if out.is_empty() {
-        return;
-    }
-    let work = rows.saturating_mul(outputs).saturating_mul(depth);
-    let grid = match work < SERIAL_BELOW {
-        true => Grid { rows: BLOCK, columns: outputs },
-        false => Grid::new((rows, outputs), weights.width(), work),
-    };
-    let run = |buffer: &mut Vec<f32>, task: Task<'_>| {
+    let shape = Shape { rows: x.count(), outputs, depth };
+    in_tasks(shape, weights.width(), out, |buffer: &mut Vec<f32>, task| {
         let x = x.read(task.rows.clone(), buffer);
         weights.arch().dispatch(Product { x, weights, epilogue, task });
-    };
-    let tasks = grid.tasks(out, outputs);
-    match work < SERIAL_BELOW {
-        true => {
-            let mut buffer = Vec::new();
-            tasks.into_iter().for_each(|task| run(&mut buffer, task));
-        }
-        false => tasks.into_par_iter().with_max_len(1).for_each_init(Vec::new, run),
-    }
+    });
 }
 
 /// [`multiply`] for a few rows one after the other, in this thread.
@@ -76,53 +52,6 @@ pub(super) fn multiply_rows(x: &[f32], weights: &PackedWeights, out: &mut [Maybe
     let out = out.chunks_exact_mut(outputs).collect();
     let task = Task { rows: 0..rows, columns: 0..outputs, out };
     weights.arch().dispatch(Product { x, weights, epilogue: Epilogue::default(), task });
-}
-
-/// How a result is divided: the largest block of it that is one task.
-struct Grid {
-    rows: usize,
-    columns: usize,
-}
-
-/// A block of the result.
-struct Task<'a> {
-    rows: Range<usize>,
-    columns: Range<usize>,
-    /// Columns `columns` of each row.
-    out: Vec<&'a mut [MaybeUninit<f32>]>,
-}
-
-impl Grid {
-    /// Blocks of whole tiles and whole panels: rows first, columns only as far as every thread
-    /// needs its share.
-    fn new((rows, outputs): (usize, usize), width: usize, work: usize) -> Self {
-        let wanted = (TASKS_PER_THREAD * rayon::current_num_threads()).min(work.div_ceil(TASK));
-        let row_blocks = rows.div_ceil(BLOCK);
-        let panels = outputs.div_ceil(width);
-        let column_blocks = wanted.div_ceil(row_blocks).clamp(1, panels);
-        Self {
-            rows: rows.div_ceil(row_blocks).next_multiple_of(ROWS),
-            columns: panels.div_ceil(column_blocks) * width,
-        }
-    }
-
-    fn tasks<'a>(&self, out: &'a mut [MaybeUninit<f32>], outputs: usize) -> Vec<Task<'a>> {
-        let mut tasks = Vec::new();
-        for (block, out) in out.chunks_mut(self.rows * outputs).enumerate() {
-            let first = tasks.len();
-            let (start, len) = (block * self.rows, out.len() / outputs);
-            for column in (0..outputs).step_by(self.columns) {
-                let columns = column..(column + self.columns).min(outputs);
-                let out = Vec::with_capacity(len);
-                tasks.push(Task { rows: start..start + len, columns, out });
-            }
-            for row in out.chunks_exact_mut(outputs) {
-                let parts = row.chunks_mut(self.columns);
-                tasks[first..].iter_mut().zip(parts).for_each(|(task, part)| task.out.push(part));
-            }
-        }
-        tasks
-    }
 }
 
 /// One task, with its rows of `x`.
