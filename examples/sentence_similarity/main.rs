@@ -7,6 +7,7 @@
 //! cargo run --release --example sentence_similarity
 //! cargo run --release --example sentence_similarity -- --pairs my-pairs.tsv --json
 //! cargo run --release --example sentence_similarity -- --layers found-by-search.json
+//! cargo run --release --example sentence_similarity -- --linear bf16
 //! ```
 //!
 //! A line of the file is `score<TAB>sentence<TAB>sentence`, or `sentence<TAB>sentence` for a pair
@@ -19,11 +20,11 @@ mod embed;
 mod pairs;
 mod report;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::metrics::{cosine, lowest};
 use candle_int8_attention::models::LayerSettings;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use common::config::{Int8Args, describe};
 use common::model::ModelArgs;
 use common::print::finish;
@@ -50,11 +51,23 @@ struct Args {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["QuantArgs", "output"])]
     layers: Option<PathBuf>,
 
+    /// Precision of the linear layers beside the int8 attention
+    #[arg(long, value_enum, default_value = "f32")]
+    linear: Linear,
+
     #[command(flatten)]
     model: ModelArgs,
 
     #[command(flatten)]
     int8: Int8Args,
+}
+
+/// What the linear layers multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Linear {
+    F32,
+    /// Where the processor multiplies bf16
+    Bf16,
 }
 
 fn main() -> ExitCode {
@@ -72,7 +85,7 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     let (mut encoder, model) = args.model.encoder()?;
     encoder.model.set_attention(&AttentionConfig::fp32());
     let fp32 = corpus.embed(&encoder)?;
-    let config = match &args.layers {
+    let mut config = match &args.layers {
         Some(file) => {
             LayerSettings::load(file)?.apply(&mut encoder.model)?;
             format!("layers as in {}", file.display())
@@ -82,6 +95,14 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
             describe(&args.int8.scores())
         }
     };
+    if args.linear == Linear::Bf16 {
+        ensure!(
+            encoder.model.round_linear_to_bf16()?,
+            "--linear bf16: expected a processor that multiplies bf16 (AVX512-BF16 or Arm bf16) \
+             and weights that bf16 can hold"
+        );
+        config += ", linear layers in bf16";
+    }
     let int8 = corpus.embed(&encoder)?;
 
     let min_cosine = lowest(fp32.iter().zip(&int8).map(|(a, b)| cosine(a, b)));

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Weights are put in the kernel's order once, when a model is loaded. The vectors are `pulp`'s:
-//! one source for AVX-512, AVX2 and NEON, chosen at run time. A row of a result depends on nothing
+//! one source for AVX-512, AVX2 and NEON, chosen at run time. On request a linear layer is rounded
+//! to bf16, for the kernels of the room `pv`. A row of a result depends on nothing
 //! but its own row of the input, so the number of threads changes nothing.
 //!
 //! The fused form has no gradient. Where one is asked for (an input depends on a variable), and on

@@ -153,3 +153,153 @@ impl WithSimd for Activate<'_> {
         self.activation.of_vectors(simd, whole);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{LayerNorm, Linear};
+    use super::*;
+    use crate::testing::randn;
+    use candle_core::{DType, Device, Tensor, Var};
+    use proptest::prelude::*;
+
+    /// Rounded to bf16 by Candle.
+    fn rounded(x: &Tensor) -> Tensor {
+        x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap()
+    }
+
+    /// A layer in bf16 and the same layer in f32 with rounded weights; `None` where the processor
+    /// does not multiply bf16.
+    fn layers(depth: usize, outputs: usize) -> Option<(Linear, Linear)> {
+        let (weight, bias) = (randn(&[outputs, depth]), randn(&[outputs]));
+        let mut bf16 = Linear::new(&weight, &bias).unwrap();
+        let found = bf16.round_to_bf16().unwrap();
+        assert_eq!(found, pv::select(ValueFormat::Bf16).is_some());
+        found.then(|| (bf16, Linear::new(&rounded(&weight), &bias).unwrap()))
+    }
+
+    fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
+        assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
+        match a.elem_count() {
+            0 => 0.0,
+            _ => (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap(),
+        }
+    }
+
+    /// Rounding of two sums of as many terms as the layer is deep, whose variance is 1, and of
+    /// what follows, whose slope is less than 2.
+    fn bound(depth: usize) -> f32 {
+        f32::EPSILON * (depth as f32 + 8.0) * 16.0
+    }
+
+    /// Every form is that of the f32 layer for rounded operands.
+    fn check(m: usize, depth: usize, outputs: usize) {
+        let Some((bf16, f32)) = layers(depth, outputs) else { return };
+        let (x, residual) = (randn(&[m, depth]), randn(&[m, outputs]));
+        let what = format!("[{m}, {depth}] x [{depth}, {outputs}]");
+        let close = |found: Tensor, expected: Tensor| {
+            let difference = largest_difference(&found, &expected);
+            assert!(difference <= bound(depth), "{what}: {difference}");
+        };
+        let same = rounded(&x);
+        close(bf16.forward(&x).unwrap(), f32.forward(&same).unwrap());
+        for activation in [Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            let expected = f32.forward_activated(&same, activation).unwrap();
+            close(bf16.forward_activated(&x, activation).unwrap(), expected);
+        }
+        // With an epsilon of 1 the norm does not magnify, however close the outputs are.
+        let ones = Tensor::ones(outputs, DType::F32, &Device::Cpu).unwrap();
+        let norm = LayerNorm::new(ones.clone(), ones, 1.0).unwrap();
+        let expected = f32.forward_add_norm(&same, &residual, &norm).unwrap();
+        close(bf16.forward_add_norm(&x, &residual, &norm).unwrap(), expected);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn every_form_is_the_product(m in 0usize..60, depth in 0usize..70, outputs in 0usize..150) {
+            check(m, depth, outputs);
+        }
+    }
+
+    #[test]
+    fn every_form_on_both_sides_of_every_edge() {
+        for m in [1, 5, 6, 7, 48, 49] {
+            for outputs in [1, 15, 16, 17, 63, 64, 65, 130] {
+                for depth in [0, 1, 2, 7, 8, 9, 33] {
+                    check(m, depth, outputs);
+                }
+            }
+        }
+    }
+
+    /// Enough work to be divided, over rows and over columns.
+    #[test]
+    fn many_threads_give_the_same_bits_as_one() {
+        for (m, depth, outputs) in [(150, 97, 200), (7, 512, 1030)] {
+            let Some((layer, _)) = layers(depth, outputs) else { return };
+            let x = randn(&[m, depth]);
+            let with_threads = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| layer.forward(&x)).unwrap()
+            };
+            let one = with_threads(1);
+            for threads in [2, 3, 16] {
+                assert_eq!(largest_difference(&one, &with_threads(threads)), 0.0, "{threads}");
+            }
+        }
+    }
+
+    #[test]
+    fn heads_are_read_where_they_lie() {
+        let Some((bf16, f32)) = layers(24, 10) else { return };
+        let tokens = randn(&[2, 3, 7, 8]).transpose(1, 2).unwrap();
+        let expected = f32.forward(&rounded(&tokens)).unwrap();
+        assert!(largest_difference(&bf16.forward(&tokens).unwrap(), &expected) <= bound(24));
+    }
+
+    /// Also numbers that only bf16 takes for infinite.
+    #[test]
+    fn nan_and_infinity_stay_in_their_row() {
+        let Some((layer, _)) = layers(5, 70) else { return };
+        let clean = randn(&[8, 5]);
+        let expected = layer.forward(&clean).unwrap().to_vec2::<f32>().unwrap();
+        let negative_nan = f32::from_bits(0xffff_ffff);
+        for bad in [f32::NAN, negative_nan, f32::INFINITY, f32::NEG_INFINITY, f32::MAX] {
+            let mut x = clean.to_vec2::<f32>().unwrap();
+            x[2][3] = bad;
+            let found = layer.forward(&Tensor::new(x, &Device::Cpu).unwrap()).unwrap();
+            let found = found.to_vec2::<f32>().unwrap();
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                match i {
+                    2 => assert!(found.iter().all(|x| !x.is_finite()), "{bad}: {found:?}"),
+                    _ => assert_eq!(found, expected, "{bad}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_variable_gets_the_gradient_of_the_rounded_weights() {
+        let Some((bf16, f32)) = layers(4, 6) else { return };
+        let x = Var::from_tensor(&rounded(&randn(&[2, 3, 4]))).unwrap();
+        let gradient = |layer: &Linear| {
+            let out = layer.forward_activated(&x, Activation::Gelu).unwrap();
+            out.sum_all().unwrap().backward().unwrap().get(&x).cloned().expect("a gradient")
+        };
+        assert_eq!(largest_difference(&gradient(&bf16), &gradient(&f32)), 0.0);
+    }
+
+    #[test]
+    fn weights_that_bf16_cannot_hold_stay_as_they_are() {
+        for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
+            let weight = Tensor::new(&[[1f32, 2.0], [bad, 0.5]], &Device::Cpu).unwrap();
+            let mut layer = Linear::new(&weight, &randn(&[2])).unwrap();
+            let x = Tensor::new(&[[0.1f32, 0.2]], &Device::Cpu).unwrap();
+            let before = layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+            assert!(!layer.round_to_bf16().unwrap(), "{bad}");
+            let after = layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(before[0][0], after[0][0], "{bad}");
+        }
+    }
+}
