@@ -34,7 +34,7 @@ fn json(name: &str, args: &[&str]) -> Value {
 fn fail(name: &str, args: &[&str], expected: &str) {
     let output = run(name, args);
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "{name} {args:?} succeeded");
+    assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
     assert!(stderr.contains(expected), "{name} {args:?}: no {expected:?} in {stderr:?}");
     assert!(!stderr.contains("panicked"), "{name} {args:?}: {stderr}");
     assert!(output.stdout.is_empty(), "{name} {args:?} printed a report all the same");
@@ -62,6 +62,28 @@ const SENTENCE: &str = "It is a truth universally acknowledged, that a single ma
 
 const SIMILARITY: &str = "sentence_similarity";
 const WORDS: &str = "word_embeddings";
+
+/// 2 would say that a gate or a budget does not hold.
+#[test]
+fn wrong_flags_are_errors_like_any_other() {
+    let names = [
+        "affine_walkthrough",
+        "attend",
+        "calibrate",
+        "generate",
+        "perplexity",
+        "plot_attention",
+        "search",
+        SIMILARITY,
+        WORDS,
+        #[cfg(feature = "drift")]
+        "drift",
+    ];
+    for name in names {
+        fail(name, &["--frobnicate"], "--frobnicate");
+        assert!(succeed(name, &["--help"]).contains("Usage"), "{name}");
+    }
+}
 
 #[test]
 fn similarity_of_the_built_in_pairs() {

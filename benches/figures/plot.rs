@@ -6,8 +6,11 @@
 //! cargo run --release --example plot_attention -- benches/figures/attention.json
 //! ```
 
+#[path = "../../examples/common/print.rs"]
+#[allow(dead_code, reason = "the other examples use the rest of it")]
+mod print;
+
 use anyhow::{Context, Result, bail};
-use clap::Parser;
 use plotters::coord::Shift;
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
@@ -15,7 +18,7 @@ use serde::Deserialize;
 use std::path::PathBuf;
 
 /// Draw the sweep that benches/peers/compare.py measured
-#[derive(Parser)]
+#[derive(clap::Parser)]
 struct Args {
     /// What `compare.py --json` wrote
     results: PathBuf,
@@ -106,7 +109,7 @@ const COLOURS: [RGBColor; 6] = [
 ];
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let args: Args = print::parse();
     let path = &args.results;
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

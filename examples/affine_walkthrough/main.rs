@@ -25,7 +25,6 @@ mod right_way;
 mod scores;
 
 use anyhow::{Result, ensure};
-use clap::Parser;
 use data::Input;
 use first_tried::FirstTried;
 use right_way::RightWay;
@@ -33,7 +32,7 @@ use scores::Scores;
 use std::process::ExitCode;
 
 /// The question's int8 pipeline: first tried, then right, with the error after every stage.
-#[derive(Debug, Parser)]
+#[derive(Debug, clap::Parser)]
 struct Args {
     /// What A holds: random (normal, mean 0, deviation 1), glove (word vectors; --model is a folder
     /// with model-f16.safetensors and vocab.txt), or bert (the word embeddings of a BERT model)
@@ -79,8 +78,7 @@ struct Walkthrough {
 const MAX_ELEMENTS: usize = 1 << 26;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    print::finish(run(&args))
+    print::finish(run(&print::parse::<Args>()))
 }
 
 fn run(args: &Args) -> Result<String> {

@@ -43,8 +43,8 @@ pub fn signed(x: f64) -> String {
     format!("{x:+.5}")
 }
 
-/// The arguments. A wrong one is status 1 like any other error, not clap's 2: that one belongs to
-/// programs that found something to be wrong.
+/// The arguments. A wrong one is status 1 like any other error, not clap's 2: that one says that a
+/// gate or a budget does not hold.
 pub fn parse<T: clap::Parser>() -> T {
     T::try_parse().unwrap_or_else(|error| {
         // If it cannot be printed, there is nobody to read it.

@@ -48,9 +48,8 @@ mod words;
 use anyhow::ensure;
 use args::{Args, Command};
 use candle_int8_attention::drift::{Gate, Report};
-use clap::Parser;
 use common::output::NewFile;
-use common::print::finish;
+use common::print::{finish, parse};
 use output::render;
 use std::io::Write;
 use std::process::ExitCode;
@@ -59,15 +58,7 @@ use std::process::ExitCode;
 const VIOLATED: u8 = 2;
 
 fn main() -> ExitCode {
-    // clap would exit with 2 for a wrong flag, which must not look like a gate's verdict.
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(error) => {
-            let _ = error.print();
-            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
-        }
-    };
-    match run(&args) {
+    match run(&parse::<Args>()) {
         Err(error) => finish(Err(error)),
         Ok((text, violations)) => {
             let printed = finish(Ok(text));

@@ -19,12 +19,11 @@ mod generation;
 
 use anyhow::Result;
 use args::{Args, Attention};
-use clap::Parser;
-use common::print::{failure, finish};
+use common::print::{failure, finish, parse};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = parse();
     if args.compare {
         return finish(compare::run(&args));
     }

@@ -17,16 +17,15 @@ mod windows;
 use anyhow::{Context, Result, bail};
 use args::Args;
 use candle_int8_attention::drift::tokens::TextDrift;
-use clap::Parser;
 use common::llama::Decoder;
-use common::print::{finish, tell};
+use common::print::{finish, parse, tell};
 use report::Report;
 use std::process::ExitCode;
 use std::time::Duration;
 use windows::Windows;
 
 fn main() -> ExitCode {
-    finish(run(&Args::parse()))
+    finish(run(&parse::<Args>()))
 }
 
 fn run(args: &Args) -> Result<String> {

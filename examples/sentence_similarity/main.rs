@@ -24,10 +24,10 @@ use anyhow::{Result, ensure};
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::metrics::{cosine, lowest};
 use candle_int8_attention::models::LayerSettings;
-use clap::{Parser, ValueEnum};
+use clap::ValueEnum;
 use common::config::{Int8Args, describe};
 use common::model::ModelArgs;
-use common::print::finish;
+use common::print::{finish, parse};
 use report::{Report, Similarity, Subject};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -35,7 +35,7 @@ use std::process::ExitCode;
 /// Similarity of sentence pairs with fp32 and with int8 attention.
 ///
 /// Without --pairs, ten built-in pairs are used; their scores are the author's own.
-#[derive(Debug, Parser)]
+#[derive(Debug, clap::Parser)]
 #[command(name = "sentence_similarity")]
 struct Args {
     /// File of pairs (UTF-8), one a line: score<TAB>sentence<TAB>sentence, or
@@ -71,7 +71,7 @@ enum Linear {
 }
 
 fn main() -> ExitCode {
-    finish(run(&Args::parse()))
+    finish(run(&parse::<Args>()))
 }
 
 fn run(args: &Args) -> Result<String> {

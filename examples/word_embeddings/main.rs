@@ -25,14 +25,13 @@ mod static_words;
 use anyhow::Result;
 use args::Args;
 use candle_int8_attention::AttentionConfig;
-use clap::Parser;
-use common::print::finish;
+use common::print::{finish, parse};
 use common::windows::{Window, Windows};
 use report::{Report, Subject};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    finish(run(&Args::parse()))
+    finish(run(&parse::<Args>()))
 }
 
 fn run(args: &Args) -> Result<String> {
