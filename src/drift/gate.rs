@@ -70,13 +70,17 @@ impl std::fmt::Display for Violation {
             (Some(layer), None) => write!(f, "layer {layer}")?,
             (None, _) => write!(f, "embedding")?,
         }
-        write!(f, ": {} is {}, found {}", self.name, self.limit, rounded(self.value))
+        write!(f, ": {} is {}, found {}", self.name, self.limit, rounded(self.value, self.limit))
     }
 }
 
-/// Enough digits to see on which side of a threshold a value lies.
-fn rounded(x: f64) -> String {
-    if x != 0.0 && x.abs() < 0.01 { format!("{x:.3e}") } else { format!("{x:.6}") }
+/// A value with few digits, or with all of them where rounding would move it onto its threshold or
+/// across.
+fn rounded(value: f64, limit: f64) -> String {
+    let small = value != 0.0 && value.abs() < 0.01;
+    let short = if small { format!("{value:.3e}") } else { format!("{value:.6}") };
+    let same_side = |shown: f64| shown.partial_cmp(&limit) == value.partial_cmp(&limit);
+    if short.parse().is_ok_and(same_side) { short } else { value.to_string() }
 }
 
 impl Gate {
@@ -217,6 +221,32 @@ mod tests {
         }
         let error = Gate::load("no/such/gate.toml").unwrap_err().to_string();
         assert!(error.contains("no/such/gate.toml"), "{error}");
+    }
+
+    #[test]
+    fn a_value_is_never_shown_as_its_threshold_or_beyond() {
+        let shown = |name, value, limit| {
+            let place = Violation { name, layer: Some(1), head: Some(2), value, limit };
+            place.to_string()
+        };
+        let place = "layer 1 head 2: ";
+        let few = format!("{place}min_head_sqnr_db is 39, found 38.123457");
+        assert_eq!(shown("min_head_sqnr_db", 38.123_456_78, 39.0), few);
+        let kl = format!("{place}max_head_kl is 0.001, found 1.234e-3");
+        assert_eq!(shown("max_head_kl", 1.2341e-3, 1e-3), kl);
+        for (name, value, limit) in [
+            ("min_embedding_cosine", 0.999_999_99, 1.0),
+            ("min_embedding_cosine", 0.999_999_5, 0.999_999_6),
+            ("min_head_sqnr_db", 38.999_999_999, 39.0),
+            ("max_head_kl", 1.000_01e-3, 1e-3),
+            ("max_head_kl", 1e-9, 0.0),
+            ("min_head_sqnr_db", f64::NAN, 39.0),
+            ("min_head_sqnr_db", f64::NEG_INFINITY, 39.0),
+        ] {
+            let text = shown(name, value, limit);
+            let found: f64 = text.rsplit(' ').next().unwrap().parse().unwrap();
+            assert_eq!(found.partial_cmp(&limit), value.partial_cmp(&limit), "{text}");
+        }
     }
 
     #[test]
