@@ -56,6 +56,7 @@ mod aligned;
 pub mod attention;
 pub mod drift;
 pub mod error;
+mod files;
 pub mod gemm;
 #[cfg(feature = "hub")]
 pub mod hub;

@@ -2,6 +2,7 @@
 
 use super::Report;
 use super::report::{ConfigReport, HeadReport};
+use crate::files::{corrupt, read_text};
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;
@@ -99,19 +100,11 @@ impl Gate {
     /// [`Gate::from_toml`] from a file.
     ///
     /// # Errors
-    /// The same, and [`Error::MissingFile`] or [`Error::Io`].
+    /// [`Error::MissingFile`], [`Error::Io`], or [`Error::Corrupt`] for what [`Gate::from_toml`]
+    /// refuses.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::MissingFile { what: "gate", path: path.to_path_buf() }
-            }
-            _ => Error::Io { path: path.to_path_buf(), source },
-        })?;
-        Self::from_toml(&text).map_err(|error| Error::Corrupt {
-            path: path.to_path_buf(),
-            problem: error.to_string(),
-        })
+        Self::from_toml(&read_text("gate", path)?).map_err(|problem| corrupt(path, problem))
     }
 
     /// The thresholds with their names.

@@ -1,6 +1,6 @@
 //! The part of a BERT `config.json` that decides what is computed.
 
-use super::files::{corrupt, read_text};
+use crate::files::{corrupt, read_text};
 use crate::{Error, Result};
 use std::path::Path;
 

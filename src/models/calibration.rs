@@ -7,8 +7,8 @@
 //! any text may have.
 
 use super::AttentionLayers;
-use super::files::{corrupt, read_text, write};
 use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig, ScoreOutput};
+use crate::files::{corrupt, read_text, write};
 use crate::quant::{
     Granularity, Observer, ObserverKind, QuantConfig, QuantParams, Range, RangeSource, Scheme,
     token_mean,
@@ -322,7 +322,7 @@ impl Calibration {
     /// Writes a JSON file.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be written; then it is not there.
+    /// [`Error::Io`] if it cannot be written; what was there before is still there then.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let file = File { format: FORMAT.to_string(), version: VERSION, calibration: self };

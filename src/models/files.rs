@@ -1,9 +1,9 @@
 //! The files of a model, and tensors out of them.
 
+use crate::files::{corrupt, read};
 use crate::{Error, Result};
 use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Tensor};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The three files of an encoder.
@@ -41,44 +41,6 @@ impl ModelFiles {
             tokenizer: find("tokenizer", &["tokenizer.json"])?,
         })
     }
-}
-
-/// Reads a file, telling a missing one from one that cannot be read.
-pub(super) fn read(what: &'static str, path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => Error::MissingFile { what, path: path.to_path_buf() },
-        _ => Error::Io { path: path.to_path_buf(), source },
-    })
-}
-
-/// [`read`] for text.
-pub(super) fn read_text(what: &'static str, path: &Path) -> Result<String> {
-    String::from_utf8(read(what, path)?).map_err(|e| corrupt(path, format!("not UTF-8: {e}")))
-}
-
-/// Writes a file that is complete or not there: it takes its name when all of it is written.
-pub(super) fn write(path: &Path, content: &[u8]) -> Result<()> {
-    let failed = |source| Error::Io { path: path.to_path_buf(), source };
-    if path.exists() && !path.is_file() {
-        // A device or a pipe is written to, not replaced.
-        return std::fs::write(path, content).map_err(failed);
-    }
-    let folder = path.parent().filter(|folder| *folder != Path::new(""));
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // As for any other new file; the umask takes its part.
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.tempfile_in(folder.unwrap_or(Path::new("."))).map_err(failed)?;
-    file.write_all(content).map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
-    Ok(())
-}
-
-pub(super) fn corrupt(path: &Path, problem: impl ToString) -> Error {
-    Error::Corrupt { path: path.to_path_buf(), problem: problem.to_string() }
 }
 
 /// A safetensors file whose tensors are asked for by name and shape.

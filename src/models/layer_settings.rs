@@ -1,10 +1,10 @@
 //! Which attention each layer of a model uses, as a file.
 
 use super::AttentionLayers;
-use super::files::{corrupt, read_text, write};
 use crate::attention::{
     AttentionConfig, Backend, Int8Config, PvPrecision, ScoreConfig, ScoreOutput,
 };
+use crate::files::{corrupt, read_text, write};
 use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -168,7 +168,7 @@ impl LayerSettings {
     /// Writes the file.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be written; then it is not there.
+    /// [`Error::Io`] if it cannot be written; what was there before is still there then.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let json = serde_json::to_string_pretty(self).map_err(|e| corrupt(path, e))?;

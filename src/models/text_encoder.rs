@@ -1,7 +1,7 @@
 //! A BERT encoder with its tokenizer: text in, embeddings out.
 
-use super::files::{corrupt, read};
 use super::{BertModel, ModelFiles, mean_pool};
+use crate::files::{corrupt, read};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use tokenizers::Tokenizer;

@@ -1,6 +1,7 @@
 //! Static word vectors, such as GloVe, with one self-attention block over them.
 
-use super::files::{Weights, corrupt, read_text};
+use super::files::Weights;
+use crate::files::{corrupt, read_text};
 use crate::{AttnMask, Error, QuantizedAttention, Result};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;

@@ -2,7 +2,7 @@
 
 use super::rows::{quantize_row, row_range};
 use super::{Granularity, QuantConfig, QuantParams, Range, RangeSource, Scheme};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -246,11 +246,9 @@ impl QuantizedTensor {
     /// type), with scheme and granularity in the metadata.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be written.
+    /// [`Error::Io`] if the file cannot be written; what was there before is still there then.
     pub fn save(&self, path: impl AsRef<Path>, storage: CodeStorage) -> Result<()> {
-        let path = path.as_ref();
-        let bytes = self.to_safetensors(storage)?;
-        std::fs::write(path, bytes).map_err(|source| Error::Io { path: path.to_path_buf(), source })
+        files::write(path.as_ref(), &self.to_safetensors(storage)?)
     }
 
     /// The content of [`QuantizedTensor::save`]'s file.
@@ -291,14 +289,8 @@ impl QuantizedTensor {
     /// not such a file.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::MissingFile { what: "quantized tensor", path: path.to_path_buf() }
-            }
-            _ => Error::Io { path: path.to_path_buf(), source },
-        })?;
-        Self::from_safetensors(&bytes)
-            .map_err(|problem| Error::Corrupt { path: path.to_path_buf(), problem })
+        let bytes = files::read("quantized tensor", path)?;
+        Self::from_safetensors(&bytes).map_err(|problem| files::corrupt(path, problem))
     }
 
     fn from_safetensors(bytes: &[u8]) -> std::result::Result<Self, String> {

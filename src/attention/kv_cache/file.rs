@@ -19,6 +19,7 @@ use super::config::{CacheValues, KeyOffset, KvCacheConfig};
 use super::head::{Dims, Head};
 use super::stored::Stored;
 use super::{Int8KvCache, Sequence};
+use crate::files;
 use crate::gemm::{self, Kernel};
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -77,11 +78,9 @@ impl Int8KvCache {
     /// and what is kept in f32. It does not depend on the machine's kernels.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be written.
+    /// [`Error::Io`] if the file cannot be written; what was there before is still there then.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let bytes = self.to_bytes()?;
-        std::fs::write(path, bytes).map_err(|source| Error::Io { path: path.to_path_buf(), source })
+        files::write(path.as_ref(), &self.to_bytes()?)
     }
 
     /// Reads what [`Int8KvCache::save`] wrote.
@@ -91,14 +90,8 @@ impl Int8KvCache {
     /// is not such a file, [`Error::Kernel`] for a forced kernel that cannot be used.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::MissingFile { what: "key and value cache", path: path.to_path_buf() }
-            }
-            _ => Error::Io { path: path.to_path_buf(), source },
-        })?;
-        Reader::cache(&bytes, gemm::select()?)
-            .map_err(|problem| Error::Corrupt { path: path.to_path_buf(), problem })
+        let bytes = files::read("key and value cache", path)?;
+        Reader::cache(&bytes, gemm::select()?).map_err(|problem| files::corrupt(path, problem))
     }
 
     fn header(&self) -> Header {

@@ -1,6 +1,6 @@
 //! What a Llama model computes, read from a `config.json`.
 
-use super::super::files::{corrupt, read_text};
+use crate::files::{corrupt, read_text};
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! A GGUF file: metadata by key, tensors by name.
 
-use super::super::files::corrupt;
 use super::config::{LlamaConfig, RopeConfig, RopePairs, RopeScaling};
+use crate::files::{corrupt, unreadable};
 use crate::{Error, Result};
 use candle_core::Device;
 use candle_core::quantized::QTensor;
@@ -33,12 +33,7 @@ impl Gguf {
     /// or is not GGUF.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let io = |source: std::io::Error| match source.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::MissingFile { what: "GGUF file", path: path.to_path_buf() }
-            }
-            _ => Error::Io { path: path.to_path_buf(), source },
-        };
+        let io = |source| unreadable("GGUF file", path, source);
         let mut file = File::open(path).map_err(io)?;
         let size = file.metadata().map_err(io)?.len();
         check_start(path, &mut file)?;
@@ -305,7 +300,7 @@ fn check_start(path: &Path, file: &mut File) -> Result<()> {
     let mut start = Vec::new();
     file.take(32)
         .read_to_end(&mut start)
-        .map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+        .map_err(|source| unreadable("GGUF file", path, source))?;
     if start.starts_with(b"version https://git-lfs") {
         return Err(corrupt(path, "a Git LFS pointer; fetch the file itself (git lfs pull)"));
     }

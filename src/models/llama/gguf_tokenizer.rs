@@ -1,8 +1,8 @@
 //! A tokenizer from the metadata of a GGUF file.
 
-use super::super::files::corrupt;
 use super::gguf::Gguf;
 use crate::Result;
+use crate::files::corrupt;
 use candle_core::quantized::gguf_file::Value;
 use std::collections::HashMap;
 use tokenizers::decoders::byte_fallback::ByteFallback;

@@ -1,8 +1,8 @@
 //! Text to ids and back.
 
-use super::super::files::{corrupt, read, read_text};
 use super::gguf::Gguf;
 use super::gguf_tokenizer;
+use crate::files::{corrupt, read, read_text};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::Value as Json;

@@ -1,10 +1,10 @@
 //! A model's tensors by their part in it, whichever file format they are from.
 
 use super::super::Weights;
-use super::super::files::{corrupt, read_text};
 use super::gguf::Gguf;
 use super::linear::{Linear, Matrix, WeightFormat};
 use crate::Result;
+use crate::files::{corrupt, read_text};
 use candle_core::{Device, Tensor};
 use candle_nn::RmsNorm;
 use std::collections::HashMap;
