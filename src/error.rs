@@ -1,7 +1,10 @@
 //! One error type for the whole crate.
 //!
-//! Every variant names the value that was found and what was expected. [`Error`] converts into
-//! [`candle_core::Error`], so `?` works inside a Candle model.
+//! Every variant names the value that was found and what was expected. Its message is whole: what
+//! the operating system said is in it, and is not a
+//! [`source`](std::error::Error::source) as well, because whoever prints the chain of causes would
+//! print it twice. [`Error`] converts into [`candle_core::Error`], which keeps the message and no
+//! causes, so `?` works inside a Candle model.
 
 use candle_core::{DType, DeviceLocation};
 use std::path::PathBuf;
@@ -128,12 +131,12 @@ pub enum Error {
     },
 
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {problem}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        problem: std::io::Error,
     },
 
     /// A file's content is not what its name promises (truncated, corrupt, not UTF-8, ...).
@@ -215,5 +218,14 @@ mod tests {
     fn converts_into_candle_error_and_keeps_its_message() {
         let candle: candle_core::Error = Error::Depth { depth: 70_000, limit: 65_793 }.into();
         assert!(candle.to_string().contains("70000"), "{candle}");
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let problem = std::io::Error::other("the disk is on fire");
+        let error = Error::Io { path: "model.gguf".into(), problem };
+        assert_eq!(error.to_string(), "model.gguf: the disk is on fire");
+        let chain = format!("{:#}", anyhow::Error::from(error).context("cannot load"));
+        assert_eq!(chain, "cannot load: model.gguf: the disk is on fire");
     }
 }

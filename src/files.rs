@@ -6,7 +6,7 @@ use std::path::Path;
 
 /// Reads a file; `what` says what it is for, should it be missing.
 pub(crate) fn read(what: &'static str, path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| unreadable(what, path, source))
+    std::fs::read(path).map_err(|problem| unreadable(what, path, problem))
 }
 
 /// [`read`] for text.
@@ -15,10 +15,10 @@ pub(crate) fn read_text(what: &'static str, path: &Path) -> Result<String> {
 }
 
 /// Tells a file that is missing from one that cannot be read.
-pub(crate) fn unreadable(what: &'static str, path: &Path, source: std::io::Error) -> Error {
-    match source.kind() {
+pub(crate) fn unreadable(what: &'static str, path: &Path, problem: std::io::Error) -> Error {
+    match problem.kind() {
         ErrorKind::NotFound => Error::MissingFile { what, path: path.to_path_buf() },
-        _ => Error::Io { path: path.to_path_buf(), source },
+        _ => Error::Io { path: path.to_path_buf(), problem },
     }
 }
 
@@ -29,7 +29,7 @@ pub(crate) fn corrupt(path: &Path, problem: impl ToString) -> Error {
 /// Writes a file that takes its name when all of it is written: whatever goes wrong, what was there
 /// before, or nothing, is there after.
 pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
-    let failed = |source| Error::Io { path: path.to_path_buf(), source };
+    let failed = |problem| Error::Io { path: path.to_path_buf(), problem };
     // A link keeps pointing where it points.
     let target = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     if target.exists() && !target.is_file() {
@@ -71,6 +71,8 @@ mod tests {
         write(&path, b"second").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"second");
         assert!(matches!(write(folder.path(), b"x"), Err(Error::Io { .. })));
+        let nowhere = write(Path::new("no/such/folder/file"), b"x").unwrap_err().to_string();
+        assert!(nowhere.starts_with("no/such/folder/file: "), "{nowhere}");
         assert!(matches!(write(&path.join("below"), b"x"), Err(Error::Io { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"second");
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing is left over");

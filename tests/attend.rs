@@ -382,6 +382,7 @@ fn the_output_is_complete_or_not_there() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{stderr}");
         assert!(stderr.contains("cannot write") && stderr.contains(expected), "{stderr}");
+        assert!(stderr.matches("os error").count() <= 1, "a cause is told twice: {stderr}");
     };
     refuse(&dump.path("no/such/folder/out"), "no/such/folder");
     refuse(dump.0.path(), "it is a folder");

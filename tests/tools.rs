@@ -35,6 +35,7 @@ fn fail(name: &str, args: &[&str], expected: &str) {
     assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
     assert!(stderr.contains(expected), "{name} {args:?}: no {expected:?} in {stderr:?}");
     assert!(!stderr.contains("panicked") && output.stdout.is_empty(), "{stderr}");
+    assert!(stderr.matches("os error").count() <= 1, "a cause is told twice: {stderr}");
 }
 
 #[test]

@@ -31,7 +31,8 @@ impl NewFile {
     pub fn write(mut self, fill: impl FnOnce(&mut NamedTempFile) -> Result<()>) -> Result<()> {
         let cannot = || format!("cannot write {}", self.target.display());
         fill(&mut self.file).with_context(cannot)?;
-        self.file.persist(&self.target).with_context(cannot)?;
+        // The error of `persist` itself tells its cause twice.
+        self.file.persist(&self.target).map_err(|e| e.error).with_context(cannot)?;
         Ok(())
     }
 }

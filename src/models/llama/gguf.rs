@@ -33,7 +33,7 @@ impl Gguf {
     /// or is not GGUF.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let io = |source| unreadable("GGUF file", path, source);
+        let io = |problem| unreadable("GGUF file", path, problem);
         let mut file = File::open(path).map_err(io)?;
         let size = file.metadata().map_err(io)?.len();
         check_start(path, &mut file)?;
@@ -300,7 +300,7 @@ fn check_start(path: &Path, file: &mut File) -> Result<()> {
     let mut start = Vec::new();
     file.take(32)
         .read_to_end(&mut start)
-        .map_err(|source| unreadable("GGUF file", path, source))?;
+        .map_err(|problem| unreadable("GGUF file", path, problem))?;
     if start.starts_with(b"version https://git-lfs") {
         return Err(corrupt(path, "a Git LFS pointer; fetch the file itself (git lfs pull)"));
     }
