@@ -3,9 +3,6 @@
 use crate::common::config::{QuantArgs, int8_attention};
 use crate::input::Inputs;
 use candle_int8_attention::{AttentionConfig, PvPrecision, ScoreConfig, ScoreOutput};
-use serde::Deserialize;
-use serde::de::IntoDeserializer;
-use serde::de::value::{Error, StrDeserializer};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -45,8 +42,7 @@ pub struct Args {
 
     /// How probabilities are multiplied with values in int8 attention: auto (bf16 where the CPU
     /// multiplies it, else f32), f32, bf16 or int8
-    #[arg(long, value_name = "HOW", default_value = "auto", help_heading = "Int8",
-        value_parser = pv_precision)]
+    #[arg(long, value_name = "HOW", default_value = "auto", help_heading = "Int8")]
     pub pv: PvPrecision,
 }
 
@@ -147,10 +143,4 @@ impl FromStr for CausalOffset {
             (_, Err(_)) => Err("expected a whole number or end".to_string()),
         }
     }
-}
-
-/// The names of [`PvPrecision`] are those of its serialized form.
-fn pv_precision(text: &str) -> Result<PvPrecision, String> {
-    let text: StrDeserializer<'_, Error> = text.into_deserializer();
-    PvPrecision::deserialize(text).map_err(|e| e.to_string())
 }

@@ -51,10 +51,7 @@ impl Report {
             ));
         }
         let config = match args.backend {
-            BackendName::Int8 => {
-                let pv = serde_json::to_value(args.pv)?;
-                format!("{}, P·V {}", describe(&args.scores()), pv.as_str().unwrap_or_default())
-            }
+            BackendName::Int8 => format!("{}, P·V {}", describe(&args.scores()), args.pv),
             BackendName::Fp32 => "fp32".to_string(),
         };
         Ok(Self {

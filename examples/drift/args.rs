@@ -76,13 +76,13 @@ pub struct RunArgs {
 
     /// Precision of probabilities times values: auto, f32, bf16 or int8
     #[arg(long, value_name = "PRECISION", default_value = "auto", help_heading = "Int8")]
-    pub pv: Pv,
+    pub pv: PvPrecision,
 }
 
 impl RunArgs {
     /// The configurations to measure; the first is the one that the flags describe.
     pub fn candidates(&self) -> Vec<Candidate> {
-        let config = Int8Config { scores: self.int8.scores(), pv: self.pv.0 };
+        let config = Int8Config { scores: self.int8.scores(), pv: self.pv };
         let name = if config == Int8Config::default() { "default" } else { "chosen" };
         let mut all = vec![Candidate::new(name, config)];
         let others = match self.compare.as_deref() {
@@ -108,24 +108,6 @@ impl FromStr for Spec {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Ok(Self(text.parse()?))
-    }
-}
-
-/// The value of --pv.
-#[derive(Debug, Clone, Copy)]
-pub struct Pv(PvPrecision);
-
-impl FromStr for Pv {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self(PvPrecision::Auto)),
-            "f32" => Ok(Self(PvPrecision::F32)),
-            "bf16" => Ok(Self(PvPrecision::Bf16)),
-            "int8" => Ok(Self(PvPrecision::Int8)),
-            _ => Err("expected auto, f32, bf16 or int8".into()),
-        }
     }
 }
 

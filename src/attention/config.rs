@@ -103,6 +103,34 @@ pub enum PvPrecision {
     Int8,
 }
 
+impl std::str::FromStr for PvPrecision {
+    type Err = Error;
+
+    /// `auto`, `f32`, `bf16` or `int8`.
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            "int8" => Ok(Self::Int8),
+            _ => Err(Error::Config(format!(
+                "P·V precision {text:?}, expected auto, f32, bf16 or int8"
+            ))),
+        }
+    }
+}
+
+impl std::fmt::Display for PvPrecision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        })
+    }
+}
+
 impl PvPrecision {
     /// The best kernel for it.
     ///
@@ -117,8 +145,8 @@ impl PvPrecision {
         };
         kernel.ok_or_else(|| {
             Error::Config(format!(
-                "P·V precision {self:?}: this machine has no instruction for it; use Auto, F32 or \
-                 Int8"
+                "P·V precision {self}: this machine has no instruction for it; use auto, f32 or \
+                 int8"
             ))
         })
     }
@@ -212,5 +240,20 @@ impl AttentionConfig {
             Some(slope) => Err(Error::Config(format!("ALiBi slope {slope}, expected finite"))),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn precisions_have_one_name_everywhere() {
+        for pv in [PvPrecision::Auto, PvPrecision::F32, PvPrecision::Bf16, PvPrecision::Int8] {
+            assert_eq!(pv.to_string().parse::<PvPrecision>().unwrap(), pv);
+            assert_eq!(serde_json::to_value(pv).unwrap(), pv.to_string());
+        }
+        let error = "f16".parse::<PvPrecision>().unwrap_err().to_string();
+        assert!(error.contains("\"f16\", expected auto, f32, bf16 or int8"), "{error}");
     }
 }

@@ -108,9 +108,7 @@ impl Candidate {
         });
         words.push(match self.config.pv {
             PvPrecision::Auto => "P·V as fast as the CPU can".to_string(),
-            PvPrecision::F32 => "P·V in f32".to_string(),
-            PvPrecision::Bf16 => "P·V in bf16".to_string(),
-            PvPrecision::Int8 => "P·V in int8".to_string(),
+            pv => format!("P·V in {pv}"),
         });
         words.join(", ")
     }
@@ -159,21 +157,22 @@ fn apply(config: &mut Int8Config, word: &str) -> Option<()> {
             let to = RequantConfig { granularity, ..RequantConfig::default() };
             scores.output = ScoreOutput::Requantized(to);
         }
-        "f32" => *pv = PvPrecision::F32,
-        "bf16" => *pv = PvPrecision::Bf16,
-        "int8" => *pv = PvPrecision::Int8,
-        "auto" => *pv = PvPrecision::Auto,
-        _ => {
-            let (q, k) = match word.split_once('/') {
-                Some((q, k)) if q.starts_with("block:") => (q.to_string(), format!("block:{k}")),
-                Some(_) => return None,
-                None => (word.to_string(), word.to_string()),
-            };
-            scores.q.granularity = q.parse().ok()?;
-            scores.k.granularity = k.parse().ok()?;
-        }
+        _ => match word.parse() {
+            Ok(precision) => *pv = precision,
+            Err(_) => (scores.q.granularity, scores.k.granularity) = granularities(word)?,
+        },
     }
     Some(())
+}
+
+/// What shares a scale in queries and in keys.
+fn granularities(word: &str) -> Option<(Granularity, Granularity)> {
+    let (q, k) = match word.split_once('/') {
+        Some((q, k)) if q.starts_with("block:") => (q.parse().ok()?, format!("block:{k}")),
+        Some(_) => return None,
+        None => (word.parse().ok()?, word.to_string()),
+    };
+    Some((q, k.parse().ok()?))
 }
 
 #[cfg(test)]

@@ -100,8 +100,7 @@ impl fmt::Display for LayerSetting {
         for (on, name) in [(int8.smooth_k, ", smooth-K"), (int8.smooth_q, ", smooth-Q")] {
             f.write_str(if on { name } else { "" })?;
         }
-        let pv = serde_json::to_value(int8.pv).map_err(|_| fmt::Error)?;
-        write!(f, ", P·V {}", pv.as_str().unwrap_or("unknown"))
+        write!(f, ", P·V {}", int8.pv)
     }
 }
 
