@@ -68,3 +68,9 @@ pub(crate) fn fold_lanes(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -
 pub(crate) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
     fold_lanes(lanes, |a, b| a + b)
 }
+
+/// The coefficients of `f` to `f^5` in the polynomial for `2^f`: minimax in relative error over
+/// [-1/2, 1/2], with a constant term of 1, so that `2^0 = 1`.
+#[expect(clippy::approx_constant, reason = "minimax, not Taylor: the first is not ln 2")]
+pub(crate) const EXP2: [f32; 5] =
+    [6.931_47e-1, 2.402_224_2e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];

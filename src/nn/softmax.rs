@@ -1,5 +1,6 @@
 //! The softmax of whole rows, in base 2: scores come multiplied by `log2(e)`.
 
+use crate::simd::EXP2;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Turns scores into probabilities, in place. Rows are `width` elements, whole vectors; minus
@@ -42,11 +43,6 @@ impl WithSimd for Softmax<'_> {
         }
     }
 }
-
-/// The coefficients of `f` to `f^5` in the polynomial for `2^f`: minimax in relative error over
-/// [-1/2, 1/2], with a constant term of 1.
-#[expect(clippy::approx_constant, reason = "minimax, not Taylor: the first is not ln 2")]
-const EXP2: [f32; 5] = [6.931_47e-1, 2.402_224_2e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];
 
 /// Replaces `x` by `2^(x - largest)`, which is at most 1, and returns their sum. The relative
 /// error of each is below 2e-7; below `2^-126` it is 0.

@@ -2,7 +2,7 @@
 
 use super::{CODES, SoftmaxKernel};
 use crate::pv::bf16_bits;
-use crate::simd::{LANES, each_lane, fold_lanes, sum_lanes, widest};
+use crate::simd::{EXP2, LANES, each_lane, fold_lanes, sum_lanes, widest};
 
 pub(super) struct Portable;
 
@@ -39,14 +39,9 @@ fn max_body(row: &[f32]) -> f32 {
     tail.iter().copied().fold(fold_lanes(max, larger), larger)
 }
 
-/// The coefficients of `f` to `f^5` in the polynomial for `2^f`.
-#[expect(clippy::approx_constant, reason = "minimax, not Taylor: the first is not ln 2")]
-const EXP2: [f32; 5] = [6.931_47e-1, 2.402_224_2e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];
-
 /// `2^x` for `x <= 0`, relative error below 2e-7; exactly 0 below -126, NaN for NaN.
 ///
-/// `2^x = 2^n * 2^f` with `n` the nearest integer: `2^f` is a polynomial of degree 5, minimax in
-/// relative error over [-1/2, 1/2] with a constant term of 1, so that `2^0 = 1`.
+/// `2^x = 2^n * 2^f` with `n` the nearest integer; `2^f` is the polynomial of [`EXP2`].
 #[inline(always)]
 pub(in crate::attention::fused) fn exp2(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
