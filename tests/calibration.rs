@@ -246,6 +246,7 @@ fn files_that_are_not_layer_settings_are_refused() {
         ("\"f32\"", "\"f64\"", "unknown variant `f64`"),
         ("128", "0", "block of 0 tokens"),
         ("{\"backend\": \"fp32\"}", "{\"backend\": \"fp32\"", "not layer settings"),
+        ("\"fp32\"", "\"fp32\", \"pv\": \"f32\"", "key \"pv\", but backend fp32"),
     ];
     for (from, to, expected) in cases {
         let problem = corrupt(&good.replacen(from, to, 1), |path| LayerSettings::load(path));

@@ -2,6 +2,7 @@
 
 use crate::common::config::{QuantArgs, int8_attention};
 use crate::input::Inputs;
+use anyhow::ensure;
 use candle_int8_attention::{AttentionConfig, PvPrecision, ScoreConfig, ScoreOutput};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -30,7 +31,7 @@ pub struct Args {
     #[arg(long)]
     pub json: bool,
 
-    /// Who computes the output
+    /// Who computes the output; the options under Int8 are for int8 alone
     #[arg(long, value_name = "WHO", value_enum, default_value = "int8")]
     pub backend: BackendName,
 
@@ -87,6 +88,18 @@ impl AttentionArgs {
 }
 
 impl Args {
+    /// Refuses choices of int8 where nothing is computed in int8.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let mut chosen = self.quant.chosen();
+        chosen.extend((self.pv != PvPrecision::default()).then_some("--pv"));
+        ensure!(
+            self.backend == BackendName::Int8 || chosen.is_empty(),
+            "{}: for int8 attention only, but --backend is fp32",
+            chosen.join(", ")
+        );
+        Ok(())
+    }
+
     pub fn scores(&self) -> ScoreConfig {
         self.quant.scores(ScoreOutput::Dequantized)
     }

@@ -82,6 +82,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<String> {
+    args.check()?;
     let output = args.output.as_deref().map(|path| NewFile::create(path, [&args.input]));
     let output = output.transpose()?;
     let mut inputs = input::Inputs::read(&args.input)?;

@@ -61,6 +61,18 @@ pub struct QuantArgs {
 }
 
 impl QuantArgs {
+    /// The options that ask for something else than the default.
+    pub fn chosen(&self) -> Vec<&'static str> {
+        let default = QuantConfig::default();
+        let options = [
+            ("--scheme", self.scheme != default.scheme),
+            ("--granularity", self.granularity != default.granularity),
+            ("--no-smooth-k", self.no_smooth_k),
+            ("--no-smooth-q", self.no_smooth_q),
+        ];
+        options.into_iter().filter_map(|(name, chosen)| chosen.then_some(name)).collect()
+    }
+
     /// Scores that are quantized so and leave as `output`.
     pub fn scores(&self, output: ScoreOutput) -> ScoreConfig {
         let side = QuantConfig {

@@ -7,7 +7,9 @@ use crate::attention::{
 use crate::files::{corrupt, read_text, write};
 use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
 use crate::{Error, Result};
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, IgnoredAny};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
@@ -16,10 +18,21 @@ use std::path::Path;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "backend", rename_all = "kebab-case")]
 pub enum LayerSetting {
-    /// Fp32.
+    /// Fp32, which has no settings.
+    #[serde(deserialize_with = "no_settings")]
     Fp32,
     /// Int8 scores.
     Int8(Int8Setting),
+}
+
+/// Without this, serde would take a unit variant and drop the keys beside its tag.
+fn no_settings<'de, D: Deserializer<'de>>(other_keys: D) -> std::result::Result<(), D::Error> {
+    match BTreeMap::<String, IgnoredAny>::deserialize(other_keys)?.keys().next() {
+        Some(key) => {
+            Err(D::Error::custom(format!("key {key:?}, but backend fp32 has no settings")))
+        }
+        None => Ok(()),
+    }
 }
 
 /// How scores and outputs of a layer are computed in int8, with ranges from the data.
@@ -121,7 +134,8 @@ impl fmt::Display for LayerSetting {
 /// }
 /// ```
 ///
-/// A run of tokens that shares a scale is `{ "per-block": 64 }`. `about` may hold anything; the
+/// A run of tokens that shares a scale is `{ "per-block": 64 }`. A layer in int8 names all of its
+/// settings, one in fp32 has none, and any other key is an error. `about` may hold anything; the
 /// search writes there what it measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -210,6 +224,22 @@ mod tests {
         assert_eq!(setting.config(&AttentionConfig::fp32()), AttentionConfig::int8());
         assert_eq!(LayerSetting::Fp32.config(&AttentionConfig::int8()), AttentionConfig::fp32());
         assert_eq!(setting.to_string(), "per-token, smooth-K, smooth-Q, P·V auto");
+    }
+
+    #[test]
+    fn keys_that_mean_nothing_are_refused() {
+        let read = |json: &str| serde_json::from_str::<LayerSetting>(json);
+        assert_eq!(read(r#"{ "backend": "fp32" }"#).unwrap(), LayerSetting::Fp32);
+        let int8 = LayerSetting::Int8(Int8Setting::default());
+        for setting in [LayerSetting::Fp32, int8] {
+            let mut json = serde_json::to_value(setting).unwrap();
+            assert_eq!(read(&json.to_string()).unwrap(), setting);
+            json["smooth_v"] = true.into();
+            let error = read(&json.to_string()).unwrap_err().to_string();
+            assert!(error.contains("smooth_v"), "{error}");
+        }
+        let error = read(r#"{ "smooth_k": true, "backend": "fp32" }"#).unwrap_err().to_string();
+        assert!(error.contains("key \"smooth_k\", but backend fp32"), "{error}");
     }
 
     #[test]
