@@ -64,7 +64,7 @@ pub fn attention(
 /// of `q·k^T`, straight through the rounding.
 ///
 /// # Errors
-/// As for [`attention_scores`](super::attention_scores), without the one for devices.
+/// As for [`attention_scores`](super::attention_scores), without those for devices and kernels.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     check_scores("tensor_ops::attention_scores", q.dims(), k.dims())?;
     config.check()?;

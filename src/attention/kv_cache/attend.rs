@@ -56,7 +56,8 @@ impl Int8KvCache {
     /// cache, [`Error::Device`] unless it is on the CPU, [`Error::Config`] for a cache to which
     /// nothing was appended, a configuration that contradicts itself, asks for fp32 or has
     /// `kv_lens` (the cache knows its lengths), and for queries that would see keys which a window
-    /// has dropped.
+    /// has dropped, [`Error::Kernel`] if
+    /// [`KERNEL_VARIABLE`](crate::gemm::KERNEL_VARIABLE) names a kernel that cannot be used.
     pub fn attention(
         &self,
         q: &Tensor,

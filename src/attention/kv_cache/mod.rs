@@ -125,7 +125,9 @@ impl Int8KvCache {
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for tensors that do not fit each
     /// other or what is in the cache, [`Error::Device`] unless they are on the CPU,
     /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Config`] for a key offset that does
-    /// not fit, [`Error::Depth`] beyond the depth limit. The cache is then as it was before.
+    /// not fit, [`Error::Depth`] beyond the depth limit, [`Error::Kernel`] if
+    /// [`KERNEL_VARIABLE`](crate::gemm::KERNEL_VARIABLE) names a kernel that cannot be used. The
+    /// cache is then as it was before.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let lens = match k.dims() {
             [b, _, s, _] => vec![*s; *b],
