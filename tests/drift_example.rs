@@ -227,6 +227,10 @@ fn configurations_are_ranked() {
     let main: Vec<bool> = configs.iter().map(|c| c["main"].as_bool().unwrap()).collect();
     assert_eq!(main, [true, false, false, false]);
     fail(&["--compare", "token+smoth-k"], "smoth-k");
+    fail(&["--compare", "token+head"], "\"token\" and \"head\"");
+    let twice =
+        json(&[&["--compare", "token,sage,f32+token", "sage", "default"][..], &SHORT].concat());
+    assert_eq!(twice["configs"].as_array().unwrap().len(), 3, "each configuration runs once");
 }
 
 #[test]

@@ -62,9 +62,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "I/N", default_value = "1/1")]
     pub shard: Shard,
 
-    /// Compare configurations: these, as words joined by +, for example token+smooth-k+f32, or
-    /// block:128/64+bf16, sage (SageAttention's recipe), default; without any, a list of all that
-    /// are worth it
+    /// Compare configurations: these, as words joined by + that each choose something else, for
+    /// example token+smooth-k+f32 or block:128/64+bf16; or sage (SageAttention's recipe), default;
+    /// without any, a list of all that are worth it. One that is named twice runs once
     #[arg(long, value_name = "CONFIG", num_args = 0.., value_delimiter = ',')]
     pub compare: Option<Vec<Spec>>,
 

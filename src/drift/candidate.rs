@@ -6,15 +6,16 @@ use std::str::FromStr;
 
 /// A configuration of int8 attention with a name.
 ///
-/// Written as words joined by `+`, in any order, with spaces or without; what is left out is as in the plainest
-/// configuration (symmetric, per token, nothing smoothed, dequantized, P·V in f32):
+/// Written as words joined by `+`, in any order, with spaces or without, at most one for each
+/// choice; what is left out is as in the plainest configuration (symmetric, per token, nothing
+/// smoothed, dequantized, P·V in f32):
 ///
 /// | word | choice |
 /// |---|---|
 /// | `symmetric`, `affine` | scheme |
 /// | `tensor`, `head`, `token`, `block:N`, `block:M/N` | what shares a scale (queries / keys) |
 /// | `smooth-k`, `smooth-q` | subtract the mean of keys, of queries |
-/// | `requantized`, `requantized:tensor`, `:head`, `:token` | scores go through int8 |
+/// | `dequantized`, `requantized`, `requantized:tensor`, `:head`, `:token` | whether scores go through int8 |
 /// | `f32`, `bf16`, `int8`, `auto` | precision of P·V |
 /// | `default` | alone: this crate's default |
 /// | `sage` | alone: SageAttention's recipe, `block:128/64+smooth-k+f32` (arXiv:2410.02367) |
@@ -126,8 +127,9 @@ impl FromStr for Candidate {
         let scores = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken);
         let mut config = Int8Config { scores, pv: PvPrecision::F32 };
         let words: Vec<&str> = text.split('+').map(str::trim).collect();
+        let mut chosen: Vec<(Choice, &str)> = Vec::new();
         for word in &words {
-            apply(&mut config, word).ok_or_else(|| {
+            let choice = apply(&mut config, word).ok_or_else(|| {
                 Error::Config(format!(
                     "{word:?} in the configuration {text:?}; expected words joined by +, of \
                      symmetric, affine, tensor, head, token, block:N, block:M/N, smooth-k, \
@@ -135,34 +137,72 @@ impl FromStr for Candidate {
                      sage"
                 ))
             })?;
+            if let Some((_, first)) = chosen.iter().find(|(known, _)| *known == choice) {
+                return Err(Error::Config(format!(
+                    "{first:?} and {word:?} in the configuration {text:?} choose the same; expected \
+                     one of them"
+                )));
+            }
+            chosen.push((choice, word));
         }
         Ok(Self::new(words.join(" + "), config))
     }
 }
 
+/// What a word decides; no two words may decide the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Choice {
+    Scheme,
+    Granularity,
+    SmoothK,
+    SmoothQ,
+    Output,
+    Pv,
+}
+
 /// `None` for a word that is not one.
-fn apply(config: &mut Int8Config, word: &str) -> Option<()> {
+fn apply(config: &mut Int8Config, word: &str) -> Option<Choice> {
     let Int8Config { scores, pv } = config;
     match word {
         "symmetric" | "affine" => {
             scores.q.scheme = word.parse().ok()?;
             scores.k.scheme = scores.q.scheme;
+            Some(Choice::Scheme)
         }
-        "smooth-k" => scores.smooth_k = true,
-        "smooth-q" => scores.smooth_q = true,
-        "dequantized" => scores.output = ScoreOutput::Dequantized,
-        "requantized" => scores.output = ScoreOutput::Requantized(RequantConfig::default()),
-        "requantized:tensor" | "requantized:head" | "requantized:token" => {
-            let granularity = word.split_once(':')?.1.parse().ok()?;
-            let to = RequantConfig { granularity, ..RequantConfig::default() };
-            scores.output = ScoreOutput::Requantized(to);
+        "smooth-k" => {
+            scores.smooth_k = true;
+            Some(Choice::SmoothK)
         }
-        _ => match word.parse() {
-            Ok(precision) => *pv = precision,
-            Err(_) => (scores.q.granularity, scores.k.granularity) = granularities(word)?,
-        },
+        "smooth-q" => {
+            scores.smooth_q = true;
+            Some(Choice::SmoothQ)
+        }
+        _ => {
+            if let Some(output) = output(word) {
+                scores.output = output;
+                return Some(Choice::Output);
+            }
+            if let Ok(precision) = word.parse() {
+                *pv = precision;
+                return Some(Choice::Pv);
+            }
+            (scores.q.granularity, scores.k.granularity) = granularities(word)?;
+            Some(Choice::Granularity)
+        }
     }
-    Some(())
+}
+
+/// What becomes of the scores.
+fn output(word: &str) -> Option<ScoreOutput> {
+    let granularity = match word {
+        "dequantized" => return Some(ScoreOutput::Dequantized),
+        "requantized" => RequantConfig::default().granularity,
+        "requantized:tensor" | "requantized:head" | "requantized:token" => {
+            word.split_once(':')?.1.parse().ok()?
+        }
+        _ => return None,
+    };
+    Some(ScoreOutput::Requantized(RequantConfig { granularity, ..RequantConfig::default() }))
 }
 
 /// What shares a scale in queries and in keys.
@@ -201,5 +241,20 @@ mod tests {
             assert!(error.contains(word) && error.contains("expected words"), "{text}: {error}");
         }
         assert!("block:0".parse::<Candidate>().is_err());
+    }
+
+    #[test]
+    fn words_that_choose_the_same_are_named() {
+        for (text, first, second) in [
+            ("token+head", "token", "head"),
+            ("block:64+smooth-k+block:64", "block:64", "block:64"),
+            ("affine+token+symmetric", "affine", "symmetric"),
+            ("smooth-k+smooth-k", "smooth-k", "smooth-k"),
+            ("dequantized+requantized:head", "dequantized", "requantized:head"),
+            ("f32+token+auto", "f32", "auto"),
+        ] {
+            let error = text.parse::<Candidate>().unwrap_err().to_string();
+            assert!(error.contains(&format!("{first:?} and {second:?}")), "{text}: {error}");
+        }
     }
 }
