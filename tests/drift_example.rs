@@ -309,9 +309,18 @@ fn pairs_are_correlated_with_their_scores() {
         (b"1\ta\t \n", ":1: an empty sentence"),
         (b"1\ta\tb\n2\t\xff\tb\n", ":2: not UTF-8"),
         (b"", "no pairs in it"),
+        ("1\t\u{1f980}\t\u{1f980} \u{1f980}\n".as_bytes(), "bad.tsv: the model knows no word"),
     ] {
         fail(&["--pairs", &folder.file("bad.tsv", content)], expected);
     }
+
+    // Words that the model does not know, and more than it reads.
+    let long = format!("3\t\u{1f980}\tIt rains.\n4\tIt rains.\t{}\n", "word ".repeat(600));
+    let report = succeed(&["--pairs", &folder.file("odd.tsv", long)]);
+    for expected in ["the model's limit cuts the end of 1", "in 1 every token is [UNK]"] {
+        assert!(report.contains(expected), "no {expected:?} in {report}");
+    }
+    assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub struct Windows {
 }
 
 /// What the tokenizer writes for a word it cannot spell.
-const UNKNOWN: &str = "[UNK]";
+pub const UNKNOWN: &str = "[UNK]";
 
 impl Windows {
     /// As few windows as the model needs.

@@ -1,10 +1,12 @@
 //! Pairs of sentences with scores, and what each path says about them.
 
+use crate::common::windows::UNKNOWN;
 use crate::correlation::Correlation;
 use anyhow::{Context, Result, bail, ensure};
 use candle_int8_attention::drift::metrics::cosine;
 use candle_int8_attention::drift::report::Similarity;
 use candle_int8_attention::drift::{Embeddings, Recorder};
+use candle_int8_attention::models::TextEncoder;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -45,6 +47,47 @@ fn parse(line: &str) -> Result<Pair> {
             Ok(Pair { score: number, sentences: [a.to_string(), b.to_string()] })
         }
         _ => bail!("score {score:?}, expected a finite number; {FORMAT}"),
+    }
+}
+
+/// How the model reads the sentences of pairs.
+#[derive(Default)]
+pub struct Sentences {
+    all: u64,
+    /// Whose end the model does not read.
+    cut: u64,
+    /// Of which the model knows no word, so that it cannot tell them apart.
+    unknown: u64,
+}
+
+impl Sentences {
+    /// Counts a sentence.
+    pub fn add(&mut self, encoder: &TextEncoder, sentence: &str) -> Result<()> {
+        let batch = encoder.tokenize(&[sentence])?;
+        let is_cut = batch.truncated.iter().any(|&tokens| tokens > 0);
+        let names = &batch.tokens[0];
+        // Without the two special tokens.
+        let mut words = names.iter().skip(1).take(names.len().saturating_sub(2));
+        self.all += 1;
+        self.cut += u64::from(is_cut);
+        self.unknown += u64::from(words.all(|token| token == UNKNOWN));
+        Ok(())
+    }
+
+    /// In words; an error if the model knows no word of any.
+    pub fn describe(&self) -> Result<String> {
+        ensure!(
+            self.unknown < self.all,
+            "the model knows no word of the sentences: every token is {UNKNOWN}"
+        );
+        let mut text = "each sentence a passage".to_string();
+        if self.cut > 0 {
+            text += &format!("; the model's limit cuts the end of {}", self.cut);
+        }
+        if self.unknown > 0 {
+            text += &format!("; in {} every token is {UNKNOWN}", self.unknown);
+        }
+        Ok(text)
     }
 }
 

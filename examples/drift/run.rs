@@ -2,7 +2,7 @@
 
 use crate::args::RunArgs;
 use crate::common::model::shown;
-use crate::pairs::{self, Judged, Pair};
+use crate::pairs::{self, Judged, Pair, Sentences};
 use crate::passages::{Cutter, Passage};
 use crate::results::Results;
 use crate::words::Words;
@@ -87,13 +87,13 @@ impl Run<'_> {
         let path = self.args.pairs.as_deref().unwrap_or(Path::new(""));
         let name = shown(path);
         let progress = progress_bar(pairs.len() as u64);
-        let mut judged = Vec::new();
-        let mut cut = 0;
+        let (mut judged, mut sentences) = (Vec::new(), Sentences::default());
         for (index, pair) in (0u64..).zip(pairs) {
             progress.set_position(index);
             let [a, b] = &pair.sentences;
             // Of all pairs, so that the parts of a corpus say the same.
-            cut += self.too_long(a)? + self.too_long(b)?;
+            sentences.add(self.encoder, a)?;
+            sentences.add(self.encoder, b)?;
             if !self.args.shard.has(index) {
                 continue;
             }
@@ -109,19 +109,8 @@ impl Run<'_> {
             judged.push(Judged::new(&name, index, pair.score, embeddings));
         }
         progress.finish_and_clear();
-        let how = match cut {
-            0 => "each sentence a passage".to_string(),
-            n => format!(
-                "each sentence a passage; the end of {n} is cut off, the model reads no more"
-            ),
-        };
+        let how = sentences.describe().with_context(|| format!("cannot use the pairs {name}"))?;
         self.finish(name, how, judged)
-    }
-
-    /// 1 if the model does not read all of a sentence, else 0.
-    fn too_long(&self, sentence: &str) -> Result<u64> {
-        let batch = self.encoder.tokenize(&[sentence])?;
-        Ok(u64::from(batch.truncated.iter().any(|&tokens| tokens > 0)))
     }
 
     fn record(&mut self, passage: &Passage, index: u64) -> Result<Embeddings> {
