@@ -160,6 +160,14 @@ fn calibrations_of_other_models_are_refused() {
     let calibration = calibrator.finish().unwrap();
     let error = calibration.apply(&mut model, StaticScales::PerHead).unwrap_err().to_string();
     assert!(error.contains("1 layers for a model of 3"), "{error}");
+    for layer in 1..3 {
+        calibrator.observe(layer, &x, &x).unwrap();
+    }
+    for scales in [StaticScales::PerHead, StaticScales::PerTensor] {
+        let error = calibrator.finish().unwrap().apply(&mut model, scales).unwrap_err().to_string();
+        assert!(error.contains("4 query heads in layer 0 for a model of 12"), "{error}");
+    }
+    assert!(model.attention().iter().all(|layer| layer.config() == &AttentionConfig::fp32()));
     let base = AttentionConfig::int8();
     let error = calibration.config(1, StaticScales::PerHead, &base).unwrap_err().to_string();
     assert!(error.contains("layer 1"), "{error}");

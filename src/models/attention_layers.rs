@@ -80,6 +80,13 @@ pub trait AttentionLayers {
     /// The same, to switch it.
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention>;
 
+    /// The numbers of query heads and of key heads, which are those of every layer. With them, a
+    /// calibration of another model is refused before anything is computed; without them (the
+    /// default), when attention is.
+    fn head_counts(&self) -> Option<[usize; 2]> {
+        None
+    }
+
     /// Runs the model on token ids `[B, N]` U32 without padding, shows what enters the attention of
     /// each layer, first to last, and gives the last hidden states `[B, N, hidden_size]`.
     ///
@@ -99,6 +106,10 @@ impl AttentionLayers for BertModel {
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
         self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
+    }
+
+    fn head_counts(&self) -> Option<[usize; 2]> {
+        Some([self.config().num_attention_heads; 2])
     }
 
     fn run(
@@ -123,6 +134,11 @@ impl AttentionLayers for LlamaModel {
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
         self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
+    }
+
+    fn head_counts(&self) -> Option<[usize; 2]> {
+        let config = self.config();
+        Some([config.num_heads, config.num_kv_heads])
     }
 
     fn run(

@@ -302,8 +302,10 @@ impl Calibration {
     /// Switches all layers of a model to int8 with these ranges.
     ///
     /// # Errors
-    /// [`Error::Config`] unless the model has as many layers; those of [`Calibration::config`].
+    /// [`Error::Config`] unless the model has as many layers, and as many heads if it
+    /// [tells](AttentionLayers::head_counts); those of [`Calibration::config`].
     pub fn apply(&self, model: &mut impl AttentionLayers, scales: StaticScales) -> Result<()> {
+        let heads = model.head_counts();
         let layers = model.attention_mut();
         if layers.len() != self.layers.len() {
             return Err(Error::Config(format!(
@@ -312,10 +314,23 @@ impl Calibration {
                 layers.len()
             )));
         }
+        heads.map_or(Ok(()), |heads| self.check_heads(heads))?;
         let configs = layers.iter().enumerate();
         let configs = configs.map(|(index, layer)| self.config(index, scales, layer.config()));
         let configs = configs.collect::<Result<Vec<_>>>()?;
         layers.into_iter().zip(configs).for_each(|(layer, config)| layer.set_config(config));
+        Ok(())
+    }
+
+    fn check_heads(&self, [query_heads, key_heads]: [usize; 2]) -> Result<()> {
+        for (index, layer) in self.layers.iter().enumerate() {
+            let sides = [("query", layer.q.len(), query_heads), ("key", layer.k.len(), key_heads)];
+            if let Some((side, found, heads)) = sides.into_iter().find(|(_, f, h)| f != h) {
+                return Err(Error::Config(format!(
+                    "a calibration of {found} {side} heads in layer {index} for a model of {heads}"
+                )));
+            }
+        }
         Ok(())
     }
 
