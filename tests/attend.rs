@@ -446,11 +446,34 @@ fn the_report_says_what_was_done_and_is_narrow() {
     let mut tensors = with("bias", Stored::waves(&[3], 0.0));
     tensors.insert("past_k".into(), Stored::waves(&[2, 2, 3, 8], 3.0));
     tensors.insert("past_v".into(), Stored::waves(&[2, 2, 3, 6], 4.0));
-    let output = Dump::of(&tensors).run(&["--causal"]);
-    let report = String::from_utf8(output.stdout).unwrap();
+    let run = |tensors: &Tensors, flags: &[&str]| {
+        let report = String::from_utf8(Dump::of(tensors).run(flags).stdout).unwrap();
+        assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
+        report
+    };
+    let report = run(&tensors, &["--causal"]);
     for expected in ["not used: bias", "--causal-offset 3", "k [2, 2, 8, 8] (3 past)", "sequence 1"]
     {
         assert!(report.contains(expected), "no {expected:?} in {report}");
     }
-    assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
+
+    // Everything that can stand in a line.
+    tensors.insert("mask".into(), Stored::bytes(Dtype::BOOL, &[2, 4, 3, 8], &[1; 2 * 4 * 3 * 8]));
+    tensors.insert("kv_lens".into(), Stored::lens(&[8, 8]));
+    tensors.insert("k".into(), Stored::waves(&[2, 2, 5, 8], 1.0).with(0, f32::NAN));
+    tensors.insert("past_k".into(), Stored::waves(&[2, 2, 3, 8], 3.0).with(0, f32::NAN));
+    let flags =
+        ["--causal-offset", "end", "--window-left", "0", "--pv", "int8", "--scheme", "affine"];
+    let window = [
+        "--window-right",
+        "1000000000",
+        "--scale",
+        "0.12345678",
+        "--granularity",
+        "block:1000000000",
+    ];
+    let report = run(&tensors, &[&flags[..], &window].concat());
+    for expected in ["sequence lengths", "k: 2 rows with NaN or infinity counted as 0"] {
+        assert!(report.contains(expected), "no {expected:?} in {report}");
+    }
 }

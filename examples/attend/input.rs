@@ -1,5 +1,6 @@
 //! The dumped tensors.
 
+use crate::common::print::count;
 use crate::masking::Masking;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -89,8 +90,8 @@ impl Inputs {
             }
             *tensor = without(tensor, &bad)?;
             self.notes.push(format!(
-                "{name}: {} rows that are not finite count as 0, because no query sees them",
-                bad.len()
+                "{name}: {} with NaN or infinity counted as 0, because no query sees them",
+                count(bad.len(), "row")
             ));
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use crate::args::{Args, BackendName};
 use crate::common::config::describe;
-use crate::common::print::{decibel, scientific, table, wrapped};
+use crate::common::print::{count, decibel, indented, scientific, table, wrapped};
 use crate::input::Inputs;
 use crate::masking::Masking;
 use crate::measure::{HeadDrift, MAX_PROBABILITIES, Results};
@@ -43,7 +43,8 @@ impl Report {
         let bad = results.out.flatten_all()?.to_vec1::<f32>()?;
         let bad = bad.iter().filter(|x| !x.is_finite()).count();
         if bad > 0 {
-            notes.push(format!("{bad} elements of the output are not finite: numbers overflow"));
+            let bad = count(bad, "element");
+            notes.push(format!("numbers overflow: {bad} of the output not finite"));
         }
         if results.probabilities.is_none() {
             notes.push(format!(
@@ -77,9 +78,10 @@ impl Report {
         let mut text = format!("Attention on {}\n\n", self.input);
         let past = if self.past > 0 { format!(" ({} past)", self.past) } else { String::new() };
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "  q {q:?}  k {k:?}{past}  v {v:?}");
-        let _ = writeln!(text, "  scale {scale}, masks: {masks}");
-        let _ = writeln!(text, "  {config}\n");
+        let shapes = format!("q {q:?}  k {k:?}{past}  v {v:?}");
+        let _ = writeln!(text, "{}", indented(&shapes));
+        let _ = writeln!(text, "{}", indented(&format!("scale {scale}, masks: {masks}")));
+        let _ = writeln!(text, "{}\n", indented(config));
         let _ = writeln!(text, "Output against fp32\n{}\n", self.output_table());
         if let Some(probabilities) = &self.probabilities {
             let _ = writeln!(text, "{}\n", wrapped(&in_words(probabilities)));
@@ -120,11 +122,14 @@ impl Report {
 fn in_words(drift: &ProbabilityDrift) -> String {
     format!(
         "Probabilities: mean KL {} nats, largest {}; {} of the weight moved; the most attended \
-         key is the same for {:.2} % of {} queries.",
+         key is the same for {:.2} % of {}.",
         scientific(drift.mean_kl),
         scientific(drift.max_kl),
         scientific(drift.mean_total_variation),
         100.0 * drift.top1_agreement,
-        drift.rows
+        match drift.rows {
+            1 => "1 query".to_string(),
+            rows => format!("{rows} queries"),
+        }
     )
 }

@@ -39,7 +39,8 @@ pub struct QuantArgs {
     #[arg(long, value_name = "SCHEME", default_value = "symmetric")]
     pub scheme: Scheme,
 
-    /// What shares one scale: tensor, head, token or block:N (N tokens)
+    /// What shares one scale: tensor, head, token or block:N (N tokens); or, as reports write it,
+    /// per-tensor, per-head, per-token or per-block:N
     #[arg(long, value_name = "WHAT", default_value = "token")]
     pub granularity: Granularity,
 

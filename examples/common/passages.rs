@@ -1,5 +1,6 @@
 //! A text in two parts: one to learn from, one to be judged on.
 
+use super::print::count;
 use super::windows::{Window, Windows};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
@@ -98,12 +99,12 @@ impl PassageArgs {
 impl Summary {
     /// For the head of a report.
     pub fn render(&self, purpose: &str, judged: &str) -> String {
-        let Self { text, passages, tokens, .. } = self;
-        format!(
-            "  {purpose} {tokens} tokens in {passages} passages of {text}\n  {judged} {} tokens in \
-             {} passages of {}\n",
-            self.unseen_tokens, self.unseen_passages, self.unseen_text
-        )
+        let part = |tokens, passages, text: &str| {
+            format!("{} in {} of {text}", count(tokens, "token"), count(passages, "passage"))
+        };
+        let seen = part(self.tokens, self.passages, &self.text);
+        let unseen = part(self.unseen_tokens, self.unseen_passages, &self.unseen_text);
+        format!("  {purpose} {seen}\n  {judged} {unseen}\n")
     }
 }
 

@@ -28,6 +28,18 @@ pub fn wrapped(text: &str) -> String {
     textwrap::fill(text, usize::from(WIDTH))
 }
 
+/// Like [`wrapped`], two columns to the right, and what is folded two more.
+pub fn indented(text: &str) -> String {
+    let options = textwrap::Options::new(usize::from(WIDTH));
+    textwrap::fill(text, options.initial_indent("  ").subsequent_indent("    "))
+}
+
+/// `1 passage`, `2 passages`.
+pub fn count(number: usize, noun: &str) -> String {
+    let s = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{s}")
+}
+
 /// A signal-to-noise ratio: one decimal; equal data has none.
 pub fn decibel(sqnr: f64) -> String {
     if sqnr == f64::INFINITY { "exact".into() } else { format!("{sqnr:.1}") }

@@ -1,6 +1,6 @@
 //! How the comparison reads in a terminal.
 
-use crate::common::print::table;
+use crate::common::print::{count, table};
 use candle_int8_attention::drift::tokens::{Estimate, Percentiles, TextDrift};
 use serde::Serialize;
 use std::fmt::Write;
@@ -27,8 +27,12 @@ impl Report {
         let _ = writeln!(out, "int8: {}", self.config);
         let _ = writeln!(
             out,
-            "{} windows of {} tokens, {} predictions; all layers: fp32 {:.1} s, int8 {:.1} s\n",
-            self.windows, self.context, drift.tokens, self.seconds_fp32, self.seconds_int8
+            "{} of {} tokens, {}; all layers: fp32 {:.1} s, int8 {:.1} s\n",
+            count(self.windows, "window"),
+            self.context,
+            count(drift.tokens, "prediction"),
+            self.seconds_fp32,
+            self.seconds_int8
         );
         let mut figures = table(&["", "value", "standard error"]);
         let plain = |x: Estimate| [format!("{:.4}", x.value), format!("{:.4}", x.error)];

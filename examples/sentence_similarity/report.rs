@@ -1,6 +1,6 @@
 //! What both paths say about the pairs, and how that reads in a terminal.
 
-use crate::common::print::{signed, table};
+use crate::common::print::{count, signed, table};
 use crate::correlation::Correlation;
 use crate::pairs::Pair;
 use serde::Serialize;
@@ -96,7 +96,8 @@ impl Report {
     pub fn render(&self) -> String {
         let mut out = String::new();
         let Self { model, config, pairs, sentences, .. } = self;
-        let _ = writeln!(out, "Text   {pairs} pairs, {sentences} different sentences");
+        let (pairs, sentences) = (count(*pairs, "pair"), count(*sentences, "different sentence"));
+        let _ = writeln!(out, "Text   {pairs}, {sentences}");
         if self.sentences_cut > 0 {
             let cut = self.sentences_cut;
             let _ = writeln!(out, "       The model's limit cut the end of {cut} of them.");
@@ -148,9 +149,9 @@ impl Report {
         }
         let _ = write!(
             out,
-            "\nAgreement with the scores of {} pairs, 1 is perfect. Spearman compares the order,\n\
+            "\nAgreement with the scores of {}, 1 is perfect. Spearman compares the order,\n\
              Pearson the values.\n\n",
-            self.scored_pairs
+            count(self.scored_pairs, "pair")
         );
         let mut rows = table(&["correlation", "f32", "int8", "change"]);
         let value = |x: Option<f64>| x.map_or("undefined".into(), |x| format!("{x:.5}"));

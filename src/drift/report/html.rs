@@ -3,7 +3,7 @@
 
 use super::causes::LayerCauses;
 use super::charts::{Histogram, Scatter};
-use super::terminal::{decibel, in_words, small};
+use super::terminal::{count, decibel, in_words, small};
 use super::{ConfigReport, Report};
 use crate::{Error, Result};
 use minijinja::Environment;
@@ -46,6 +46,7 @@ impl Report {
         pages.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
         pages.add_filter("decibel", decibel);
         pages.add_filter("small", small);
+        pages.add_filter("count", |n: u64, noun: &str| count(n, noun));
         pages.add_filter("percent", |x: f64| format!("{:.1} %", 100.0 * x));
         pages.add_filter("digits", |x: f64, digits: usize| format!("{x:.digits$}"));
         // The name's ending turns escaping on: words of a text may hold `<`.

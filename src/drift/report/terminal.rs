@@ -31,11 +31,13 @@ impl Report {
     fn write_subject(&self, out: &mut String) {
         let heads = self.layers.first().map_or(0, |layer| layer.heads.len());
         let layers = self.layers.len();
-        let _ = writeln!(out, "Model  {}; {layers} layers of {heads} heads", self.subject.model);
+        let (layers, heads) = (count(layers as u64, "layer"), count(heads as u64, "head"));
+        let _ = writeln!(out, "Model  {}; {layers} of {heads}", self.subject.model);
         for note in &self.notes {
             let _ = writeln!(out, "Text   {}", note.replace(": ", ":\n       "));
         }
-        let _ = writeln!(out, "       {} passages, {} tokens", self.passages, self.tokens);
+        let (passages, tokens) = (count(self.passages, "passage"), count(self.tokens, "token"));
+        let _ = writeln!(out, "       {passages}, {tokens}");
     }
 
     fn write_configs(&self, out: &mut String) {
@@ -117,8 +119,8 @@ impl Report {
         }
         let _ = writeln!(
             out,
-            "Unusual heads ({} findings, the clearest first):\n",
-            self.findings.len()
+            "Unusual heads ({}, the clearest first):\n",
+            count(self.findings.len() as u64, "finding")
         );
         let mut rows = table(&["layer", "head", "what is unusual"]);
         for finding in self.findings.iter().take(SHOWN) {
@@ -253,6 +255,12 @@ fn table(header: &[&str]) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+/// `1 passage`, `2 passages`.
+pub(super) fn count(number: u64, noun: &str) -> String {
+    let s = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{s}")
 }
 
 /// A signal-to-noise ratio: one decimal; equal data has none.

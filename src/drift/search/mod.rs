@@ -216,7 +216,7 @@ impl<M: AttentionLayers> Searcher<'_, M> {
         candidates.dedup();
         let (layers, passages) = (self.bases.len(), self.passages.len());
         (self.progress)(&format!(
-            "{} settings in {layers} layers, {passages} passages",
+            "settings: {}, layers: {layers}, passages: {passages}",
             candidates.len()
         ));
         self.set_fp32();
