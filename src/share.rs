@@ -5,6 +5,13 @@
 //! some 60 µs, before it goes on. Here the caller begins at once, and threads of the pool that wake
 //! up in time take rounds from it, so little work is worth sharing. Inside of the pool these loops
 //! are rayon's own.
+//!
+//! `rayon::in_place_scope` lets the caller begin at once too, without any `unsafe` here, but it
+//! returns only after every thread that was asked for help has come and gone, whether or not
+//! anything was left for it: measured with two threads, 16 µs a call where the rounds themselves take
+//! nothing, against 0.3 µs. So the loop's body goes to the pool as a reference whose lifetime is not
+//! checked by the compiler, and [`Rounds`] makes sure that a thread which comes too late does not
+//! use it.
 
 use rayon::prelude::*;
 use std::any::Any;
@@ -22,9 +29,16 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
     if rayon::current_thread_index().is_some() {
         return (0..count).into_par_iter().for_each(f);
     }
-    // SAFETY: only the lifetime changes. `Rounds::take` calls `f` for indices below `count` alone,
-    // and `finish` returns, or unwinds, after all of these calls have ended. A thread that comes
-    // later finds no index left.
+    // SAFETY: only the lifetime changes, so what has to hold is that nobody uses `f` once this
+    // function has been left.
+    // - `f` is used in one place, `Rounds::take`, for an index below `count`. `next` never gives
+    //   one twice, so there are `count` calls, each of which adds 1 to `done` when it has ended, by
+    //   returning or by a panic that is caught.
+    // - Once the pool has `f`, this function is left through `finish` alone, which waits until
+    //   `done` is `count`. Nothing before that unwinds: `take` catches the panics of `f`, and rayon,
+    //   whose pool is there since it was asked for its threads, aborts if it cannot queue a job.
+    // - From then on `next` is at least `count`. Threads that still hold `rounds`, with a reference
+    //   in it that dangles by now, neither use nor copy that, and dropping it does nothing.
     let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static _>(f) };
     let rounds = Arc::new(Rounds {
         f,
