@@ -6,6 +6,7 @@
 
 pub mod cache;
 pub mod config;
+pub mod cutter;
 pub mod llama;
 pub mod model;
 pub mod output;

@@ -40,10 +40,9 @@ mod common;
 mod correlation;
 mod output;
 mod pairs;
-mod passages;
 mod results;
 mod run;
-mod words;
+mod text;
 
 use anyhow::ensure;
 use args::{Args, Command};

@@ -1,12 +1,13 @@
 //! Reads the text, runs the model, records.
 
 use crate::args::RunArgs;
+use crate::common::cutter::encoder::EncoderCutter;
+use crate::common::cutter::{Cutter, Passage};
 use crate::common::model::shown;
 use crate::pairs::{self, Judged, Pair};
-use crate::passages::{Cutter, Passage};
 use crate::results::Results;
-use crate::words::Words;
-use anyhow::{Context, Result, ensure};
+use crate::text::Pieces;
+use anyhow::{Context, Result};
 use candle_int8_attention::drift::{Embeddings, Recorder, Subject, Text};
 use candle_int8_attention::models::{ModelFiles, TextEncoder};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,21 +19,21 @@ const BUILT_IN: &str = include_str!("../data/pride-and-prejudice.txt");
 /// Runs everything that the flags ask for.
 pub fn record(args: &RunArgs) -> Result<Results> {
     let pairs = args.pairs.as_deref().map(pairs::read).transpose()?;
-    let words = args.file.as_deref().map(Words::open).transpose()?;
+    let text = args.file.as_deref().map(Pieces::open).transpose()?;
     let (encoder, model, files) = args.model.encoder_and_files()?;
     let recorder = Recorder::new(args.candidates())?;
     let subject = Subject { model, fingerprint: fingerprint(&files)?, texts: Vec::new() };
     let run = Run { args, encoder: &encoder, recorder, subject };
-    match (&pairs, words) {
+    match (&pairs, text) {
         (Some(pairs), _) => run.pairs(pairs),
-        (None, Some((words, size))) => {
+        (None, Some((text, size))) => {
             let name = args.file.as_deref().map(shown).unwrap_or_default();
-            run.text(&name, words, size)
+            run.text(&name, text, size)
         }
         (None, None) => {
             let name = "Pride and Prejudice, chapter 1 (built in)";
-            let words = Words::new(BUILT_IN.as_bytes(), name.into());
-            run.text(name, words, BUILT_IN.len() as u64)
+            let text = Pieces::new(BUILT_IN.as_bytes(), name.into());
+            run.text(name, text, BUILT_IN.len() as u64)
         }
     }
 }
@@ -45,13 +46,14 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn text<R: BufRead>(mut self, name: &str, mut source: Words<R>, size: u64) -> Result<Results> {
-        let mut cutter = Cutter::new(self.encoder, self.args.passage_tokens)?;
+    fn text<R: BufRead>(mut self, name: &str, mut source: Pieces<R>, size: u64) -> Result<Results> {
+        let mut cutter = EncoderCutter::new(self.encoder, self.args.passage_tokens)?;
         let progress = progress_bar(size);
-        let (mut words, mut more, mut index) = (Vec::new(), true, 0);
+        let (mut text, mut more, mut index) = (String::new(), true, 0);
         while more {
-            more = source.read(&mut words)?;
-            cutter.push(&mut words)?;
+            more = source.read(&mut text)?;
+            cutter.push(&text)?;
+            text.clear();
             while let Some(passage) = cutter.next(!more)? {
                 if self.args.shard.has(index) {
                     self.record(&passage, index)?;
@@ -62,25 +64,28 @@ impl Run<'_> {
             }
         }
         progress.finish_and_clear();
-        ensure!(index > 0, "the text has no word or sign in it ({name})");
-        ensure!(
-            cutter.unknown < cutter.tokens,
-            "the model knows no word of the text ({name}): every token is [UNK]"
-        );
-        let tokens = cutter.passage_tokens();
+        cutter.check().with_context(|| format!("cannot use the text {name}"))?;
+        let cut = self.describe(&cutter, index);
+        self.finish(name.to_string(), cut, Vec::new())
+    }
+
+    /// How a text was cut into `count` passages.
+    fn describe(&self, cutter: &dyn Cutter, count: u64) -> String {
         let limit = match self.args.passage_tokens {
             None => ", as many as the model reads at once",
             Some(_) => "",
         };
-        let cut = match index {
+        let cut = match count {
             1 => "one passage".to_string(),
-            n => format!("cut into {n} passages of at most {tokens} tokens{limit}"),
+            n => {
+                let tokens = cutter.passage_tokens();
+                format!("cut into {n} passages of at most {tokens} tokens{limit}")
+            }
         };
-        let lost = match cutter.lost {
-            0 => String::new(),
-            n => format!("; {n} tokens of words that no passage holds are left out"),
-        };
-        self.finish(name.to_string(), cut + &lost, Vec::new())
+        match cutter.lost() {
+            0 => cut,
+            n => format!("{cut}; {n} tokens of words that no passage holds are left out"),
+        }
     }
 
     fn pairs(mut self, pairs: &[Pair]) -> Result<Results> {
@@ -98,8 +103,8 @@ impl Run<'_> {
                 continue;
             }
             let mut embed = |sentence: &str, side: u64| -> Result<Embeddings> {
-                let mut cutter = Cutter::new(self.encoder, None)?;
-                cutter.push(&mut sentence.split_whitespace().map(str::to_string).collect())?;
+                let mut cutter = EncoderCutter::new(self.encoder, None)?;
+                cutter.push(sentence)?;
                 let passage = cutter.next(true)?;
                 let passage =
                     passage.with_context(|| format!("{name}: no word or sign in {sentence:?}"))?;
