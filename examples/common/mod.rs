@@ -12,5 +12,6 @@ pub mod model;
 pub mod output;
 pub mod passages;
 pub mod print;
+pub mod text_model;
 pub mod windows;
 pub mod words;

@@ -1,18 +1,19 @@
 //! Reads the text, runs the model, records.
 
 use crate::args::RunArgs;
-use crate::common::cutter::encoder::EncoderCutter;
 use crate::common::cutter::{Cutter, Passage};
+use crate::common::llama::Weights;
 use crate::common::model::shown;
+use crate::common::text_model::{Loaded, TextModel};
 use crate::pairs::{self, Judged, Pair};
 use crate::results::Results;
 use crate::text::Pieces;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_int8_attention::drift::{Embeddings, Recorder, Subject, Text};
-use candle_int8_attention::models::{ModelFiles, TextEncoder};
+use candle_int8_attention::models::TextEncoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::BufRead;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const BUILT_IN: &str = include_str!("../data/pride-and-prejudice.txt");
 
@@ -20,12 +21,19 @@ const BUILT_IN: &str = include_str!("../data/pride-and-prejudice.txt");
 pub fn record(args: &RunArgs) -> Result<Results> {
     let pairs = args.pairs.as_deref().map(pairs::read).transpose()?;
     let text = args.file.as_deref().map(Pieces::open).transpose()?;
-    let (encoder, model, files) = args.model.encoder_and_files()?;
+    let Loaded { model, name, files } = args.model.load()?;
     let recorder = Recorder::new(args.candidates())?;
-    let subject = Subject { model, fingerprint: fingerprint(&files)?, texts: Vec::new() };
-    let run = Run { args, encoder: &encoder, recorder, subject };
+    let fingerprint = fingerprint(&files, args.model.gguf.weights)?;
+    let subject = Subject { model: name.clone(), fingerprint, texts: Vec::new() };
+    let run = Run { args, model: &model, recorder, subject };
     match (&pairs, text) {
-        (Some(pairs), _) => run.pairs(pairs),
+        (Some(pairs), _) => match &model {
+            TextModel::Encoder(encoder) => run.pairs(encoder, pairs),
+            TextModel::Decoder(_) => bail!(
+                "--pairs compares embeddings of sentences, and {name} is a decoder, which has \
+                 none; expected an encoder, or a text by --file"
+            ),
+        },
         (None, Some((text, size))) => {
             let name = args.file.as_deref().map(shown).unwrap_or_default();
             run.text(&name, text, size)
@@ -40,14 +48,14 @@ pub fn record(args: &RunArgs) -> Result<Results> {
 
 struct Run<'a> {
     args: &'a RunArgs,
-    encoder: &'a TextEncoder,
+    model: &'a TextModel,
     recorder: Recorder,
     subject: Subject,
 }
 
 impl Run<'_> {
     fn text<R: BufRead>(mut self, name: &str, mut source: Pieces<R>, size: u64) -> Result<Results> {
-        let mut cutter = EncoderCutter::new(self.encoder, self.args.passage_tokens)?;
+        let mut cutter = self.model.cutter(self.args.passage_tokens)?;
         let progress = progress_bar(size);
         let (mut text, mut more, mut index) = (String::new(), true, 0);
         while more {
@@ -65,15 +73,17 @@ impl Run<'_> {
         }
         progress.finish_and_clear();
         cutter.check().with_context(|| format!("cannot use the text {name}"))?;
-        let cut = self.describe(&cutter, index);
+        let cut = self.describe(&*cutter, index);
         self.finish(name.to_string(), cut, Vec::new())
     }
 
     /// How a text was cut into `count` passages.
     fn describe(&self, cutter: &dyn Cutter, count: u64) -> String {
         let limit = match self.args.passage_tokens {
-            None => ", as many as the model reads at once",
-            Some(_) => "",
+            None if cutter.passage_tokens() == self.model.longest() => {
+                ", as many as the model reads at once"
+            }
+            _ => "",
         };
         let cut = match count {
             1 => "one passage".to_string(),
@@ -88,7 +98,7 @@ impl Run<'_> {
         }
     }
 
-    fn pairs(mut self, pairs: &[Pair]) -> Result<Results> {
+    fn pairs(mut self, encoder: &TextEncoder, pairs: &[Pair]) -> Result<Results> {
         let path = self.args.pairs.as_deref().unwrap_or(Path::new(""));
         let name = shown(path);
         let progress = progress_bar(pairs.len() as u64);
@@ -98,12 +108,12 @@ impl Run<'_> {
             progress.set_position(index);
             let [a, b] = &pair.sentences;
             // Of all pairs, so that the parts of a corpus say the same.
-            cut += self.too_long(a)? + self.too_long(b)?;
+            cut += too_long(encoder, a)? + too_long(encoder, b)?;
             if !self.args.shard.has(index) {
                 continue;
             }
             let mut embed = |sentence: &str, side: u64| -> Result<Embeddings> {
-                let mut cutter = EncoderCutter::new(self.encoder, None)?;
+                let mut cutter = self.model.cutter(None)?;
                 cutter.push(sentence)?;
                 let passage = cutter.next(true)?;
                 let passage =
@@ -123,15 +133,9 @@ impl Run<'_> {
         self.finish(name, how, judged)
     }
 
-    /// 1 if the model does not read all of a sentence, else 0.
-    fn too_long(&self, sentence: &str) -> Result<u64> {
-        let batch = self.encoder.tokenize(&[sentence])?;
-        Ok(u64::from(batch.truncated.iter().any(|&tokens| tokens > 0)))
-    }
-
     fn record(&mut self, passage: &Passage, index: u64) -> Result<Embeddings> {
         let Passage { ids, words } = passage;
-        let recorded = self.recorder.record(&self.encoder.model, ids, words, index);
+        let recorded = self.recorder.record(self.model, ids, words, index);
         recorded.with_context(|| format!("passage {index}"))
     }
 
@@ -148,6 +152,12 @@ impl Run<'_> {
     }
 }
 
+/// 1 if the model does not read all of a sentence, else 0.
+fn too_long(encoder: &TextEncoder, sentence: &str) -> Result<u64> {
+    let batch = encoder.tokenize(&[sentence])?;
+    Ok(u64::from(batch.truncated.iter().any(|&tokens| tokens > 0)))
+}
+
 /// On stderr, and only if that is a terminal.
 fn progress_bar(length: u64) -> ProgressBar {
     let bar = ProgressBar::new(length);
@@ -156,16 +166,22 @@ fn progress_bar(length: u64) -> ProgressBar {
     bar
 }
 
-/// A checksum of the model's files, which tells models apart whatever their folders are called.
-fn fingerprint(files: &ModelFiles) -> Result<String> {
+/// A checksum of the model's files, which tells models apart whatever their folders are called; with
+/// how weights are held, if that was chosen, because it changes what they compute.
+fn fingerprint(files: &[PathBuf], weights: Weights) -> Result<String> {
     let mut hasher = Checksum(crc32fast::Hasher::new());
     let mut size = 0;
-    for path in [&files.weights, &files.config, &files.tokenizer] {
+    for path in files {
         let cannot = || format!("cannot read {}", path.display());
         let mut file = std::fs::File::open(path).with_context(cannot)?;
         size += std::io::copy(&mut file, &mut hasher).with_context(cannot)?;
     }
-    Ok(format!("{:08x}-{size}", hasher.0.finalize()))
+    let held = match weights {
+        Weights::Auto => "",
+        Weights::Quantized => "-quantized",
+        Weights::F32 => "-f32",
+    };
+    Ok(format!("{:08x}-{size}{held}", hasher.0.finalize()))
 }
 
 struct Checksum(crc32fast::Hasher);

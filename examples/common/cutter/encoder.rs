@@ -98,6 +98,10 @@ impl Cutter for EncoderCutter<'_> {
         self.room + self.special_tokens()
     }
 
+    fn fewest_tokens(&self) -> usize {
+        3
+    }
+
     fn special_tokens(&self) -> usize {
         2
     }

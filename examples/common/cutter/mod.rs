@@ -1,5 +1,6 @@
 //! A text as passages of tokens, each no longer than the model reads at once.
 
+pub mod decoder;
 pub mod encoder;
 
 use anyhow::Result;
@@ -27,7 +28,10 @@ pub trait Cutter {
     /// Tokens of a passage, special ones included.
     fn passage_tokens(&self) -> usize;
 
-    /// Of them, those that are not of the text.
+    /// The fewest that it can have.
+    fn fewest_tokens(&self) -> usize;
+
+    /// Those that are not of the text.
     fn special_tokens(&self) -> usize;
 
     /// About how many bytes of text wait to become passages.
