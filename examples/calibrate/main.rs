@@ -6,8 +6,10 @@
 //! cargo run --release --example calibrate -- --file book.txt --ranges ranges.json
 //! ```
 //!
-//! `--model` takes an encoder or a decoder. The first prints the drift of static scales from every kind of observer beside that of dynamic
-//! ones; the second saves the ranges of one; the third loads them. A model loads them like this:
+//! The first prints the drift of static scales from every kind of observer beside that of dynamic
+//! ones; the second saves the ranges of one; the third loads them. `--model` takes an encoder or a
+//! decoder. A model loads ranges like this; a decoder then needs a cache by `LlamaCache::full`,
+//! because an int8 cache has scales of its own:
 //!
 //! ```no_run
 //! use candle_core::Device;

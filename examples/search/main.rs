@@ -5,9 +5,10 @@
 //! cargo run --release --example search -- --attention 44 --file book.txt --output layers.json
 //! ```
 //!
-//! `--model` takes an encoder or a decoder. The settings are searched on one part of the text and verified on the other. If the budget is
-//! not kept there, nothing is written and the exit status is 2. A file that was written is loaded
-//! like this:
+//! The settings are searched on one part of the text and verified on the other. If the budget is
+//! not kept there, nothing is written and the exit status is 2. `--model` takes an encoder or a
+//! decoder. A file that was written is loaded like this; a decoder then needs a cache by
+//! `LlamaCache::full`, because an int8 cache has scales of its own:
 //!
 //! ```no_run
 //! use candle_core::Device;

@@ -166,7 +166,7 @@ impl DecoderCutter<'_> {
 
 /// The text of a token, on one line: a table or a sentence in a report shows it.
 fn label(text: &str) -> String {
-    text.replace("\r\n", "\n").replace(['\n', '\r'], "\u{23ce}").replace('\t', " ")
+    text.replace('\r', "").replace('\n', "\u{23ce}").replace('\t', " ")
 }
 
 #[cfg(test)]
