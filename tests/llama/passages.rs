@@ -3,6 +3,7 @@
 use super::common::cutter::decoder::DecoderCutter;
 use super::common::cutter::{Cutter, Passage};
 use super::tiny::{CONTEXT, GgufFile, Tiny};
+use super::tokenizers::sentence_piece;
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
@@ -92,6 +93,22 @@ fn every_passage_begins_with_the_token_that_the_model_expects() -> Result<()> {
     for Passage { ids, words } in passages(&mut cutter, &text(), 100)? {
         assert_eq!(ids.squeeze(0)?.to_vec1::<u32>()?[0], start[0]);
         assert_eq!(words[0], "<|start|>");
+    }
+    Ok(())
+}
+
+/// Which puts a space before every text, and writes what it does not know as bytes.
+#[test]
+fn passages_of_sentence_piece_hold_all_of_the_text() -> Result<()> {
+    let tokenizer = sentence_piece()?;
+    let text = "abc ab a\u{e9} \u{1f980}b  c".repeat(40);
+    for tokens in [9, 10, 11, 12, 13, 100] {
+        let mut cutter = DecoderCutter::new(&tokenizer, CONTEXT, Some(tokens))?;
+        let found = passages(&mut cutter, &text, 64)?;
+        assert!(found.iter().all(|passage| passage.words.len() <= tokens), "{tokens}");
+        let words = found.iter().flat_map(|passage| &passage.words[1..]);
+        assert_eq!(words.map(String::as_str).collect::<String>(), text);
+        assert!(found.iter().all(|passage| passage.words[0] == "<s>"));
     }
     Ok(())
 }

@@ -100,8 +100,12 @@ impl Cutter for DecoderCutter<'_> {
     }
 
     fn next(&mut self, rest: bool) -> Result<Option<Passage>> {
+        if self.from == self.text.len() {
+            return Ok(None);
+        }
         let Some(mut tokens) = self.encode(rest)? else { return Ok(None) };
         if tokens.is_empty() {
+            // All that is left is nothing to the tokenizer.
             self.from = self.text.len();
             return Ok(None);
         }
