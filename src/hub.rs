@@ -50,6 +50,26 @@ impl HubModel {
         Self { id: id.into(), revision: None, offline: false }
     }
 
+    /// `config.json` alone, downloaded if the cache lacks it. Its `model_type` tells which kind of
+    /// model this is, and so whether [`Self::fetch`] or [`Self::fetch_llama`] gets the rest.
+    ///
+    /// # Errors
+    /// Those of [`Self::fetch`].
+    pub fn fetch_config(&self) -> Result<PathBuf> {
+        let client = HFClientSync::new().map_err(|error| self.error(&error, "client"))?;
+        self.fetch_config_from(&client)
+    }
+
+    /// [`Self::fetch_config`] with a client of one's own.
+    ///
+    /// # Errors
+    /// Those of [`Self::fetch`].
+    pub fn fetch_config_from(&self, client: &HFClientSync) -> Result<PathBuf> {
+        self.check_names()?;
+        let (owner, name) = split_id(&self.id);
+        self.file(&client.model(owner, name), "config.json", self.revision.as_deref())
+    }
+
     /// The model's files, downloaded if the cache lacks them. A download shows a progress bar on
     /// stderr if that is a terminal.
     ///

@@ -1,16 +1,11 @@
 //! The example `drift`, run as a user and as a CI job run it.
 
 // The parts of the example that have tests of their own, which run here.
-mod common {
-    #[path = "../../examples/common/words.rs"]
-    pub mod words;
-}
+#[path = "../examples/common/mod.rs"]
+mod common;
 #[allow(dead_code)]
-#[path = "../examples/drift/passages.rs"]
-mod passages;
-#[allow(dead_code)]
-#[path = "../examples/drift/words.rs"]
-mod words;
+#[path = "../examples/drift/text.rs"]
+mod text;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};

@@ -64,7 +64,7 @@ fn ranges_are_collected_compared_saved_and_loaded() {
 
     // Ranges of a model with other heads.
     let ranges: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
-    for (layer, side) in [(0, "q"), (1, "k")] {
+    for (layer, side, what) in [(0, "q", "query"), (1, "k", "key")] {
         for change in [-1, 1] {
             let mut ranges = ranges.clone();
             let heads = &mut ranges["calibration"]["layers"][layer][side];
@@ -73,8 +73,10 @@ fn ranges_are_collected_compared_saved_and_loaded() {
                 1 => heads.push(heads[0].clone()),
                 _ => drop(heads.pop()),
             }
-            let expected =
-                format!("ranges of {} heads in layer {layer} for a model of 12", heads.len());
+            let expected = format!(
+                "ranges of {} {what} heads in layer {layer} for a model of 12",
+                heads.len()
+            );
             std::fs::write(file, ranges.to_string()).unwrap();
             for scales in ["head", "tensor"] {
                 fail("calibrate", &["--ranges", file, "--scales", scales], &expected);
@@ -124,7 +126,7 @@ fn bad_arguments_are_errors() {
     for (name, flags) in [("calibrate", &[][..]), ("search", &["--embedding", "40"][..])] {
         let cases: [(&[&str], &str); 8] = [
             (&["--file", &blank], "no word"),
-            (&["--file", &word], "one token"),
+            (&["--file", &word], "makes two passages"),
             (&["--file", &not_utf8], "not UTF-8"),
             (&["--file", "no/such/file.txt"], "no/such/file.txt"),
             (&["--unseen", &blank], "blank.txt"),

@@ -7,7 +7,9 @@
 //! ```
 //!
 //! The first prints the drift of static scales from every kind of observer beside that of dynamic
-//! ones; the second saves the ranges of one; the third loads them. A model loads them like this:
+//! ones; the second saves the ranges of one; the third loads them. `--model` takes an encoder or a
+//! decoder. A model loads ranges like this; a decoder then needs a cache by `LlamaCache::full`,
+//! because an int8 cache has scales of its own:
 //!
 //! ```no_run
 //! use candle_core::Device;
@@ -27,13 +29,13 @@ mod report;
 use anyhow::Result;
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::{
-    BertModel, Calibration, CalibrationConfig, StaticScales, calibrate,
+    AttentionLayers, Calibration, CalibrationConfig, StaticScales, calibrate,
 };
 use candle_int8_attention::quant::{ObserverKind, Scheme};
-use common::model::ModelArgs;
 use common::output::check_writable;
 use common::passages::{PassageArgs, Passages};
 use common::print::{finish, parse};
+use common::text_model::{Loaded, TextModel, TextModelArgs};
 use report::Report;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -80,7 +82,7 @@ struct Args {
     text: PassageArgs,
 
     #[command(flatten)]
-    model: ModelArgs,
+    model: TextModelArgs,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -106,15 +108,16 @@ fn run(args: &Args) -> Result<String> {
     let loaded = args.ranges.as_ref().map(Calibration::load).transpose()?;
     let inputs = args.text.file.iter().chain(&args.text.unseen);
     let target = args.output.as_deref().map(|path| check_writable(path, inputs)).transpose()?;
-    let (mut encoder, name) = args.model.encoder()?;
-    let passages = args.text.read(&encoder)?;
-    let model = &mut encoder.model;
-    model.set_attention(&AttentionConfig::fp32());
+    let Loaded { mut model, name, .. } = args.model.load()?;
+    let passages = args.text.read(&model)?;
+    for layer in model.attention_mut() {
+        layer.set_config(AttentionConfig::fp32());
+    }
     let calibrations = match loaded {
         Some(calibration) => vec![calibration],
-        None => collect(args, model, &passages)?,
+        None => collect(args, &model, &passages)?,
     };
-    let rows = measure::rows(model, &passages.unseen, &calibrations, args.scales.into())?;
+    let rows = measure::rows(&mut model, &passages.unseen, &calibrations, args.scales.into())?;
     if let (Some(path), [calibration]) = (&target, calibrations.as_slice()) {
         calibration.save(path)?;
     }
@@ -128,7 +131,7 @@ fn run(args: &Args) -> Result<String> {
 }
 
 /// One calibration an observer.
-fn collect(args: &Args, model: &BertModel, passages: &Passages) -> Result<Vec<Calibration>> {
+fn collect(args: &Args, model: &TextModel, passages: &Passages) -> Result<Vec<Calibration>> {
     let observers = match args.observer {
         Some(observer) => vec![observer],
         None => vec![

@@ -1,6 +1,7 @@
 //! The drift of static scales beside that of dynamic ones.
 
-use anyhow::{Result, bail, ensure};
+use crate::common::text_model::TextModel;
+use anyhow::Result;
 use candle_core::Tensor;
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::layers::{
@@ -8,8 +9,8 @@ use candle_int8_attention::drift::layers::{
 };
 use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::models::{
-    AttentionLayers, BertModel, Calibration, CalibrationConfig, Int8Setting, LayerRanges,
-    LayerSetting, StaticScales,
+    AttentionLayers, Calibration, CalibrationConfig, Int8Setting, LayerRanges, LayerSetting,
+    StaticScales,
 };
 use candle_int8_attention::quant::{Granularity, Range, token_mean};
 use serde::Serialize;
@@ -41,22 +42,15 @@ struct Way {
 
 /// First the dynamic scales, then those of each calibration. `model` computes in fp32.
 pub fn rows(
-    model: &mut BertModel,
+    model: &mut TextModel,
     passages: &[Tensor],
     calibrations: &[Calibration],
     scales: StaticScales,
 ) -> Result<Vec<Row>> {
-    let layers = model.layers().len();
+    let layers = model.attention().len();
     let mut ways = Vec::new();
     if let Some(calibration) = calibrations.first() {
-        let found = calibration.layers.len();
-        ensure!(found == layers, "ranges of {found} layers for a model of {layers}");
-        let heads = model.config().num_attention_heads;
-        for (index, LayerRanges { q, k }) in calibration.layers.iter().enumerate() {
-            if let Some(found) = [q.len(), k.len()].into_iter().find(|&found| found != heads) {
-                bail!("ranges of {found} heads in layer {index} for a model of {heads}");
-            }
-        }
+        calibration.check_model(model)?;
         ways.extend(dynamic_ways(layers, calibration.config, scales));
     }
     for calibration in calibrations {
@@ -114,7 +108,7 @@ fn dynamic_ways(layers: usize, config: CalibrationConfig, scales: StaticScales) 
 }
 
 /// The share of elements outside of their ranges.
-fn clipped(model: &BertModel, passages: &[Tensor], calibration: &Calibration) -> Result<f64> {
+fn clipped(model: &TextModel, passages: &[Tensor], calibration: &Calibration) -> Result<f64> {
     let CalibrationConfig { smooth_k, smooth_q, .. } = calibration.config;
     let (mut outside, mut all) = (0, 0);
     for ids in passages {

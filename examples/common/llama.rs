@@ -28,17 +28,34 @@ pub struct LlamaArgs {
     #[command(flatten)]
     pub hub: HubArgs,
 
+    #[command(flatten)]
+    pub gguf: GgufArgs,
+}
+
+/// Flags for GGUF files.
+#[derive(Debug, Clone, clap::Args)]
+pub struct GgufArgs {
     /// Take this GGUF file of --model-id [default: its safetensors]
-    #[arg(long, value_name = "NAME", requires = "model_id", conflicts_with = "model")]
-    pub gguf: Option<String>,
+    #[arg(long = "gguf", value_name = "NAME", requires = "model_id", conflicts_with = "model")]
+    pub file: Option<String>,
 
     /// How matrices of a GGUF file are held: what is fastest, as in the file, or in f32
     #[arg(long, value_enum, default_value_t = Weights::Auto)]
     pub weights: Weights,
 }
 
+impl GgufArgs {
+    /// Refuses them for an encoder.
+    pub fn refuse_for(&self, encoder: &str) -> Result<()> {
+        match self.weights {
+            Weights::Auto => Ok(()),
+            _ => bail!("--weights is for the GGUF file of a decoder, but {encoder} is an encoder"),
+        }
+    }
+}
+
 /// The value of `--weights`.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Weights {
     Auto,
     Quantized,
@@ -46,17 +63,40 @@ pub enum Weights {
 }
 
 /// A decoder with its tokenizer and a name for people.
+#[derive(Clone)]
 pub struct Decoder {
     pub model: LlamaModel,
     pub tokenizer: LlamaTokenizer,
     pub name: String,
+    path: PathBuf,
+}
+
+impl Decoder {
+    /// The files that decide what is computed, in an order that is always the same.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        if !self.path.is_dir() {
+            return Ok(vec![self.path.clone()]);
+        }
+        let cannot = || format!("cannot read {}", self.path.display());
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.path).with_context(cannot)? {
+            let path = entry.with_context(cannot)?.path();
+            let is_weights = path.extension().is_some_and(|end| end == "safetensors");
+            let named = ["config.json", "tokenizer.json"].map(|name| self.path.join(name));
+            if is_weights || named.contains(&path) {
+                files.push(path);
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
 }
 
 impl LlamaArgs {
     /// The decoder; all layers have fp32 attention.
     pub fn load(&self) -> Result<Decoder> {
         let (path, name) = self.path()?;
-        let format = match self.weights {
+        let format = match self.gguf.weights {
             Weights::Auto => WeightFormat::Auto,
             Weights::Quantized => WeightFormat::Quantized,
             Weights::F32 => WeightFormat::Dense,
@@ -68,13 +108,13 @@ impl LlamaArgs {
         if words > rows {
             bail!("{name}: the tokenizer has {words} words, but the model embeds {rows}");
         }
-        Ok(Decoder { model, tokenizer, name })
+        Ok(Decoder { model, tokenizer, name, path })
     }
 
     /// The path of the model, and a name for people.
     fn path(&self) -> Result<(PathBuf, String)> {
         if let Some(id) = &self.hub.model_id {
-            return self.hub.decoder(id, self.gguf.as_deref());
+            return self.hub.decoder(id, self.gguf.file.as_deref());
         }
         match &self.model {
             Some(path) => Ok((path.clone(), shown(path))),

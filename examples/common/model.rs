@@ -83,6 +83,11 @@ impl ModelArgs {
 
 #[cfg(feature = "hub")]
 impl HubArgs {
+    /// The `config.json` of the model `id`.
+    pub fn config(&self, id: &str) -> Result<PathBuf> {
+        Ok(self.model(id).0.fetch_config()?)
+    }
+
     /// The files of the encoder `id`, and a name for people.
     pub fn encoder(&self, id: &str) -> Result<(ModelFiles, String)> {
         let (model, name) = self.model(id);
@@ -111,6 +116,10 @@ name it with --model";
 
 #[cfg(not(feature = "hub"))]
 impl HubArgs {
+    pub fn config(&self, _id: &str) -> Result<PathBuf> {
+        anyhow::bail!(NO_HUB)
+    }
+
     pub fn encoder(&self, _id: &str) -> Result<(ModelFiles, String)> {
         anyhow::bail!(NO_HUB)
     }

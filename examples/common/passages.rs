@@ -1,10 +1,10 @@
 //! A text in two parts: one to learn from, one to be judged on.
 
+use super::cutter::Cutter;
 use super::print::count;
-use super::windows::{Window, Windows};
+use super::text_model::TextModel;
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
-use candle_int8_attention::models::TextEncoder;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -14,8 +14,8 @@ const BUILT_IN: &str = include_str!("../data/pride-and-prejudice.txt");
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Text")]
 pub struct PassageArgs {
-    /// Text (UTF-8), cut into passages as long as the model reads at once [default: the opening of
-    /// Pride and Prejudice, which makes two short ones]
+    /// Text (UTF-8), cut into passages as long as an encoder reads at once, 512 tokens of a decoder
+    /// [default: the opening of Pride and Prejudice, which makes two short ones]
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
 
@@ -55,34 +55,32 @@ pub struct Summary {
 }
 
 impl PassageArgs {
-    pub fn read(&self, encoder: &TextEncoder) -> Result<Passages> {
+    pub fn read(&self, model: &TextModel) -> Result<Passages> {
         let (name, text) = match &self.file {
             Some(file) => (file.display().to_string(), read(file)?),
             None => ("Pride and Prejudice (built in)".to_string(), BUILT_IN.to_string()),
         };
-        let windows = |text: &str, name: &str, count| -> Result<Vec<Window>> {
-            let windows = Windows::at_least(count, encoder, text).with_context(|| name.to_string());
-            Ok(windows?.windows)
+        let passages = |text: &str, name: &str, count| {
+            at_least(count, model, text).with_context(|| name.to_string())
         };
         let (seen, unseen, unseen_name) = match &self.unseen {
             Some(file) => {
                 let other = file.display().to_string();
-                (windows(&text, &name, 1)?, windows(&read(file)?, &other, 1)?, other)
+                (passages(&text, &name, 1)?, passages(&read(file)?, &other, 1)?, other)
             }
             None => {
-                let mut seen = windows(&text, &name, 2)?;
+                let mut seen = passages(&text, &name, 2)?;
                 ensure!(
                     seen.len() > 1,
-                    "{name}: one token, expected a text that makes two passages"
+                    "{name}: too short, expected a text that makes two passages"
                 );
                 let unseen = seen.split_off(seen.len() / 2);
                 (seen, unseen, format!("the rest of {name}"))
             }
         };
-        let part = |windows: Vec<Window>| -> Vec<Tensor> {
-            windows.into_iter().take(self.passages).map(|window| window.ids).collect()
-        };
-        let (seen, unseen) = (part(seen), part(unseen));
+        let (mut seen, mut unseen) = (seen, unseen);
+        seen.truncate(self.passages);
+        unseen.truncate(self.passages);
         let tokens = |ids: &[Tensor]| ids.iter().map(Tensor::elem_count).sum();
         let summary = Summary {
             text: name,
@@ -106,6 +104,30 @@ impl Summary {
         let unseen = part(self.unseen_tokens, self.unseen_passages, &self.unseen_text);
         format!("  {purpose} {seen}\n  {judged} {unseen}\n")
     }
+}
+
+/// All of a text in as few passages as the model needs, but `count` if it has as many tokens.
+fn at_least(count: usize, model: &TextModel, text: &str) -> Result<Vec<Tensor>> {
+    let mut cutter = model.cutter(None)?;
+    let passages = cut(&mut *cutter, text)?;
+    let special = cutter.special_tokens();
+    let tokens: usize = passages.iter().map(|ids| ids.elem_count() - special).sum();
+    let tokens = (tokens.div_ceil(count) + special).max(cutter.fewest_tokens());
+    match passages.iter().any(|ids| ids.elem_count() > tokens) {
+        true => cut(&mut *model.cutter(Some(tokens))?, text),
+        false => Ok(passages),
+    }
+}
+
+/// All passages of a text.
+fn cut(cutter: &mut dyn Cutter, text: &str) -> Result<Vec<Tensor>> {
+    cutter.push(text)?;
+    cutter.check()?;
+    let mut passages = Vec::new();
+    while let Some(passage) = cutter.next(true)? {
+        passages.push(passage.ids);
+    }
+    Ok(passages)
 }
 
 fn read(file: &Path) -> Result<String> {

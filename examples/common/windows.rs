@@ -26,11 +26,6 @@ pub const UNKNOWN: &str = "[UNK]";
 impl Windows {
     /// As few windows as the model needs.
     pub fn of(encoder: &TextEncoder, text: &str) -> Result<Self> {
-        Self::at_least(1, encoder, text)
-    }
-
-    /// As few as the model needs, but `count` if the text has as many tokens.
-    pub fn at_least(count: usize, encoder: &TextEncoder, text: &str) -> Result<Self> {
         let pieces = Pieces::of(encoder, text)?;
         ensure!(!pieces.tokens.is_empty(), "the text has no word or sign in it");
         ensure!(
@@ -39,7 +34,6 @@ impl Windows {
         );
         let room = encoder.model.config().max_position_embeddings.saturating_sub(2);
         ensure!(room > 0, "the model reads no more than the two special tokens");
-        let room = room.min(pieces.tokens.len().div_ceil(count));
         let windows = pieces.tokens.chunks(room).map(|part| pieces.window(part));
         Ok(Self { windows: windows.collect::<Result<_>>()?, tokens_lost: pieces.lost })
     }

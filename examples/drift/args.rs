@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::common::config::Int8Args;
-use crate::common::model::ModelArgs;
+use crate::common::text_model::TextModelArgs;
 use anyhow::Result;
 use candle_int8_attention::drift::{Candidate, Gate};
 use candle_int8_attention::{Int8Config, PvPrecision};
@@ -50,11 +50,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
 
-    /// Read sentence pairs with scores instead: score<TAB>sentence<TAB>sentence
+    /// Read sentence pairs with scores instead: score<TAB>sentence<TAB>sentence; for encoders
     #[arg(long, value_name = "FILE", conflicts_with = "file")]
     pub pairs: Option<PathBuf>,
 
-    /// Tokens of a passage, the two special ones included [default: as many as the model reads]
+    /// Tokens of a passage, special ones included [default: as many as an encoder reads, 512 of a
+    /// decoder]
     #[arg(long, value_name = "N", conflicts_with = "pairs")]
     pub passage_tokens: Option<usize>,
 
@@ -69,7 +70,7 @@ pub struct RunArgs {
     pub compare: Option<Vec<Spec>>,
 
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub model: TextModelArgs,
 
     #[command(flatten)]
     pub int8: Int8Args,

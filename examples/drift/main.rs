@@ -5,6 +5,7 @@
 //! cargo run --release --example drift -- --file book.txt --html report.html
 //! cargo run --release --example drift -- --file book.txt --compare
 //! cargo run --release --example drift -- --file book.txt --gate gate.toml
+//! cargo run --release --example drift -- --file book.txt --model MODEL.gguf
 //! ```
 //!
 //! The exit status is 2 if a threshold of the gate does not hold, and 1 for every other error. As
@@ -38,12 +39,12 @@ mod common;
 #[allow(dead_code)]
 #[path = "../sentence_similarity/correlation.rs"]
 mod correlation;
+mod layered;
 mod output;
 mod pairs;
-mod passages;
 mod results;
 mod run;
-mod words;
+mod text;
 
 use anyhow::ensure;
 use args::{Args, Command};

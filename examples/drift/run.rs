@@ -1,57 +1,67 @@
 //! Reads the text, runs the model, records.
 
 use crate::args::RunArgs;
+use crate::common::cutter::{Cutter, Passage};
+use crate::common::llama::Weights;
 use crate::common::model::shown;
+use crate::common::text_model::{Loaded, TextModel};
 use crate::pairs::{self, Judged, Pair, Sentences};
-use crate::passages::{Cutter, Passage};
 use crate::results::Results;
-use crate::words::Words;
-use anyhow::{Context, Result, ensure};
+use crate::text::Pieces;
+use anyhow::{Context, Result, bail};
 use candle_int8_attention::drift::{Embeddings, Recorder, Subject, Text};
-use candle_int8_attention::models::{ModelFiles, TextEncoder};
+use candle_int8_attention::models::TextEncoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::BufRead;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const BUILT_IN: &str = include_str!("../data/pride-and-prejudice.txt");
 
 /// Runs everything that the flags ask for.
 pub fn record(args: &RunArgs) -> Result<Results> {
     let pairs = args.pairs.as_deref().map(pairs::read).transpose()?;
-    let words = args.file.as_deref().map(Words::open).transpose()?;
-    let (encoder, model, files) = args.model.encoder_and_files()?;
+    let text = args.file.as_deref().map(Pieces::open).transpose()?;
+    let Loaded { model, name, files } = args.model.load()?;
     let recorder = Recorder::new(args.candidates())?;
-    let subject = Subject { model, fingerprint: fingerprint(&files)?, texts: Vec::new() };
-    let run = Run { args, encoder: &encoder, recorder, subject };
-    match (&pairs, words) {
-        (Some(pairs), _) => run.pairs(pairs),
-        (None, Some((words, size))) => {
+    let fingerprint = fingerprint(&files, args.model.gguf.weights)?;
+    let subject = Subject { model: name.clone(), fingerprint, texts: Vec::new() };
+    let run = Run { args, model: &model, recorder, subject };
+    match (&pairs, text) {
+        (Some(pairs), _) => match &model {
+            TextModel::Encoder(encoder) => run.pairs(encoder, pairs),
+            TextModel::Decoder(_) => bail!(
+                "--pairs compares embeddings of sentences, and {name} is a decoder, which has \
+                 none; expected an encoder, or a text by --file"
+            ),
+        },
+        (None, Some((text, size))) => {
             let name = args.file.as_deref().map(shown).unwrap_or_default();
-            run.text(&name, words, size)
+            run.text(&name, text, size)
         }
         (None, None) => {
             let name = "Pride and Prejudice, chapter 1 (built in)";
-            let words = Words::new(BUILT_IN.as_bytes(), name.into());
-            run.text(name, words, BUILT_IN.len() as u64)
+            let text = Pieces::new(BUILT_IN.as_bytes(), name.into());
+            run.text(name, text, BUILT_IN.len() as u64)
         }
     }
 }
 
 struct Run<'a> {
     args: &'a RunArgs,
-    encoder: &'a TextEncoder,
+    model: &'a TextModel,
     recorder: Recorder,
     subject: Subject,
 }
 
 impl Run<'_> {
-    fn text<R: BufRead>(mut self, name: &str, mut source: Words<R>, size: u64) -> Result<Results> {
-        let mut cutter = Cutter::new(self.encoder, self.args.passage_tokens)?;
+    fn text<R: BufRead>(mut self, name: &str, mut source: Pieces<R>, size: u64) -> Result<Results> {
+        let mut cutter = self.model.cutter(self.args.passage_tokens)?;
         let progress = progress_bar(size);
-        let (mut words, mut more, mut index) = (Vec::new(), true, 0);
+        let (mut text, mut more, mut index) = (String::new(), true, 0);
         while more {
-            more = source.read(&mut words)?;
-            cutter.push(&mut words)?;
+            more = source.read(&mut text)?;
+            cutter.push(&text)?;
+            text.clear();
             while let Some(passage) = cutter.next(!more)? {
                 if self.args.shard.has(index) {
                     self.record(&passage, index)?;
@@ -62,28 +72,33 @@ impl Run<'_> {
             }
         }
         progress.finish_and_clear();
-        ensure!(index > 0, "the text has no word or sign in it ({name})");
-        ensure!(
-            cutter.unknown < cutter.tokens,
-            "the model knows no word of the text ({name}): every token is [UNK]"
-        );
-        let tokens = cutter.passage_tokens();
-        let limit = match self.args.passage_tokens {
-            None => ", as many as the model reads at once",
-            Some(_) => "",
-        };
-        let cut = match index {
-            1 => "one passage".to_string(),
-            n => format!("cut into {n} passages of at most {tokens} tokens{limit}"),
-        };
-        let lost = match cutter.lost {
-            0 => String::new(),
-            n => format!("; {n} tokens of words that no passage holds are left out"),
-        };
-        self.finish(name.to_string(), cut + &lost, Vec::new())
+        cutter.check().with_context(|| format!("cannot use the text {name}"))?;
+        let cut = self.describe(&*cutter, index);
+        self.finish(name.to_string(), cut, Vec::new())
     }
 
-    fn pairs(mut self, pairs: &[Pair]) -> Result<Results> {
+    /// How a text was cut into `count` passages.
+    fn describe(&self, cutter: &dyn Cutter, count: u64) -> String {
+        let limit = match self.args.passage_tokens {
+            None if cutter.passage_tokens() == self.model.longest() => {
+                ", as many as the model reads at once"
+            }
+            _ => "",
+        };
+        let cut = match count {
+            1 => "one passage".to_string(),
+            n => {
+                let tokens = cutter.passage_tokens();
+                format!("cut into {n} passages of at most {tokens} tokens{limit}")
+            }
+        };
+        match cutter.lost() {
+            0 => cut,
+            n => format!("{cut}; {n} tokens of words that no passage holds are left out"),
+        }
+    }
+
+    fn pairs(mut self, encoder: &TextEncoder, pairs: &[Pair]) -> Result<Results> {
         let path = self.args.pairs.as_deref().unwrap_or(Path::new(""));
         let name = shown(path);
         let progress = progress_bar(pairs.len() as u64);
@@ -92,14 +107,14 @@ impl Run<'_> {
             progress.set_position(index);
             let [a, b] = &pair.sentences;
             // Of all pairs, so that the parts of a corpus say the same.
-            sentences.add(self.encoder, a)?;
-            sentences.add(self.encoder, b)?;
+            sentences.add(encoder, a)?;
+            sentences.add(encoder, b)?;
             if !self.args.shard.has(index) {
                 continue;
             }
             let mut embed = |sentence: &str, side: u64| -> Result<Embeddings> {
-                let mut cutter = Cutter::new(self.encoder, None)?;
-                cutter.push(&mut sentence.split_whitespace().map(str::to_string).collect())?;
+                let mut cutter = self.model.cutter(None)?;
+                cutter.push(sentence)?;
                 let passage = cutter.next(true)?;
                 let passage =
                     passage.with_context(|| format!("{name}: no word or sign in {sentence:?}"))?;
@@ -115,7 +130,7 @@ impl Run<'_> {
 
     fn record(&mut self, passage: &Passage, index: u64) -> Result<Embeddings> {
         let Passage { ids, words } = passage;
-        let recorded = self.recorder.record(&self.encoder.model, ids, words, index);
+        let recorded = self.recorder.record(self.model, ids, words, index);
         recorded.with_context(|| format!("passage {index}"))
     }
 
@@ -140,16 +155,22 @@ fn progress_bar(length: u64) -> ProgressBar {
     bar
 }
 
-/// A checksum of the model's files, which tells models apart whatever their folders are called.
-fn fingerprint(files: &ModelFiles) -> Result<String> {
+/// A checksum of the model's files, which tells models apart whatever their folders are called; with
+/// how weights are held, if that was chosen, because it changes what they compute.
+fn fingerprint(files: &[PathBuf], weights: Weights) -> Result<String> {
     let mut hasher = Checksum(crc32fast::Hasher::new());
     let mut size = 0;
-    for path in [&files.weights, &files.config, &files.tokenizer] {
+    for path in files {
         let cannot = || format!("cannot read {}", path.display());
         let mut file = std::fs::File::open(path).with_context(cannot)?;
         size += std::io::copy(&mut file, &mut hasher).with_context(cannot)?;
     }
-    Ok(format!("{:08x}-{size}", hasher.0.finalize()))
+    let held = match weights {
+        Weights::Auto => "",
+        Weights::Quantized => "-quantized",
+        Weights::F32 => "-f32",
+    };
+    Ok(format!("{:08x}-{size}{held}", hasher.0.finalize()))
 }
 
 struct Checksum(crc32fast::Hasher);

@@ -46,11 +46,7 @@ struct Report {
 pub fn run(args: &Args) -> Result<String> {
     let mut fp32 = args.model.load()?;
     fp32.model.set_attention(&AttentionConfig::fp32());
-    let mut int8 = Decoder {
-        model: fp32.model.clone(),
-        tokenizer: fp32.tokenizer.clone(),
-        name: fp32.name.clone(),
-    };
+    let mut int8 = fp32.clone();
     int8.model.set_attention(&AttentionConfig::int8());
     args.cache.apply(&mut int8.model, None)?;
     let prompts = args.prompts();

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! The settings are searched on one part of the text and verified on the other. If the budget is
-//! not kept there, nothing is written and the exit status is 2. A file that was written is loaded
-//! like this:
+//! not kept there, nothing is written and the exit status is 2. `--model` takes an encoder or a
+//! decoder. A file that was written is loaded like this; a decoder then needs a cache by
+//! `LlamaCache::full`, because an int8 cache has scales of its own:
 //!
 //! ```no_run
 //! use candle_core::Device;
@@ -26,10 +27,10 @@ mod report;
 use anyhow::Result;
 use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
 use clap::{ArgGroup, Parser};
-use common::model::ModelArgs;
 use common::output::check_writable;
 use common::passages::PassageArgs;
 use common::print::{finish, parse};
+use common::text_model::{Loaded, TextModelArgs};
 use report::Report;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -71,7 +72,7 @@ struct Args {
     text: PassageArgs,
 
     #[command(flatten)]
-    model: ModelArgs,
+    model: TextModelArgs,
 }
 
 /// The exit status of a budget that is not kept.
@@ -97,8 +98,8 @@ fn run(args: &Args) -> Result<(Report, String)> {
     };
     let inputs = args.text.file.iter().chain(&args.text.unseen);
     let target = args.output.as_deref().map(|path| check_writable(path, inputs)).transpose()?;
-    let (mut encoder, model) = args.model.encoder()?;
-    let passages = args.text.read(&encoder)?;
+    let Loaded { mut model, name, .. } = args.model.load()?;
+    let passages = args.text.read(&model)?;
     let config =
         SearchConfig { margin_db: args.margin, rounds: args.rounds, ..SearchConfig::new(budget) };
     // For people who wait; a log file needs none of it.
@@ -110,8 +111,8 @@ fn run(args: &Args) -> Result<(Report, String)> {
         }
     };
     let texts = (passages.seen.as_slice(), passages.unseen.as_slice());
-    let found = search(&mut encoder.model, texts, &config, &mut progress)?;
-    let mut report = Report::new(model, passages.summary, found);
+    let found = search(&mut model, texts, &config, &mut progress)?;
+    let mut report = Report::new(name, passages.summary, found);
     if let (Some(path), true) = (&target, report.holds()) {
         report.save(path)?;
         report.written = args.output.as_ref().map(|path| path.display().to_string());

@@ -299,38 +299,40 @@ impl Calibration {
         Ok(QuantConfig { scheme, granularity, range })
     }
 
-    /// Switches all layers of a model to int8 with these ranges.
+    /// Refuses a model that these ranges are not from.
     ///
     /// # Errors
     /// [`Error::Config`] unless the model has as many layers, and as many heads if it
-    /// [tells](AttentionLayers::head_counts); those of [`Calibration::config`].
-    pub fn apply(&self, model: &mut impl AttentionLayers, scales: StaticScales) -> Result<()> {
-        let heads = model.head_counts();
-        let layers = model.attention_mut();
-        if layers.len() != self.layers.len() {
-            return Err(Error::Config(format!(
-                "a calibration of {} layers for a model of {}",
-                self.layers.len(),
-                layers.len()
-            )));
+    /// [tells](AttentionLayers::head_counts).
+    pub fn check_model(&self, model: &impl AttentionLayers) -> Result<()> {
+        let differ = |what: String, found, expected| {
+            Err(Error::Config(format!("ranges of {found} {what} for a model of {expected}")))
+        };
+        let (found, expected) = (self.layers.len(), model.attention().len());
+        if found != expected {
+            return differ("layers".into(), found, expected);
         }
-        heads.map_or(Ok(()), |heads| self.check_heads(heads))?;
+        let Some([query_heads, key_heads]) = model.head_counts() else { return Ok(()) };
+        for (index, layer) in self.layers.iter().enumerate() {
+            let sides = [("query", layer.q.len(), query_heads), ("key", layer.k.len(), key_heads)];
+            if let Some((side, found, expected)) = sides.into_iter().find(|(_, f, e)| f != e) {
+                return differ(format!("{side} heads in layer {index}"), found, expected);
+            }
+        }
+        Ok(())
+    }
+
+    /// Switches all layers of a model to int8 with these ranges.
+    ///
+    /// # Errors
+    /// Those of [`Calibration::check_model`] and [`Calibration::config`]; then no layer is switched.
+    pub fn apply(&self, model: &mut impl AttentionLayers, scales: StaticScales) -> Result<()> {
+        self.check_model(model)?;
+        let layers = model.attention_mut();
         let configs = layers.iter().enumerate();
         let configs = configs.map(|(index, layer)| self.config(index, scales, layer.config()));
         let configs = configs.collect::<Result<Vec<_>>>()?;
         layers.into_iter().zip(configs).for_each(|(layer, config)| layer.set_config(config));
-        Ok(())
-    }
-
-    fn check_heads(&self, [query_heads, key_heads]: [usize; 2]) -> Result<()> {
-        for (index, layer) in self.layers.iter().enumerate() {
-            let sides = [("query", layer.q.len(), query_heads), ("key", layer.k.len(), key_heads)];
-            if let Some((side, found, heads)) = sides.into_iter().find(|(_, f, h)| f != h) {
-                return Err(Error::Config(format!(
-                    "a calibration of {found} {side} heads in layer {index} for a model of {heads}"
-                )));
-            }
-        }
         Ok(())
     }
 

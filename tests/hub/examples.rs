@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// The examples that take a BERT model, with what keeps them short.
+/// The examples that take a BERT encoder, with what keeps them short.
 const ENCODERS: [(&str, &[&str]); 6] = [
     ("word_embeddings", &[]),
     ("sentence_similarity", &[]),
@@ -19,11 +19,26 @@ const ENCODERS: [(&str, &[&str]); 6] = [
     ("search", &["--attention", "40", "--rounds", "1"]),
     ("drift", &[]),
 ];
-const DECODERS: [&str; 2] = ["generate", "perplexity"];
+/// The examples that take a Llama-family decoder, and whether they read a text.
+const DECODERS: [(&str, &[&str], bool); 5] = [
+    ("generate", &["--prompt", "the", "--max-tokens", "4"], false),
+    ("perplexity", &["--context", "32", "--chunks", "2"], true),
+    ("calibrate", &["--observer", "min-max"], true),
+    ("search", &["--attention", "20", "--rounds", "1"], true),
+    ("drift", &[], true),
+];
 
 /// `drift` is built only with its feature.
+fn is_built(name: &str) -> bool {
+    cfg!(feature = "drift") || name != "drift"
+}
+
 fn encoders() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
-    ENCODERS.into_iter().filter(|(name, _)| cfg!(feature = "drift") || *name != "drift")
+    ENCODERS.into_iter().filter(|(name, _)| is_built(name))
+}
+
+fn decoders() -> impl Iterator<Item = (&'static str, &'static [&'static str], bool)> {
+    DECODERS.into_iter().filter(|(name, ..)| is_built(name))
 }
 
 /// `cargo test` builds the examples next to the folder of this test's own executable.
@@ -63,7 +78,7 @@ fn fail(name: &str, args: &[&str], endpoint: &str, home: &Path, words: &[&str]) 
 fn every_example_with_a_model_has_the_flags() -> Result<()> {
     let home = tempfile::tempdir()?;
     let gone = closed_endpoint();
-    for name in encoders().map(|(name, _)| name).chain(DECODERS) {
+    for name in encoders().map(|(name, _)| name).chain(decoders().map(|(name, ..)| name)) {
         let help = succeed(name, &["--help"], &gone, home.path());
         for flag in ["--model-id <OWNER/NAME>", "--revision <REVISION>", "--offline"] {
             assert!(help.contains(flag), "{flag} is not in the help of {name}: {help}");
@@ -130,14 +145,12 @@ fn decoders_are_downloaded_once_and_found_offline() -> Result<()> {
     let home = tempfile::tempdir()?;
     let text = home.path().join("text.txt");
     std::fs::write(&text, "the cat and the dog, ".repeat(20))?;
-    let args: [&[&str]; 2] = [
-        &["--prompt", "the", "--max-tokens", "4"],
-        &["--file", text.to_str().unwrap(), "--context", "32", "--chunks", "2"],
-    ];
+    let file = ["--file", text.to_str().unwrap()];
     let hub = Hub::start(decoder()?, "404 Not Found")?;
-    for (name, args) in DECODERS.into_iter().zip(args) {
-        for file in [&[][..], &["--gguf", "tiny.gguf"]] {
-            let of = |more: &[&'static str]| [args, &["--model-id", ID], file, more].concat();
+    for (name, args, reads) in decoders() {
+        let args = [args, if reads { &file } else { &[] }].concat();
+        for gguf in [&[][..], &["--gguf", "tiny.gguf"]] {
+            let of = |more: &[&'static str]| [&args[..], &["--model-id", ID], gguf, more].concat();
             let first = succeed(name, &of(&[]), &hub.endpoint, home.path());
             assert!(!first.is_empty(), "{name}");
             hub.requests();
@@ -147,7 +160,7 @@ fn decoders_are_downloaded_once_and_found_offline() -> Result<()> {
             succeed(name, &of(&["--revision", COMMIT]), &gone, home.path());
         }
         let missing = ["--model-id", ID, "--gguf", "other.gguf"];
-        let missing = [args, &missing].concat();
+        let missing = [&args[..], &missing].concat();
         fail(name, &missing, &hub.endpoint, home.path(), &["no other.gguf", "check"]);
     }
     Ok(())

@@ -98,6 +98,21 @@ fn offline_with_a_full_cache_finds_the_files() -> Result<()> {
 }
 
 #[test]
+fn the_config_is_found_without_the_rest() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let hub = Hub::start(HashMap::from([("config.json", b"{}".to_vec())]), "404 Not Found")?;
+    let client = client(&hub.endpoint, cache.path())?;
+    let config = HubModel::new(ID).fetch_config_from(&client)?;
+    assert_eq!(std::fs::read(&config)?, b"{}");
+    hub.requests();
+    assert_eq!(offline().fetch_config_from(&client)?, config);
+    assert_eq!(hub.requests(), [""; 0], "offline touched the network");
+    let refused = HubModel::new("a/b/c").fetch_config_from(&client);
+    assert!(hub_error(refused).contains("not a model id"));
+    Ok(())
+}
+
+#[test]
 fn a_commit_in_the_cache_needs_no_network() -> Result<()> {
     let cache = tempfile::tempdir()?;
     fill_cache(cache.path(), &FILES)?;

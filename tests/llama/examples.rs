@@ -7,27 +7,27 @@ use serde_json::Value;
 use std::process::{Command, Output};
 
 /// A model's file in a folder of its own, which goes away with it.
-struct Model {
-    path: String,
+pub struct Model {
+    pub path: String,
     _folder: tempfile::TempDir,
 }
 
 impl Model {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         Self::of(&Tiny::new(true)?.gguf(GgmlDType::Q8_0)?)
     }
 
-    fn of(file: &GgufFile) -> Result<Self> {
+    pub fn of(file: &GgufFile) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let path = file.write(folder.path())?.to_string_lossy().into_owned();
         Ok(Self { path, _folder: folder })
     }
 
-    fn run(&self, name: &str, args: &[&str]) -> Output {
+    pub fn run(&self, name: &str, args: &[&str]) -> Output {
         run(name, &[&["--model", &self.path], args].concat())
     }
 
-    fn succeed(&self, name: &str, args: &[&str]) -> (String, String) {
+    pub fn succeed(&self, name: &str, args: &[&str]) -> (String, String) {
         let output = self.run(name, args);
         let (stdout, stderr) = texts(&output);
         assert!(output.status.success(), "{name} {args:?}: {stderr}");
@@ -35,7 +35,7 @@ impl Model {
     }
 
     /// Fails with a message that contains all of `parts`, and not with a panic.
-    fn fail(&self, name: &str, args: &[&str], parts: &[&str]) {
+    pub fn fail(&self, name: &str, args: &[&str], parts: &[&str]) {
         expect_failure(&self.run(name, args), parts);
     }
 }
@@ -49,16 +49,16 @@ fn command(name: &str) -> Command {
     Command::new(path)
 }
 
-fn run(name: &str, args: &[&str]) -> Output {
+pub fn run(name: &str, args: &[&str]) -> Output {
     command(name).args(args).output().unwrap()
 }
 
-fn texts(output: &Output) -> (String, String) {
+pub fn texts(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))
 }
 
-fn expect_failure(output: &Output, parts: &[&str]) {
+pub fn expect_failure(output: &Output, parts: &[&str]) {
     let (stdout, stderr) = texts(output);
     assert!(!output.status.success(), "succeeded: {stdout}");
     for part in parts {

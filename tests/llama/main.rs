@@ -1,14 +1,19 @@
 //! The Llama decoder: against candle-transformers, between formats, its cache, its drift, its
-//! tokenizers, and files that are wrong.
+//! tokenizers, the examples that take it, and files that are wrong.
 
 mod agreement;
 mod cache;
+// The examples' part that cuts passages, whose tests run here.
+#[path = "../../examples/common/mod.rs"]
+mod common;
 #[cfg(feature = "drift")]
 mod drift;
 mod errors;
 mod examples;
+mod passages;
 mod tiny;
 mod tokenizers;
+mod tools;
 
 use candle_core::{Device, Result, Tensor};
 

@@ -90,8 +90,7 @@ fn a_start_token_is_added_where_the_model_expects_one() -> Result<()> {
 }
 
 /// SentencePiece: the best score first, unknown characters as bytes, spaces as `▁`.
-#[test]
-fn sentence_piece_merges_by_score() -> Result<()> {
+pub fn sentence_piece() -> Result<LlamaTokenizer> {
     let mut words: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
     words.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
     let text = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁abc"];
@@ -113,7 +112,12 @@ fn sentence_piece_merges_by_score() -> Result<()> {
         .set("tokenizer.ggml.token_type", values(&|id| Value::I32(kind(id))))
         .set("tokenizer.ggml.bos_token_id", Value::U32(1))
         .set("tokenizer.ggml.eos_token_id", Value::U32(2));
-    let tokenizer = tokenizer(&file)?;
+    tokenizer(&file)
+}
+
+#[test]
+fn sentence_piece_merges_by_score() -> Result<()> {
+    let tokenizer = sentence_piece()?;
     assert_eq!(pieces(&tokenizer, "abc ab")?, ["▁abc", "▁", "ab"]);
     assert_eq!(pieces(&tokenizer, "aé")?, ["▁", "a", "<0xC3>", "<0xA9>"]);
     assert_eq!(tokenizer.encode("a", true)?[0], 1);

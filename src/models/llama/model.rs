@@ -151,7 +151,9 @@ impl LlamaModel {
     /// [`kv_cache`](LlamaLayer::kv_cache) where attention is int8, f32 elsewhere.
     ///
     /// A layer that is switched to fp32 later refuses an int8 cache. [`LlamaCache::full`] makes one
-    /// that serves both kinds of attention, and then keys are quantized again with every call.
+    /// that serves both kinds of attention, and then keys are quantized again with every call, as
+    /// the layer's attention says: an int8 cache has scales of its own, so a granularity or static
+    /// ranges that were chosen there change nothing.
     ///
     /// # Errors
     /// [`Error::Config`] if `context` is 0 or beyond the model's context length.

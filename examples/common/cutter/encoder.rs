@@ -1,24 +1,17 @@
-//! A text as passages of tokens, each no longer than the model reads at once.
+//! Passages for a BERT encoder.
 
+use super::{Cutter, Passage};
 use crate::common::words::split_long;
 use anyhow::{Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::TextEncoder;
 use std::collections::VecDeque;
 
-/// A run of tokens between the model's two special ones.
-pub struct Passage {
-    /// `[1, N]`
-    pub ids: Tensor,
-    /// The text of each token; joined they are the passage.
-    pub words: Vec<String>,
-}
-
 /// A token: its number and its text, with the space before it where a word starts.
 type Piece = (u32, String);
 
-/// Cuts a stream of words into passages.
-pub struct Cutter<'a> {
+/// Cuts word by word; each passage stands between the model's two special tokens.
+pub struct EncoderCutter<'a> {
     encoder: &'a TextEncoder,
     /// What the tokenizer puts before and after every text: `[CLS]` and `[SEP]`.
     ends: (Piece, Piece),
@@ -26,16 +19,16 @@ pub struct Cutter<'a> {
     room: usize,
     waiting: VecDeque<Piece>,
     /// Words that the model has no token for.
-    pub unknown: u64,
-    pub tokens: u64,
+    unknown: u64,
+    tokens: u64,
     /// Tokens of words that alone are longer than the model reads.
-    pub lost: u64,
+    lost: u64,
 }
 
 /// What the tokenizer writes for a word it cannot spell.
 const UNKNOWN: &str = "[UNK]";
 
-impl<'a> Cutter<'a> {
+impl<'a> EncoderCutter<'a> {
     /// Passages of `tokens` tokens, or as many as the model reads.
     pub fn new(encoder: &'a TextEncoder, tokens: Option<usize>) -> Result<Self> {
         let longest = encoder.model.config().max_position_embeddings;
@@ -54,25 +47,16 @@ impl<'a> Cutter<'a> {
         let room = tokens - 2;
         Ok(Self { encoder, ends, room, waiting: VecDeque::new(), unknown: 0, tokens: 0, lost: 0 })
     }
+}
 
-    /// Tokens of a passage, the special ones included.
-    pub fn passage_tokens(&self) -> usize {
-        self.room + 2
-    }
-
-    /// About how many bytes of text wait to become passages.
-    pub fn waiting_bytes(&self) -> u64 {
-        self.waiting.iter().map(|(_, text)| text.len() as u64).sum()
-    }
-
-    /// Tokenizes words, which it takes away, and appends them. BERT's tokenizer splits at white
-    /// space first, so word by word the tokens are the same.
-    pub fn push(&mut self, words: &mut Vec<String>) -> Result<()> {
+impl Cutter for EncoderCutter<'_> {
+    /// BERT's tokenizer splits at white space first, so word by word the tokens are the same.
+    fn push(&mut self, text: &str) -> Result<()> {
         let in_parts = |word| {
             let parts = split_long(word).into_iter().enumerate();
             parts.map(|(index, part)| (part, index == 0))
         };
-        let parts: Vec<(&str, bool)> = words.iter().flat_map(|word| in_parts(word)).collect();
+        let parts: Vec<(&str, bool)> = text.split_whitespace().flat_map(in_parts).collect();
         for parts in parts.chunks(WORDS_AT_ONCE) {
             let texts: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
             let batch = self.encoder.tokenize(&texts)?;
@@ -86,12 +70,10 @@ impl<'a> Cutter<'a> {
                 self.waiting.extend(ids[inner].iter().copied().zip(labels));
             }
         }
-        words.clear();
         Ok(())
     }
 
-    /// The next passage if there are enough tokens for it, or whatever is left.
-    pub fn next(&mut self, rest: bool) -> Result<Option<Passage>> {
+    fn next(&mut self, rest: bool) -> Result<Option<Passage>> {
         let len = self.waiting.len().min(self.room);
         if len == 0 || (len < self.room && !rest) {
             return Ok(None);
@@ -101,6 +83,35 @@ impl<'a> Cutter<'a> {
         let all = std::iter::once(first).chain(inner).chain([last]);
         let (ids, words): (Vec<u32>, Vec<String>) = all.unzip();
         Ok(Some(Passage { ids: Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?, words }))
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(self.tokens > 0, "the text has no word or sign in it");
+        ensure!(
+            self.unknown < self.tokens,
+            "the model knows no word of the text: every token is {UNKNOWN}"
+        );
+        Ok(())
+    }
+
+    fn passage_tokens(&self) -> usize {
+        self.room + self.special_tokens()
+    }
+
+    fn fewest_tokens(&self) -> usize {
+        3
+    }
+
+    fn special_tokens(&self) -> usize {
+        2
+    }
+
+    fn waiting_bytes(&self) -> u64 {
+        self.waiting.iter().map(|(_, text)| text.len() as u64).sum()
+    }
+
+    fn lost(&self) -> u64 {
+        self.lost
     }
 }
 

@@ -1,4 +1,4 @@
-//! The words of a text, one after the other, however large the text is.
+//! A text, piece by piece, however large it is.
 
 use anyhow::{Context, Result, bail};
 use std::fs::File;
@@ -8,8 +8,8 @@ use std::path::Path;
 /// More than any word has.
 const LONGEST: usize = 1 << 16;
 
-/// Reads words from a text that need not fit in memory.
-pub struct Words<R> {
+/// Reads a text that need not fit in memory.
+pub struct Pieces<R> {
     reader: R,
     name: String,
     /// What was read of the word that is not complete yet.
@@ -20,23 +20,23 @@ pub struct Words<R> {
     pub bytes: u64,
 }
 
-impl Words<BufReader<File>> {
-    /// The words of a file, and its size.
+impl Pieces<BufReader<File>> {
+    /// Those of a file, and its size.
     pub fn open(path: &Path) -> Result<(Self, u64)> {
         let name = path.display().to_string();
         let file = File::open(path).with_context(|| format!("cannot read {name}"))?;
         let size = file.metadata().with_context(|| format!("cannot read {name}"))?.len();
-        Ok((Words::new(BufReader::with_capacity(1 << 16, file), name), size))
+        Ok((Pieces::new(BufReader::with_capacity(1 << 16, file), name), size))
     }
 }
 
-impl<R: BufRead> Words<R> {
+impl<R: BufRead> Pieces<R> {
     pub fn new(reader: R, name: String) -> Self {
         Self { reader, name, pending: Vec::new(), line: 1, first: true, bytes: 0 }
     }
 
-    /// Adds the next few words to `words`; false at the end of the text.
-    pub fn read(&mut self, words: &mut Vec<String>) -> Result<bool> {
+    /// Adds the next piece to `text`, as whole words; false at the end.
+    pub fn read(&mut self, text: &mut String) -> Result<bool> {
         let chunk = self.reader.fill_buf().with_context(|| format!("cannot read {}", self.name))?;
         let (len, at_end) = (chunk.len(), chunk.is_empty());
         self.pending.extend_from_slice(chunk);
@@ -50,18 +50,19 @@ impl<R: BufRead> Words<R> {
         if self.pending.len() > LONGEST {
             bail!("{}:{}: a word of more than {LONGEST} bytes", self.name, self.line);
         }
-        let text = match std::str::from_utf8(&bytes) {
-            Ok(text) => text,
+        let piece = match std::str::from_utf8(&bytes) {
+            Ok(piece) => piece,
             Err(error) => {
                 let good = &bytes[..error.valid_up_to()];
                 let line = self.line + good.iter().filter(|&&b| b == b'\n').count();
                 bail!("{}:{line}: not UTF-8", self.name);
             }
         };
-        let text = if self.first { text.strip_prefix('\u{feff}').unwrap_or(text) } else { text };
+        let mark = if self.first { "\u{feff}" } else { "" };
+        let piece = piece.strip_prefix(mark).unwrap_or(piece);
         self.first = false;
-        self.line += text.bytes().filter(|&b| b == b'\n').count();
-        words.extend(text.split_whitespace().map(str::to_string));
+        self.line += piece.bytes().filter(|&b| b == b'\n').count();
+        text.push_str(piece);
         Ok(!at_end)
     }
 }
@@ -70,19 +71,30 @@ impl<R: BufRead> Words<R> {
 mod tests {
     use super::*;
 
-    fn all(text: &[u8]) -> Result<Vec<String>> {
-        let mut reader = Words::new(text, "text".into());
-        let mut words = Vec::new();
-        while reader.read(&mut words)? {}
-        Ok(words)
+    fn all(bytes: &[u8]) -> Result<String> {
+        let mut reader = Pieces::new(bytes, "text".into());
+        let mut text = String::new();
+        while reader.read(&mut text)? {}
+        Ok(text)
     }
 
     #[test]
-    fn words_are_what_stands_between_white_space() {
-        assert_eq!(all("\u{feff}a  b\r\nc\td\n".as_bytes()).unwrap(), ["a", "b", "c", "d"]);
-        assert!(all(b" \n ").unwrap().is_empty());
+    fn a_text_comes_as_it_is_without_a_mark_of_its_encoding() {
+        assert_eq!(all("\u{feff}a  b\r\nc\td".as_bytes()).unwrap(), "a  b\r\nc\td");
+        assert_eq!(all(b" \n ").unwrap(), " \n ");
         let lines = "word\n".repeat(20_000);
-        assert_eq!(all(lines.as_bytes()).unwrap().len(), 20_000);
+        assert_eq!(all(lines.as_bytes()).unwrap(), lines);
+    }
+
+    #[test]
+    fn pieces_end_between_words() {
+        let text = "some words ".repeat(20_000);
+        let mut reader = Pieces::new(std::io::BufReader::new(text.as_bytes()), "text".into());
+        let mut piece = String::new();
+        while reader.read(&mut piece).unwrap() {
+            assert!(piece.ends_with(' '), "{piece:?}");
+            piece.clear();
+        }
     }
 
     #[test]

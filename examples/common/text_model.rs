@@ -1,0 +1,156 @@
+//! A model that reads text, of whichever kind its files are.
+
+use super::cutter::Cutter;
+use super::cutter::decoder::DecoderCutter;
+use super::cutter::encoder::EncoderCutter;
+use super::llama::{Decoder, GgufArgs, LlamaArgs};
+use super::model::{HubArgs, ModelArgs};
+use anyhow::{Result, bail};
+use candle_core::Tensor;
+use candle_int8_attention::QuantizedAttention;
+use candle_int8_attention::models::{AttentionInput, AttentionLayers, TextEncoder};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// Where an encoder or a decoder is.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Model")]
+pub struct TextModelArgs {
+    /// Folder with the weights (safetensors), config.json and tokenizer.json of a BERT encoder or a
+    /// Llama-family decoder, or GGUF file of such a decoder
+    /// [default: models/paraphrase-MiniLM-L3-v2 of this project, an encoder]
+    #[arg(long, value_name = "FILE|DIR")]
+    pub model: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub hub: HubArgs,
+
+    #[command(flatten)]
+    pub gguf: GgufArgs,
+}
+
+/// A BERT encoder or a Llama-family decoder, with its tokenizer.
+pub enum TextModel {
+    Encoder(TextEncoder),
+    Decoder(Decoder),
+}
+
+/// A model, a name for people, and the files that it is from.
+pub struct Loaded {
+    pub model: TextModel,
+    pub name: String,
+    pub files: Vec<PathBuf>,
+}
+
+/// What the files hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Encoder,
+    Decoder,
+}
+
+impl TextModelArgs {
+    /// The model; a decoder's layers all have fp32 attention.
+    pub fn load(&self) -> Result<Loaded> {
+        let (model, hub) = (self.model.clone(), self.hub.clone());
+        match self.kind()? {
+            Kind::Encoder => {
+                let (encoder, name, files) = ModelArgs { model, hub }.encoder_and_files()?;
+                self.gguf.refuse_for(&name)?;
+                let files = vec![files.weights, files.config, files.tokenizer];
+                Ok(Loaded { model: TextModel::Encoder(encoder), name, files })
+            }
+            Kind::Decoder => {
+                let decoder = LlamaArgs { model, hub, gguf: self.gguf.clone() }.load()?;
+                let (name, files) = (decoder.name.clone(), decoder.files()?);
+                Ok(Loaded { model: TextModel::Decoder(decoder), name, files })
+            }
+        }
+    }
+
+    fn kind(&self) -> Result<Kind> {
+        if self.gguf.file.is_some() {
+            return Ok(Kind::Decoder);
+        }
+        if let Some(id) = &self.hub.model_id {
+            return Kind::of_config(&self.hub.config(id)?);
+        }
+        match &self.model {
+            Some(path) if path.is_file() => Ok(Kind::Decoder),
+            Some(path) => Kind::of_config(&path.join("config.json")),
+            None => Ok(Kind::Encoder),
+        }
+    }
+}
+
+impl Kind {
+    /// What a `config.json` describes. One that is not there, or is none, is for the loader of
+    /// encoders, which says what is wrong with it.
+    fn of_config(path: &Path) -> Result<Self> {
+        #[derive(Deserialize, Default)]
+        struct Config {
+            model_type: Option<String>,
+        }
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let config: Config = serde_json::from_str(&text).unwrap_or_default();
+        match config.model_type.as_deref() {
+            None | Some("bert") => Ok(Kind::Encoder),
+            Some("llama") => Ok(Kind::Decoder),
+            Some(other) => {
+                bail!("{}: model_type {other:?}, expected \"bert\" or \"llama\"", path.display())
+            }
+        }
+    }
+}
+
+impl TextModel {
+    /// Cuts text into passages of `tokens` tokens, or as many as is usual for the model.
+    pub fn cutter(&self, tokens: Option<usize>) -> Result<Box<dyn Cutter + '_>> {
+        Ok(match self {
+            TextModel::Encoder(encoder) => Box::new(EncoderCutter::new(encoder, tokens)?),
+            TextModel::Decoder(decoder) => {
+                Box::new(DecoderCutter::new(&decoder.tokenizer, self.longest(), tokens)?)
+            }
+        })
+    }
+
+    /// Tokens that the model reads at once.
+    pub fn longest(&self) -> usize {
+        match self {
+            TextModel::Encoder(encoder) => encoder.model.config().max_position_embeddings,
+            TextModel::Decoder(decoder) => decoder.model.config().context_length,
+        }
+    }
+
+    fn layers(&self) -> &dyn AttentionLayers {
+        match self {
+            TextModel::Encoder(encoder) => &encoder.model,
+            TextModel::Decoder(decoder) => &decoder.model,
+        }
+    }
+}
+
+impl AttentionLayers for TextModel {
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        self.layers().attention()
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        match self {
+            TextModel::Encoder(encoder) => encoder.model.attention_mut(),
+            TextModel::Decoder(decoder) => decoder.model.attention_mut(),
+        }
+    }
+
+    fn head_counts(&self) -> Option<[usize; 2]> {
+        self.layers().head_counts()
+    }
+
+    fn run(
+        &self,
+        ids: &Tensor,
+        see: &mut dyn FnMut(usize, AttentionInput<'_>) -> candle_int8_attention::Result<()>,
+    ) -> candle_int8_attention::Result<Tensor> {
+        self.layers().run(ids, see)
+    }
+}
