@@ -29,15 +29,15 @@ pub struct LlamaArgs {
     pub hub: HubArgs,
 
     #[command(flatten)]
-    pub gguf: GgufArgs,
+    pub format: GgufArgs,
 }
 
 /// Flags for GGUF files.
 #[derive(Debug, Clone, clap::Args)]
 pub struct GgufArgs {
     /// Take this GGUF file of --model-id [default: its safetensors]
-    #[arg(long = "gguf", value_name = "NAME", requires = "model_id", conflicts_with = "model")]
-    pub file: Option<String>,
+    #[arg(long, value_name = "NAME", requires = "model_id", conflicts_with = "model")]
+    pub gguf: Option<String>,
 
     /// How matrices of a GGUF file are held: what is fastest, as in the file, or in f32
     #[arg(long, value_enum, default_value_t = Weights::Auto)]
@@ -96,7 +96,7 @@ impl LlamaArgs {
     /// The decoder; all layers have fp32 attention.
     pub fn load(&self) -> Result<Decoder> {
         let (path, name) = self.path()?;
-        let format = match self.gguf.weights {
+        let format = match self.format.weights {
             Weights::Auto => WeightFormat::Auto,
             Weights::Quantized => WeightFormat::Quantized,
             Weights::F32 => WeightFormat::Dense,
@@ -114,7 +114,7 @@ impl LlamaArgs {
     /// The path of the model, and a name for people.
     fn path(&self) -> Result<(PathBuf, String)> {
         if let Some(id) = &self.hub.model_id {
-            return self.hub.decoder(id, self.gguf.file.as_deref());
+            return self.hub.decoder(id, self.format.gguf.as_deref());
         }
         match &self.model {
             Some(path) => Ok((path.clone(), shown(path))),

@@ -26,7 +26,7 @@ pub struct TextModelArgs {
     pub hub: HubArgs,
 
     #[command(flatten)]
-    pub gguf: GgufArgs,
+    pub format: GgufArgs,
 }
 
 /// A BERT encoder or a Llama-family decoder, with its tokenizer.
@@ -56,12 +56,12 @@ impl TextModelArgs {
         match self.kind()? {
             Kind::Encoder => {
                 let (encoder, name, files) = ModelArgs { model, hub }.encoder_and_files()?;
-                self.gguf.refuse_for(&name)?;
+                self.format.refuse_for(&name)?;
                 let files = vec![files.weights, files.config, files.tokenizer];
                 Ok(Loaded { model: TextModel::Encoder(encoder), name, files })
             }
             Kind::Decoder => {
-                let decoder = LlamaArgs { model, hub, gguf: self.gguf.clone() }.load()?;
+                let decoder = LlamaArgs { model, hub, format: self.format.clone() }.load()?;
                 let (name, files) = (decoder.name.clone(), decoder.files()?);
                 Ok(Loaded { model: TextModel::Decoder(decoder), name, files })
             }
@@ -69,7 +69,7 @@ impl TextModelArgs {
     }
 
     fn kind(&self) -> Result<Kind> {
-        if self.gguf.file.is_some() {
+        if self.format.gguf.is_some() {
             return Ok(Kind::Decoder);
         }
         if let Some(id) = &self.hub.model_id {

@@ -23,7 +23,7 @@ pub fn record(args: &RunArgs) -> Result<Results> {
     let text = args.file.as_deref().map(Pieces::open).transpose()?;
     let Loaded { model, name, files } = args.model.load()?;
     let recorder = Recorder::new(args.candidates())?;
-    let fingerprint = fingerprint(&files, args.model.gguf.weights)?;
+    let fingerprint = fingerprint(&files, args.model.format.weights)?;
     let subject = Subject { model: name.clone(), fingerprint, texts: Vec::new() };
     let run = Run { args, model: &model, recorder, subject };
     match (&pairs, text) {
