@@ -246,6 +246,7 @@ impl CustomOp2 for Fused<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::all_vectors;
+    use super::super::testing::{assert_threads_change_nothing, largest, largest_difference};
     use super::*;
     use crate::testing::randn;
     use candle_core::Var;
@@ -255,18 +256,6 @@ mod tests {
 
     fn f64s(x: &Tensor) -> Tensor {
         x.to_dtype(DType::F64).unwrap()
-    }
-
-    fn largest(x: &Tensor) -> f64 {
-        match x.elem_count() {
-            0 => 0.0,
-            _ => f64s(x).abs().unwrap().max_all().unwrap().to_scalar().unwrap(),
-        }
-    }
-
-    fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
-        assert_eq!(a.dims(), b.dims());
-        largest(&(f64s(a) - f64s(b)).unwrap())
     }
 
     /// A layer packed for given vectors.
@@ -347,14 +336,7 @@ mod tests {
         for (m, depth, outputs) in [(150, 96, 200), (7, 512, 1030)] {
             let (x, weight) = (randn(&[m, depth]), randn(&[outputs, depth]));
             let layer = Linear::new(&weight, &randn(&[outputs])).unwrap();
-            let with_threads = |threads| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| layer.forward(&x)).unwrap()
-            };
-            let one = with_threads(1);
-            for threads in [2, 3, 16] {
-                assert_eq!(largest_difference(&one, &with_threads(threads)), 0.0, "{threads}");
-            }
+            assert_threads_change_nothing(|| layer.forward(&x).unwrap());
         }
     }
 

@@ -156,6 +156,7 @@ impl WithSimd for Activate<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{assert_threads_change_nothing, largest_difference};
     use super::super::{LayerNorm, Linear};
     use super::*;
     use crate::testing::randn;
@@ -177,18 +178,10 @@ mod tests {
         found.then(|| (bf16, Linear::new(&rounded(&weight), &bias).unwrap()))
     }
 
-    fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
-        assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
-        match a.elem_count() {
-            0 => 0.0,
-            _ => (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap(),
-        }
-    }
-
     /// Rounding of two sums of as many terms as the layer is deep, whose variance is 1, and of
     /// what follows, whose slope is less than 2.
-    fn bound(depth: usize) -> f32 {
-        f32::EPSILON * (depth as f32 + 8.0) * 16.0
+    fn bound(depth: usize) -> f64 {
+        f64::from(f32::EPSILON) * (depth as f64 + 8.0) * 16.0
     }
 
     /// Every form is that of the f32 layer for rounded operands.
@@ -239,14 +232,7 @@ mod tests {
         for (m, depth, outputs) in [(150, 97, 200), (7, 512, 1030)] {
             let Some((layer, _)) = layers(depth, outputs) else { return };
             let x = randn(&[m, depth]);
-            let with_threads = |threads| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| layer.forward(&x)).unwrap()
-            };
-            let one = with_threads(1);
-            for threads in [2, 3, 16] {
-                assert_eq!(largest_difference(&one, &with_threads(threads)), 0.0, "{threads}");
-            }
+            assert_threads_change_nothing(|| layer.forward(&x).unwrap());
         }
     }
 
