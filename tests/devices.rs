@@ -12,8 +12,7 @@ use common::randn;
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
     assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()));
-    let f32 = |x: &Tensor| x.to_dtype(DType::F32);
-    (f32(a)? - f32(b)?)?.abs()?.max_all()?.to_scalar()
+    Ok(common::largest_difference(a, b) as f32)
 }
 
 #[test]

@@ -32,8 +32,7 @@ fn encoder_folders() -> Vec<PathBuf> {
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
-    assert_eq!(a.dims(), b.dims());
-    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    common::largest_difference(a, b) as f32
 }
 
 fn reference(files: &ModelFiles) -> Result<bert::BertModel, Box<dyn std::error::Error>> {

@@ -177,7 +177,7 @@ impl CustomOp3 for Attention {
 mod tests {
     use super::*;
     use crate::nn::all_vectors;
-    use crate::testing::randn;
+    use crate::testing::{largest_difference, randn};
     use candle_core::{Device, Var};
 
     const CPU: Device = Device::Cpu;
@@ -194,12 +194,6 @@ mod tests {
         let scores = to_f64(q).matmul(&to_f64(&k).t().unwrap()).unwrap();
         let probs = candle_nn::ops::softmax(&(scores * scale).unwrap(), 3).unwrap();
         probs.matmul(&to_f64(&v)).unwrap()
-    }
-
-    fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
-        assert_eq!(a.dims(), b.dims());
-        let difference = (to_f64(a) - to_f64(b)).unwrap().abs().unwrap();
-        difference.max_all().unwrap().to_scalar().unwrap()
     }
 
     fn run(op: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {

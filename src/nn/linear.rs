@@ -245,10 +245,9 @@ impl CustomOp2 for Fused<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::all_vectors;
-    use super::super::testing::{assert_threads_change_nothing, largest, largest_difference};
+    use super::super::{all_vectors, assert_threads_change_nothing};
     use super::*;
-    use crate::testing::randn;
+    use crate::testing::{largest, largest_difference, randn};
     use candle_core::Var;
     use proptest::prelude::*;
 

@@ -58,32 +58,16 @@ fn all_vectors() -> Vec<pulp::Arch> {
     all
 }
 
-/// What tests of several layers ask.
+/// A layer gives the same bits, whatever the number of threads.
 #[cfg(test)]
-mod testing {
-    use candle_core::{DType, Tensor};
-
-    /// The largest magnitude, or NaN if there is one: Candle's maximum may step over it.
-    pub(super) fn largest(x: &Tensor) -> f64 {
-        let x = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
-        x.into_iter().map(f64::abs).max_by(f64::total_cmp).unwrap_or(0.0)
-    }
-
-    pub(super) fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
-        assert_eq!(a.dims(), b.dims());
-        let f64s = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
-        largest(&(f64s(a) - f64s(b)).unwrap())
-    }
-
-    /// The same bits, whatever the number of threads.
-    pub(super) fn assert_threads_change_nothing(compute: impl Fn() -> Tensor + Sync) {
-        let with_threads = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(&compute)
-        };
-        let one = with_threads(1);
-        for threads in [2, 3, 16] {
-            assert_eq!(largest_difference(&one, &with_threads(threads)), 0.0, "{threads}");
-        }
+fn assert_threads_change_nothing(forward: impl Fn() -> Tensor + Sync) {
+    let with_threads = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(&forward)
+    };
+    let one = with_threads(1);
+    for threads in [2, 3, 16] {
+        let difference = crate::testing::largest_difference(&one, &with_threads(threads));
+        assert_eq!(difference, 0.0, "{threads}");
     }
 }

@@ -156,10 +156,9 @@ impl WithSimd for Activate<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{assert_threads_change_nothing, largest_difference};
-    use super::super::{LayerNorm, Linear};
+    use super::super::{LayerNorm, Linear, assert_threads_change_nothing};
     use super::*;
-    use crate::testing::randn;
+    use crate::testing::{largest_difference, randn};
     use candle_core::{DType, Device, Tensor, Var};
     use proptest::prelude::*;
 

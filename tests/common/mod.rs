@@ -1,6 +1,8 @@
 //! What several test programs need.
 
-use candle_core::{Device, Shape, Tensor};
+#![allow(dead_code, reason = "not all of it in each of them")]
+
+use candle_core::{DType, Device, Shape, Tensor};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
 use std::cell::RefCell;
@@ -17,4 +19,18 @@ pub fn randn(shape: impl Into<Shape>) -> Tensor {
     let values: Vec<f32> = RNG
         .with_borrow_mut(|rng| StandardNormal.sample_iter(rng).take(shape.elem_count()).collect());
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// The largest magnitude, or NaN if there is one, so that no comparison with a bound holds: Candle's
+/// own maximum steps over NaN.
+pub fn largest(x: &Tensor) -> f64 {
+    let x = x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    x.into_iter().map(f64::abs).max_by(f64::total_cmp).unwrap_or(0.0)
+}
+
+/// The largest difference of two tensors of the same shape.
+pub fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let f64s = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
+    largest(&(f64s(a) - f64s(b)).unwrap())
 }

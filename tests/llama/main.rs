@@ -11,6 +11,8 @@ mod drift;
 mod errors;
 mod examples;
 mod passages;
+#[path = "../common/mod.rs"]
+mod testing;
 mod tiny;
 mod tokenizers;
 mod tools;
@@ -24,6 +26,6 @@ fn batch(ids: &[u32]) -> Result<Tensor> {
 
 /// The largest difference, relative to the largest of `expected`.
 fn relative_difference(found: &Tensor, expected: &Tensor) -> Result<f32> {
-    let difference = (found - expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
-    Ok(difference / expected.abs()?.max_all()?.to_scalar::<f32>()?)
+    let difference = testing::largest_difference(found, expected);
+    Ok((difference / testing::largest(expected)) as f32)
 }
