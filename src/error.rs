@@ -110,9 +110,9 @@ pub enum Error {
         limit: usize,
     },
 
-    /// `CANDLE_INT8_KERNEL` names a kernel that does not exist or that this machine cannot run.
-    #[error("kernel {name:?} {problem}; available on this machine: {available}")]
-    Kernel {
+    /// `CANDLE_INT8_CPU` names a level that does not exist or that this machine cannot run.
+    #[error("level {name:?} in CANDLE_INT8_CPU {problem}; available on this machine: {available}")]
+    Level {
         /// The name that was asked for.
         name: String,
         /// Why it cannot be used.

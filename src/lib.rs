@@ -52,26 +52,25 @@
 //! # Rooms
 //! `quant` <- `gemm` <- `attention` <- `models`, which has its other layers from `nn`; [`drift`] measures, `hub` (feature) downloads.
 
-mod aligned;
 pub mod attention;
+pub mod cpu;
 pub mod drift;
 pub mod error;
 mod files;
-pub mod gemm;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod memory;
 pub mod models;
 mod nn;
-mod pv;
+mod parallel;
+pub mod product;
 pub mod quant;
 #[doc = include_str!("../docs/recipes.md")]
 pub mod recipes {}
-mod share;
-mod simd;
+pub mod reference;
 #[cfg(test)]
 #[path = "../tests/common/mod.rs"]
 mod testing;
-mod uninit;
 
 pub use attention::{
     AttentionConfig, Backend, CacheMask, CacheValues, Int8Config, Int8KvCache, KeyOffset,

@@ -1,6 +1,6 @@
 //! Bit-exact against outputs of ONNX Runtime and gemmlowp (`tests/quantization.safetensors`).
 
-use candle_int8_attention::gemm::{Lhs, ZeroPoints, matmul_nt};
+use candle_int8_attention::product::{Lhs, ZeroPoints, matmul_nt};
 use candle_int8_attention::quant::{
     Granularity, QuantConfig, QuantParams, QuantizedTensor, Requantizer, Scheme,
 };

@@ -24,7 +24,7 @@ impl Machine {
             processor: processor().unwrap_or_else(|| std::env::consts::ARCH.to_string()),
             cores: std::thread::available_parallelism()?.get(),
             threads: rayon::current_num_threads(),
-            kernel: candle_int8_attention::gemm::active_kernel()?,
+            kernel: candle_int8_attention::cpu::active_level()?,
         })
     }
 }

@@ -176,7 +176,7 @@ fn main() -> Result<()> {
         (true, false) => SHAPES.to_vec(),
     };
     let (threads, kernel) =
-        (rayon::current_num_threads(), candle_int8_attention::gemm::active_kernel()?);
+        (rayon::current_num_threads(), candle_int8_attention::cpu::active_level()?);
     println!("BERT forward, {threads} threads, int8 kernel {kernel}: median ms");
     let outcomes: Vec<Outcome> = shapes
         .into_iter()

@@ -99,7 +99,7 @@ fn main() -> Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     let threads = rayon::current_num_threads();
-    let kernel = candle_int8_attention::gemm::active_kernel()?;
+    let kernel = candle_int8_attention::cpu::active_level()?;
     let shapes = match (args.shape.is_empty(), args.short) {
         (false, _) => args.shape.clone(),
         (true, true) => vec![[4, 2, 300, 32]],

@@ -92,7 +92,7 @@ fn run(args: &Args) -> Result<String> {
 
 fn walk(args: &Args) -> Result<Walkthrough> {
     check_sizes(args)?;
-    let kernel = candle_int8_attention::gemm::active_kernel()?;
+    let kernel = candle_int8_attention::cpu::active_level()?;
     let Input { name, shape, values, words } = data::load(args)?;
     let scores = Scores::compute(&values, shape)?;
     let samples = scores.samples(&words);
@@ -113,7 +113,7 @@ fn check_sizes(args: &Args) -> Result<()> {
         ensure!(value > 0, "{option} is 0, expected at least 1");
     }
     // One stage quantizes A with a zero point, so the smaller of the two limits counts.
-    let limit = candle_int8_attention::gemm::max_depth(true);
+    let limit = candle_int8_attention::product::max_depth(true);
     // Embeddings have their own width, and the vocabulary bounds how many there are.
     let depth = args.depth.unwrap_or(match args.data {
         data::Source::Random => data::RANDOM_DEPTH,

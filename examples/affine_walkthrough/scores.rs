@@ -2,10 +2,11 @@
 
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
-use candle_int8_attention::gemm::{Lhs, ZeroPoints, matmul_nt, reference};
+use candle_int8_attention::product::{Lhs, ZeroPoints, matmul_nt};
 use candle_int8_attention::quant::{
     Granularity, QuantConfig, QuantParams, QuantizedTensor, Range, RangeSource, Scheme,
 };
+use candle_int8_attention::reference::int_product as reference;
 
 /// How many rows of accumulators are compared with the plain triple loop.
 const CHECKED_ROWS: usize = 16;

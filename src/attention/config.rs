@@ -1,6 +1,7 @@
 //! What can be chosen: how scores are quantized, what leaves the op, which backend computes.
 
-use crate::pv::{self, PvKernel, ValueFormat};
+use crate::cpu::Level;
+use crate::cpu::contracts::Format;
 use crate::quant::{Granularity, QuantConfig, Scheme};
 use crate::{Error, Result};
 
@@ -132,23 +133,21 @@ impl std::fmt::Display for PvPrecision {
 }
 
 impl PvPrecision {
-    /// The best kernel for it.
+    /// The format that it stands for on this machine.
     ///
     /// # Errors
     /// [`Error::Config`] on a machine without an instruction for it.
-    pub(super) fn kernel(self) -> Result<&'static dyn PvKernel> {
-        let kernel = match self {
-            Self::Auto => pv::select(ValueFormat::Bf16).or_else(|| pv::select(ValueFormat::F32)),
-            Self::F32 => pv::select(ValueFormat::F32),
-            Self::Bf16 => pv::select(ValueFormat::Bf16),
-            Self::Int8 => pv::select(ValueFormat::Int8),
-        };
-        kernel.ok_or_else(|| {
-            Error::Config(format!(
-                "P·V precision {self}: this machine has no instruction for it; use auto, f32 or \
-                 int8"
-            ))
-        })
+    pub(super) fn format(self, level: Level) -> Result<Format> {
+        let bf16 = level.panels(Format::Bf16).is_some();
+        match self {
+            Self::Auto if bf16 => Ok(Format::Bf16),
+            Self::Auto | Self::F32 => Ok(Format::F32),
+            Self::Bf16 if bf16 => Ok(Format::Bf16),
+            Self::Bf16 => Err(Error::Config(format!(
+                "P·V precision {self}: this machine has no instruction for it; use auto, f32 or int8"
+            ))),
+            Self::Int8 => Ok(Format::Int8),
+        }
     }
 }
 

@@ -11,18 +11,20 @@
 
 mod combine;
 mod config;
+mod engine;
 mod flash;
-mod fused;
-mod keys;
+mod float_head;
+mod int8_head;
 mod kv_cache;
 mod mask;
 mod module;
+mod op;
 mod operand;
-mod pace;
 mod scorer;
 mod scores;
 mod shapes;
 pub mod tensor_ops;
+mod tensor_values;
 pub mod unfused;
 mod view;
 mod visible;
@@ -78,22 +80,23 @@ pub fn attention(
     mask: &AttnMask,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    if !fused_runs(q, config) {
+    if !op_runs(q, mask, config) {
         return unfused::attention(q, k, v, mask, config);
     }
     shapes::check_attention("attention", q.dims(), k.dims(), v.dims())?;
     shapes::check_float("attention", &[("q", q), ("k", k), ("v", v)])?;
     shapes::check_cpu("attention", &[("q", q), ("k", k), ("v", v)])?;
     config.check(q.dim(1)?)?;
-    fused::attention(q, k, v, mask, config)
+    op::attention(q, k, v, mask, config)
 }
 
-/// The fused op has the scores straight from int32; requantized ones need the whole matrix.
-fn fused_runs(q: &Tensor, config: &AttentionConfig) -> bool {
-    match &config.backend {
-        Backend::Int8(int8) => {
-            q.device().is_cpu() && int8.scores.output == ScoreOutput::Dequantized
-        }
+/// Whether the op can compute this: on the CPU, unless requantized scores ask for the whole matrix, or a
+/// mask has a gradient, which an op of three inputs cannot give.
+fn op_runs(q: &Tensor, mask: &AttnMask, config: &AttentionConfig) -> bool {
+    let learned = matches!(mask, AttnMask::Mask(mask) if mask.track_op());
+    let whole = match &config.backend {
+        Backend::Int8(int8) => int8.scores.output != ScoreOutput::Dequantized,
         Backend::Fp32 => false,
-    }
+    };
+    q.device().is_cpu() && !learned && !whole
 }

@@ -1,18 +1,19 @@
 //! One side of the product: a float tensor, and how its rows become codes.
 
+use super::engine::blocks;
 use super::view::View;
-use crate::quant::rows::{BlockCodes, RowParams, Rows, quantize_block, row_range};
+use crate::cpu::Level;
+use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::parallel;
+use crate::quant::rows::{RowParams, quantize_block, row_range};
 use crate::quant::{
     Granularity, MeanSums, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
 };
-use crate::share;
 use crate::{Error, Result};
-
-/// Rows that are loaded and quantized at a time; they fit L1 and L2 at any head dim.
-pub(super) const BLOCK: usize = 48;
 
 /// A float tensor `[B, H, S, D]` with the choices of its quantization.
 pub(super) struct Operand<'a> {
+    level: Level,
     view: View<'a>,
     scheme: Scheme,
     granularity: Granularity,
@@ -52,10 +53,15 @@ pub(super) struct QuantizedRows {
 
 impl<'a> Operand<'a> {
     /// Finds the ranges that the configuration asks for. Rows that are not finite take no part.
-    pub(super) fn prepare(view: View<'a>, config: &QuantConfig, smooth: bool) -> Result<Self> {
+    pub(super) fn prepare(
+        level: Level,
+        view: View<'a>,
+        config: &QuantConfig,
+        smooth: bool,
+    ) -> Result<Self> {
         let groups = config.granularity.groups(view.heads(), view.tokens())?;
         let (scheme, granularity) = (config.scheme, config.granularity);
-        let mut operand = Self { view, scheme, granularity, smooth, params: None };
+        let mut operand = Self { level, view, scheme, granularity, smooth, params: None };
         operand.params = match (&config.range, granularity) {
             (RangeSource::Static(given), granularity) => {
                 if let Some(other) = given.iter().find(|p| p.scheme() != scheme) {
@@ -120,13 +126,13 @@ impl<'a> Operand<'a> {
             return out.sums.fill(0);
         }
         let QuantizedRows { codes, scales, zeros, sums } = out;
-        quantize_block(rows, mean, params, BlockCodes { codes, scales, zeros, sums });
+        quantize_block(self.level, rows, mean, params, BlockCodes { codes, scales, zeros, sums });
     }
 
     /// The parameters of every group, from the ranges of the smoothed data.
     fn dynamic_params(&self, groups: usize) -> Vec<QuantParams> {
         let mut ranges = vec![Range::EMPTY; groups];
-        let found = share::map(0..self.view.heads(), |head| self.head_ranges(head));
+        let found = parallel::map(0..self.view.heads(), |head| self.head_ranges(head));
         for (group, range) in found.into_iter().flatten() {
             ranges[group] = ranges[group].union(range);
         }
@@ -160,15 +166,10 @@ impl<'a> Operand<'a> {
 }
 
 impl QuantizedRows {
-    fn resize(&mut self, rows: usize, depth: usize) {
+    pub(super) fn resize(&mut self, rows: usize, depth: usize) {
         self.codes.resize(rows * depth, 0);
         self.scales.resize(rows, 0.0);
         self.zeros.resize(rows, 0);
         self.sums.resize(rows, 0);
     }
-}
-
-/// `0..tokens` in runs of [`BLOCK`].
-pub(super) fn blocks(tokens: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (0..tokens).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(tokens))
 }

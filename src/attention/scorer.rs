@@ -1,30 +1,19 @@
-//! Scores of any block of queries against all keys of its head: the engine under the ops.
+//! Int8 scores of any block of queries against all keys of its head.
 
 use super::ScoreConfig;
-use super::keys::PackedKeys;
-use super::operand::{BLOCK, Operand, QuantizedRows, blocks};
-use super::pace::{Pace, Work};
+use super::engine::{BLOCK, QueryBlock, Rows, blocks};
+use super::int8_head::PackedKeys;
+use super::operand::Operand;
 use super::view::View;
-use crate::gemm::{self, Kernel, PackedLhs, ScoreScales, ZeroCorrection};
+use crate::cpu::Level;
+use crate::memory::written;
+use crate::parallel::{Pace, Work};
+use crate::product::{self, ScoreScales, ZeroCorrection};
 use crate::quant::Scheme;
-use crate::quant::rows::dots;
-use crate::uninit::written;
 use crate::{Error, Result};
 use std::cell::{Cell, RefCell};
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// Some queries of a head, quantized and packed, with what it takes to make them.
-#[derive(Default)]
-pub(super) struct QueryBlock {
-    /// Among the query heads that share keys.
-    member: usize,
-    lhs: Option<PackedLhs>,
-    rows: QuantizedRows,
-    biases: Vec<f32>,
-    terms: Vec<i32>,
-    buffer: Vec<f32>,
-}
 
 /// What is done to every score on its way out.
 #[derive(Clone, Copy)]
@@ -43,7 +32,7 @@ impl ScoreScale {
 
 /// Queries that are quantized block by block, against keys that are packed head by head.
 pub(super) struct Scorer<'a> {
-    pub kernel: &'static dyn Kernel,
+    pub level: Level,
     pub q: Operand<'a>,
     pub k: Operand<'a>,
     /// Query heads that share a key head.
@@ -51,18 +40,18 @@ pub(super) struct Scorer<'a> {
     pub scale: ScoreScale,
 }
 
-/// The kernel for a product of this depth. Ops ask before Candle calls them too, because Candle
+/// The level in use, for a product of this depth. Ops ask before Candle calls them too, because Candle
 /// turns an error from inside an op into text.
 ///
 /// # Errors
-/// [`Error::Kernel`] for a forced kernel that cannot be used, [`Error::Depth`] beyond the limit.
-pub(super) fn check_product(depth: usize, config: &ScoreConfig) -> Result<&'static dyn Kernel> {
+/// [`Error::Level`] for a forced level that cannot be used, [`Error::Depth`] beyond the limit.
+pub(super) fn check_product(depth: usize, config: &ScoreConfig) -> Result<Level> {
     let affine = [config.q.scheme, config.k.scheme].contains(&Scheme::Affine);
-    let limit = gemm::max_depth(affine);
+    let limit = product::max_depth(affine);
     if depth > limit {
         return Err(Error::Depth { depth, limit });
     }
-    gemm::select()
+    Level::active()
 }
 
 impl<'a> Scorer<'a> {
@@ -70,20 +59,20 @@ impl<'a> Scorer<'a> {
     ///
     /// # Errors
     /// [`Error::Depth`] beyond the depth limit, [`Error::Config`] for parameters that do not fit
-    /// the shapes, [`Error::Kernel`] for a forced kernel that cannot be used.
+    /// the shapes, [`Error::Level`] for a forced level that cannot be used.
     pub(super) fn prepare(
         q: View<'a>,
         k: View<'a>,
         config: &ScoreConfig,
         scale: ScoreScale,
     ) -> Result<Self> {
-        let kernel = check_product(q.depth(), config)?;
+        let level = check_product(q.depth(), config)?;
         let (q, k) = (
-            Operand::prepare(q, &config.q, config.smooth_q)?,
-            Operand::prepare(k, &config.k, config.smooth_k)?,
+            Operand::prepare(level, q, &config.q, config.smooth_q)?,
+            Operand::prepare(level, k, &config.k, config.smooth_k)?,
         );
         let group = (q.view().dims()[1]).checked_div(k.view().dims()[1]).unwrap_or(0);
-        Ok(Self { kernel, q, k, group, scale })
+        Ok(Self { level, q, k, group, scale })
     }
 
     /// `[B, H, M, N]`.
@@ -109,35 +98,33 @@ impl<'a> Scorer<'a> {
 
     /// Keys are scored in steps of this many.
     pub(super) fn key_step(&self) -> usize {
-        self.kernel.geometry().nr
+        self.level.int8_product().geometry.nr
     }
 
-    /// Quantizes and packs queries `tokens` of `head`, one of those that share `keys`.
-    pub(super) fn quantize_queries(
-        &self,
-        keys: &PackedKeys,
-        (head, tokens): (usize, Range<usize>),
-        block: &mut QueryBlock,
-    ) {
-        let (depth, count) = (self.depth(), tokens.len());
-        block.member = head - self.query_heads(keys.head).start;
+    /// Quantizes and packs rows of one query head, one of those that share `keys`.
+    pub(super) fn quantize_queries(&self, keys: &PackedKeys, rows: &Rows, block: &mut QueryBlock) {
+        let (depth, tokens) = (self.depth(), self.q.view().tokens());
+        block.member = rows.range.start / tokens;
+        let head = self.query_heads(keys.head).start + block.member;
+        let first = block.member * tokens;
+        let tokens = rows.range.start - first..rows.range.end - first;
         let q_mean = keys.smooth_q[block.member].mean.get();
-        let values = self.q.view().rows(head, tokens.clone(), &mut block.buffer);
-        let rows = &mut block.rows;
+        let QueryBlock { buffer, rows, biases, terms, .. } = &mut *block;
+        let values = self.q.view().rows(head, tokens.clone(), buffer);
         self.q.quantize(values, (head, tokens), q_mean, rows);
-        block.biases.clear();
-        block.biases.resize(count, 0.0);
+        let count = values.count();
+        biases.clear();
+        biases.resize(count, 0.0);
         if let (Some(k_mean), true) = (keys.mean.get(), self.scale.row_constants) {
             // Smooth-K's correction, with the queries as they are: the same for a whole row.
-            dots(values, None, k_mean, &mut block.biases);
-            block.biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
+            self.level.dots(values, None, k_mean, biases);
+            biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
         }
-        block.terms.clear();
-        let terms = rows.sums.iter().zip(&rows.zeros).map(|(sum, zero)| sum - depth as i32 * zero);
-        block.terms.extend(terms);
+        terms.clear();
+        let sums = rows.sums.iter().zip(&rows.zeros);
+        terms.extend(sums.map(|(sum, zero)| sum - depth as i32 * zero));
         rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
-        let lhs = block.lhs.get_or_insert_with(|| PackedLhs::new(self.kernel));
-        lhs.put(&rows.codes, count, depth);
+        block.pack(self.level, count, depth);
     }
 
     /// Zero points and sums, unless both sides are symmetric.
@@ -168,7 +155,7 @@ impl<'a> Scorer<'a> {
             column_biases: &keys.smooth_q[block.member].biases,
             zeros: self.zeros(keys, block),
         };
-        gemm::score_tiles(block.lhs(), &keys.rhs, columns, &scales, out, stride);
+        product::score_tiles(block.packed(), &keys.rhs, columns, &scales, out, stride);
     }
 
     /// All f32 scores, `[B, H, M, N]`.
@@ -185,7 +172,7 @@ impl<'a> Scorer<'a> {
     pub(super) fn all_sums(&self) -> Vec<i32> {
         let n = self.k.view().tokens();
         let write = |keys: &PackedKeys, block: &QueryBlock, out: &mut [MaybeUninit<i32>]| {
-            gemm::int_tiles(block.lhs(), &keys.rhs, self.zeros(keys, block).as_ref(), out, n);
+            product::int_tiles(block.packed(), &keys.rhs, self.zeros(keys, block).as_ref(), out, n);
         };
         // SAFETY: `int_tiles` writes every sum.
         unsafe { self.for_all_blocks(write) }
@@ -208,16 +195,19 @@ impl<'a> Scorer<'a> {
             ..Work::default()
         };
         let of_head = |pace: Pace, head: usize, out: &mut [MaybeUninit<T>]| {
-            let mut keys = KEYS.take().unwrap_or_else(|| PackedKeys::new(self.kernel));
+            let mut keys = KEYS.take().unwrap_or_else(|| PackedKeys::new(self.level));
             self.pack_keys(head, pace, &mut keys);
-            let outs = self.query_heads(head).zip(out.chunks_mut(m * n));
-            let blocks = outs.flat_map(|(head, out)| {
+            // Blocks end with their query head.
+            let blocks = out.chunks_mut(m * n).enumerate().flat_map(|(member, out)| {
                 let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
-                blocks.map(move |(tokens, out)| (head, tokens, out))
+                blocks.map(move |(tokens, out)| {
+                    let range = member * m + tokens.start..member * m + tokens.end;
+                    (Rows { head, range }, out)
+                })
             });
-            pace.for_each(blocks, |(head, tokens, out)| {
+            pace.for_each(blocks, |(rows, out)| {
                 QUERIES.with_borrow_mut(|block| {
-                    self.quantize_queries(&keys, (head, tokens), block);
+                    self.quantize_queries(&keys, &rows, block);
                     f(&keys, block, out);
                 });
             });
@@ -232,12 +222,6 @@ impl<'a> Scorer<'a> {
         };
         // SAFETY: the blocks of all heads cover the result, and `f` writes all of each.
         unsafe { written(len, all) }
-    }
-}
-
-impl QueryBlock {
-    fn lhs(&self) -> &PackedLhs {
-        self.lhs.as_ref().expect("queries are quantized before they are scored")
     }
 }
 

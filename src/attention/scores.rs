@@ -39,8 +39,8 @@ const OP: &str = "attention_scores";
 /// [`Error::Device`] unless both are on the CPU (elsewhere use
 /// [`tensor_ops::attention_scores`](super::tensor_ops::attention_scores)), [`Error::Depth`] beyond
 /// the depth limit, [`Error::Config`] for a configuration that contradicts itself,
-/// [`Error::NonFinite`] when scores to be requantized are not finite, [`Error::Kernel`] if
-/// [`KERNEL_VARIABLE`](crate::gemm::KERNEL_VARIABLE) names a kernel that cannot be used.
+/// [`Error::NonFinite`] when scores to be requantized are not finite, [`Error::Level`] if
+/// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     shapes::check_float(OP, &[("q", q), ("k", k)])?;
     shapes::check_cpu(OP, &[("q", q), ("k", k)])?;

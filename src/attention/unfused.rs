@@ -115,7 +115,7 @@ fn probs_with(
 
 /// `-slope * |position - key|`, `[1, H, M, N]`.
 fn alibi(visible: &Visible, slopes: &[f32], m: usize, n: usize, device: &Device) -> Result<Tensor> {
-    let distance = |i: usize, j: usize| (visible.position(i) - j as isize).unsigned_abs() as f32;
+    let distance = |i: usize, j: usize| (visible.position(0, i) - j as isize).unsigned_abs() as f32;
     let all: Vec<f32> = (0..m).flat_map(|i| (0..n).map(move |j| -distance(i, j))).collect();
     let distances = Tensor::from_vec(all, (1, 1, m, n), device)?;
     Ok(distances.broadcast_mul(&Tensor::new(slopes, device)?.reshape((

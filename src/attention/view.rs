@@ -1,7 +1,7 @@
 //! A four-dimensional float tensor in CPU storage, whatever its strides: read row by row, never
 //! copied whole.
 
-use crate::quant::rows::Rows;
+use crate::cpu::contracts::Rows;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Layout};
 use half::slice::HalfFloatSliceExt;

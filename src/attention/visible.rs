@@ -10,12 +10,13 @@ use std::ops::Range;
 #[derive(Debug, Clone)]
 pub(super) struct Visible {
     keys: usize,
-    /// Query `i` stands at the position of key `i + offset`.
-    offset: isize,
+    /// Query `i` of a sequence stands at the position of key `i + offset`.
+    offsets: Vec<isize>,
+    /// The keys that are there, one number a sequence.
+    lens: Vec<usize>,
     causal: bool,
     left: Option<usize>,
     right: Option<usize>,
-    lens: Option<Vec<usize>>,
 }
 
 impl Visible {
@@ -44,12 +45,34 @@ impl Visible {
         };
         Ok(Self {
             keys,
-            offset,
+            offsets: vec![offset; batch],
+            lens: config.kv_lens.clone().unwrap_or_else(|| vec![keys; batch]),
             causal: mask.is_causal(),
             left: config.window_left,
             right: config.window_right,
-            lens: config.kv_lens.clone(),
         })
+    }
+
+    /// Sequences with these numbers of keys, each with queries at its own end, or causal ones from a
+    /// position of its own on.
+    pub(super) fn of_sequences(
+        lens: &[usize],
+        queries: usize,
+        causal: Option<&[usize]>,
+        config: &AttentionConfig,
+    ) -> Self {
+        let offset = |(sequence, len): (usize, &usize)| match causal {
+            Some(starts) => isize::try_from(starts[sequence]).unwrap_or(isize::MAX / 2),
+            None => *len as isize - queries as isize,
+        };
+        Self {
+            keys: lens.iter().copied().max().unwrap_or(0),
+            offsets: lens.iter().enumerate().map(offset).collect(),
+            lens: lens.to_vec(),
+            causal: causal.is_some(),
+            left: config.window_left,
+            right: config.window_right,
+        }
     }
 
     /// Keys around a query's position alone: query `i` stands at that of key `i + offset`.
@@ -59,18 +82,23 @@ impl Visible {
         left: Option<usize>,
         right: Option<usize>,
     ) -> Self {
-        Self { keys, offset, causal: false, left, right, lens: None }
+        Self { keys, offsets: vec![offset], lens: vec![keys], causal: false, left, right }
     }
 
-    /// The position of query `query` among the keys.
-    pub(super) fn position(&self, query: usize) -> isize {
-        self.offset.saturating_add_unsigned(query)
+    /// The position of query `query` of sequence `batch` among the keys.
+    pub(super) fn position(&self, batch: usize, query: usize) -> isize {
+        self.offsets[batch].saturating_add_unsigned(query)
+    }
+
+    /// Hides the keys from these numbers on, one for each sequence.
+    pub(super) fn limit(&mut self, lens: &[usize]) {
+        self.lens.iter_mut().zip(lens).for_each(|(own, &len)| *own = len.min(*own));
     }
 
     /// The keys that query `query` of sequence `batch` sees.
     pub(super) fn range(&self, batch: usize, query: usize) -> Range<usize> {
-        let at = self.position(query);
-        let len = self.lens.as_ref().map_or(self.keys, |lens| lens[batch]);
+        let at = self.position(batch, query);
+        let len = self.lens[batch];
         let clamp = |x: isize| x.clamp(0, len as isize) as usize;
         let right = if self.causal { Some(0) } else { self.right };
         let end =
@@ -81,7 +109,8 @@ impl Visible {
 
     /// Whether every query sees every key.
     pub(super) fn is_everything(&self) -> bool {
-        !self.causal && self.left.is_none() && self.right.is_none() && self.lens.is_none()
+        let all_there = self.lens.iter().all(|&len| len == self.keys);
+        !self.causal && self.left.is_none() && self.right.is_none() && all_there
     }
 
     /// The same as a boolean tensor, `[B, 1, M, N]`.

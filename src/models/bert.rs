@@ -2,7 +2,7 @@
 
 use super::files::{ModelFiles, Weights};
 use super::{BertConfig, HiddenAct};
-use crate::nn::{self, Activation, LayerNorm, Linear};
+use crate::nn::{Activation, LayerNorm, Linear};
 use crate::{AttentionConfig, AttnMask, Error, QuantizedAttention, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -239,7 +239,7 @@ impl BertLayer {
     /// # Errors
     /// Those of [`attention`](crate::attention()).
     pub fn attention_block(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
-        self.attention_block_with(hidden, |q, k, v| self.attend(q, k, v, mask))
+        self.attention_block_with(hidden, |q, k, v| self.attention.forward(q, k, v, mask))
     }
 
     fn attention_block_with(
@@ -253,21 +253,12 @@ impl BertLayer {
         self.output.forward_add_norm(&context.transpose(1, 2)?, hidden, &self.output_norm)
     }
 
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttnMask) -> Result<Tensor> {
-        if *self.attention.config() == AttentionConfig::fp32()
-            && let Some(context) = nn::attention(q, k, v, mask)?
-        {
-            return Ok(context);
-        }
-        self.attention.forward(q, k, v, mask)
-    }
-
     /// The whole layer, `[B, N, hidden_size]` to the same.
     ///
     /// # Errors
     /// Those of [`attention`](crate::attention()).
     pub fn forward(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
-        self.forward_with(hidden, |q, k, v| self.attend(q, k, v, mask))
+        self.forward_with(hidden, |q, k, v| self.attention.forward(q, k, v, mask))
     }
 
     /// [`BertLayer::forward`] with attention by someone else: `attend` gets what

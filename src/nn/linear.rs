@@ -6,7 +6,7 @@ use super::product::{Epilogue, multiply};
 use super::product_bf16::Bf16Weights;
 use super::rows::Rows;
 use super::{Activation, LayerNorm, is_plain_f32, vectors};
-use crate::uninit::written;
+use crate::memory::written;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Shape, Tensor};
 use candle_nn::Module;

@@ -3,7 +3,6 @@
 //! ```text
 //! Linear     x·W^T + b, an activation or a residual in the same pass over the result
 //! LayerNorm  of each row; after a Linear in the memory of its result
-//! attention  in fp32, for an encoder; in int8 it is the room `attention`
 //! ```
 //!
 //! Weights are put in the kernel's order once, when a model is loaded. The vectors are `pulp`'s:
@@ -16,18 +15,15 @@
 //! made of Candle's own operations.
 
 mod activation;
-mod attention;
 mod layer_norm;
 mod linear;
 mod packed;
 mod product;
 mod product_bf16;
 mod rows;
-mod softmax;
 mod tasks;
 
 pub(crate) use activation::Activation;
-pub(crate) use attention::attention;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use linear::Linear;
 
@@ -44,9 +40,9 @@ fn is_tracked(tensors: &[&Tensor]) -> bool {
     tensors.iter().any(|x| x.track_op())
 }
 
-/// The vectors of this machine, if it has any.
+/// The vectors of the level in use, if it has any.
 fn vectors() -> Option<pulp::Arch> {
-    Some(pulp::Arch::new()).filter(|arch| !matches!(arch, pulp::Arch::Scalar))
+    Some(crate::cpu::vectors()).filter(|arch| !matches!(arch, pulp::Arch::Scalar))
 }
 
 /// Every instruction set that the tests can run here, plain scalars included.

@@ -9,8 +9,10 @@ use super::Activation;
 use super::product::Epilogue;
 use super::rows::Rows;
 use super::tasks::{Shape, Task, in_tasks};
-use crate::pv::{self, KEY_GROUP, PackedValues, ValueFormat, bf16_bits};
-use crate::simd::widest;
+use crate::cpu::Level;
+use crate::cpu::contracts::{Format, GROUP as KEY_GROUP, bf16_bits};
+use crate::cpu::plain::widest;
+use crate::product::PackedMatrix;
 use pulp::{Arch, Simd, WithSimd};
 use std::mem::MaybeUninit;
 
@@ -31,7 +33,7 @@ const PANEL: usize = 64;
 /// Weights and bias of a linear layer, the weights rounded to bf16.
 pub(super) struct Bf16Weights {
     /// [`PANEL`] outputs each, as high as the layer is deep; the last one may be narrower.
-    panels: Vec<PackedValues>,
+    panels: Vec<PackedMatrix>,
     bias: Vec<f32>,
     depth: usize,
 }
@@ -41,12 +43,13 @@ impl Bf16Weights {
     /// multiply bf16, or bf16 cannot hold one of the weights.
     pub(super) fn round(weights: &[f32], bias: &[f32], depth: usize) -> Option<Self> {
         assert_eq!(weights.len(), bias.len() * depth);
-        let kernel = pv::select(ValueFormat::Bf16)?;
+        let level = Level::active().ok()?;
+        level.panels(Format::Bf16)?;
         let pack = |first: usize| {
             let outputs = first..(first + PANEL).min(bias.len());
             let columns = (0..depth)
                 .flat_map(|k| outputs.clone().map(move |output| weights[output * depth + k]));
-            let mut panel = PackedValues::new(kernel, depth, outputs.len());
+            let mut panel = PackedMatrix::new(level, Format::Bf16, depth, outputs.len());
             panel.put(0, &columns.collect::<Vec<_>>());
             panel.exceptions().is_empty().then_some(panel)
         };
@@ -173,7 +176,7 @@ mod tests {
         let (weight, bias) = (randn(&[outputs, depth]), randn(&[outputs]));
         let mut bf16 = Linear::new(&weight, &bias).unwrap();
         let found = bf16.round_to_bf16().unwrap();
-        assert_eq!(found, pv::select(ValueFormat::Bf16).is_some());
+        assert_eq!(found, Level::active().unwrap().panels(Format::Bf16).is_some());
         found.then(|| (bf16, Linear::new(&rounded(&weight), &bias).unwrap()))
     }
 

@@ -1,7 +1,6 @@
 //! How the product of a linear layer is divided among threads.
 
 use super::product::ROWS;
-use crate::gemm::SERIAL_BELOW;
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -10,6 +9,8 @@ use std::ops::Range;
 pub(super) const BLOCK: usize = 8 * ROWS;
 /// Tasks a thread, so that threads end at about the same time.
 const TASKS_PER_THREAD: usize = 16;
+/// Below this many multiplications, waking another thread costs more than it saves.
+const SERIAL_BELOW: usize = 1 << 20;
 /// Multiply-accumulates of a task, at least: some 10 microseconds.
 const TASK: usize = 1 << 19;
 

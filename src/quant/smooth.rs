@@ -13,7 +13,8 @@
 //! is exact; the mean over tokens removes most of the range. Smooth-K is from SageAttention (Zhang
 //! et al. 2024, arXiv:2410.02367), smooth-Q from SageAttention2 (arXiv:2411.10958).
 
-use super::rows::{Rows, accumulate_finite};
+use super::rows::accumulate_finite;
+use crate::cpu::contracts::Rows;
 
 /// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that
 /// are summed in f32. Rows that hold NaN or infinity do not count; without any other the mean is 0.

@@ -19,8 +19,9 @@ use super::config::{CacheValues, KeyOffset, KvCacheConfig};
 use super::head::{Dims, Head};
 use super::stored::Stored;
 use super::{Int8KvCache, Sequence};
+use crate::cpu::Level;
 use crate::files;
-use crate::gemm::{self, Kernel};
+use crate::product;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -87,11 +88,11 @@ impl Int8KvCache {
     ///
     /// # Errors
     /// [`Error::MissingFile`] or [`Error::Io`] if the file cannot be read, [`Error::Corrupt`] if it
-    /// is not such a file, [`Error::Kernel`] for a forced kernel that cannot be used.
+    /// is not such a file, [`Error::Level`] for a forced level that cannot be used.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = files::read("key and value cache", path)?;
-        Reader::cache(&bytes, gemm::select()?).map_err(|problem| files::corrupt(path, problem))
+        Reader::cache(&bytes, Level::active()?).map_err(|problem| files::corrupt(path, problem))
     }
 
     fn header(&self) -> Header {
@@ -225,7 +226,7 @@ struct Reader<'a> {
 type Checked<T> = std::result::Result<T, String>;
 
 impl<'a> Reader<'a> {
-    fn cache(bytes: &'a [u8], kernel: &'static dyn Kernel) -> Checked<Int8KvCache> {
+    fn cache(bytes: &'a [u8], level: Level) -> Checked<Int8KvCache> {
         let text = |e: safetensors::SafeTensorError| e.to_string();
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(text)?;
         let json = (metadata.metadata().as_ref().and_then(|all| all.get(KEY)))
@@ -246,7 +247,7 @@ impl<'a> Reader<'a> {
         let Some([batch, heads, depth, value_dim]) = header.dims else {
             return Ok(Int8KvCache::new(config));
         };
-        let limit = gemm::max_depth(false);
+        let limit = product::max_depth(false);
         if depth > limit || value_dim > MAX_VALUE_DIM {
             return Err(format!(
                 "keys of {depth} elements and values of {value_dim}, expected at most {limit} and \
@@ -263,7 +264,7 @@ impl<'a> Reader<'a> {
         for (b, place) in header.sequences.iter().enumerate() {
             let stored = reader.sequence(b, place, heads, dims, &config)?;
             let restore =
-                |(h, stored)| Head::new(&config, h, dims, kernel).restored(place.first, stored);
+                |(h, stored)| Head::new(&config, h, dims, level).restored(place.first, stored);
             let heads = stored.into_iter().enumerate().map(restore).collect();
             sequences.push(Sequence { heads, len: place.len });
         }

@@ -10,9 +10,10 @@
 
 use super::config::{CacheValues, KeyOffset, KvCacheConfig};
 use super::values::Values;
-use crate::gemm::{Kernel, PackedRhs};
-use crate::quant::rows::{self, BlockCodes, RowParams, quantize_block};
-use crate::quant::{Scheme, token_mean};
+use crate::cpu::Level;
+use crate::cpu::contracts::{self, BlockCodes};
+use crate::product::PackedRhs;
+use crate::quant::token_mean;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -35,11 +36,11 @@ pub(super) struct Page {
 }
 
 impl Page {
-    fn new(kernel: &'static dyn Kernel, dims: Dims, format: CacheValues, moving: bool) -> Self {
+    fn new(level: Level, dims: Dims, format: CacheValues, moving: bool) -> Self {
         let groups = if moving { PAGE / GROUP } else { 0 };
         Self {
             offsets: vec![0.0; groups * dims.depth],
-            keys: PackedRhs::new(kernel, PAGE, dims.depth),
+            keys: PackedRhs::new(level, PAGE, dims.depth),
             key_scales: vec![0.0; PAGE],
             values: Values::new(format, PAGE, dims.value_dim),
         }
@@ -120,7 +121,7 @@ impl<'a> RowsRef<'a> {
 #[derive(Clone)]
 pub(super) struct Head {
     pub dims: Dims,
-    kernel: &'static dyn Kernel,
+    pub level: Level,
     pub format: CacheValues,
     /// The first `sinks` tokens, as far as they are there.
     pub sinks: Rows,
@@ -139,15 +140,10 @@ pub(super) struct Head {
 }
 
 impl Head {
-    pub(super) fn new(
-        config: &KvCacheConfig,
-        head: usize,
-        dims: Dims,
-        kernel: &'static dyn Kernel,
-    ) -> Self {
+    pub(super) fn new(config: &KvCacheConfig, head: usize, dims: Dims, level: Level) -> Self {
         Self {
             dims,
-            kernel,
+            level,
             format: config.values,
             sinks: Rows::default(),
             sink_count: config.sinks,
@@ -227,14 +223,23 @@ impl Head {
             let step = if self.moving { GROUP } else { PAGE };
             let count = (step - slot % step).min(tokens - done);
             let rows = done..done + count;
-            packer.quantize(&recent.keys[rows.start * depth..rows.end * depth], &offset, count);
-            let moving = self.moving;
+            packer.quantize(
+                self.level,
+                &recent.keys[rows.start * depth..rows.end * depth],
+                &offset,
+                count,
+            );
+            let (moving, level) = (self.moving, self.level);
             let page = self.last_page();
             if moving {
                 page.offset(slot / GROUP, depth).copy_from_slice(&offset);
             }
             page.put_codes(slot, &packer.codes, &packer.scales, &packer.sums);
-            page.values.put(slot, &recent.values[rows.start * value_dim..rows.end * value_dim]);
+            page.values.put(
+                level,
+                slot,
+                &recent.values[rows.start * value_dim..rows.end * value_dim],
+            );
             self.packed += count;
             done += count;
             offset = self.moved_offset().unwrap_or(offset);
@@ -288,7 +293,7 @@ impl Head {
     pub(super) fn last_page(&mut self) -> &mut Page {
         let index = self.packed / PAGE - self.first_page;
         if index == self.pages.len() {
-            let page = Page::new(self.kernel, self.dims, self.format, self.moving);
+            let page = Page::new(self.level, self.dims, self.format, self.moving);
             self.pages.push_back(Arc::new(page));
         }
         self.page(index)
@@ -348,7 +353,7 @@ struct KeyCodes {
 }
 
 impl KeyCodes {
-    fn quantize(&mut self, keys: &[f32], offset: &[f32], tokens: usize) {
+    fn quantize(&mut self, level: Level, keys: &[f32], offset: &[f32], tokens: usize) {
         self.codes.resize(keys.len(), 0);
         self.scales.resize(tokens, 1.0);
         self.zeros.resize(tokens, 0);
@@ -362,8 +367,7 @@ impl KeyCodes {
             zeros: &mut self.zeros,
             sums: &mut self.sums,
         };
-        let (rows, params) =
-            (rows::Rows::contiguous(keys, offset.len()), RowParams::Own(Scheme::Symmetric));
-        quantize_block(rows, Some(offset), params, out);
+        let rows = contracts::Rows::contiguous(keys, offset.len());
+        level.quantize_symmetric(rows, Some(offset), out);
     }
 }

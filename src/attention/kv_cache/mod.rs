@@ -2,26 +2,25 @@
 //!
 //! * `config` says what can be chosen; `head` is the storage of one head, in pages; `values` the
 //!   formats of values.
-//! * `attend` is attention over the pages, `span` its work on one run of keys, `product` that of
-//!   probabilities and values.
+//! * `attend` is attention over a cache, by the engine; `source` is one head of it for the engine.
 //! * `file` is how a cache is saved, `stored` what of a head is.
 
 mod attend;
 mod config;
 mod file;
 mod head;
-mod product;
-mod span;
+mod source;
 mod stored;
 mod values;
 
 pub use config::{CacheMask, CacheValues, KeyOffset, KvCacheConfig};
 
-use super::operand::blocks;
-use super::pace::Work;
+use super::engine::blocks;
 use super::shapes::{check_cpu, check_float};
 use super::view::View;
-use crate::gemm;
+use crate::cpu::Level;
+use crate::parallel::Work;
+use crate::product;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Storage, Tensor};
 use head::{Dims, Head, PAGE, RowsRef};
@@ -125,8 +124,8 @@ impl Int8KvCache {
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for tensors that do not fit each
     /// other or what is in the cache, [`Error::Device`] unless they are on the CPU,
     /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Config`] for a key offset that does
-    /// not fit, [`Error::Depth`] beyond the depth limit, [`Error::Kernel`] if
-    /// [`KERNEL_VARIABLE`](crate::gemm::KERNEL_VARIABLE) names a kernel that cannot be used. The
+    /// not fit, [`Error::Depth`] beyond the depth limit, [`Error::Level`] if
+    /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used. The
     /// cache is then as it was before.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let lens = match k.dims() {
@@ -194,7 +193,7 @@ impl Int8KvCache {
         if let Some(len) = lens.iter().find(|len| **len > s) {
             return Err(Error::Config(format!("lens holds {len}, but there are {s} tokens")));
         }
-        let limit = gemm::max_depth(false);
+        let limit = product::max_depth(false);
         if depth > limit {
             return Err(Error::Depth { depth, limit });
         }
@@ -219,8 +218,8 @@ impl Int8KvCache {
             return Ok(Vec::new());
         }
         self.config.key_offset.check(h, depth)?;
-        let kernel = gemm::select()?;
-        let head = |head| Head::new(&self.config, head, dims, kernel);
+        let level = Level::active()?;
+        let head = |head| Head::new(&self.config, head, dims, level);
         let sequence = || Sequence { heads: (0..h).map(head).collect(), len: 0 };
         Ok((0..b).map(|_| sequence()).collect())
     }

@@ -2,13 +2,7 @@
 
 use super::LlamaConfig;
 use super::layer::LlamaLayer;
-use super::linear::contiguous;
-use super::one_query::{self, Tokens};
-use crate::quant::{Granularity, QuantConfig, RangeSource};
-use crate::{
-    AttentionConfig, AttnMask, Backend, CacheMask, Error, Int8Config, Int8KvCache, Result,
-    attention,
-};
+use crate::{AttentionConfig, AttnMask, Backend, CacheMask, Error, Int8KvCache, Result, attention};
 use candle_core::{DType, Device, Tensor};
 
 /// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.
@@ -272,10 +266,6 @@ pub struct FullCache {
 /// Tokens that the buffers hold at first.
 const FIRST_CAPACITY: usize = 256;
 
-/// Queries of an fp32 call: all scores of a call are in memory at once, and keys beyond the last
-/// query need not be scored.
-const QUERIES: usize = 256;
-
 impl FullCache {
     fn new([b, heads, depth]: [usize; 3], context: usize, device: &Device) -> Result<Self> {
         let shape = (b, heads, FIRST_CAPACITY.min(context), depth);
@@ -314,77 +304,9 @@ impl FullCache {
     }
 
     fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
-        let queries = q.dim(2)?;
-        let past = self.len - queries;
+        let past = self.len - q.dim(2)?;
         let of = |x: &Tensor| x.narrow(2, 0, self.len);
-        let (keys, values) = (of(&self.keys)?, of(&self.values)?);
-        let newest = queries == 1 && sees_everything(config);
-        match &config.backend {
-            Backend::Fp32 if newest && q.device().is_cpu() => self.one_query_fp32(q, config),
-            Backend::Fp32 => in_blocks(q, &keys, &values, past, config),
-            Backend::Int8(int8) if newest && rows_of_any_head(int8) => {
-                one_query_int8(q, &keys, &values, config)
-            }
-            Backend::Int8(_) => {
-                attention(q, &keys, &values, &AttnMask::causal_with_offset(past), config)
-            }
-        }
+        let mask = AttnMask::causal_with_offset(past);
+        attention(q, &of(&self.keys)?, &of(&self.values)?, &mask, config)
     }
-
-    fn one_query_fp32(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
-        let (b, heads, _, depth) = q.dims4()?;
-        let (_, kv_heads, capacity, _) = self.keys.dims4()?;
-        let (keys, values) = (self.keys.storage_and_layout(), self.values.storage_and_layout());
-        let q = q.contiguous()?;
-        let q = q.storage_and_layout();
-        let of = |data| Tokens { data, capacity, len: self.len };
-        let (keys, values) =
-            (of(contiguous(&keys.0, keys.1)?), of(contiguous(&values.0, values.1)?));
-        let q = (contiguous(&q.0, q.1)?, [b, heads, depth]);
-        one_query::attention(q, &keys, &values, kv_heads, config)
-    }
-}
-
-/// Whether the newest query sees all keys alike, wherever it stands.
-fn sees_everything(config: &AttentionConfig) -> bool {
-    config.window_left.is_none()
-        && config.window_right.is_none()
-        && config.alibi_slopes.is_none()
-        && config.kv_lens.is_none()
-}
-
-/// Whether the codes of a query do not depend on the head that it is counted to.
-fn rows_of_any_head(int8: &Int8Config) -> bool {
-    let QuantConfig { granularity, range, .. } = &int8.scores.q;
-    let alone = matches!(granularity, Granularity::PerToken | Granularity::PerTensor);
-    alone && matches!(range, RangeSource::Dynamic)
-}
-
-/// The newest token in int8: the query heads that share a key head become queries of one head.
-fn one_query_int8(q: &Tensor, k: &Tensor, v: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
-    let (b, heads, _, depth) = q.dims4()?;
-    let kv_heads = k.dim(1)?;
-    let q = q.reshape((b, kv_heads, heads / kv_heads, depth))?;
-    let out = attention(&q, k, v, &AttnMask::None, config)?;
-    Ok(out.reshape((b, heads, 1, depth))?)
-}
-
-/// Many queries in fp32, block by block.
-fn in_blocks(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    past: usize,
-    config: &AttentionConfig,
-) -> Result<Tensor> {
-    let queries = q.dim(2)?;
-    let mut out = Vec::with_capacity(queries.div_ceil(QUERIES));
-    for start in (0..queries).step_by(QUERIES) {
-        let len = QUERIES.min(queries - start);
-        let q = q.narrow(2, start, len)?;
-        let keys = past + start + len;
-        let mask = AttnMask::causal_with_offset(past + start);
-        out.push(attention(&q, &k.narrow(2, 0, keys)?, &v.narrow(2, 0, keys)?, &mask, config)?);
-    }
-    Ok(Tensor::cat(&out, 2)?)
 }

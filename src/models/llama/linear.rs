@@ -1,6 +1,7 @@
 //! A linear layer whose weights may be quantized.
 
-use crate::quant::rows::{Rows, dots};
+use crate::cpu::Level;
+use crate::cpu::contracts::Rows;
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{D, Device, Layout, Module, Storage, Tensor};
@@ -122,10 +123,11 @@ fn one_token(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (weight_storage, weight_layout) = weight.storage_and_layout();
     let x = contiguous(&x_storage, x_layout)?;
     let weight = contiguous(&weight_storage, weight_layout)?;
+    let level = Level::active()?;
     let mut y = vec![0f32; n];
     let rows = (PIECE / k.max(1)).max(1);
     let pieces = y.par_chunks_mut(rows).zip(weight.par_chunks(rows * k.max(1)));
-    pieces.for_each(|(y, weight)| dots(Rows::contiguous(weight, x.len()), None, x, y));
+    pieces.for_each(|(y, weight)| level.dots(Rows::contiguous(weight, x.len()), None, x, y));
     Ok(Tensor::from_vec(y, (1, n), &Device::Cpu)?)
 }
 

@@ -19,7 +19,6 @@ mod gguf_tokenizer;
 mod layer;
 mod linear;
 mod model;
-mod one_query;
 mod rope;
 mod tokenizer;
 mod weights;

@@ -1,0 +1,111 @@
+//! What the engine asks of keys and values.
+
+use super::run::Queries;
+use super::softmax::{Running, Tile};
+use crate::attention::operand::QuantizedRows;
+use crate::attention::view::View;
+use crate::cpu::Level;
+use crate::cpu::contracts::Format;
+use crate::product::PackedLhs;
+use std::ops::Range;
+
+/// Some rows of the queries that share a head of keys: row `i` is query `i % M` of query head `i / M`,
+/// counted among those.
+#[derive(Debug, Clone)]
+pub(in crate::attention) struct Rows {
+    /// The head of keys, counted over the batch.
+    pub head: usize,
+    pub range: Range<usize>,
+}
+
+/// Rows in the form in which they are multiplied with keys. The memory is kept from one block to the
+/// next, whoever holds the keys.
+#[derive(Default)]
+pub(in crate::attention) struct QueryBlock {
+    /// The rows as they are, `[rows, D]`, where they are needed so.
+    pub values: Vec<f32>,
+    /// Where rows are gathered that do not lie together.
+    pub buffer: Vec<f32>,
+    /// Codes and scales.
+    pub rows: QuantizedRows,
+    /// The codes, packed.
+    pub lhs: Option<PackedLhs>,
+    /// What is added to all scores of a row.
+    pub biases: Vec<f32>,
+    /// Sums of codes, less what zero points take away.
+    pub terms: Vec<i32>,
+    /// Among the query heads that share keys, where all rows are of one.
+    pub member: usize,
+}
+
+impl QueryBlock {
+    /// Packs the codes, `rows` of `depth`, for a level.
+    pub(in crate::attention) fn pack(&mut self, level: Level, rows: usize, depth: usize) {
+        let lhs = self.lhs.take().filter(|lhs| lhs.level() == level);
+        let lhs = self.lhs.insert(lhs.unwrap_or_else(|| PackedLhs::new(level)));
+        lhs.put(&self.rows.codes, rows, depth);
+    }
+
+    /// The packed codes.
+    pub(in crate::attention) fn packed(&self) -> &PackedLhs {
+        self.lhs.as_ref().expect("queries are quantized before they are scored")
+    }
+}
+
+/// Keys and values of one head.
+pub(in crate::attention) trait KeyValues: Sync {
+    /// Channels of the sums: those of values, padded to whole vectors.
+    fn width(&self) -> usize;
+
+    /// The keys that are scored at a time are a multiple of this, or end with the last.
+    fn step(&self) -> usize;
+
+    /// Rows of scores that [`KeyValues::score`] needs for each row of queries.
+    fn rows_of_scores(&self) -> usize {
+        1
+    }
+
+    /// Those of `seen` in order and in tiles of at most [`TILE`](super::TILE) keys. A tile may start before
+    /// `seen`, at a whole step; keys that are not held are left out.
+    fn tiles(&self, seen: Range<usize>) -> Vec<Range<usize>>;
+
+    /// Brings rows of queries into the form of the keys.
+    fn prepare(&self, rows: &Rows, queries: &mut QueryBlock);
+
+    /// Writes the scores of all rows with a tile of keys, in units of log2 unless a softcap follows:
+    /// row-major, rows `stride` elements apart. Where that leaves room, up to one step more is overwritten
+    /// behind each row, and the rows behind the last.
+    fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize);
+
+    /// The format of probabilities for this many rows.
+    fn format(&self, rows: usize) -> Format;
+
+    /// Adds values of the tile, multiplied by their probabilities, to `[rows, width]` sums; those that their
+    /// format cannot hold by [`Tile::add_exception`]. May overwrite the probabilities.
+    fn accumulate(
+        &self,
+        keys: Range<usize>,
+        tile: &mut Tile<'_>,
+        running: &[Running],
+        sums: &mut [f32],
+    );
+}
+
+/// Copies rows of queries, which the heads that share keys have at different places, to `values`.
+pub(in crate::attention) fn gather(
+    queries: &View<'_>,
+    shape: &Queries,
+    rows: &Rows,
+    values: &mut Vec<f32>,
+    buffer: &mut Vec<f32>,
+) {
+    values.clear();
+    let mut row = rows.range.start;
+    while row < rows.range.end {
+        let [batch, head, token] = shape.at(rows.head, row);
+        let count = (shape.tokens - token).min(rows.range.end - row);
+        let found = queries.rows(batch * shape.heads + head, token..token + count, buffer);
+        found.iter().for_each(|row| values.extend_from_slice(row));
+        row += count;
+    }
+}

@@ -1,0 +1,31 @@
+//! The one engine: attention over the keys and values of a head, whoever holds them.
+//!
+//! ```text
+//! for each head of keys, for up to 48 rows of the queries that share it:         a row: one query of one head
+//!   prepare the rows                                            quantize and pack, or gather
+//!   for each tile of up to 512 keys:
+//!     scores      int8 or f32, in units of log2                 KeyValues::score
+//!     modifiers   softcap, ALiBi, mask tensor                   modifiers, mask
+//!     softmax     running maximum and sum                       softmax
+//!     values      sums += probabilities x values                KeyValues::accumulate
+//!   divide by the running sum                                   output
+//! ```
+//!
+//! Who holds keys and values implements [`KeyValues`]: a head of tensors in int8 or in f32, or of a cache.
+//! Nothing as large as `M * N` ever exists. A few rows over many keys are computed in spans of keys that
+//! threads share, each with its own maximum, and merged in their order.
+
+mod key_values;
+mod mask;
+mod modifiers;
+mod output;
+mod partial;
+mod run;
+mod softmax;
+
+pub(super) use key_values::{KeyValues, QueryBlock, Rows, gather};
+pub(super) use mask::MaskView;
+pub(super) use modifiers::Modifiers;
+pub(super) use output::Element;
+pub(super) use run::{BLOCK, Engine, Queries, TILE, blocks};
+pub(super) use softmax::{Probs, Running, Tile};

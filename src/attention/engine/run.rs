@@ -1,0 +1,312 @@
+//! The loops of the engine.
+
+use super::key_values::{KeyValues, QueryBlock, Rows};
+use super::modifiers::Modifiers;
+use super::output::Element;
+use super::partial::Partial;
+use super::softmax::{Probs, Tile, softmax_tile};
+use crate::attention::visible::Visible;
+use crate::cpu::Level;
+use crate::cpu::contracts::{Format, GROUP, Int8Run, RUN};
+use crate::parallel::{Pace, Work};
+use std::cell::RefCell;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// Keys of a tile. 48 rows of scores and probabilities, with the keys and values of the tile, stay
+/// in a 1 MiB L2; smaller tiles rescale the sums more often.
+pub(in crate::attention) const TILE: usize = 512;
+
+/// Rows that are prepared and multiplied at a time; they fit L1 and L2 at any head dim.
+pub(in crate::attention) const BLOCK: usize = 48;
+
+/// Up to this many rows, the keys are computed in spans that threads share. The cut depends on shapes
+/// alone, never on threads, so neither does the result.
+const FEW: usize = 8;
+
+/// Tiles of a span.
+const SPAN: usize = 2;
+
+/// `0..count` in runs of [`BLOCK`].
+pub(in crate::attention) fn blocks(count: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..count).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(count))
+}
+
+/// The queries of a call, and what lies between their scores and their probabilities.
+pub(in crate::attention) struct Engine<'a> {
+    pub level: Level,
+    pub queries: Queries,
+    /// `Dv`.
+    pub value_dim: usize,
+    /// What each query sees by its position.
+    pub visible: Visible,
+    /// The first keys of every sequence that are seen whatever a window of the keys says, as far as
+    /// positions let them.
+    pub sinks: usize,
+    /// Keys to the left of its position that a query sees at most, the sinks apart.
+    pub window: Option<usize>,
+    pub modifiers: Modifiers<'a>,
+}
+
+/// Their shape, `[B, H, M, ..]`, and how they become blocks.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::attention) struct Queries {
+    pub heads: usize,
+    pub tokens: usize,
+    /// Query heads that share a head of keys.
+    pub group: usize,
+    /// Whether all rows of a block are of one query head.
+    pub apart: bool,
+}
+
+/// A row of a block.
+#[derive(Clone)]
+struct Row {
+    /// Sequence, query head in it, token.
+    at: [usize; 3],
+    /// The keys that it sees, the sinks left out, and those of the sinks.
+    seen: Range<usize>,
+    sinks: Range<usize>,
+}
+
+/// What a thread works in, kept so that a block allocates nothing.
+#[derive(Default)]
+struct Scratch {
+    queries: QueryBlock,
+    buffers: Buffers,
+    partial: Partial,
+}
+
+#[derive(Default)]
+struct Buffers {
+    /// Elements from one row of scores, or of probabilities, to the next.
+    stride: usize,
+    scores: Vec<f32>,
+    /// The keys of a tile that each row sees.
+    inside: Vec<Range<usize>>,
+    /// Probabilities in bf16.
+    halves: Vec<u16>,
+    /// Probabilities in int8, and what they stand for.
+    codes: Vec<u8>,
+    runs: Vec<Int8Run>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Bytes of scores that a thread keeps for the next block.
+const KEPT: usize = 4 << 20;
+
+impl Queries {
+    /// Rows that share a head of keys.
+    fn rows(&self) -> usize {
+        self.group * self.tokens
+    }
+
+    /// Those in blocks.
+    fn blocks(self) -> impl Iterator<Item = Range<usize>> {
+        let (parts, rows) = if self.apart { (self.group, self.tokens) } else { (1, self.rows()) };
+        (0..parts).flat_map(move |part| {
+            blocks(rows).map(move |block| part * rows + block.start..part * rows + block.end)
+        })
+    }
+
+    /// The sequence and the query head of a row of a key head, and its token.
+    pub(in crate::attention) fn at(&self, head: usize, row: usize) -> [usize; 3] {
+        let key_heads = (self.heads / self.group.max(1)).max(1);
+        let (batch, key_head) = (head / key_heads, head % key_heads);
+        [batch, key_head * self.group + row / self.tokens, row % self.tokens]
+    }
+}
+
+impl Engine<'_> {
+    /// Fills the output, `[B, H, M, Dv]`, of all key heads. `with_head` brings the keys and values of a
+    /// head into their form and calls what it is given with them. Heads and blocks do not depend on each
+    /// other, so the result is the same with any number of threads.
+    pub(in crate::attention) fn run<T: Element>(
+        &self,
+        work: Work,
+        out: &mut [MaybeUninit<T>],
+        with_head: impl Fn(Pace, usize, &mut dyn FnMut(&dyn KeyValues)) + Sync,
+    ) {
+        let per_head = self.queries.rows() * self.value_dim;
+        if out.is_empty() {
+            return;
+        }
+        work.for_each_chunk(out, per_head, |pace, head, out| {
+            with_head(pace, head, &mut |from| self.attend_head::<T>(pace, from, head, &mut *out));
+        });
+    }
+
+    /// Writes the output of all rows that share a key head.
+    fn attend_head<T: Element>(
+        &self,
+        pace: Pace,
+        from: &dyn KeyValues,
+        head: usize,
+        mut out: &mut [MaybeUninit<T>],
+    ) {
+        let blocks = self.queries.blocks().map(|range| {
+            let (block, rest) = std::mem::take(&mut out).split_at_mut(range.len() * self.value_dim);
+            out = rest;
+            (Rows { head, range }, block)
+        });
+        let blocks: Vec<_> = blocks.collect();
+        pace.for_each(blocks.into_iter(), |(rows, out)| {
+            self.attend_block::<T>(pace, from, &rows, out);
+        });
+    }
+
+    /// Writes the output of a block.
+    fn attend_block<T: Element>(
+        &self,
+        pace: Pace,
+        from: &dyn KeyValues,
+        rows: &Rows,
+        out: &mut [MaybeUninit<T>],
+    ) {
+        let seen: Vec<Row> = rows.range.clone().map(|row| self.row(rows.head, row)).collect();
+        let start = seen.iter().map(|row| row.seen.start).min().unwrap_or(0);
+        let end = seen.iter().map(|row| row.seen.end).max().unwrap_or(0);
+        let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
+        let mut tiles = from.tiles(0..sinks);
+        tiles.extend(from.tiles(start.max(self.sinks)..end.max(self.sinks)));
+        if seen.len() > FEW || tiles.len() <= SPAN {
+            return with_scratch(|scratch| {
+                self.attend_tiles(from, rows, &seen, &tiles, scratch);
+                scratch.partial.finish(self.value_dim, out);
+            });
+        }
+        let parts = pace.map(tiles.chunks(SPAN), |tiles| {
+            with_scratch(|scratch| {
+                self.attend_tiles(from, rows, &seen, tiles, scratch);
+                std::mem::take(&mut scratch.partial)
+            })
+        });
+        let mut merged = Partial::default();
+        merged.start(seen.len(), from.width());
+        parts.iter().for_each(|part| merged.merge(part));
+        merged.finish(self.value_dim, out);
+    }
+
+    /// What a row sees.
+    fn row(&self, head: usize, row: usize) -> Row {
+        let at = self.queries.at(head, row);
+        let Range { start, end } = self.visible.range(at[0], at[2]);
+        let sinks = start.min(self.sinks)..end.min(self.sinks);
+        Row { at, seen: self.seen(at[0], at[2]), sinks }
+    }
+
+    /// The keys that a query of a sequence sees, the sinks left out.
+    pub(in crate::attention) fn seen(&self, sequence: usize, query: usize) -> Range<usize> {
+        let Range { mut start, end } = self.visible.range(sequence, query);
+        if let Some(window) = self.window {
+            let position = usize::try_from(self.visible.position(sequence, query)).unwrap_or(0);
+            start = start.max(position.saturating_sub(window));
+        }
+        let end = end.max(self.sinks);
+        start.clamp(self.sinks, end)..end
+    }
+
+    /// Attention of a block over some tiles, into the partial of the scratch.
+    fn attend_tiles(
+        &self,
+        from: &dyn KeyValues,
+        rows: &Rows,
+        seen: &[Row],
+        tiles: &[Range<usize>],
+        scratch: &mut Scratch,
+    ) {
+        let Scratch { queries, buffers, partial } = scratch;
+        partial.start(seen.len(), from.width());
+        if tiles.is_empty() {
+            return;
+        }
+        from.prepare(rows, queries);
+        buffers.start(from, seen.len(), tiles);
+        for tile in tiles {
+            self.tile(from, queries, seen, tile.clone(), (buffers, partial));
+        }
+    }
+
+    /// Adds one tile of keys.
+    fn tile(
+        &self,
+        from: &dyn KeyValues,
+        queries: &QueryBlock,
+        seen: &[Row],
+        keys: Range<usize>,
+        (buffers, partial): (&mut Buffers, &mut Partial),
+    ) {
+        let stride = buffers.stride;
+        from.score(queries, keys.clone(), &mut buffers.scores, stride);
+        let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
+        buffers.inside.clear();
+        buffers.inside.extend(seen.iter().map(|row| {
+            let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
+            clamp(seen.start)..clamp(seen.end)
+        }));
+        self.modify(seen, keys.start, buffers);
+        let Buffers { scores, inside, halves, codes, runs, .. } = buffers;
+        let probs = match from.format(seen.len()) {
+            Format::F32 => Probs::F32,
+            Format::Bf16 => Probs::Bf16(halves),
+            Format::Int8 => Probs::Int8 { codes, runs },
+        };
+        let mut tile = Tile { scores, stride, keys: keys.len(), visible: inside, probs };
+        softmax_tile(self.level, &mut tile, &mut partial.running);
+        partial.rescale();
+        from.accumulate(keys, &mut tile, &partial.running, &mut partial.sums);
+    }
+
+    /// Softcap, ALiBi and mask of the scores that are seen.
+    fn modify(&self, seen: &[Row], first: usize, buffers: &mut Buffers) {
+        if self.modifiers.is_nothing() {
+            return;
+        }
+        let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
+        for (row, (scores, inside)) in seen.iter().zip(rows) {
+            let keys = first + inside.start..first + inside.end;
+            let position = self.visible.position(row.at[0], row.at[2]);
+            self.modifiers.apply(row.at, position, keys, &mut scores[inside.clone()]);
+        }
+    }
+}
+
+fn with_scratch<T>(f: impl FnOnce(&mut Scratch) -> T) -> T {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let result = f(scratch);
+        scratch.buffers.forget_beyond(KEPT);
+        result
+    })
+}
+
+impl Buffers {
+    /// For rows and the tiles that they see.
+    fn start(&mut self, from: &dyn KeyValues, rows: usize, tiles: &[Range<usize>]) {
+        let longest = tiles.iter().map(Range::len).max().unwrap_or(0);
+        // Whole steps, so that a step that reaches over the last key has room.
+        self.stride = longest.next_multiple_of(from.step().next_multiple_of(GROUP));
+        let len = rows * self.stride;
+        let grow = |len: usize, held: usize| len.max(held);
+        self.scores.resize(grow(len * from.rows_of_scores(), self.scores.len()), 0.0);
+        match from.format(rows) {
+            Format::F32 => {}
+            Format::Bf16 => self.halves.resize(grow(len, self.halves.len()), 0),
+            Format::Int8 => {
+                self.codes.resize(grow(len, self.codes.len()), 0);
+                // Every row has runs of its own, also where it is shorter than one.
+                let runs = rows * self.stride.div_ceil(RUN);
+                self.runs.resize(grow(runs, self.runs.len()), Int8Run::default());
+            }
+        }
+    }
+
+    /// Gives memory back that a block of unusual size has asked for.
+    fn forget_beyond(&mut self, bytes: usize) {
+        if self.scores.len() * size_of::<f32>() > bytes {
+            *self = Self::default();
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! One head of a cache for the engine: pages of codes, and the rows that stay in f32.
+//!
+//! Queries are two int8 codes an element, the second for what the first leaves over: a query is practically
+//! exact, and since a decode step waits for keys from memory, the second product is nearly free. What is
+//! left of the error is that of the keys.
+//!
+//! For few rows of queries values are multiplied as they are stored, with probabilities in f32; for many it
+//! pays to bring them into the order of faster kernels first, tile by tile.
+
+use super::head::{GROUP, Head, PAGE, Rows as FloatRows};
+use crate::attention::engine::{KeyValues, Queries, QueryBlock, Rows, Running, TILE, Tile, gather};
+use crate::attention::float_head::accumulate_in_place;
+use crate::attention::operand::QuantizedRows;
+use crate::attention::tensor_values::accumulate;
+use crate::attention::view::View;
+use crate::cpu::Level;
+use crate::cpu::contracts::{self, BlockCodes, Format, LANES};
+use crate::cpu::plain::widest;
+use crate::memory::overwrite;
+use crate::product::{self, PackedMatrix, ScoreScales};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Up to this many rows, values are multiplied as they are stored.
+const FEW: usize = 8;
+
+/// A head, and the queries that see it.
+pub(super) struct CacheHead<'a> {
+    pub level: Level,
+    pub head: &'a Head,
+    pub queries: &'a View<'a>,
+    pub shape: Queries,
+    /// Multiplies every score.
+    pub factor: f32,
+    /// In which values are multiplied with many rows.
+    pub many: Format,
+}
+
+/// What holds the keys of a tile.
+enum Place {
+    Sinks,
+    Pages,
+    Recent,
+}
+
+thread_local! {
+    /// The values of a tile in another order, and in f32.
+    static VALUES: RefCell<(Option<PackedMatrix>, Vec<f32>)> = RefCell::default();
+}
+
+impl CacheHead<'_> {
+    fn place(&self, keys: &Range<usize>) -> Place {
+        // The first tile of pages may start where the sinks are, whose slots are empty.
+        if keys.end <= self.head.sinks.tokens {
+            Place::Sinks
+        } else if keys.start < self.head.packed {
+            Place::Pages
+        } else {
+            Place::Recent
+        }
+    }
+
+    /// Rows in f32 and the first token of them.
+    fn float_rows(&self, keys: &Range<usize>) -> Option<(&FloatRows, usize)> {
+        match self.place(keys) {
+            Place::Sinks => Some((&self.head.sinks, 0)),
+            Place::Recent => Some((&self.head.recent, self.head.packed)),
+            Place::Pages => None,
+        }
+    }
+
+    /// What an offset that was subtracted from keys adds to the scores of each query.
+    fn bias(&self, queries: &[f32], offset: &[f32], biases: &mut [f32]) {
+        if offset.is_empty() {
+            return;
+        }
+        let rows = contracts::Rows::contiguous(queries, offset.len());
+        self.level.dots(rows, None, offset, biases);
+        biases.iter_mut().for_each(|bias| *bias *= self.factor);
+    }
+
+    /// Int8 scores.
+    fn score_pages(
+        &self,
+        queries: &QueryBlock,
+        tokens: Range<usize>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        const NO_BIAS: [f32; PAGE] = [0.0; PAGE];
+        let (depth, rows) = (self.head.dims.depth, queries.rows.scales.len() / 2);
+        let mut biases = queries.biases.clone();
+        for (start, used, page) in self.head.pages_of(tokens.clone()) {
+            let slots = tokens.start.saturating_sub(start)..used.min(tokens.end - start);
+            let step = if page.offsets.is_empty() { PAGE } else { GROUP };
+            for first in (slots.start / step * step..slots.end).step_by(step) {
+                if !page.offsets.is_empty() {
+                    let offset = &page.offsets[first / GROUP * depth..(first / GROUP + 1) * depth];
+                    self.bias(&queries.values, offset, &mut biases[..rows]);
+                }
+                let scales = ScoreScales {
+                    row_scales: &queries.rows.scales,
+                    row_biases: &biases,
+                    column_scales: &page.key_scales,
+                    column_biases: &NO_BIAS,
+                    zeros: None,
+                };
+                let columns = first.max(slots.start)..(first + step).min(slots.end);
+                // SAFETY: `score_tiles` writes numbers.
+                let out = unsafe { overwrite(&mut scores[start + columns.start - tokens.start..]) };
+                product::score_tiles(queries.packed(), &page.keys, columns, &scales, out, stride);
+            }
+        }
+        let (first, left_over) = scores[..2 * rows * stride].split_at_mut(rows * stride);
+        widest!(add, (first, &*left_over), (&mut [f32], &[f32]) => ());
+    }
+
+    /// Multiplies values as they are stored with probabilities in f32.
+    fn accumulate_few(
+        &self,
+        keys: Range<usize>,
+        tile: &mut Tile<'_>,
+        running: &[Running],
+        sums: &mut [f32],
+    ) {
+        let stride = tile.stride;
+        for (start, used, page) in self.head.pages_of(keys.clone()) {
+            let slots = keys.start.saturating_sub(start)..used.min(keys.end - start);
+            let at = start + slots.start - keys.start;
+            for (slot, row) in page.values.exceptions().iter() {
+                if slots.contains(slot) {
+                    tile.add_exception(at + slot - slots.start, row, running, sums);
+                }
+            }
+            let scales = page.values.scales();
+            if !scales.is_empty() {
+                let rows = tile.scores.chunks_mut(stride).take(running.len());
+                for probs in rows {
+                    let probs = &mut probs[at..at + slots.len()];
+                    let scales = &scales[slots.clone()];
+                    probs.iter_mut().zip(scales).for_each(|(p, scale)| *p *= scale);
+                }
+            }
+            page.values.matrix(slots).accumulate(self.level, &tile.scores[at..], stride, sums);
+        }
+    }
+
+    /// Multiplies a copy of the tile's values in the order of a kernel for many rows.
+    fn accumulate_many(
+        &self,
+        keys: Range<usize>,
+        tile: &mut Tile<'_>,
+        running: &[Running],
+        sums: &mut [f32],
+    ) {
+        let dim = self.head.dims.value_dim;
+        VALUES.with_borrow_mut(|(kept, rows)| {
+            let packed = kept.take().filter(|packed| {
+                (packed.level(), packed.format()) == (self.level, tile.probs.format())
+            });
+            let packed = kept.insert(
+                packed.unwrap_or_else(|| PackedMatrix::new(self.level, tile.probs.format(), 0, 0)),
+            );
+            packed.reset(keys.len(), dim);
+            rows.clear();
+            if let Some((floats, first)) = self.float_rows(&keys) {
+                let part = (keys.start - first) * dim..(keys.end - first) * dim;
+                packed.put(0, &floats.values[part]);
+            } else {
+                for (start, used, page) in self.head.pages_of(keys.clone()) {
+                    let slots = keys.start.saturating_sub(start)..used.min(keys.end - start);
+                    let at = start + slots.start - keys.start;
+                    for (slot, row) in page.values.exceptions() {
+                        if slots.contains(slot) {
+                            tile.add_exception(at + slot - slots.start, row, running, sums);
+                        }
+                    }
+                    page.values.decode(slots, rows);
+                }
+                packed.put(0, rows);
+            }
+            accumulate(packed, 0..keys.len(), tile, running, sums);
+        });
+    }
+}
+
+impl KeyValues for CacheHead<'_> {
+    fn width(&self) -> usize {
+        self.head.dims.value_dim.next_multiple_of(LANES)
+    }
+
+    fn step(&self) -> usize {
+        GROUP
+    }
+
+    /// Scores of the second codes lie behind those of the first.
+    fn rows_of_scores(&self) -> usize {
+        2
+    }
+
+    fn tiles(&self, seen: Range<usize>) -> Vec<Range<usize>> {
+        let sinks = seen.start..seen.end.min(self.head.sinks.tokens);
+        let packed = self.head.kept_from().max(seen.start)..self.head.packed.min(seen.end);
+        let recent = self.head.packed.max(seen.start)..self.head.len().min(seen.end);
+        // Tiles of pages start with a group, so that panels are whole, and those of a page lie together.
+        let start = packed.start / GROUP * GROUP;
+        let mut tiles = split(sinks, TILE);
+        if !packed.is_empty() {
+            let in_pages = (start / TILE * TILE..packed.end).step_by(TILE);
+            tiles.extend(in_pages.map(|at| at.max(start)..packed.end.min(at + TILE)));
+        }
+        tiles.extend(split(recent, TILE));
+        tiles
+    }
+
+    fn prepare(&self, rows: &Rows, queries: &mut QueryBlock) {
+        let QueryBlock { values, buffer, rows: codes, biases, .. } = queries;
+        gather(self.queries, &self.shape, rows, values, buffer);
+        let (count, depth) = (rows.range.len(), self.head.dims.depth);
+        two_codes(self.level, values, (count, depth), codes, buffer);
+        codes.scales.iter_mut().for_each(|x| *x *= self.factor);
+        biases.clear();
+        biases.resize(2 * count, 0.0);
+        if let Some(offset) = &self.head.offset {
+            self.bias(values, offset, &mut biases[..count]);
+        }
+        queries.pack(self.level, 2 * count, depth);
+    }
+
+    fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize) {
+        let Some((rows, first)) = self.float_rows(&keys) else {
+            return self.score_pages(queries, keys, scores, stride);
+        };
+        let depth = self.head.dims.depth;
+        let of_keys = &rows.keys[(keys.start - first) * depth..(keys.end - first) * depth];
+        let of_keys = contracts::Rows::new(of_keys, keys.len(), depth, depth);
+        let rows = queries.rows.scales.len() / 2;
+        for (row, scores) in scores.chunks_exact_mut(stride).take(rows).enumerate() {
+            let scores = &mut scores[..keys.len()];
+            let query = &queries.values[row * depth..(row + 1) * depth];
+            self.level.dots(of_keys, None, query, scores);
+            scores.iter_mut().for_each(|score| *score *= self.factor);
+        }
+    }
+
+    fn format(&self, rows: usize) -> Format {
+        if rows <= FEW { Format::F32 } else { self.many }
+    }
+
+    fn accumulate(
+        &self,
+        keys: Range<usize>,
+        tile: &mut Tile<'_>,
+        running: &[Running],
+        sums: &mut [f32],
+    ) {
+        let dim = self.head.dims.value_dim;
+        match self.float_rows(&keys) {
+            _ if dim == 0 => {}
+            None if running.len() <= FEW => self.accumulate_few(keys, tile, running, sums),
+            Some((rows, first)) if running.len() <= FEW && dim.is_multiple_of(LANES) => {
+                let part = &rows.values[(keys.start - first) * dim..(keys.end - first) * dim];
+                let values = contracts::Rows::contiguous(part, dim);
+                accumulate_in_place(self.level, values, tile, sums);
+            }
+            _ => self.accumulate_many(keys, tile, running, sums),
+        }
+    }
+}
+
+/// A range in pieces of at most `most`.
+fn split(range: Range<usize>, most: usize) -> Vec<Range<usize>> {
+    let starts = range.clone().step_by(most);
+    starts.map(|start| start..(start + most).min(range.end)).collect()
+}
+
+#[inline(always)]
+fn add((sums, others): (&mut [f32], &[f32])) {
+    sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+}
+
+/// Rows in two int8 codes an element, `x ~ scale * code + scale' * code'`: codes and scales of all
+/// rows, then those of what the first codes leave over.
+fn two_codes(
+    level: Level,
+    values: &[f32],
+    (rows, depth): (usize, usize),
+    out: &mut QuantizedRows,
+    left_over: &mut Vec<f32>,
+) {
+    out.resize(2 * rows, depth);
+    if depth == 0 {
+        return out.scales.fill(1.0);
+    }
+    let QuantizedRows { codes, scales, zeros, sums } = out;
+    let (first, second) = codes.split_at_mut(values.len());
+    let (first_scales, second_scales) = scales.split_at_mut(rows);
+    let mut quantize = |values: &[f32], codes: &mut [i8], scales: &mut [f32]| {
+        let (zeros, sums) = (&mut zeros[..rows], &mut sums[..rows]);
+        let out = BlockCodes { codes, scales, zeros, sums };
+        level.quantize_symmetric(contracts::Rows::contiguous(values, depth), None, out);
+    };
+    quantize(values, first, first_scales);
+    left_over.clear();
+    left_over.extend_from_slice(values);
+    let of_rows = left_over.chunks_exact_mut(depth).zip(first.chunks_exact(depth));
+    for ((left_over, codes), &scale) in of_rows.zip(&*first_scales) {
+        left_over.iter_mut().zip(codes).for_each(|(x, &code)| *x -= scale * f32::from(code));
+    }
+    quantize(left_over, second, second_scales);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::runnable;
+
+    fn of(values: &[f32], rows: usize) -> QuantizedRows {
+        let mut out = QuantizedRows::default();
+        let shape = (rows, values.len() / rows);
+        two_codes(runnable()[0], values, shape, &mut out, &mut Vec::new());
+        out
+    }
+
+    #[test]
+    fn two_codes_are_sixteen_bits() {
+        let values: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        let QuantizedRows { codes, scales, .. } = of(&values, 2);
+        for (i, x) in values.iter().enumerate() {
+            let row = i / 50;
+            let rounded =
+                scales[row] * f32::from(codes[i]) + scales[2 + row] * f32::from(codes[100 + i]);
+            assert!((x - rounded).abs() < 3.0 / 127.0 / 127.0 / 3.0, "{x} {rounded}");
+        }
+        // Zeros, and what has no codes.
+        assert_eq!(of(&[0.0; 4], 1).codes, [0; 8]);
+        assert!(of(&[1.0, f32::NAN], 1).scales[0].is_nan());
+        assert!(of(&[], 3).codes.is_empty());
+    }
+}

@@ -1,0 +1,283 @@
+//! Attention as a Candle op: one forward for both backends, and its gradient.
+
+use super::config::{AttentionConfig, Backend, Int8Config};
+use super::engine::{Element, Engine, MaskView, Modifiers, Queries};
+use super::float_head::{FEW, Float, FloatHead, in_place};
+use super::int8_head::{Int8Head, PackedKeys};
+use super::mask::broadcast_mask;
+use super::scorer::{ScoreScale, Scorer, check_product};
+use super::tensor_values::pack_values;
+use super::view::View;
+use super::visible::Visible;
+use super::{shapes, unfused};
+use crate::cpu::Level;
+use crate::cpu::contracts::Format;
+use crate::memory::written;
+use crate::parallel::Work;
+use crate::product::PackedMatrix;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor, Var};
+use candle_nn::attention::AttnMask;
+use std::cell::Cell;
+use std::f32::consts::LOG2_E;
+
+/// `attention` on the CPU; shapes and dtypes are checked.
+pub(super) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttnMask,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
+    let (b, h, m, d) = q.dims4()?;
+    let mask = match mask {
+        AttnMask::Mask(mask) => {
+            AttnMask::Mask(broadcast_mask(&mask.detach(), &[b, h, m, k.dim(2)?])?)
+        }
+        other => other.clone(),
+    };
+    match &config.backend {
+        Backend::Int8(int8) => _ = check_product(d, &int8.scores)?,
+        Backend::Fp32 => _ = Level::active()?,
+    }
+    Ok(q.apply_op3(k, v, Attention { mask, config: config.clone() })?)
+}
+
+struct Attention {
+    mask: AttnMask,
+    config: AttentionConfig,
+}
+
+/// The inputs of a call.
+struct Inputs<'a> {
+    q: View<'a>,
+    k: View<'a>,
+    v: View<'a>,
+}
+
+/// Memory for the keys and values of a head, which a thread keeps for the next one.
+struct KeptInt8 {
+    keys: PackedKeys,
+    values: PackedMatrix,
+}
+
+/// The same in f32.
+struct KeptFloat {
+    keys: PackedMatrix,
+    values: PackedMatrix,
+}
+
+thread_local! {
+    static INT8: Cell<Option<KeptInt8>> = const { Cell::new(None) };
+    static FLOAT: Cell<Option<KeptFloat>> = const { Cell::new(None) };
+}
+
+impl Attention {
+    fn forward(&self, inputs: Inputs<'_>, dtype: DType) -> Result<CpuStorage> {
+        Ok(match dtype {
+            DType::F16 => CpuStorage::F16(self.run(inputs)?),
+            DType::BF16 => CpuStorage::BF16(self.run(inputs)?),
+            _ => CpuStorage::F32(self.run(inputs)?),
+        })
+    }
+
+    /// The output `[B, H, M, Dv]`.
+    fn run<T: Element>(&self, inputs: Inputs<'_>) -> Result<Vec<T>> {
+        let ([b, h, m, d], n) = (inputs.q.dims(), inputs.k.tokens());
+        // The guard keeps the mask's storage readable while the engine runs.
+        let guard = match &self.mask {
+            AttnMask::Mask(mask) => Some(mask.storage_and_layout()),
+            _ => None,
+        };
+        let mut mask = match guard.as_ref().map(|(storage, layout)| (&**storage, layout)) {
+            None => None,
+            Some((Storage::Cpu(storage), layout)) => Some(MaskView::new(storage, layout)?),
+            Some(_) => return Err(Error::Config("the mask is not on the CPU like q".into())),
+        };
+        let mut visible = Visible::new((b, m, n), &self.mask, &self.config)?;
+        if let Some(lens) = mask.as_ref().and_then(|mask| mask.lens((b, n))) {
+            visible.limit(&lens);
+            mask = None;
+        }
+        let group = h.checked_div(inputs.k.dims()[1]).unwrap_or(0);
+        let softcap = self.config.softcap;
+        let slopes = self.config.alibi_slopes.clone();
+        let engine = Engine {
+            level: Level::active()?,
+            queries: Queries { heads: h, tokens: m, group, apart: false },
+            value_dim: inputs.v.depth(),
+            visible,
+            sinks: 0,
+            window: None,
+            modifiers: Modifiers { softcap, slopes, mask },
+        };
+        let len = [b, h, m, engine.value_dim].iter().product();
+        if len == 0 || n == 0 {
+            return Ok(vec![T::default(); len]);
+        }
+        match &self.config.backend {
+            Backend::Int8(int8) => self.run_int8(inputs, engine, int8, len),
+            Backend::Fp32 => Ok(run_fp32(inputs, engine, self.config.scale(d)?, len)),
+        }
+    }
+
+    fn run_int8<T: Element>(
+        &self,
+        Inputs { q, k, v }: Inputs<'_>,
+        mut engine: Engine<'_>,
+        int8: &Int8Config,
+        len: usize,
+    ) -> Result<Vec<T>> {
+        let scale = self.config.scale(q.depth())?;
+        // A softcap bends the true score, so the row's constant matters, and log2(e) comes after.
+        let scale = match self.config.softcap {
+            Some(_) => ScoreScale { factor: scale, row_constants: true },
+            None => ScoreScale { factor: scale * LOG2_E, row_constants: false },
+        };
+        let format = int8.pv.format(engine.level)?;
+        let scorer = Scorer::prepare(q, k, &int8.scores, scale)?;
+        engine.queries.apart = true;
+        let scores = scorer.dims().iter().product::<usize>();
+        let work = Work {
+            int8_macs: scores.saturating_mul(scorer.depth()),
+            value_macs: scores.saturating_mul(v.depth()),
+            elements: elements(scores, scorer.q.view(), scorer.k.view(), &v),
+            ..Work::default()
+        };
+        let level = engine.level;
+        // SAFETY: the key heads cover the output, and the engine writes all of it.
+        Ok(unsafe {
+            written(len, |out| {
+                engine.run(work, out, |pace, head, attend| {
+                    let kept = INT8.take().filter(|kept| {
+                        (kept.values.level(), kept.values.format()) == (level, format)
+                    });
+                    let mut kept = kept.unwrap_or_else(|| KeptInt8 {
+                        keys: PackedKeys::new(level),
+                        values: PackedMatrix::new(level, format, 0, 0),
+                    });
+                    scorer.pack_keys(head, pace, &mut kept.keys);
+                    pack_values(&v, head, &mut kept.values);
+                    let KeptInt8 { keys, values } = &kept;
+                    attend(&Int8Head { scorer: &scorer, keys, values });
+                    if keys.memory() + values.memory() <= KEPT {
+                        INT8.set(Some(kept));
+                    }
+                })
+            })
+        })
+    }
+}
+
+/// Bytes that a thread may keep for the next head.
+const KEPT: usize = PackedKeys::KEPT;
+
+/// Elements that are read and written, and exponentials.
+fn elements(scores: usize, q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
+    let output = q.len() / q.depth().max(1) * v.depth();
+    scores.saturating_add(q.len() + k.len() + v.len() + output)
+}
+
+fn run_fp32<T: Element>(
+    Inputs { q, k, v }: Inputs<'_>,
+    engine: Engine<'_>,
+    scale: f32,
+    len: usize,
+) -> Vec<T> {
+    let level = engine.level;
+    let factor = if engine.modifiers.softcap.is_some() { scale } else { scale * LOG2_E };
+    let ([b, h, m, d], [_, _, tokens, value_dim]) = (q.dims(), v.dims());
+    let rows = engine.queries.group * m;
+    let scores = b * h * m * tokens;
+    let work = Work {
+        float_macs: scores.saturating_mul(d.saturating_add(value_dim)),
+        elements: elements(scores, &q, &k, &v),
+        ..Work::default()
+    };
+    // SAFETY: the key heads cover the output, and the engine writes all of it.
+    unsafe {
+        written(len, |out| {
+            engine.run(work, out, |_, head, attend| {
+                let kept = FLOAT.take().filter(|kept| kept.values.level() == level);
+                let new = || PackedMatrix::new(level, Format::F32, 0, 0);
+                let mut kept = kept.unwrap_or_else(|| KeptFloat { keys: new(), values: new() });
+                let [mut key_rows, mut value_rows] = [Vec::new(), Vec::new()];
+                let keys = k.rows(head, 0..tokens, &mut key_rows);
+                let keys = if rows <= FEW {
+                    Float::InPlace(keys)
+                } else {
+                    kept.keys.reset_columns(d, tokens);
+                    kept.keys.put_columns(0, keys, factor);
+                    Float::Packed(&kept.keys)
+                };
+                let values = if in_place(rows, value_dim) {
+                    Float::InPlace(v.rows(head, 0..tokens, &mut value_rows))
+                } else {
+                    pack_values(&v, head, &mut kept.values);
+                    Float::Packed(&kept.values)
+                };
+                attend(&FloatHead {
+                    level,
+                    queries: &q,
+                    shape: engine.queries,
+                    keys,
+                    values,
+                    factor,
+                });
+                if kept.keys.memory() + kept.values.memory() <= 4 * KEPT {
+                    FLOAT.set(Some(kept));
+                }
+            })
+        })
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        match self.config.backend {
+            Backend::Int8(_) => "int8-attention",
+            Backend::Fp32 => "fp32-attention",
+        }
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let op = "attention";
+        let dtype = candle_core::backend::BackendStorage::dtype(q);
+        shapes::check_attention(op, q_layout.dims(), k_layout.dims(), v_layout.dims())?;
+        let q = View::new(op, "q", q, q_layout)?;
+        let (k, v) = (View::new(op, "k", k, k_layout)?, View::new(op, "v", v, v_layout)?);
+        let [b, h, m, _] = q.dims();
+        let shape = Shape::from(vec![b, h, m, v.depth()]);
+        Ok((self.forward(Inputs { q, k, v }, dtype)?, shape))
+    }
+
+    /// That of the same attention in fp32, recomputed with tensor operations: for int8 scores it is
+    /// straight-through.
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _out: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let var = |x: &Tensor| Var::from_tensor(&x.detach().to_dtype(DType::F32)?);
+        let vars = [var(q)?, var(k)?, var(v)?];
+        let config = AttentionConfig { backend: Backend::Fp32, ..self.config.clone() };
+        let out = unfused::attention(&vars[0], &vars[1], &vars[2], &self.mask, &config)?;
+        let grads = (out * grad.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
+        let of = |var: &Var, x: &Tensor| match grads.get(var) {
+            Some(grad) => grad.to_dtype(x.dtype()),
+            None => x.zeros_like(),
+        };
+        Ok((Some(of(&vars[0], q)?), Some(of(&vars[1], k)?), Some(of(&vars[2], v)?)))
+    }
+}

@@ -1,0 +1,113 @@
+//! Loops over rows of f32: codes with a scale a row, and dot products.
+
+/// Some rows of `depth` f32 each, the same distance apart.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    data: &'a [f32],
+    count: usize,
+    depth: usize,
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// `count` rows, `stride` elements from one start to the next; 0 repeats one row.
+    pub(crate) fn new(data: &'a [f32], count: usize, depth: usize, stride: usize) -> Self {
+        let needed = count.checked_sub(1).map_or(Some(0), |before| {
+            before.checked_mul(stride).and_then(|before| before.checked_add(depth))
+        });
+        assert!(needed.is_some_and(|needed| data.len() >= needed));
+        Self { data, count, depth, stride }
+    }
+
+    /// Rows that follow each other, `depth` at least 1.
+    pub(crate) fn contiguous(data: &'a [f32], depth: usize) -> Self {
+        assert!(depth > 0 && data.len().is_multiple_of(depth));
+        Self::new(data, data.len() / depth, depth, depth)
+    }
+
+    /// How many rows.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Elements of a row.
+    pub(crate) fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Elements from the start of a row to that of the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Everything from the first element of the first row on.
+    pub(crate) fn data(&self) -> &'a [f32] {
+        self.data
+    }
+
+    /// All rows as one slice: where they lie if they follow each other, else copied to `buffer`.
+    pub(crate) fn as_slice<'b>(self, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        if self.stride == self.depth || self.count <= 1 {
+            return &self.data[..self.count * self.depth];
+        }
+        buffer.clear();
+        self.iter().for_each(|row| buffer.extend_from_slice(row));
+        buffer
+    }
+
+    /// The rows, first to last.
+    #[inline(always)]
+    pub(crate) fn iter(self) -> impl Iterator<Item = &'a [f32]> {
+        (0..self.count).map(move |row| self.row(row))
+    }
+
+    /// One row.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..self.depth]
+    }
+}
+
+/// Codes of a block of rows.
+pub(crate) struct BlockCodes<'a> {
+    /// `[rows, depth]`.
+    pub codes: &'a mut [i8],
+    /// One a row. NaN for a row that holds NaN or infinity; its codes are 0.
+    pub scales: &'a mut [f32],
+    /// One a row.
+    pub zeros: &'a mut [i32],
+    /// The sum of the codes of each row.
+    pub sums: &'a mut [i32],
+}
+
+impl BlockCodes<'_> {
+    /// # Panics
+    /// Unless there is room for the codes of `rows`, and an offset has their depth.
+    pub(crate) fn check(&self, rows: Rows<'_>, offset: Option<&[f32]>) {
+        let count = rows.count();
+        assert_eq!(Some(self.codes.len()), count.checked_mul(rows.depth()));
+        let lens = [self.scales.len(), self.zeros.len(), self.sums.len()];
+        assert!(lens.iter().all(|&len| len == count), "{lens:?} for {count} rows");
+        assert!(offset.is_none_or(|offset| offset.len() == rows.depth()));
+    }
+}
+
+/// One instruction set's way. All give the same bits.
+#[derive(Debug)]
+pub(crate) struct RowKernels {
+    /// Name in reports.
+    pub name: &'static str,
+    /// Symmetric codes with a scale a row, after subtracting a vector of `depth` numbers from each row
+    /// if there is one: `(rows, offset, out)`. Lengths are checked by the caller.
+    ///
+    /// # Safety
+    /// The instructions are there; so for the other.
+    pub quantize_symmetric: unsafe fn(Rows<'_>, Option<&[f32]>, BlockCodes<'_>),
+    /// The dot product of a vector with every row, less an offset if there is one:
+    /// `(rows, offset, vector, out)`. Sums of 16 lanes, each product and each addition rounded, that are
+    /// added up as [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
+    pub dots: unsafe fn(Rows<'_>, Option<&[f32]>, &[f32], &mut [f32]),
+}

@@ -1,0 +1,131 @@
+//! Plain Rust loops, and how they are compiled for the vectors of a level.
+//!
+//! * [`softmax`] and [`rows`] are whole kernels: every level without one of its own instantiates them
+//!   with its target features (`plain_kernels!`).
+//! * [`widest!`](widest) is for loops that are not worth a contract.
+
+pub(crate) mod rows;
+pub(crate) mod softmax;
+
+/// `widest!(body, arguments, Arguments => Result)` runs `body(arguments)` compiled for the vectors of
+/// the level in use: `pulp` instantiates it for the baseline, AVX2 and AVX-512.
+///
+/// `body` must be a function marked `#[inline(always)]`. It is called from a method that is so
+/// marked too, because a closure or a function passed as a value is not inlined for certain, and
+/// would then be compiled for the baseline only: the same results, at less than half the speed.
+macro_rules! widest {
+    ($body:path, $arguments:expr, $types:ty => $result:ty) => {{
+        struct Job<A>(A);
+        impl pulp::WithSimd for Job<$types> {
+            type Output = $result;
+
+            #[inline(always)]
+            fn with_simd<S: pulp::Simd>(self, _: S) -> $result {
+                $body(self.0)
+            }
+        }
+        $crate::cpu::vectors().dispatch(Job($arguments))
+    }};
+}
+pub(crate) use widest;
+
+/// `plain_kernels!(name, "features")` makes the constants `SOFTMAX`, `ROWS` and `EXP_BF16` of a leaf:
+/// the plain loops, compiled with these target features (those of the baseline without any).
+macro_rules! plain_kernels {
+    ($name:expr $(, $features:literal)?) => {
+        #[allow(dead_code)]
+        pub(crate) const SOFTMAX: crate::cpu::contracts::Softmax =
+            crate::cpu::contracts::Softmax { name: $name, max, exp_f32, exp_int8 };
+
+        #[allow(dead_code)]
+        pub(crate) const ROWS: crate::cpu::contracts::RowKernels =
+            crate::cpu::contracts::RowKernels { name: $name, quantize_symmetric, dots };
+
+        #[allow(dead_code)]
+        pub(crate) const EXP_BF16: crate::cpu::contracts::ExpBf16 = exp_bf16;
+
+        $(#[target_feature(enable = $features)])?
+        fn max(scores: &[f32]) -> f32 {
+            crate::cpu::plain::softmax::max(scores)
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn exp_f32(scores: &mut [f32], max: f32) -> f32 {
+            crate::cpu::plain::softmax::exp_f32(scores, max)
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
+            crate::cpu::plain::softmax::exp_int8(scores, max, codes)
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
+            crate::cpu::plain::softmax::exp_bf16(scores, max, probs)
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn quantize_symmetric(
+            rows: crate::cpu::contracts::Rows<'_>,
+            offset: Option<&[f32]>,
+            out: crate::cpu::contracts::BlockCodes<'_>,
+        ) {
+            crate::cpu::plain::rows::quantize_symmetric(rows, offset, out);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn dots(
+            rows: crate::cpu::contracts::Rows<'_>,
+            offset: Option<&[f32]>,
+            vector: &[f32],
+            out: &mut [f32],
+        ) {
+            crate::cpu::plain::rows::dots(rows, offset, vector, out);
+        }
+    };
+}
+
+/// Elements that a loop takes at a time: enough for the widest vectors.
+pub(crate) const LANES: usize = 16;
+
+/// `[f(0), f(1), ..]`. The standard library's `array::map` and `array::from_fn` are not always
+/// inlined into a body, and are then compiled for the baseline.
+#[inline(always)]
+pub(crate) fn each_lane<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES] {
+    let mut lanes = [T::default(); LANES];
+    for (i, lane) in lanes.iter_mut().enumerate() {
+        *lane = f(i);
+    }
+    lanes
+}
+
+/// The lanes of a row from `start` on, filled up with zeros.
+#[inline(always)]
+pub(crate) fn lanes(row: &[f32], start: usize) -> [f32; LANES] {
+    match row[start..].first_chunk() {
+        Some(lanes) => *lanes,
+        None => {
+            let mut lanes = [0.0; LANES];
+            lanes[..row.len() - start].copy_from_slice(&row[start..]);
+            lanes
+        }
+    }
+}
+
+/// All lanes in one: within quarters of four first, then over the quarters, which is the order of
+/// shuffles that folds 16 vectors at once. One after the other they would wait for each other 15 times,
+/// which in a short row costs more than the row.
+#[inline(always)]
+pub(crate) fn fold_lanes(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut quarters = [0.0; LANES / 4];
+    for (quarter, lanes) in quarters.iter_mut().zip(lanes.as_chunks::<4>().0) {
+        *quarter = f(f(lanes[0], lanes[2]), f(lanes[1], lanes[3]));
+    }
+    f(f(quarters[0], quarters[1]), f(quarters[2], quarters[3]))
+}
+
+/// The sum of all lanes.
+#[inline(always)]
+pub(crate) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+    fold_lanes(lanes, |a, b| a + b)
+}

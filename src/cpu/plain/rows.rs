@@ -1,0 +1,132 @@
+//! Codes and dot products of rows.
+
+use super::{LANES, each_lane, fold_lanes, lanes as lanes_or_zeros, sum_lanes};
+use crate::cpu::contracts::{BlockCodes, Rows};
+
+/// The largest magnitude of `row`, and whether all of it is finite.
+#[inline(always)]
+pub(crate) fn max_magnitude(row: &[f32]) -> (f32, bool) {
+    // `x * 0` is 0 for every finite x and NaN otherwise, and a sum keeps NaN.
+    let start = ([0f32; LANES], [0f32; LANES]);
+    let (max, poison) = fold_row(row, start, |(max, poison), chunk| {
+        let abs = each_lane(|i| chunk[i].abs());
+        (
+            each_lane(|i| if abs[i] > max[i] { abs[i] } else { max[i] }),
+            each_lane(|i| poison[i] + chunk[i] * 0.0),
+        )
+    });
+    (fold_lanes(max, |a, b| if b > a { b } else { a }), sum_lanes(poison) == 0.0)
+}
+
+/// Folds a row 16 elements at a time; what is missing in the last 16 repeats its last element,
+/// which changes neither a range nor whether all is finite. By value, because LLVM stores an
+/// accumulator behind a reference in every step.
+#[inline(always)]
+pub(crate) fn fold_row<A>(row: &[f32], start: A, step: impl Fn(A, [f32; LANES]) -> A) -> A {
+    let (chunks, tail) = row.as_chunks::<LANES>();
+    let mut folded = start;
+    for chunk in chunks {
+        folded = step(folded, *chunk);
+    }
+    if let Some(&last) = tail.last() {
+        let mut chunk = [last; LANES];
+        chunk[..tail.len()].copy_from_slice(tail);
+        folded = step(folded, chunk);
+    }
+    folded
+}
+
+/// The scale of symmetric codes for magnitudes up to `max`: never 0, never subnormal.
+#[inline(always)]
+fn symmetric_scale(max: f32) -> f32 {
+    if max == 0.0 { 1.0 } else { (max / 127.0).max(f32::MIN_POSITIVE) }
+}
+
+/// `1.5 * 2^23`: adding it to a number below `2^22` rounds that to an integer, ties to even, and
+/// leaves the integer in the low mantissa bits. SSE2 has no rounding instruction; this is as fast
+/// everywhere.
+const ROUND: f32 = 12_582_912.0;
+
+/// `clamp(round(x / scale) + zero, qmin, qmax)` for a row of finite numbers, ties to even; returns the
+/// sum of the codes. Infinities saturate; NaN gives an unspecified code.
+#[inline(always)]
+pub(crate) fn quantize_row(
+    row: &[f32],
+    (scale, zero): (f32, i32),
+    (qmin, qmax): (i8, i8),
+    codes: &mut [i8],
+) -> i32 {
+    let low = (i32::from(qmin) - zero) as f32;
+    let high = (i32::from(qmax) - zero) as f32;
+    let bias = zero - ROUND.to_bits() as i32;
+    let mut sum = 0i32;
+    for (code, &x) in codes.iter_mut().zip(row) {
+        // Clamping first is the same, as the bounds are integers. Multiplying by 1 / scale would
+        // save little (the division hides behind the rest) and round differently at ties.
+        let steps = x / scale;
+        let steps = if steps > low { steps } else { low };
+        let steps = if steps < high { steps } else { high };
+        let q = ((steps + ROUND).to_bits() as i32).wrapping_add(bias);
+        *code = q as i8;
+        sum = sum.wrapping_add(q);
+    }
+    sum
+}
+
+/// [`RowKernels::quantize_symmetric`](crate::cpu::contracts::RowKernels::quantize_symmetric).
+#[inline(always)]
+pub(crate) fn quantize_symmetric(rows: Rows<'_>, offset: Option<&[f32]>, out: BlockCodes<'_>) {
+    let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
+    let mut smoothed = vec![0.0; if offset.is_some() { rows.depth() } else { 0 }];
+    out.zeros.fill(0);
+    for (row, (values, codes)) in rows.iter().zip(codes).enumerate() {
+        let values = match offset {
+            Some(offset) => {
+                let from = values.iter().zip(offset);
+                smoothed.iter_mut().zip(from).for_each(|(to, (x, o))| *to = x - o);
+                smoothed.as_slice()
+            }
+            None => values,
+        };
+        let (max, finite) = max_magnitude(values);
+        if finite {
+            out.scales[row] = symmetric_scale(max);
+            out.sums[row] = quantize_row(values, (out.scales[row], 0), (-127, 127), codes);
+        } else {
+            codes.fill(0);
+            (out.sums[row], out.scales[row]) = (0, f32::NAN);
+        }
+    }
+}
+
+/// [`RowKernels::dots`](crate::cpu::contracts::RowKernels::dots).
+#[inline(always)]
+pub(crate) fn dots(rows: Rows<'_>, offset: Option<&[f32]>, vector: &[f32], out: &mut [f32]) {
+    match offset {
+        Some(offset) => {
+            for (row, out) in rows.iter().zip(out) {
+                let part = |at: usize| {
+                    let (x, o) = (lanes_or_zeros(row, at), lanes_or_zeros(offset, at));
+                    each_lane(|i| x[i] - o[i])
+                };
+                *out = dot(row.len(), part, vector);
+            }
+        }
+        None => {
+            for (row, out) in rows.iter().zip(out) {
+                *out = dot(row.len(), |at| lanes_or_zeros(row, at), vector);
+            }
+        }
+    }
+}
+
+/// The sum of products of `len` elements, of which `part(at)` are 16 from `at` on.
+#[inline(always)]
+fn dot(len: usize, part: impl Fn(usize) -> [f32; LANES], vector: &[f32]) -> f32 {
+    let mut sums = [0f32; LANES];
+    for at in (0..len).step_by(LANES) {
+        let (x, y) = (part(at), lanes_or_zeros(vector, at));
+        sums = each_lane(|i| x[i] * y[i] + sums[i]);
+    }
+    sum_lanes(sums)
+}

@@ -1,0 +1,109 @@
+//! The softmax of a row.
+
+use super::{LANES, each_lane, fold_lanes, sum_lanes};
+use crate::cpu::contracts::{CODES, bf16_bits};
+
+/// The coefficients of `f` to `f^5` in the polynomial for `2^f`: minimax in relative error over
+/// [-1/2, 1/2], with a constant term of 1, so that `2^0 = 1`.
+#[expect(clippy::approx_constant, reason = "minimax, not Taylor: the first is not ln 2")]
+const EXP2: [f32; 5] = [6.931_47e-1, 2.402_224_2e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];
+
+#[inline(always)]
+pub(crate) fn max(row: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, tail) = row.as_chunks::<LANES>();
+    let mut max = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        max = each_lane(|i| larger(max[i], chunk[i]));
+    }
+    tail.iter().copied().fold(fold_lanes(max, larger), larger)
+}
+
+/// `2^x` for `x <= 0`, relative error below 2e-7; exactly 0 below -126, NaN for NaN.
+///
+/// `2^x = 2^n * 2^f` with `n` the nearest integer; `2^f` is the polynomial of [`EXP2`].
+#[inline(always)]
+pub(crate) fn exp2(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+    let clamped = if x < -126.0 { -126.0 } else { x };
+    let rounded = clamped + ROUND;
+    let f = clamped - (rounded - ROUND);
+    let [c1, c2, c3, c4, c5] = EXP2;
+    let p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + 1.0;
+    // The integer is in the low mantissa bits of `rounded`; as an exponent it is a power of two.
+    let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
+    if x < -126.0 { 0.0 } else { p * power }
+}
+
+/// Sums go by value, because LLVM stores an accumulator behind a reference in every step.
+#[inline(always)]
+pub(crate) fn exp_f32(row: &mut [f32], max: f32) -> f32 {
+    let (chunks, tail) = row.as_chunks_mut::<LANES>();
+    let mut sums = [0f32; LANES];
+    for chunk in chunks {
+        *chunk = each_lane(|i| exp2(chunk[i] - max));
+        sums = each_lane(|i| sums[i] + chunk[i]);
+    }
+    let rest = padded(tail);
+    let mut rest = each_lane(|i| exp2(rest[i] - max));
+    sums = each_lane(|i| sums[i] + rest[i]);
+    tail.swap_with_slice(&mut rest[..tail.len()]);
+    sum_lanes(sums)
+}
+
+#[inline(always)]
+pub(crate) fn exp_bf16(row: &[f32], max: f32, probs: &mut [u16]) -> f32 {
+    let ((chunks, tail), (outs, out_tail)) =
+        (row.as_chunks::<LANES>(), probs.as_chunks_mut::<LANES>());
+    let mut sums = [0f32; LANES];
+    for (chunk, out) in chunks.iter().zip(outs) {
+        *out = each_lane(|i| bf16_bits(exp2(chunk[i] - max)));
+        sums = each_lane(|i| sums[i] + f32::from_bits(u32::from(out[i]) << 16));
+    }
+    let rest = padded(tail);
+    let rest = each_lane(|i| bf16_bits(exp2(rest[i] - max)));
+    sums = each_lane(|i| sums[i] + f32::from_bits(u32::from(rest[i]) << 16));
+    out_tail.copy_from_slice(&rest[..out_tail.len()]);
+    sum_lanes(sums)
+}
+
+#[inline(always)]
+pub(crate) fn exp_int8(row: &[f32], max: f32, codes: &mut [u8]) -> f32 {
+    const ROUND: f32 = 8_388_608.0; // 2^23: the integer is in the low bits of the sum.
+    let ((chunks, tail), (outs, out_tail)) =
+        (row.as_chunks::<LANES>(), codes.as_chunks_mut::<LANES>());
+    let mut sums = [0f32; LANES];
+    for (chunk, out) in chunks.iter().zip(outs) {
+        let rounded = each_lane(|i| exp2(chunk[i] - max) * CODES + ROUND);
+        *out = each_lane(|i| rounded[i].to_bits() as u8);
+        sums = each_lane(|i| sums[i] + (rounded[i] - ROUND));
+    }
+    let rest = padded(tail);
+    let rounded = each_lane(|i| exp2(rest[i] - max) * CODES + ROUND);
+    sums = each_lane(|i| sums[i] + (rounded[i] - ROUND));
+    let rest = each_lane(|i| rounded[i].to_bits() as u8);
+    out_tail.copy_from_slice(&rest[..out_tail.len()]);
+    sum_lanes(sums)
+}
+
+/// The last elements of a row, filled up with scores whose probability is 0.
+#[inline(always)]
+fn padded(tail: &[f32]) -> [f32; LANES] {
+    let mut chunk = [f32::NEG_INFINITY; LANES];
+    chunk[..tail.len()].copy_from_slice(tail);
+    chunk
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp2;
+
+    #[test]
+    fn exact_where_it_can_be() {
+        assert_eq!(exp2(0.0), 1.0);
+        assert_eq!(exp2(-1.0), 0.5);
+        assert_eq!(exp2(-126.5), 0.0);
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert!(exp2(f32::NAN).is_nan());
+    }
+}

@@ -1,0 +1,62 @@
+//! Plain Rust, on every machine.
+
+use crate::cpu::contracts::{Geometry, Int8Product, LhsFormat, ScoreTile, TileInput};
+
+const MR: usize = 4;
+const NR: usize = 8;
+const GROUP: usize = 2;
+
+pub(crate) const PRODUCT: Int8Product = Int8Product {
+    name: super::NAME,
+    geometry: Geometry { mr: MR, nr: NR, group: GROUP, lhs: LhsFormat::Wide },
+    tile,
+    scores,
+};
+
+unsafe fn tile(input: TileInput, out: *mut i32, stride: usize) {
+    // SAFETY: by contract.
+    let sums = unsafe { sums(input) };
+    for (row, sums) in sums.iter().take(input.rows).enumerate() {
+        // SAFETY: row `row` of the output is valid for NR writes by contract.
+        unsafe { out.add(row * stride).cast::<[i32; NR]>().write_unaligned(*sums) };
+    }
+}
+
+unsafe fn scores(input: TileInput, scores: ScoreTile) {
+    for row in (0..input.rows).step_by(MR) {
+        // SAFETY: rows that are there, by contract.
+        unsafe {
+            let input = input.rows_from(row, MR);
+            scores.rows_from(row).write(sums(input).as_flattened(), input.rows, NR);
+        }
+    }
+}
+
+/// All rows of a tile.
+///
+/// # Safety
+/// As for [`Int8Product::tile`].
+unsafe fn sums(input: TileInput) -> [[i32; NR]; MR] {
+    let groups = input.groups;
+    // SAFETY: lengths and alignment by contract (packed buffers start on cache lines, and a left
+    // panel is a whole number of i16).
+    let (lhs, rhs, init) = unsafe {
+        (
+            std::slice::from_raw_parts(input.lhs.cast::<[[i16; GROUP]; MR]>(), groups),
+            std::slice::from_raw_parts(input.rhs.cast::<[[i8; GROUP]; NR]>(), groups),
+            &*input.init.cast::<[i32; NR]>(),
+        )
+    };
+    let mut sums = [*init; MR];
+    for (a, b) in lhs.iter().zip(rhs) {
+        // Pairs of 16-bit products are what SSE2's pmaddwd and its kin sum in one step.
+        let b = b.map(|pair| pair.map(i16::from));
+        for (sums, a) in sums.iter_mut().zip(a) {
+            for (sum, b) in sums.iter_mut().zip(&b) {
+                let product = i32::from(a[0]) * i32::from(b[0]) + i32::from(a[1]) * i32::from(b[1]);
+                *sum = sum.wrapping_add(product);
+            }
+        }
+    }
+    sums
+}

@@ -1,0 +1,5 @@
+//! x86 with 64 bits: one folder a level.
+
+pub(crate) mod avx2;
+pub(crate) mod avx512_vnni;
+pub(crate) mod avx_vnni;

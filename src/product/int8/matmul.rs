@@ -1,0 +1,360 @@
+//! The whole product for plain slices.
+
+use super::pack::{PackedLhs, PackedRhs};
+use super::tiles::{ZeroCorrection, int_tiles};
+use crate::cpu::Level;
+use crate::memory::written;
+use crate::parallel::Work;
+use crate::{Error, Result};
+use std::mem::MaybeUninit;
+
+/// Rows of the left side that one task takes.
+const ROW_BLOCK: usize = 48;
+
+/// The left side, row-major.
+#[derive(Debug, Clone, Copy)]
+pub enum Lhs<'a> {
+    /// Signed codes.
+    I8(&'a [i8]),
+    /// Unsigned codes.
+    U8(&'a [u8]),
+}
+
+/// The right side, row-major `[N, D]`: the product is with its transpose.
+pub type Rhs<'a> = &'a [i8];
+
+/// The zero point of each row of an operand.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum ZeroPoints<'a> {
+    /// Symmetric: no correction.
+    #[default]
+    Zero,
+    /// One for all rows.
+    Uniform(i32),
+    /// One a row.
+    PerRow(&'a [i32]),
+}
+
+impl ZeroPoints<'_> {
+    fn is_zero(&self) -> bool {
+        match self {
+            ZeroPoints::Zero | ZeroPoints::Uniform(0) => true,
+            ZeroPoints::Uniform(_) => false,
+            ZeroPoints::PerRow(zeros) => zeros.iter().all(|&zero| zero == 0),
+        }
+    }
+
+    /// One for each of `rows`, each within `allowed`.
+    fn expand(
+        &self,
+        rows: usize,
+        tensor: &'static str,
+        allowed: std::ops::RangeInclusive<i32>,
+    ) -> Result<Vec<i32>> {
+        let zeros = match *self {
+            ZeroPoints::Zero => vec![0; rows],
+            ZeroPoints::Uniform(zero) => vec![zero; rows],
+            ZeroPoints::PerRow(zeros) => zeros.to_vec(),
+        };
+        if zeros.len() != rows {
+            let expected = format!("one for each of {rows} rows");
+            let shape = vec![zeros.len()];
+            return Err(Error::Shape { op: "matmul_nt", tensor, shape, expected });
+        }
+        match zeros.iter().find(|zero| !allowed.contains(zero)) {
+            Some(zero) => Err(Error::QuantParams(format!(
+                "{tensor} holds {zero}, expected {}..={}",
+                allowed.start(),
+                allowed.end()
+            ))),
+            None => Ok(zeros),
+        }
+    }
+}
+
+/// The largest depth whose sums fit an i32: 65793 for `sum a*b` alone (`D * 255 * 128`), 33025
+/// with zero points (`D * 255 * 255`).
+pub const fn max_depth(with_zero_points: bool) -> usize {
+    let largest_product = if with_zero_points { 255 * 255 } else { 255 * 128 };
+    i32::MAX as usize / largest_product
+}
+
+/// `out[m, n] = sum_d (lhs[m, d] - lhs_zero[m]) * (rhs[n, d] - rhs_zero[n])`, exact, row-major
+/// `[M, N]`, on rayon's global pool. `M`, `N` and `D` may be 0.
+///
+/// ```
+/// use candle_int8_attention::product::{Lhs, ZeroPoints, matmul_nt};
+/// // [[1, 2], [3, 4]] times the transpose of [[5, 6]], the left side shifted by 1.
+/// let out = matmul_nt(
+///     Lhs::U8(&[1, 2, 3, 4]),
+///     ZeroPoints::Uniform(1),
+///     &[5, 6],
+///     ZeroPoints::Zero,
+///     (2, 1, 2), // M, N, D
+/// )?;
+/// assert_eq!(out, [6, 28]);
+/// # Ok::<(), candle_int8_attention::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`] if a slice's length is not what `(M, N, D)` says, [`Error::Depth`] beyond
+/// [`max_depth`], [`Error::QuantParams`] for a zero point that is not a code of its side,
+/// [`Error::Level`] if [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
+pub fn matmul_nt(
+    lhs: Lhs<'_>,
+    lhs_zeros: ZeroPoints<'_>,
+    rhs: Rhs<'_>,
+    rhs_zeros: ZeroPoints<'_>,
+    (m, n, depth): (usize, usize, usize),
+) -> Result<Vec<i32>> {
+    matmul_nt_with(Level::active()?, lhs, lhs_zeros, rhs, rhs_zeros, (m, n, depth))
+}
+
+pub(super) fn matmul_nt_with(
+    level: Level,
+    lhs: Lhs<'_>,
+    lhs_zeros: ZeroPoints<'_>,
+    rhs: Rhs<'_>,
+    rhs_zeros: ZeroPoints<'_>,
+    (m, n, depth): (usize, usize, usize),
+) -> Result<Vec<i32>> {
+    let Some(len) = m.checked_mul(n) else {
+        let expected = "a product M * N that fits the address space".into();
+        return Err(Error::Shape { op: "matmul_nt", tensor: "out", shape: vec![m, n], expected });
+    };
+    let lhs_len = match lhs {
+        Lhs::I8(lhs) => lhs.len(),
+        Lhs::U8(lhs) => lhs.len(),
+    };
+    check_len("lhs", lhs_len, m, depth)?;
+    check_len("rhs", rhs.len(), n, depth)?;
+    let limit = max_depth(!lhs_zeros.is_zero() || !rhs_zeros.is_zero());
+    if depth > limit {
+        return Err(Error::Depth { depth, limit });
+    }
+
+    // Unsigned codes are signed ones shifted by 128, zero points included.
+    let (signed, shift);
+    let (lhs, lhs_zeros) = match lhs {
+        Lhs::I8(lhs) => (lhs, lhs_zeros.expand(m, "lhs_zeros", -128..=127)?),
+        Lhs::U8(lhs) => {
+            shift = lhs_zeros.expand(m, "lhs_zeros", 0..=255)?;
+            signed = lhs.iter().map(|&a| (a ^ 0x80) as i8).collect::<Vec<_>>();
+            (signed.as_slice(), shift.iter().map(|zero| zero - 128).collect())
+        }
+    };
+    let mut rhs_zeros = rhs_zeros.expand(n, "rhs_zeros", -128..=127)?;
+
+    let mut column_sums = row_sums(rhs, n, depth);
+    let mut keys = PackedRhs::new(level, n, depth);
+    keys.put(0, rhs, &column_sums);
+    let padded = n.next_multiple_of(level.int8_product().geometry.nr);
+    column_sums.resize(padded, 0);
+    rhs_zeros.resize(padded, 0);
+    let corrected = lhs_zeros.iter().chain(&rhs_zeros).any(|&zero| zero != 0);
+
+    let block = |(index, out): (usize, &mut [MaybeUninit<i32>])| {
+        let rows = index * ROW_BLOCK..(index * ROW_BLOCK + out.len() / n);
+        let codes = &lhs[rows.start * depth..rows.end * depth];
+        let mut packed = PackedLhs::new(level);
+        packed.put(codes, rows.len(), depth);
+        let row_zeros = &lhs_zeros[rows.clone()];
+        let row_terms: Vec<i32> = row_sums(codes, rows.len(), depth)
+            .iter()
+            .zip(row_zeros)
+            .map(|(sum, zero)| sum - (depth as i32).wrapping_mul(*zero))
+            .collect();
+        let zeros = corrected.then_some(ZeroCorrection {
+            row_zeros,
+            row_terms: &row_terms,
+            column_zeros: &rhs_zeros,
+            column_sums: &column_sums,
+        });
+        int_tiles(&packed, &keys, zeros.as_ref(), out, n);
+    };
+    let work = Work { int8_macs: len.saturating_mul(depth), elements: len, ..Work::default() };
+    let all = |out: &mut [MaybeUninit<i32>]| {
+        if len > 0 {
+            work.for_each(out.chunks_mut(ROW_BLOCK * n).enumerate().collect(), block);
+        }
+    };
+    // SAFETY: the blocks cover all rows, and `int_tiles` writes every sum of a block.
+    Ok(unsafe { written(len, all) })
+}
+
+fn check_len(tensor: &'static str, len: usize, rows: usize, depth: usize) -> Result<()> {
+    if rows.checked_mul(depth) == Some(len) {
+        return Ok(());
+    }
+    let expected = format!("{rows} rows of {depth}");
+    Err(Error::Shape { op: "matmul_nt", tensor, shape: vec![len], expected })
+}
+
+fn row_sums(codes: &[i8], rows: usize, depth: usize) -> Vec<i32> {
+    let sum = |row: usize| {
+        let codes = &codes[row * depth..(row + 1) * depth];
+        codes.iter().fold(0i32, |sum, &q| sum + i32::from(q))
+    };
+    (0..rows).map(sum).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::runnable;
+    use crate::reference::int_product as reference;
+    use proptest::prelude::*;
+
+    struct Case {
+        lhs: Vec<i16>,
+        unsigned: bool,
+        lhs_zeros: Vec<i32>,
+        rhs: Vec<i8>,
+        rhs_zeros: Vec<i32>,
+        dims: (usize, usize, usize),
+    }
+
+    impl Case {
+        fn run(&self, level: Level) -> Result<Vec<i32>> {
+            let (as_u8, as_i8): (Vec<u8>, Vec<i8>) =
+                self.lhs.iter().map(|&a| (a as u8, a as i8)).unzip();
+            let lhs = if self.unsigned { Lhs::U8(&as_u8) } else { Lhs::I8(&as_i8) };
+            let (za, zb) =
+                (ZeroPoints::PerRow(&self.lhs_zeros), ZeroPoints::PerRow(&self.rhs_zeros));
+            matmul_nt_with(level, lhs, za, &self.rhs, zb, self.dims)
+        }
+
+        /// Compares every level with the triple loop.
+        fn check(&self) {
+            let (m, n, depth) = self.dims;
+            let (za, zb) = (|i: usize| self.lhs_zeros[i], |j: usize| self.rhs_zeros[j]);
+            let expected = reference::matmul_nt(&self.lhs, &self.rhs, depth, (m, n), za, zb);
+            for level in runnable() {
+                let out = self.run(level).unwrap();
+                let differs = out.iter().zip(&expected).position(|(&a, &b)| i64::from(a) != b);
+                assert_eq!(out.len(), expected.len(), "{:?} {:?}", level, self.dims);
+                assert_eq!(differs, None, "{:?} {:?} u8={}", level, self.dims, self.unsigned);
+            }
+        }
+    }
+
+    fn case(dims: (usize, usize, usize), unsigned: bool, affine: bool, seed: u64) -> Case {
+        // A small generator keeps the whole range of codes, extremes included, in every case.
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut byte = move || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            match state >> 60 {
+                0 => 0u8,
+                1 => 255,
+                2 => 127,
+                3 => 128,
+                _ => (state >> 40) as u8,
+            }
+        };
+        let (m, n, depth) = dims;
+        let left = |byte: u8| if unsigned { i16::from(byte) } else { i16::from(byte as i8) };
+        let lhs = (0..m * depth).map(|_| left(byte())).collect();
+        let rhs = (0..n * depth).map(|_| byte() as i8).collect();
+        let lhs_zeros = (0..m).map(|_| if affine { i32::from(left(byte())) } else { 0 }).collect();
+        let rhs_zeros = (0..n).map(|_| if affine { i32::from(byte() as i8) } else { 0 }).collect();
+        Case { lhs, unsigned, lhs_zeros, rhs, rhs_zeros, dims }
+    }
+
+    proptest! {
+        #[test]
+        fn every_level_equals_the_triple_loop(
+            dims in (0usize..70, 0usize..150, 0usize..150),
+            unsigned: bool,
+            affine: bool,
+            seed: u64,
+        ) {
+            case(dims, unsigned, affine, seed).check();
+        }
+    }
+
+    #[test]
+    fn every_level_on_both_sides_of_every_edge() {
+        let mut cases = 0;
+        for level in runnable() {
+            let geometry = level.int8_product().geometry;
+            let around = |edge: usize| [0, 1, edge - 1, edge, edge + 1];
+            for m in around(geometry.mr).into_iter().chain(around(ROW_BLOCK)) {
+                for n in around(geometry.nr) {
+                    for depth in around(geometry.group).into_iter().chain([63, 64, 65]) {
+                        case((m, n, depth), cases % 2 == 0, cases % 3 == 0, cases).check();
+                        cases += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn extremes_do_not_saturate() {
+        for (a, b) in [(255i16, -128i8), (255, 127), (0, -128), (0, 127), (128, -128)] {
+            for depth in [1, 2, 3, 64, 257, 1024] {
+                for zero in [0, 255] {
+                    let (m, n) = (7, 65);
+                    Case {
+                        lhs: vec![a; m * depth],
+                        unsigned: true,
+                        lhs_zeros: vec![zero; m],
+                        rhs: vec![b; n * depth],
+                        rhs_zeros: vec![if zero == 0 { 0 } else { -128 }; n],
+                        dims: (m, n, depth),
+                    }
+                    .check();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_deepest_product_is_exact_and_one_more_is_refused() {
+        for with_zeros in [false, true] {
+            let depth = max_depth(with_zeros);
+            let (zero_a, zero_b) = if with_zeros { (0, 127) } else { (0, 0) };
+            let at = |depth: usize| Case {
+                lhs: vec![255; depth],
+                unsigned: true,
+                lhs_zeros: vec![zero_a],
+                rhs: vec![-128; depth],
+                rhs_zeros: vec![zero_b],
+                dims: (1, 1, depth),
+            };
+            at(depth).check();
+            let error = at(depth + 1).run(runnable()[0]).unwrap_err();
+            assert!(matches!(error, Error::Depth { limit, .. } if limit == depth), "{error}");
+        }
+        assert_eq!(max_depth(false), 65_793);
+    }
+
+    #[test]
+    fn any_number_of_threads_gives_the_same() {
+        let case = case((200, 130, 96), false, true, 7);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| case.run(runnable()[0]).unwrap())
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(5));
+    }
+
+    #[test]
+    fn wrong_lengths_and_zero_points_are_named() {
+        let error =
+            matmul_nt(Lhs::I8(&[1; 5]), ZeroPoints::Zero, &[1; 6], ZeroPoints::Zero, (2, 2, 3));
+        assert!(error.unwrap_err().to_string().contains("2 rows of 3"));
+        let zeros = ZeroPoints::PerRow(&[1, 2, 3]);
+        let error = matmul_nt(Lhs::I8(&[1; 6]), zeros, &[1; 6], ZeroPoints::Zero, (2, 2, 3));
+        assert!(error.unwrap_err().to_string().contains("each of 2 rows"));
+        let huge = (1 << 40, 1 << 40, 0);
+        let error = matmul_nt(Lhs::I8(&[]), ZeroPoints::Zero, &[], ZeroPoints::Zero, huge);
+        assert!(error.unwrap_err().to_string().contains("out has shape [1099511627776, "));
+        let zeros = ZeroPoints::Uniform(-1);
+        let error = matmul_nt(Lhs::U8(&[1; 6]), zeros, &[1; 6], ZeroPoints::Zero, (2, 2, 3));
+        assert!(error.unwrap_err().to_string().contains("0..=255"));
+    }
+}

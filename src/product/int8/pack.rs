@@ -1,0 +1,260 @@
+//! Operands in the order a kernel reads them. Packed data remembers its level.
+
+use crate::cpu::Level;
+use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput};
+use crate::memory::AlignedBytes;
+
+/// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
+/// pointers into panels are sound only if the buffer has the size that it should have.
+fn packed_bytes(
+    (rows, depth): (usize, usize),
+    (panel, group): (usize, usize),
+    element: usize,
+) -> usize {
+    let rows = rows.checked_next_multiple_of(panel);
+    let depth = depth.checked_next_multiple_of(group);
+    rows.zip(depth)
+        .and_then(|(rows, depth)| rows.checked_mul(depth)?.checked_mul(element))
+        .expect("an operand larger than the address space")
+}
+
+/// Spreads rows of codes over panels, `GROUP` elements at a time, each through `encode`. `out`
+/// starts with the panel of the row `first`.
+fn spread<const GROUP: usize, T: Copy>(
+    codes: &[i8],
+    depth: usize,
+    (first, panel): (usize, usize),
+    out: &mut [[T; GROUP]],
+    encode: impl Fn(i8) -> T,
+) {
+    let groups = depth.div_ceil(GROUP);
+    for (row, codes) in (first..).zip(codes.chunks_exact(depth.max(1))) {
+        let out = &mut out[row / panel * groups * panel + row % panel..];
+        let (whole, tail) = codes.as_chunks::<GROUP>();
+        // One group every `panel` groups. Padding at the end of the depth stays as it is.
+        let mut places = out.iter_mut().step_by(panel);
+        for (group, place) in whole.iter().zip(&mut places) {
+            // Not `map`, which is not always inlined.
+            for (to, &code) in place.iter_mut().zip(group) {
+                *to = encode(code);
+            }
+        }
+        if let (false, Some(place)) = (tail.is_empty(), places.next()) {
+            place.iter_mut().zip(tail).for_each(|(to, &code)| *to = encode(code));
+        }
+    }
+}
+
+/// [`spread`] for operands of one byte an element.
+fn spread_bytes(
+    codes: &[i8],
+    depth: usize,
+    (first, panel): (usize, usize),
+    group: usize,
+    out: &mut [u8],
+) {
+    let encode = |code: i8| code as u8;
+    match group {
+        2 => spread(codes, depth, (first, panel), out.as_chunks_mut::<2>().0, encode),
+        4 => spread(codes, depth, (first, panel), out.as_chunks_mut::<4>().0, encode),
+        8 => spread(codes, depth, (first, panel), out.as_chunks_mut::<8>().0, encode),
+        _ => unreachable!("no kernel sums {group} elements a step"),
+    }
+}
+
+/// Left side, any number of rows. The memory is kept from one [`PackedLhs::put`] to the next.
+#[derive(Clone)]
+pub(crate) struct PackedLhs {
+    level: Level,
+    geometry: Geometry,
+    bytes: AlignedBytes,
+    rows: usize,
+    depth: usize,
+}
+
+impl PackedLhs {
+    /// No rows yet.
+    pub(crate) fn new(level: Level) -> Self {
+        let geometry = level.int8_product().geometry;
+        let Geometry { mr, nr, .. } = geometry;
+        assert!(mr * nr <= MAX_TILE, "{level:?}: a tile of {mr} x {nr}");
+        Self { level, geometry, bytes: AlignedBytes::zeroed(0), rows: 0, depth: 0 }
+    }
+
+    /// Packs row-major signed codes, `rows * depth` of them, in the place of what was there.
+    pub(crate) fn put(&mut self, codes: &[i8], rows: usize, depth: usize) {
+        let Geometry { mr, group, lhs, .. } = self.geometry;
+        assert_eq!(codes.len(), rows * depth);
+        (self.rows, self.depth) = (rows, depth);
+        // Padding may hold anything: in the depth it meets zeros on the right side, and padded rows
+        // are dropped.
+        self.bytes.grow(packed_bytes((rows, depth), (mr, group), lhs.size()));
+        let stride = self.row_bytes();
+        let out = self.bytes.as_mut_slice();
+        match lhs {
+            LhsFormat::Signed => spread_bytes(codes, depth, (0, mr), group, out),
+            LhsFormat::Biased if depth > 0 => {
+                for (row, codes) in out.chunks_exact_mut(stride).zip(codes.chunks_exact(depth)) {
+                    row.iter_mut().zip(codes).for_each(|(to, &code)| *to = code as u8 ^ 0x80);
+                }
+            }
+            LhsFormat::Biased => {}
+            LhsFormat::Wide => {
+                assert_eq!(group, 2, "{:?}", self.level);
+                // Two i16 in native byte order.
+                let pairs = out.as_chunks_mut::<2>().0.as_chunks_mut::<2>().0;
+                spread(codes, depth, (0, mr), pairs, |code| i16::from(code).to_ne_bytes());
+            }
+        }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Bytes of one row: whole groups.
+    fn row_bytes(&self) -> usize {
+        self.depth.next_multiple_of(self.geometry.group) * self.geometry.lhs.size()
+    }
+
+    /// All rows as the input of a kernel, against the right panel of column `column`.
+    pub(super) fn against(&self, rhs: &PackedRhs, column: usize) -> TileInput {
+        TileInput {
+            rows: self.rows,
+            groups: self.depth.div_ceil(self.geometry.group),
+            lhs: self.bytes.as_ptr(),
+            row_bytes: self.row_bytes(),
+            rhs: rhs.panel(column),
+            init: rhs.init(column).as_ptr(),
+        }
+    }
+
+    pub(crate) fn level(&self) -> Level {
+        self.level
+    }
+
+    pub(super) fn depth(&self) -> usize {
+        self.depth
+    }
+}
+
+/// Right side: the keys of one head.
+#[derive(Clone)]
+pub(crate) struct PackedRhs {
+    level: Level,
+    geometry: Geometry,
+    bytes: AlignedBytes,
+    rows: usize,
+    depth: usize,
+    /// What the sums of each column start from, padded to whole panels.
+    init: Vec<i32>,
+}
+
+/// Some whole panels of the right side, to be filled by one thread.
+pub(crate) struct RhsChunk<'a> {
+    geometry: Geometry,
+    bytes: &'a mut [u8],
+    init: &'a mut [i32],
+    depth: usize,
+}
+
+impl RhsChunk<'_> {
+    /// Packs the rows from `first` of this chunk on: row-major codes, and the sum of each row.
+    pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
+        assert_eq!(codes.len(), sums.len() * self.depth);
+        let Geometry { nr, group, lhs, .. } = self.geometry;
+        let init = &mut self.init[first..first + sums.len()];
+        for (init, sum) in init.iter_mut().zip(sums) {
+            *init = (-lhs.bias()).wrapping_mul(*sum);
+        }
+        spread_bytes(codes, self.depth, (first, nr), group, self.bytes);
+    }
+}
+
+impl PackedRhs {
+    /// Room for `rows` rows of `depth` codes; [`PackedRhs::put`] fills it.
+    pub(crate) fn new(level: Level, rows: usize, depth: usize) -> Self {
+        let (geometry, bytes) = (level.int8_product().geometry, AlignedBytes::zeroed(0));
+        let mut packed = Self { level, geometry, bytes, rows, depth, init: Vec::new() };
+        packed.reset(rows, depth);
+        packed
+    }
+
+    /// Room for other rows, in the place of those that are there.
+    pub(crate) fn reset(&mut self, rows: usize, depth: usize) {
+        let Geometry { nr, group, .. } = self.geometry;
+        (self.rows, self.depth) = (rows, depth);
+        let used = packed_bytes((rows, depth), (nr, group), 1);
+        self.bytes.grow(used);
+        if !depth.is_multiple_of(group) {
+            self.bytes.as_mut_slice()[..used].fill(0); // the padding of the depth
+        }
+        self.init.resize(rows.next_multiple_of(nr), 0);
+    }
+
+    /// Packs the rows from `first` on: row-major codes, and the sum of each row.
+    pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
+        assert!(first + sums.len() <= self.rows);
+        let (geometry, depth) = (self.geometry, self.depth);
+        let (bytes, init) = (self.bytes.as_mut_slice(), self.init.as_mut_slice());
+        RhsChunk { geometry, bytes, init, depth }.put(first, codes, sums);
+    }
+
+    /// The whole in chunks of `rows` rows, a multiple of the kernel's `nr`; the last may be
+    /// shorter.
+    pub(crate) fn chunks_mut(&mut self, rows: usize) -> impl Iterator<Item = RhsChunk<'_>> {
+        assert!(rows > 0 && rows.is_multiple_of(self.geometry.nr));
+        let (geometry, depth) = (self.geometry, self.depth);
+        let row_bytes = depth.next_multiple_of(geometry.group);
+        let mut bytes = self.bytes.as_mut_slice();
+        let chunk = move |init| {
+            let whole = std::mem::take(&mut bytes);
+            let (chunk, rest) = whole.split_at_mut((rows * row_bytes).min(whole.len()));
+            bytes = rest;
+            RhsChunk { geometry, bytes: chunk, init, depth }
+        };
+        self.init.chunks_mut(rows).map(chunk)
+    }
+
+    /// The codes of a row, as [`PackedRhs::put`] got them.
+    pub(crate) fn get(&self, row: usize, codes: &mut [i8]) {
+        assert!(row < self.rows && codes.len() == self.depth);
+        let Geometry { nr, group, .. } = self.geometry;
+        let panel = row / nr * nr * self.depth.div_ceil(group) * group;
+        let groups = self.bytes.as_slice()[panel + row % nr * group..].chunks(nr * group);
+        for (codes, bytes) in codes.chunks_mut(group).zip(groups) {
+            codes.iter_mut().zip(bytes).for_each(|(code, &byte)| *code = byte as i8);
+        }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Bytes of memory in use.
+    pub(crate) fn memory(&self) -> usize {
+        self.bytes.len() + size_of_val(self.init.as_slice())
+    }
+
+    /// The panel that starts at row `row`, a multiple of the kernel's `nr`.
+    fn panel(&self, row: usize) -> *const i8 {
+        let Geometry { nr, group, .. } = self.geometry;
+        assert!(row < self.rows && row.is_multiple_of(nr));
+        let panel_bytes = nr * self.depth.div_ceil(group) * group;
+        // SAFETY: `packed_bytes` made room for ceil(rows / nr) panels of this size, and row < rows.
+        unsafe { self.bytes.as_ptr().add(row / nr * panel_bytes).cast() }
+    }
+
+    /// The `nr` starting sums of that panel.
+    fn init(&self, row: usize) -> &[i32] {
+        &self.init[row..row + self.geometry.nr]
+    }
+
+    pub(crate) fn level(&self) -> Level {
+        self.level
+    }
+
+    pub(super) fn depth(&self) -> usize {
+        self.depth
+    }
+}
