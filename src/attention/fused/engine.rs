@@ -5,7 +5,8 @@ use super::mask::MaskView;
 use super::output::Element;
 use super::softmax::{Probs, Running, Tile, softmax_tile};
 use crate::Result;
-use crate::attention::config::{AttentionConfig, Int8Config};
+use crate::attention::AttentionSpec;
+use crate::attention::config::Int8Config;
 use crate::attention::keys::PackedKeys;
 use crate::attention::operand::{BLOCK, blocks};
 use crate::attention::pace::{Pace, Work};
@@ -14,7 +15,6 @@ use crate::attention::view::View;
 use crate::attention::visible::Visible;
 use crate::pv::{Int8Run, KEY_GROUP, PackedValues, PvKernel, RUN, ValueFormat};
 use crate::uninit::{overwrite, written};
-use candle_nn::attention::AttnMask;
 use std::cell::{Cell, RefCell};
 use std::f32::consts::LOG2_E;
 use std::mem::MaybeUninit;
@@ -29,7 +29,7 @@ pub(super) struct Engine<'a> {
     scorer: Scorer<'a>,
     values: View<'a>,
     kernel: &'static dyn PvKernel,
-    visible: Visible,
+    visible: &'a Visible,
     between: Between<'a>,
 }
 
@@ -78,22 +78,21 @@ impl<'a> Engine<'a> {
         q: View<'a>,
         k: View<'a>,
         v: View<'a>,
-        (attn_mask, mask): (&AttnMask, Option<MaskView<'a>>),
-        config: &AttentionConfig,
+        (visible, mask): (&'a Visible, Option<MaskView<'a>>),
+        spec: &AttentionSpec,
         int8: &Int8Config,
     ) -> Result<Self> {
-        let ([b, _, m, d], n) = (q.dims(), k.tokens());
-        let scale = config.scale(d)?;
+        let scale = spec.scale(q.depth())?;
         // A softcap bends the true score, so the row's constant matters, and log2(e) comes after.
-        let scale = match config.softcap {
+        let scale = match spec.softcap {
             Some(_) => ScoreScale { factor: scale, row_constants: true },
             None => ScoreScale { factor: scale * LOG2_E, row_constants: false },
         };
         Ok(Self {
             values: v,
             kernel: int8.pv.kernel()?,
-            visible: Visible::new((b, m, n), attn_mask, config)?,
-            between: Between { softcap: config.softcap, slopes: config.alibi_slopes.clone(), mask },
+            visible,
+            between: Between { softcap: spec.softcap, slopes: spec.alibi_slopes.clone(), mask },
             scorer: Scorer::prepare(q, k, &int8.scores, scale)?,
         })
     }
@@ -215,7 +214,7 @@ impl<'a> Engine<'a> {
             for (query, (scores, visible)) in queries.tokens.clone().zip(rows) {
                 let seen = keys.start + visible.start..keys.start + visible.end;
                 let at = [queries.head / h, queries.head % h, query];
-                let position = self.visible.position(query);
+                let position = self.visible.position(at[0], query);
                 self.between.apply(at, position, seen, &mut scores[visible.clone()]);
             }
         }

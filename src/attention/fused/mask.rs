@@ -26,7 +26,7 @@ impl<'a> MaskView<'a> {
     ///
     /// # Errors
     /// [`Error::DType`] unless the mask is U8 or a float.
-    pub(super) fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+    pub(in crate::attention) fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         let start = layout.start_offset();
         let data = match storage {
             CpuStorage::U8(data) => Data::Bool(from(data, start)),

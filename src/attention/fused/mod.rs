@@ -22,12 +22,13 @@ use super::mask::broadcast_mask;
 use super::scorer::check_product;
 use super::unfused;
 use super::view::View;
+use super::visible::Visible;
+use super::{AttentionCall, AttentionSpec};
 use crate::{Error, Result};
 pub(super) use between::Between;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor, Var};
-use candle_nn::attention::AttnMask;
 use engine::Engine;
-use mask::MaskView;
+pub(super) use mask::MaskView;
 use softmax::{Probs, Running, Tile, softmax_tile};
 use std::ops::Range;
 
@@ -36,18 +37,20 @@ pub(super) fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &AttnMask,
-    config: &AttentionConfig,
+    call: &AttentionCall,
+    spec: &AttentionSpec,
+    int8: &Int8Config,
 ) -> Result<Tensor> {
     let (b, h, m, d) = q.dims4()?;
-    let mask = match mask {
-        AttnMask::Mask(mask) => {
-            AttnMask::Mask(broadcast_mask(&mask.detach(), &[b, h, m, k.dim(2)?])?)
-        }
-        other => other.clone(),
-    };
-    let op = FusedAttention { mask, config: config.clone() };
-    check_product(d, &op.int8()?.scores)?;
+    let n = k.dim(2)?;
+    // Candle turns an error from inside an op into text, so what can fail is asked before.
+    check_product(d, &int8.scores)?;
+    int8.pv.kernel()?;
+    let visible = Visible::new((b, m, n), call, spec)?;
+    let mask = call.mask.as_ref();
+    let mask = mask.map(|mask| broadcast_mask(&mask.detach(), &[b, h, m, n])).transpose()?;
+    let call = AttentionCall { mask, ..call.clone() };
+    let op = FusedAttention { call, visible, spec: spec.clone(), int8: int8.clone() };
     Ok(q.apply_op3(k, v, op)?)
 }
 
@@ -66,31 +69,28 @@ pub(super) fn softmax_alone(
 }
 
 struct FusedAttention {
-    mask: AttnMask,
-    config: AttentionConfig,
+    /// Its mask is broadcast to `[B, H, M, N]`.
+    call: AttentionCall,
+    visible: Visible,
+    spec: AttentionSpec,
+    int8: Int8Config,
 }
 
 impl FusedAttention {
-    fn int8(&self) -> Result<&Int8Config> {
-        match &self.config.backend {
-            Backend::Int8(int8) => Ok(int8),
-            Backend::Fp32 => Err(Error::Config("the fused op computes in int8".into())),
-        }
-    }
-
     fn forward(&self, q: View<'_>, k: View<'_>, v: View<'_>, dtype: DType) -> Result<CpuStorage> {
-        let int8 = self.int8()?;
         // The guard keeps the mask's storage readable while the engine runs.
-        let guard = match &self.mask {
-            AttnMask::Mask(mask) => Some(mask.storage_and_layout()),
-            _ => None,
-        };
+        let guard = self.call.mask.as_ref().map(Tensor::storage_and_layout);
         let mask = match guard.as_ref().map(|(storage, layout)| (&**storage, layout)) {
             None => None,
             Some((Storage::Cpu(storage), layout)) => Some(MaskView::new(storage, layout)?),
-            Some(_) => return Err(Error::Config("the mask is not on the CPU like q".into())),
+            Some(_) => {
+                let found = self.call.mask.as_ref().map(|mask| mask.device().location());
+                return Err(Error::Mismatch(format!(
+                    "mask on {found:?}, expected the CPU, like q"
+                )));
+            }
         };
-        let engine = Engine::prepare(q, k, v, (&self.mask, mask), &self.config, int8)?;
+        let engine = Engine::prepare(q, k, v, (&self.visible, mask), &self.spec, &self.int8)?;
         Ok(match dtype {
             DType::F16 => CpuStorage::F16(engine.run()),
             DType::BF16 => CpuStorage::BF16(engine.run()),
@@ -133,8 +133,8 @@ impl CustomOp3 for FusedAttention {
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let var = |x: &Tensor| Var::from_tensor(&x.detach().to_dtype(DType::F32)?);
         let vars = [var(q)?, var(k)?, var(v)?];
-        let config = AttentionConfig { backend: Backend::Fp32, ..self.config.clone() };
-        let out = unfused::attention(&vars[0], &vars[1], &vars[2], &self.mask, &config)?;
+        let config = AttentionConfig { spec: self.spec.clone(), backend: Backend::Fp32 };
+        let out = unfused::attention(&vars[0], &vars[1], &vars[2], &self.call, &config)?;
         let grads = (out * grad.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
         let of = |var: &Var, x: &Tensor| match grads.get(var) {
             Some(grad) => grad.to_dtype(x.dtype()),

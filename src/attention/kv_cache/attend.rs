@@ -13,22 +13,22 @@
 //! first leaves over: a query is practically exact, and since a decode step waits for keys from
 //! memory, the second product is nearly free. What is left of the error is that of the keys.
 
-use super::config::CacheMask;
 use super::head::{Head, PAGE};
 use super::span::Partial;
 use super::{Int8KvCache, cpu};
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
-use crate::attention::fused::Between;
+use crate::attention::fused::{Between, MaskView};
+use crate::attention::mask::broadcast_mask;
 use crate::attention::shapes::{check_cpu, check_float, check_scores};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
+use crate::attention::{AttentionCall, AttentionSpec, Causal};
 use crate::gemm::{self, Kernel, PackedLhs};
 use crate::pv::PvKernel;
 use crate::quant::Scheme;
 use crate::quant::rows::{BlockCodes, RowParams, Rows, dots, quantize_block};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::attention::AttnMask;
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -46,29 +46,40 @@ impl Int8KvCache {
     /// `softmax(scale * q·k^T)·v` over the keys and values in the cache: `q` `[B, H, M, D]`, f32,
     /// f16 or bf16 with any strides, to `[B, H, M, Dv]` in the dtype of `q`. `H_kv` divides `H`.
     ///
-    /// Of `config`, softmax scale, softcap, ALiBi slopes, windows and the P·V precision count; how
-    /// keys and values are quantized is the cache's own configuration, and queries are quantized to
-    /// 16 bits. For few queries P·V is in f32 whatever its precision. The result is the same
+    /// In `call`, [`Causal::End`](crate::attention::Causal::End) makes the queries the last `M`
+    /// tokens of each sequence, a mask broadcasts to `[B, H, M, N]` with the `N` tokens of the
+    /// longest sequence, and `kv_lens` hides the last tokens of sequences.
+    ///
+    /// All of the model's part of `config` counts, and the P·V precision; how keys and values are
+    /// quantized is the cache's own configuration, and queries are quantized to 16 bits. For few queries P·V is in f32 whatever its precision. The result is the same
     /// whatever the number of threads. It has no gradient. A query that sees no key gives zeros.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for a `q` that does not fit the
-    /// cache, [`Error::Device`] unless it is on the CPU, [`Error::Config`] for a cache to which
-    /// nothing was appended, a configuration that contradicts itself, asks for fp32 or has
-    /// `kv_lens` (the cache knows its lengths), and for queries that would see keys which a window
-    /// has dropped, [`Error::Kernel`] if
+    /// cache, or a mask that does not fit them, [`Error::Device`] unless both are on the CPU,
+    /// [`Error::Mismatch`] for a cache to which nothing was appended and for lengths, positions or
+    /// slopes that do not match, [`Error::InvalidArgument`] for a scale, softcap or slope that makes
+    /// no sense, [`Error::Unsupported`] for fp32, for P·V in int8, and for queries that would see
+    /// keys which a window has dropped, [`Error::Kernel`] if
     /// [`KERNEL_VARIABLE`](crate::gemm::KERNEL_VARIABLE) names a kernel that cannot be used.
     pub fn attention(
         &self,
         q: &Tensor,
-        mask: &CacheMask,
+        call: impl Into<AttentionCall>,
         config: &AttentionConfig,
     ) -> Result<Tensor> {
+        let call = call.into();
         check_float(OP, &[("q", q)])?;
         check_cpu(OP, &[("q", q)])?;
         let (storage, layout) = q.storage_and_layout();
         let queries = View::new(OP, "q", cpu(&storage)?, layout)?;
-        let engine = Engine::prepare(self, queries, mask, config)?;
+        let mask = call.mask.as_ref().map(|mask| self.whole_mask(mask, &queries)).transpose()?;
+        let guard = mask.as_ref().map(Tensor::storage_and_layout);
+        let mask = match &guard {
+            Some((storage, layout)) => Some(MaskView::new(cpu(storage)?, layout)?),
+            None => None,
+        };
+        let engine = Engine::prepare(self, queries, (&call, mask), config)?;
         let [b, h, m, _] = engine.queries.dims();
         let out = engine.run();
         let out = Tensor::from_vec(out, (b, h, m, engine.value_dim), &Device::Cpu)?;
@@ -82,12 +93,19 @@ impl Int8KvCache {
         check_config(heads, depth, config).map(|_| ())
     }
 
+    /// A mask as `[B, H, M, N]`.
+    fn whole_mask(&self, mask: &Tensor, queries: &View<'_>) -> Result<Tensor> {
+        check_cpu(OP, &[("mask", mask)])?;
+        let [b, h, m, _] = queries.dims();
+        broadcast_mask(&mask.detach(), &[b, h, m, self.len()])
+    }
+
     /// # Errors
     /// Those of [`Int8KvCache::attention`] that concern the shape of `q`.
     fn check_queries(&self, queries: &View<'_>) -> Result<(usize, usize)> {
         let Some((heads, dims)) = self.shape else {
             let problem = "attention over a cache to which nothing was appended";
-            return Err(Error::Config(problem.into()));
+            return Err(Error::Mismatch(problem.into()));
         };
         let [b, h, m, d] = queries.dims();
         let keys = [self.sequences.len(), heads, self.len(), dims.depth];
@@ -115,11 +133,12 @@ pub(super) struct Engine<'a> {
     pub many: &'static dyn PvKernel,
     /// Multiplies every score.
     pub factor: f32,
-    pub between: Between<'static>,
+    pub between: Between<'a>,
 }
 
 /// Some rows of the queries that share a head of keys.
 pub(super) struct Block<'a> {
+    pub sequence: usize,
     pub head: &'a Head,
     /// What the queries of the sequence see.
     pub positions: &'a Visible,
@@ -148,25 +167,22 @@ impl<'a> Engine<'a> {
     fn prepare(
         cache: &'a Int8KvCache,
         queries: View<'a>,
-        mask: &CacheMask,
+        (call, mask): (&AttentionCall, Option<MaskView<'a>>),
         config: &AttentionConfig,
     ) -> Result<Self> {
         let (heads, value_dim) = cache.check_queries(&queries)?;
         let [_, h, m, d] = queries.dims();
         let (scale, int8) = check_config(h, d, config)?;
+        let spec = &config.spec;
         let engine = Self {
             kernel: gemm::select()?,
-            visible: visible(cache, m, mask, config)?,
+            visible: visible(cache, m, call, spec)?,
             group: h / heads.max(1),
             value_dim,
             many: int8.pv.kernel()?,
             // A softcap bends the score itself; log2(e) comes after it.
-            factor: if config.softcap.is_some() { scale } else { scale * LOG2_E },
-            between: Between {
-                softcap: config.softcap,
-                slopes: config.alibi_slopes.clone(),
-                mask: None,
-            },
+            factor: if spec.softcap.is_some() { scale } else { scale * LOG2_E },
+            between: Between { softcap: spec.softcap, slopes: spec.alibi_slopes.clone(), mask },
             cache,
             queries,
         };
@@ -175,7 +191,7 @@ impl<'a> Engine<'a> {
     }
 
     /// # Errors
-    /// [`Error::Config`] if a query sees keys that were dropped.
+    /// [`Error::Unsupported`] if a query sees keys that were dropped.
     fn check_dropped(&self) -> Result<()> {
         let sinks = self.cache.config.sinks;
         for (sequence, visible) in self.cache.sequences.iter().zip(&self.visible) {
@@ -186,7 +202,7 @@ impl<'a> Engine<'a> {
             }
             let seen = self.seen(visible, 0);
             if seen.start.max(sinks) < kept.min(seen.end) {
-                return Err(Error::Config(format!(
+                return Err(Error::Unsupported(format!(
                     "the first query sees keys from {} on, but the window has dropped those before \
                      {kept}",
                     seen.start.max(sinks)
@@ -200,7 +216,7 @@ impl<'a> Engine<'a> {
     fn seen(&self, visible: &Visible, query: usize) -> Range<usize> {
         let Range { start, end } = visible.range(0, query);
         let Some(window) = self.cache.config.window else { return start..end };
-        let position = usize::try_from(visible.position(query)).unwrap_or(0);
+        let position = usize::try_from(visible.position(0, query)).unwrap_or(0);
         start.max(position.saturating_sub(window)).min(end)..end
     }
 
@@ -287,7 +303,7 @@ impl<'a> Engine<'a> {
         }
         let positions = &self.visible[sequence];
         let visible = rows.iter().map(|&(_, query)| self.seen(positions, query)).collect();
-        Block { head, positions, rows, queries, codes: packed, scales, biases, visible }
+        Block { sequence, head, positions, rows, queries, codes: packed, scales, biases, visible }
     }
 
     /// What an offset that was subtracted from keys adds to the scores of each query.
@@ -326,59 +342,46 @@ impl<'a> Engine<'a> {
 /// The factor on scores, and the choices of the int8 backend.
 ///
 /// # Errors
-/// [`Error::Config`] for what cannot be with `heads` query heads of `depth` elements.
+/// [`Error::Unsupported`], [`Error::InvalidArgument`] and [`Error::Mismatch`] for what cannot be with `heads` query heads of `depth` elements.
 fn check_config(
     heads: usize,
     depth: usize,
     config: &AttentionConfig,
 ) -> Result<(f32, &Int8Config)> {
-    config.check(heads)?;
+    config.spec.check(heads)?;
     let Backend::Int8(int8) = &config.backend else {
-        return Err(Error::Config("fp32 attention over a cache of int8 keys".into()));
+        return Err(Error::Unsupported("fp32 attention over a cache of int8 keys".into()));
     };
-    if config.kv_lens.is_some() {
-        return Err(Error::Config("kv_lens with a cache, which knows its lengths".into()));
-    }
     if int8.pv == PvPrecision::Int8 {
-        return Err(Error::Config(
+        return Err(Error::Unsupported(
             "P·V in int8 over a cache, whose values are multiplied in f32 or bf16 however they are \
              stored; use Auto, F32 or Bf16"
                 .into(),
         ));
     }
-    Ok((config.scale(depth)?, int8))
+    Ok((config.spec.scale(depth)?, int8))
 }
 
 /// What the queries of each sequence see by their positions.
 fn visible(
     cache: &Int8KvCache,
     queries: usize,
-    mask: &CacheMask,
-    config: &AttentionConfig,
+    call: &AttentionCall,
+    spec: &AttentionSpec,
 ) -> Result<Vec<Visible>> {
-    let lens = cache.lens();
-    if let CacheMask::CausalFrom(starts) = mask
-        && starts.len() != lens.len()
-    {
-        let (found, batch) = (starts.len(), lens.len());
-        return Err(Error::Config(format!("{found} first positions for a batch of {batch}")));
-    }
-    let of_sequence = |(sequence, len): (usize, usize)| {
-        let shape = (1, queries, len);
-        match mask {
-            CacheMask::None => Visible::new(shape, &AttnMask::None, config),
-            // Without an offset of their own the queries are the last of the keys.
-            CacheMask::Causal => {
-                let config = AttentionConfig { window_right: Some(0), ..config.clone() };
-                Visible::new(shape, &AttnMask::None, &config)
-            }
-            CacheMask::CausalFrom(starts) => {
-                let mask = AttnMask::causal_with_offset(starts[sequence]);
-                Visible::new(shape, &mask, config)
-            }
-        }
+    let held = cache.lens();
+    let (batch, keys) = (held.len(), cache.len());
+    // Checks what there must be one of for each sequence.
+    Visible::new((batch, queries, keys), call, spec)?;
+    let of_sequence = |(sequence, &len): (usize, &usize)| {
+        let causal = match &call.causal {
+            Some(Causal::From(starts)) => Some(Causal::From(vec![starts[sequence]])),
+            other => other.clone(),
+        };
+        let kv_lens = call.kv_lens.as_ref().map(|lens| vec![lens[sequence]]);
+        Visible::new((1, queries, len), &AttentionCall { mask: None, causal, kv_lens }, spec)
     };
-    lens.into_iter().enumerate().map(of_sequence).collect()
+    held.iter().enumerate().map(of_sequence).collect()
 }
 
 /// Rows in two int8 codes an element, `x ~ scale * code + scale' * code'`: codes and scales of all

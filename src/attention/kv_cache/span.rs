@@ -63,7 +63,8 @@ impl Partial {
             let keys = tokens.start + inside.start..tokens.start + inside.end;
             let scores = &mut scores[row * stride..][inside.clone()];
             let (head, query) = block.rows[row];
-            engine.between.apply([0, head, query], block.positions.position(query), keys, scores);
+            let at = [block.sequence, head, query];
+            engine.between.apply(at, block.positions.position(0, query), keys, scores);
         }
         let scores = &mut scores[..rows * stride];
         let softmax = softmax_alone(scores, stride, tokens.len(), &visible);

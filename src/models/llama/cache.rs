@@ -6,8 +6,7 @@ use super::linear::contiguous;
 use super::one_query::{self, Tokens};
 use crate::quant::{Granularity, QuantConfig, RangeSource};
 use crate::{
-    AttentionConfig, AttnMask, Backend, CacheMask, Error, Int8Config, Int8KvCache, Result,
-    attention,
+    AttentionCall, AttentionConfig, Backend, Error, Int8Config, Int8KvCache, Result, attention,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -26,7 +25,7 @@ impl LlamaCache {
     /// int8.
     ///
     /// # Errors
-    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
     pub fn full(
         config: &LlamaConfig,
         batch: usize,
@@ -41,7 +40,7 @@ impl LlamaCache {
     /// int8 cache is for the CPU, so on another device all of it is f32.
     ///
     /// # Errors
-    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
     pub(super) fn of_layers(
         layers: &[LlamaLayer],
         config: &LlamaConfig,
@@ -69,7 +68,7 @@ impl LlamaCache {
     ) -> Result<Self> {
         let longest = config.context_length;
         if context == 0 || context > longest {
-            return Err(Error::Config(format!(
+            return Err(Error::InvalidArgument(format!(
                 "context of {context} tokens, expected 1 to {longest}, which the model was trained \
                  for"
             )));
@@ -113,7 +112,7 @@ impl LlamaCache {
     /// from tokens which are forgotten.
     ///
     /// # Errors
-    /// [`Error::Config`] if the [window](crate::KvCacheConfig::window) of a layer has dropped
+    /// [`Error::Unsupported`] if the [window](crate::KvCacheConfig::window) of a layer has dropped
     /// tokens that would be seen again. The cache is then as it was.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.layers.iter().try_for_each(|layer| layer.check_truncate(len))?;
@@ -132,7 +131,7 @@ impl LlamaCache {
     /// Whether input ids of this shape, `[B, N]`, can be added by these layers.
     ///
     /// # Errors
-    /// [`Error::Config`] for the cache of another model or of other kinds of attention,
+    /// [`Error::Mismatch`] for the cache of another model or of other kinds of attention,
     /// [`Error::Shape`] for another batch, [`Error::ContextLength`] if there is no room for `N`
     /// tokens.
     pub(super) fn check(
@@ -143,7 +142,7 @@ impl LlamaCache {
     ) -> Result<()> {
         let shape = [self.shape[0], config.num_kv_heads, config.head_dim];
         if self.layers.len() != config.num_layers || self.shape != shape {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "a cache of {} layers of [B, H_kv, D] {:?}, expected {} of {shape:?}",
                 self.layers.len(),
                 self.shape,
@@ -193,7 +192,7 @@ impl LayerCache {
     pub(super) fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
         match self {
             Self::Full(cache) => cache.attend(q, config),
-            Self::Int8(cache) => cache.attention(q, &CacheMask::Causal, config),
+            Self::Int8(cache) => cache.attention(q, AttentionCall::causal(), config),
         }
     }
 
@@ -223,7 +222,7 @@ impl LayerCache {
     fn check(&self, layer: usize, attention: &AttentionConfig, config: &LlamaConfig) -> Result<()> {
         match self {
             Self::Full(_) => Ok(()),
-            Self::Int8(_) if attention.backend == Backend::Fp32 => Err(Error::Config(format!(
+            Self::Int8(_) if attention.backend == Backend::Fp32 => Err(Error::Mismatch(format!(
                 "fp32 attention in layer {layer}, whose cache is int8; expected int8, or a cache \
                  that is made after the attention was switched"
             ))),
@@ -325,9 +324,7 @@ impl FullCache {
             Backend::Int8(int8) if newest && rows_of_any_head(int8) => {
                 one_query_int8(q, &keys, &values, config)
             }
-            Backend::Int8(_) => {
-                attention(q, &keys, &values, &AttnMask::causal_with_offset(past), config)
-            }
+            Backend::Int8(_) => attention(q, &keys, &values, AttentionCall::causal(), config),
         }
     }
 
@@ -347,10 +344,8 @@ impl FullCache {
 
 /// Whether the newest query sees all keys alike, wherever it stands.
 fn sees_everything(config: &AttentionConfig) -> bool {
-    config.window_left.is_none()
-        && config.window_right.is_none()
-        && config.alibi_slopes.is_none()
-        && config.kv_lens.is_none()
+    let spec = &config.spec;
+    spec.window_left.is_none() && spec.window_right.is_none() && spec.alibi_slopes.is_none()
 }
 
 /// Whether the codes of a query do not depend on the head that it is counted to.
@@ -365,7 +360,7 @@ fn one_query_int8(q: &Tensor, k: &Tensor, v: &Tensor, config: &AttentionConfig) 
     let (b, heads, _, depth) = q.dims4()?;
     let kv_heads = k.dim(1)?;
     let q = q.reshape((b, kv_heads, heads / kv_heads, depth))?;
-    let out = attention(&q, k, v, &AttnMask::None, config)?;
+    let out = attention(&q, k, v, AttentionCall::default(), config)?;
     Ok(out.reshape((b, heads, 1, depth))?)
 }
 
@@ -383,8 +378,8 @@ fn in_blocks(
         let len = QUERIES.min(queries - start);
         let q = q.narrow(2, start, len)?;
         let keys = past + start + len;
-        let mask = AttnMask::causal_with_offset(past + start);
-        out.push(attention(&q, &k.narrow(2, 0, keys)?, &v.narrow(2, 0, keys)?, &mask, config)?);
+        let (k, v) = (k.narrow(2, 0, keys)?, v.narrow(2, 0, keys)?);
+        out.push(attention(&q, &k, &v, AttentionCall::causal(), config)?);
     }
     Ok(Tensor::cat(&out, 2)?)
 }

@@ -31,7 +31,7 @@ pub(super) fn attention(
     kv_heads: usize,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    let scale = config.softmax_scale.unwrap_or(1.0 / (depth as f32).sqrt());
+    let scale = config.spec.softmax_scale.unwrap_or(1.0 / (depth as f32).sqrt());
     let group = heads / kv_heads * depth;
     let mut out = vec![0f32; b * heads * depth];
     out.par_chunks_mut(group).zip(q.par_chunks(group)).enumerate().for_each(|(head, (out, q))| {
@@ -39,7 +39,7 @@ pub(super) fn attention(
         for (out, q) in out.chunks_exact_mut(depth).zip(q.chunks_exact(depth)) {
             let keys = Rows::contiguous(keys.head(head, depth), depth);
             dots(keys, None, q, &mut probs);
-            softmax(&mut probs, scale, config.softcap);
+            softmax(&mut probs, scale, config.spec.softcap);
             let values = values.head(head, depth);
             widest!(weighted_sum, (&probs[..], values, out), (&[f32], &[f32], &mut [f32]) => ());
         }
