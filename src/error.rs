@@ -83,9 +83,24 @@ pub enum Error {
     #[error("invalid quantization parameters: {0}")]
     QuantParams(String),
 
-    /// A configuration that contradicts itself or the tensors it is used on.
-    #[error("invalid configuration: {0}")]
-    Config(String),
+    /// Something that is well defined, but that this crate, this function or this machine cannot
+    /// do.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+
+    /// Settings that exclude each other.
+    #[error("contradictory settings: {0}")]
+    Contradiction(String),
+
+    /// Something that does not match what it is used with: the shapes of a call, a model, a cache,
+    /// or another part of the same result.
+    #[error("does not match: {0}")]
+    Mismatch(String),
+
+    /// A value that makes no sense wherever it is used: a number out of its range, a word that is
+    /// none of those expected, nothing at all where something is needed.
+    #[error("invalid argument: {0}")]
+    InvalidArgument(String),
 
     /// A cache of fixed capacity has no room for more tokens.
     #[error(

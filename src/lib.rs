@@ -73,9 +73,9 @@ pub mod reference;
 mod testing;
 
 pub use attention::{
-    AttentionConfig, Backend, CacheMask, CacheValues, Int8Config, Int8KvCache, KeyOffset,
-    KvCacheConfig, PvPrecision, QuantizedAttention, RequantConfig, ScoreConfig, ScoreOutput,
-    attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
+    AttentionCall, AttentionConfig, AttentionSpec, Backend, CacheValues, Causal, Int8Config,
+    Int8KvCache, KeyOffset, KvCacheConfig, PvPrecision, QuantizedAttention, RequantConfig,
+    ScoreConfig, ScoreOutput, attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

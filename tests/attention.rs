@@ -6,8 +6,8 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::{attention_probs, unfused};
 use candle_int8_attention::quant::{Granularity, Scheme};
 use candle_int8_attention::{
-    AttentionConfig, AttnMask, Backend, Error, Int8Config, PvPrecision, QuantizedAttention,
-    ScoreConfig, ScoreOutput, attention,
+    AttentionCall, AttentionConfig, AttnMask, Backend, Causal, Error, Int8Config, PvPrecision,
+    QuantizedAttention, ScoreConfig, ScoreOutput, attention,
 };
 use common::randn;
 
@@ -145,7 +145,7 @@ fn output_has_the_dtype_of_the_queries() -> TestResult {
 fn softmax_scale_is_applied() -> TestResult {
     let q = randn((1, 1, 6, 16));
     for (config, bound) in BOUNDS {
-        let scaled = AttentionConfig { softmax_scale: Some(1.0), ..config() };
+        let scaled = config().softmax_scale(1.0);
         let out = attention(&q, &q, &q, &AttnMask::None, &scaled)?;
         let expected = by_definition(&(&q * 4.0)?, &q, &q, |_| 0.0);
         assert!(largest_difference(&out, &expected) < 2.0 * bound);
@@ -202,7 +202,7 @@ fn errors_name_the_values() -> TestResult {
         assert!(text.contains("I64") && text.contains("non-zero = attend"), "{text}");
         let text = message(&q.to_dtype(DType::U32)?, &q, &AttnMask::None);
         assert!(text.contains("k has dtype U32"), "{text}");
-        let scaled = AttentionConfig { softmax_scale: Some(f32::NAN), ..config() };
+        let scaled = config().softmax_scale(f32::NAN);
         let error = attention(&q, &q, &q, &AttnMask::None, &scaled).unwrap_err();
         assert!(error.to_string().contains("NaN"), "{error}");
     }
@@ -212,12 +212,9 @@ fn errors_name_the_values() -> TestResult {
         smooth_q: false,
         ..ScoreConfig::default()
     };
-    let config = AttentionConfig {
-        backend: Backend::Int8(Int8Config { scores, ..Int8Config::default() }),
-        ..AttentionConfig::default()
-    };
+    let config = Int8Config { scores, ..Int8Config::default() }.into();
     let error = attention(&q, &q, &q, &AttnMask::None, &config).unwrap_err();
-    assert!(matches!(error, Error::Config(_)), "{error}");
+    assert!(matches!(error, Error::Contradiction(_)), "{error}");
     Ok(())
 }
 
@@ -228,23 +225,18 @@ fn fused_equals_unfused(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &AttnMask,
+    call: &AttentionCall,
     config: &AttentionConfig,
 ) -> TestResult {
     for (pv, bound) in
         [(PvPrecision::F32, 2e-5), (PvPrecision::Auto, 0.02), (PvPrecision::Int8, 0.15)]
     {
-        let scores = match &config.backend {
-            Backend::Int8(int8) => int8.scores.clone(),
-            Backend::Fp32 => ScoreConfig::default(),
-        };
-        let backend = Backend::Int8(Int8Config { scores, pv });
-        let config = AttentionConfig { backend, ..config.clone() };
-        let fused = attention(q, k, v, mask, &config)?;
-        let check = unfused::attention(q, k, v, mask, &config)?;
+        let config = config.clone().pv(pv);
+        let fused = attention(q, k, v, call, &config)?;
+        let check = unfused::attention(q, k, v, call, &config)?;
         let difference = largest_difference(&fused, &check);
         let size = values(&check).iter().fold(0f32, |a, b| a.max(b.abs())).max(1.0);
-        assert!(difference <= bound * size, "{difference} {pv:?} {config:?} {mask:?}");
+        assert!(difference <= bound * size, "{difference} {pv:?} {config:?} {call:?}");
         assert!(values(&fused).iter().all(|x| x.is_finite()));
     }
     Ok(())
@@ -265,8 +257,8 @@ fn fused_equals_unfused_over_shapes() -> TestResult {
             let (q, k) = (randn((b, h, m, d)), randn((b, h_kv, n, d)));
             let v = randn((b, h_kv, n, dv));
             let config = AttentionConfig::int8();
-            fused_equals_unfused(&q, &k, &v, &AttnMask::None, &config)?;
-            fused_equals_unfused(&q, &k, &v, &AttnMask::causal_with_offset(n / 3), &config)?;
+            fused_equals_unfused(&q, &k, &v, &AttnMask::None.into(), &config)?;
+            fused_equals_unfused(&q, &k, &v, &AttnMask::causal_with_offset(n / 3).into(), &config)?;
         }
     }
     Ok(())
@@ -291,28 +283,53 @@ fn fused_equals_unfused_with_everything_that_changes_scores() -> TestResult {
         AttnMask::Mask(over_queries.t()?.contiguous()?.t()?),
     ];
     let int8 = AttentionConfig::int8;
-    let plain = Backend::Int8(Int8Config {
-        scores: ScoreConfig::plain(Scheme::Affine, Granularity::PerHead),
-        ..Int8Config::default()
-    });
+    let plain = int8().scheme(Scheme::Affine).granularity(Granularity::PerHead);
     let configs = [
         int8(),
-        AttentionConfig { softcap: Some(5.0), ..int8() },
-        AttentionConfig { alibi_slopes: Some(vec![0.5, 0.1, 0.02, 0.0]), ..int8() },
-        AttentionConfig { window_left: Some(40), ..int8() },
-        AttentionConfig { window_left: Some(9), window_right: Some(3), ..int8() },
-        int8().with_kv_lens(vec![n, 0, 77]),
-        AttentionConfig { softmax_scale: Some(0.3), backend: plain, ..int8() },
-        AttentionConfig {
-            softcap: Some(20.0),
-            window_right: Some(100),
-            alibi_slopes: Some(vec![0.01; h]),
-            ..int8().with_kv_lens(vec![500, 530, 1])
-        },
+        int8().softcap(5.0),
+        int8().alibi_slopes(vec![0.5, 0.1, 0.02, 0.0]),
+        int8().window(Some(40), None),
+        int8().window(Some(9), Some(3)),
+        plain.smoothing(false, false).softmax_scale(0.3),
     ];
     for mask in &masks {
         for config in &configs {
-            fused_equals_unfused(&q, &k, &v, mask, config)?;
+            fused_equals_unfused(&q, &k, &v, &mask.into(), config)?;
+        }
+        let call = AttentionCall::from(mask).with_kv_lens(vec![n, 0, 77]);
+        fused_equals_unfused(&q, &k, &v, &call, &int8())?;
+        let call = AttentionCall::from(mask).with_kv_lens(vec![500, 530, 1]);
+        let all = int8().softcap(20.0).window(None, Some(100)).alibi_slopes(vec![0.01; h]);
+        fused_equals_unfused(&q, &k, &v, &call, &all)?;
+        // A mask tensor with a causal rule, of which each sequence has its own.
+        for causal in [Causal::End, Causal::From(vec![0, 300, 700])] {
+            fused_equals_unfused(&q, &k, &v, &call.clone().with_causal(causal), &all)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn queries_at_the_end_of_their_sequence_are_those_of_it_alone() -> TestResult {
+    let (h, m, n, d) = (2, 3, 90, 16);
+    let (q, k, v) = (randn((2, h, m, d)), randn((2, h, n, d)), randn((2, h, n, d)));
+    let lens = [90, 50];
+    let starts: Vec<usize> = lens.iter().map(|len| len - m).collect();
+    let end = AttentionCall::causal().with_kv_lens(lens.to_vec());
+    for config in [AttentionConfig::int8(), AttentionConfig::fp32()] {
+        let config = config.alibi_slopes(vec![0.3, 0.1]).window(Some(20), None);
+        let together = attention(&q, &k, &v, &end, &config)?;
+        let from = attention(&q, &k, &v, Causal::From(starts.clone()), &config)?;
+        assert_eq!(largest_difference(&together, &from), 0.0);
+        for (b, len) in lens.into_iter().enumerate() {
+            let of = |x: &Tensor, len| x.narrow(0, b, 1)?.narrow(2, 0, len);
+            let (k, v) = (of(&k, len)?, of(&v, len)?);
+            let mask = AttnMask::causal_with_offset(len - m);
+            // Keys that are not seen still count in smooth-K's mean.
+            let exact = config.with_backend(Backend::Fp32);
+            let alone = attention(&of(&q, m)?, &k, &v, &mask, &exact)?;
+            let difference = largest_difference(&together.narrow(0, b, 1)?, &alone);
+            assert!(difference < 0.03, "{difference} in sequence {b}");
         }
     }
     Ok(())
@@ -327,8 +344,7 @@ fn fused_output_does_not_depend_on_strides_or_threads() -> TestResult {
 }
 
 fn with_pv(pv: PvPrecision) -> AttentionConfig {
-    let backend = Backend::Int8(Int8Config { pv, ..Int8Config::default() });
-    AttentionConfig { backend, ..AttentionConfig::default() }
+    AttentionConfig::int8().pv(pv)
 }
 
 fn does_not_depend_on_strides_or_threads(config: &AttentionConfig) -> TestResult {
@@ -362,16 +378,15 @@ fn nan_does_not_leak(int8: &AttentionConfig) -> TestResult {
     };
     for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
         let (bad_k, bad_v) = (spoil(&k, bad)?, spoil(&v, bad)?);
-        let lens = int8.with_kv_lens(vec![60]);
         let additive =
             keep.to_dtype(DType::F32)?.affine(-f64::from(f32::MIN), f64::from(f32::MIN))?;
-        for (mask, config) in [
-            (AttnMask::Mask(keep.clone()), int8.clone()),
-            (AttnMask::Mask(additive), int8.clone()),
-            (AttnMask::None, lens),
+        for call in [
+            AttentionCall::default().with_mask(keep.clone()),
+            AttentionCall::default().with_mask(additive),
+            AttentionCall::default().with_kv_lens(vec![60]),
         ] {
             let short = |x: &Tensor| x.narrow(2, 0, 60);
-            let out = attention(&q, &bad_k, &bad_v, &mask, &config)?;
+            let out = attention(&q, &bad_k, &bad_v, call, int8)?;
             let exact =
                 attention(&q, &short(&k)?, &short(&v)?, &AttnMask::None, &AttentionConfig::fp32())?;
             let difference = largest_difference(&out, &exact);
@@ -412,9 +427,8 @@ fn gradients_are_those_of_fp32_attention() -> TestResult {
 fn nothing_as_large_as_all_scores_is_allocated() -> TestResult {
     // [1, 1, 40000, 16]: all scores would be 6.4 GB, more than a test machine likes to give.
     let q = randn((1, 1, 40_000, 16));
-    let lens =
-        AttentionConfig { window_left: Some(20), window_right: Some(0), ..Default::default() };
-    let out = attention(&q, &q, &q, &AttnMask::None, &lens)?;
+    let window = AttentionConfig::int8().window(Some(20), Some(0));
+    let out = attention(&q, &q, &q, &AttnMask::None, &window)?;
     assert_eq!(out.dims(), q.dims());
     Ok(())
 }
@@ -423,15 +437,17 @@ fn nothing_as_large_as_all_scores_is_allocated() -> TestResult {
 fn contradictions_in_the_configuration_are_named() -> TestResult {
     let q = randn((2, 4, 8, 16));
     let int8 = AttentionConfig::int8;
-    for (config, message) in [
-        (AttentionConfig { softcap: Some(0.0), ..int8() }, "softcap 0"),
-        (AttentionConfig { alibi_slopes: Some(vec![1.0; 3]), ..int8() }, "3 ALiBi slopes for 4"),
-        (int8().with_kv_lens(vec![8]), "1 kv_lens for a batch of 2"),
-        (int8().with_kv_lens(vec![8, 9]), "kv_lens holds 9, but there are 8 keys"),
+    let call = AttentionCall::default;
+    for (call, config, message) in [
+        (call(), int8().softcap(0.0), "softcap 0"),
+        (call(), int8().alibi_slopes(vec![1.0; 3]), "3 ALiBi slopes for 4"),
+        (call().with_kv_lens(vec![8]), int8(), "1 kv_lens for a batch of 2"),
+        (call().with_kv_lens(vec![8, 9]), int8(), "kv_lens holds 9, but there are 8 keys"),
+        (Causal::From(vec![0]).into(), int8(), "1 first positions for a batch of 2"),
     ] {
         for backend in [Backend::Fp32, Backend::default()] {
-            let config = AttentionConfig { backend, ..config.clone() };
-            let error = attention(&q, &q, &q, &AttnMask::None, &config).unwrap_err().to_string();
+            let config = config.with_backend(backend);
+            let error = attention(&q, &q, &q, &call, &config).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_int8_attention::attention::{tensor_ops, unfused};
 use candle_int8_attention::quant::{Granularity, Scheme};
 use candle_int8_attention::{
-    AttentionConfig, AttnMask, Backend, Int8Config, PvPrecision, ScoreConfig, attention,
+    AttentionCall, AttentionConfig, AttnMask, Causal, PvPrecision, attention,
 };
 use common::randn;
 
@@ -21,32 +21,29 @@ fn the_same_numbers_as_the_kernels() -> Result<()> {
     let (q, k, v) = (randn((b, h, m, d)), randn((b, h_kv, n, d)), randn((b, h_kv, n, dv)));
     let keep: Vec<u8> = (0..b * n).map(|i| u8::from(i % 5 != 1)).collect();
     let keep = Tensor::from_vec(keep, (b, 1, 1, n), &Device::Cpu)?;
-    let int8 = |scores, pv| AttentionConfig {
-        backend: Backend::Int8(Int8Config { scores, pv }),
-        ..AttentionConfig::default()
-    };
-    let f32 = PvPrecision::F32;
+    let int8 = AttentionConfig::int8().pv(PvPrecision::F32);
+    let blocks = int8.clone().scheme(Scheme::Affine).granularity(Granularity::PerBlock(16));
+    let keep = AttentionCall::default().with_mask(keep);
     for config in [
-        int8(ScoreConfig::default(), f32),
-        int8(ScoreConfig::plain(Scheme::Affine, Granularity::PerBlock(16)), f32),
-        AttentionConfig { softcap: Some(2.0), ..int8(ScoreConfig::default(), f32) },
-        AttentionConfig {
-            alibi_slopes: Some(vec![0.5, 0.25, 0.1, 0.0]),
-            window_left: Some(30),
-            kv_lens: Some(vec![n, 33]),
-            ..int8(ScoreConfig::default(), f32)
-        },
+        int8.clone(),
+        blocks.smoothing(false, false),
+        int8.clone().softcap(2.0),
+        int8.alibi_slopes(vec![0.5, 0.25, 0.1, 0.0]).window(Some(30), None),
     ] {
-        for mask in
-            [AttnMask::None, AttnMask::causal_with_offset(n - m), AttnMask::Mask(keep.clone())]
-        {
-            let anywhere = tensor_ops::attention(&q, &k, &v, &mask, &config)?;
+        for call in [
+            AttentionCall::default(),
+            AttnMask::causal_with_offset(n - m).into(),
+            AttentionCall::causal().with_kv_lens(vec![n, 33]),
+            keep.clone(),
+            keep.clone().with_causal(Causal::From(vec![0, 40])).with_kv_lens(vec![n, 45]),
+        ] {
+            let anywhere = tensor_ops::attention(&q, &k, &v, &call, &config)?;
             // The same int8 scores and f32 operations, so only the rounding of sums differs.
-            let unfused = unfused::attention(&q, &k, &v, &mask, &config)?;
-            let fused = attention(&q, &k, &v, &mask, &config)?;
+            let unfused = unfused::attention(&q, &k, &v, &call, &config)?;
+            let fused = attention(&q, &k, &v, &call, &config)?;
             for other in [unfused, fused] {
                 let difference = largest_difference(&anywhere, &other)?;
-                assert!(difference < 1e-5, "{difference} with {mask:?} {config:?}");
+                assert!(difference < 1e-5, "{difference} with {call:?} {config:?}");
             }
         }
     }

@@ -404,11 +404,7 @@ fn packed_sequences_beyond_candle() -> Result<()> {
     let call = Varlen { v, window: [None, Some(1)], ..call };
     let out = call.call(flash_attn_varlen_cpu)?;
     assert_eq!(out.dims(), [17, 4, 20]);
-    let config = AttentionConfig {
-        softmax_scale: Some(0.15),
-        window_right: Some(1),
-        ..AttentionConfig::fp32()
-    };
+    let config = AttentionConfig::fp32().softmax_scale(0.15).window(None, Some(1));
     let (mut q_start, mut k_start) = (0, 0);
     for (m, n) in [(5, 8), (12, 12)] {
         let of = |x: &Tensor, start, len| x.narrow(0, start, len)?.transpose(0, 1)?.unsqueeze(0);

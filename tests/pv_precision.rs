@@ -4,9 +4,7 @@
 
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::{ModelFiles, TextEncoder};
-use candle_int8_attention::{
-    AttentionConfig, AttnMask, Backend, Int8Config, PvPrecision, attention,
-};
+use candle_int8_attention::{AttentionConfig, AttnMask, PvPrecision, attention};
 use std::path::{Path, PathBuf};
 
 type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
@@ -15,8 +13,7 @@ type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
 const ALLOWED: f64 = 1.5;
 
 fn config(pv: PvPrecision) -> AttentionConfig {
-    let backend = Backend::Int8(Int8Config { pv, ..Int8Config::default() });
-    AttentionConfig { backend, ..AttentionConfig::default() }
+    AttentionConfig::int8().pv(pv)
 }
 
 /// The shipped encoder, and any other that `CANDLE_INT8_TEST_MODEL` names.

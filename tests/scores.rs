@@ -378,7 +378,7 @@ fn errors_name_the_values() -> TestResult {
     assert!(message(&q, &q, &bad).contains("3 static parameters for 4 groups"));
     bad.q.range = RangeSource::Static(vec![QuantParams::affine(1.0, 3)?; 4]);
     assert!(message(&q, &q, &bad).contains("affine"));
-    assert!(matches!(attention_scores(&q, &q, &int32), Err(Error::Config(_))));
+    assert!(matches!(attention_scores(&q, &q, &int32), Err(Error::Contradiction(_))));
     let f64 = q.to_dtype(DType::F64)?;
     assert!(matches!(attention_scores(&f64, &f64, &config), Err(Error::DType { .. })));
     Ok(())

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::tensor_ops;
-use candle_int8_attention::{AttentionConfig, AttnMask, attention};
+use candle_int8_attention::{AttentionCall, AttentionConfig, AttnMask, attention};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use common::randn;
 
@@ -29,7 +29,7 @@ fn unfused(
         x.unsqueeze(2)?.broadcast_as((b, h_kv, h / h_kv, n, d))?.reshape((b, h, n, d))
     };
     let mut scores = (q.matmul(&repeat(k)?.t()?)? / (d as f64).sqrt())?;
-    if let Some(cap) = config.softcap.map(f64::from) {
+    if let Some(cap) = config.spec.softcap.map(f64::from) {
         scores = ((scores / cap)?.tanh()? * cap)?;
     }
     if let Some(bias) = bias {
@@ -64,41 +64,36 @@ fn gradients_are_those_of_candles_unfused_attention() -> TestResult {
     let alibi = Tensor::from_vec(distance, (1, 1, m, n), &Device::Cpu)?
         .broadcast_mul(&Tensor::new(slopes.as_slice(), &Device::Cpu)?.reshape((1, h, 1, 1))?)?;
     let int8 = AttentionConfig::int8;
-    let cases: Vec<(&str, AttnMask, AttentionConfig, Option<Tensor>)> = vec![
-        ("none", AttnMask::None, int8(), None),
+    let cases: Vec<(&str, AttentionCall, AttentionConfig, Option<Tensor>)> = vec![
+        ("none", AttnMask::None.into(), int8(), None),
         (
             "causal",
-            AttnMask::causal_with_offset(3),
+            AttnMask::causal_with_offset(3).into(),
             int8(),
             Some(bias((b, m, n), |_, i, j| j > i + 3)?),
         ),
         (
             "boolean",
-            AttnMask::Mask(Tensor::from_vec(boolean.clone(), (b, 1, 1, n), &Device::Cpu)?),
+            AttnMask::Mask(Tensor::from_vec(boolean.clone(), (b, 1, 1, n), &Device::Cpu)?).into(),
             int8(),
             Some(bias((b, m, n), |b, _, j| boolean[b * n + j] == 0)?),
         ),
-        ("additive", AttnMask::Mask(additive.clone()), int8(), Some(additive)),
-        ("softcap", AttnMask::None, AttentionConfig { softcap: Some(1.5), ..int8() }, None),
-        (
-            "ALiBi",
-            AttnMask::None,
-            AttentionConfig { alibi_slopes: Some(slopes), ..int8() },
-            Some(alibi),
-        ),
+        ("additive", AttnMask::Mask(additive.clone()).into(), int8(), Some(additive)),
+        ("softcap", AttnMask::None.into(), int8().softcap(1.5), None),
+        ("ALiBi", AttnMask::None.into(), int8().alibi_slopes(slopes), Some(alibi)),
         (
             "lengths and a window",
-            AttnMask::None,
-            AttentionConfig { window_left: Some(4), ..int8().with_kv_lens(vec![9, 7]) },
+            AttentionCall::default().with_kv_lens(vec![9, 7]),
+            int8().window(Some(4), None),
             Some(bias((b, m, n), |b, i, j| j + 4 < i + 3 || (b == 1 && j >= 7))?),
         ),
     ];
-    for (name, mask, config, bias) in cases {
+    for (name, call, config, bias) in cases {
         let expected = (unfused((q, k, v), &config, bias.as_ref())? * &weight)?.sum_all()?;
         let expected = expected.backward()?;
         for (path, out) in [
-            ("fused", attention(q, k, v, &mask, &config)?),
-            ("tensor_ops", tensor_ops::attention(q, k, v, &mask, &config)?),
+            ("fused", attention(q, k, v, &call, &config)?),
+            ("tensor_ops", tensor_ops::attention(q, k, v, &call, &config)?),
         ] {
             let grads = (out * &weight)?.sum_all()?.backward()?;
             for (tensor, var) in ["q", "k", "v"].into_iter().zip(&vars) {

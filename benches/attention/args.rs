@@ -2,7 +2,7 @@
 
 use crate::shape::{README, SHORT, Shape};
 use candle_core::DType;
-use candle_int8_attention::{AttentionConfig, Backend, Int8Config, PvPrecision};
+use candle_int8_attention::{AttentionConfig, Int8Config, PvPrecision};
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use std::num::NonZeroUsize;
@@ -98,7 +98,7 @@ impl Args {
             Pv::Bf16 => PvPrecision::Bf16,
         };
         let int8 = Int8Config { pv, ..Int8Config::default() };
-        AttentionConfig { backend: Backend::Int8(int8), ..AttentionConfig::default() }
+        int8.into()
     }
 }
 

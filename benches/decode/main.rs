@@ -6,7 +6,9 @@
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use candle_int8_attention::{AttentionConfig, CacheMask, CacheValues, Int8KvCache, KvCacheConfig};
+use candle_int8_attention::{
+    AttentionCall, AttentionConfig, CacheValues, Int8KvCache, KvCacheConfig,
+};
 use candle_nn::attention::cpu_flash::causal::run_causal_attn_cpu;
 use clap::Parser;
 use serde::Serialize;
@@ -135,7 +137,7 @@ fn contenders([h, h_kv, n, d]: Shape, queries: usize) -> Result<Vec<Contender>> 
         let mut cache = Int8KvCache::new(KvCacheConfig { values, ..KvCacheConfig::default() });
         cache.append(&k, &v)?;
         let (memory, q, config) = (cache.memory_bytes(), q.clone(), AttentionConfig::int8());
-        let run = move || Ok(cache.attention(&q, &CacheMask::Causal, &config)?);
+        let run = move || Ok(cache.attention(&q, AttentionCall::causal(), &config)?);
         contenders.push(Contender { name, memory, run: Box::new(run) });
     }
     // Candle's layout is (B, S, H, D); its f32 path is its fastest one.

@@ -3,7 +3,9 @@
 use crate::common::config::{QuantArgs, int8_attention};
 use crate::input::Inputs;
 use anyhow::ensure;
-use candle_int8_attention::{AttentionConfig, PvPrecision, ScoreConfig, ScoreOutput};
+use candle_int8_attention::{
+    AttentionConfig, AttentionSpec, PvPrecision, ScoreConfig, ScoreOutput,
+};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -112,11 +114,9 @@ impl Args {
 
     /// `config` with scale and softcap.
     fn with_numbers(&self, config: AttentionConfig) -> AttentionConfig {
-        AttentionConfig {
-            softmax_scale: self.attention.scale,
-            softcap: self.attention.softcap(),
-            ..config
-        }
+        let (softmax_scale, softcap) = (self.attention.scale, self.attention.softcap());
+        let spec = AttentionSpec { softmax_scale, softcap, ..config.spec };
+        AttentionConfig { spec, ..config }
     }
 
     /// Int8 attention without any mask.

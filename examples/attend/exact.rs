@@ -30,8 +30,8 @@ pub fn fp32_attention(
         let parts = (0..m).step_by(queries).map(|start| {
             let rows = start..(start + queries).min(m);
             let q = q.narrow(2, start, rows.len())?;
-            let (mask, config) = masking.part(batch, heads.clone(), rows, config.clone())?;
-            Ok(attention(&q, &k, &v, &mask, &config)?)
+            let call = masking.part(batch, heads.clone(), rows)?;
+            Ok(attention(&q, &k, &v, call, config)?)
         });
         Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 2)?)
     };

@@ -5,7 +5,7 @@ use crate::input::Inputs;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::attention::{position_mask, restrict_mask};
-use candle_int8_attention::{AttentionConfig, AttnMask};
+use candle_int8_attention::{AttentionCall, AttentionConfig, Causal};
 use std::ops::Range;
 
 /// Which keys every query sees.
@@ -48,35 +48,32 @@ impl Masking {
         })
     }
 
-    /// Everything, in the form that is cheapest for attention: only what the other arguments of
-    /// `attention` cannot say becomes a tensor of `M * N`.
-    pub fn whole(&self, config: AttentionConfig) -> Result<(AttnMask, AttentionConfig)> {
-        let config = AttentionConfig { kv_lens: self.kv_lens.clone(), ..config };
-        let mask = match (&self.mask, self.causal) {
-            (None, None) => AttnMask::None,
-            (None, Some(CausalOffset::Keys(offset @ 0..))) => {
-                AttnMask::causal_with_offset(offset.unsigned_abs())
-            }
-            (mask, _) => {
-                let keep = (0..self.dims.0).map(|batch| self.positions(batch, 0..self.dims.2));
-                let keep = keep.collect::<Result<Option<Vec<_>>>>()?;
-                let keep = keep.filter(|keep| !keep.is_empty());
-                let keep = keep.map(|keep| Tensor::cat(&keep, 0)).transpose()?;
-                return Ok((both(mask.clone(), keep)?, config));
+    /// Everything: the call, and the model's part of it in `config`.
+    pub fn whole(&self, config: AttentionConfig) -> Result<(AttentionCall, AttentionConfig)> {
+        let mut call = AttentionCall::default();
+        call.mask = self.mask.clone();
+        call.kv_lens = self.kv_lens.clone();
+        call.causal = match self.causal {
+            None => None,
+            Some(CausalOffset::End) => Some(Causal::End),
+            Some(CausalOffset::Keys(offset @ 0..)) => Some(Causal::Offset(offset.unsigned_abs())),
+            // Queries that stand before the first key, which only a tensor can say.
+            Some(CausalOffset::Keys(_)) => {
+                call.mask = both(call.mask, self.positions(0, 0..self.dims.2)?)?;
+                return Ok((call, config));
             }
         };
-        let (window_left, window_right) = self.window;
-        Ok((mask, AttentionConfig { window_left, window_right, ..config }))
+        let (left, right) = self.window;
+        Ok((call, config.window(left, right)))
     }
 
-    /// The same for some queries of some heads of one sequence.
+    /// The same for some queries of some heads of one sequence, with nothing in the configuration.
     pub fn part(
         &self,
         batch: usize,
         heads: Range<usize>,
         queries: Range<usize>,
-        config: AttentionConfig,
-    ) -> Result<(AttnMask, AttentionConfig)> {
+    ) -> Result<AttentionCall> {
         let (b, h, m, n) = self.dims;
         let narrow = |mask: &Tensor| {
             mask.broadcast_as((b, h, m, n))?
@@ -85,9 +82,10 @@ impl Masking {
                 .narrow(2, queries.start, queries.len())
         };
         let mask = self.mask.as_ref().map(narrow).transpose()?;
-        let kv_lens = self.kv_lens.as_ref().map(|lens| vec![lens[batch]]);
-        let mask = both(mask, self.positions(batch, queries)?)?;
-        Ok((mask, AttentionConfig { kv_lens, ..config }))
+        let mut call = AttentionCall::default();
+        call.mask = both(mask, self.positions(batch, queries)?)?;
+        call.kv_lens = self.kv_lens.as_ref().map(|lens| vec![lens[batch]]);
+        Ok(call)
     }
 
     /// For each sequence, head of keys (of `h_kv`) and key, whether any query that reads the head
@@ -99,11 +97,9 @@ impl Masking {
             let len = self.kv_lens.as_ref().map_or(n, |lens| lens[batch]);
             let mut seen = vec![false; n];
             for head in head * group..(head + 1) * group {
-                let (mask, _) =
-                    self.part(batch, head..head + 1, 0..m, AttentionConfig::default())?;
-                let keys = match &mask {
-                    AttnMask::Mask(mask) => keys_seen_through(mask)?,
-                    _ => vec![m > 0; n],
+                let keys = match &self.part(batch, head..head + 1, 0..m)?.mask {
+                    Some(mask) => keys_seen_through(mask)?,
+                    None => vec![m > 0; n],
                 };
                 seen.iter_mut().zip(keys).take(len).for_each(|(seen, key)| *seen |= key);
             }
@@ -160,11 +156,10 @@ impl Masking {
 }
 
 /// A mask and what positions add to it.
-fn both(mask: Option<Tensor>, keep: Option<Tensor>) -> Result<AttnMask> {
+fn both(mask: Option<Tensor>, keep: Option<Tensor>) -> Result<Option<Tensor>> {
     Ok(match (mask, keep) {
-        (None, None) => AttnMask::None,
-        (Some(mask), None) | (None, Some(mask)) => AttnMask::Mask(mask),
-        (Some(mask), Some(keep)) => AttnMask::Mask(restrict_mask(&mask, &keep)?),
+        (Some(mask), Some(keep)) => Some(restrict_mask(&mask, &keep)?),
+        (mask, keep) => mask.or(keep),
     })
 }
 

@@ -42,8 +42,8 @@ impl Results {
         let (out, config) = match args.backend {
             BackendName::Fp32 => (fp32.clone(), args.fp32()),
             BackendName::Int8 => {
-                let (mask, config) = masking.whole(args.int8())?;
-                (attention(q, k, v, &mask, &config)?, args.int8())
+                let (call, config) = masking.whole(args.int8())?;
+                (attention(q, k, v, call, &config)?, args.int8())
             }
         };
         Ok(Self {
@@ -88,8 +88,8 @@ fn probabilities(
         return Ok(None);
     }
     let probs = |config| -> Result<Vec<f32>> {
-        let (mask, config) = masking.whole(config)?;
-        flat(&attention_probs(&inputs.q, &inputs.k, &mask, &config)?)
+        let (call, config) = masking.whole(config)?;
+        flat(&attention_probs(&inputs.q, &inputs.k, call, &config)?)
     };
     Ok(Some(ProbabilityDrift::of_rows(&probs(reference)?, &probs(candidate)?, n.max(1))))
 }

@@ -2,7 +2,7 @@
 
 use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
 use candle_int8_attention::{
-    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
+    AttentionConfig, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
 };
 use std::str::FromStr;
 
@@ -93,10 +93,7 @@ impl QuantArgs {
 
 /// Attention with the scores of this configuration, and probabilities times values as `pv` says.
 pub fn int8_attention(scores: ScoreConfig, pv: PvPrecision) -> AttentionConfig {
-    AttentionConfig {
-        backend: Backend::Int8(Int8Config { scores, pv }),
-        ..AttentionConfig::default()
-    }
+    Int8Config { scores, pv }.into()
 }
 
 /// The value of `--output`.

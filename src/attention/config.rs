@@ -1,5 +1,6 @@
 //! What can be chosen: how scores are quantized, what leaves the op, which backend computes.
 
+use super::AttentionSpec;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
 use crate::quant::{Granularity, QuantConfig, Scheme};
@@ -114,7 +115,7 @@ impl std::str::FromStr for PvPrecision {
             "f32" => Ok(Self::F32),
             "bf16" => Ok(Self::Bf16),
             "int8" => Ok(Self::Int8),
-            _ => Err(Error::Config(format!(
+            _ => Err(Error::InvalidArgument(format!(
                 "P·V precision {text:?}, expected auto, f32, bf16 or int8"
             ))),
         }
@@ -136,14 +137,14 @@ impl PvPrecision {
     /// The format that it stands for on this machine.
     ///
     /// # Errors
-    /// [`Error::Config`] on a machine without an instruction for it.
+    /// [`Error::Unsupported`] on a machine without an instruction for it.
     pub(super) fn format(self, level: Level) -> Result<Format> {
         let bf16 = level.panels(Format::Bf16).is_some();
         match self {
             Self::Auto if bf16 => Ok(Format::Bf16),
             Self::Auto | Self::F32 => Ok(Format::F32),
             Self::Bf16 if bf16 => Ok(Format::Bf16),
-            Self::Bf16 => Err(Error::Config(format!(
+            Self::Bf16 => Err(Error::Unsupported(format!(
                 "P·V precision {self}: this machine has no instruction for it; use auto, f32 or int8"
             ))),
             Self::Int8 => Ok(Format::Int8),
@@ -162,6 +163,7 @@ pub struct Int8Config {
 
 /// Who computes attention. A model holds one per layer.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Backend {
     /// In fp32: Candle's own operations, or, in the BERT encoder of [`models`](crate::models), a fused
     /// fp32 op of this crate.
@@ -176,33 +178,34 @@ impl Default for Backend {
     }
 }
 
-/// Everything `attention` needs besides tensors and mask.
+/// Everything about attention that is the same in every call: what the model asks for, and who
+/// computes it in which precision. What belongs to a call is an
+/// [`AttentionCall`](super::AttentionCall).
 ///
-/// A query's position among the keys, which windows and ALiBi need, is that of the causal mask's
-/// `kv_offset` where there is one; otherwise the queries are the last `M` of the `N` keys.
+/// The usual choices are one level deep. Those of the precision are for the int8 backend: on an fp32
+/// configuration they choose int8 with its defaults first.
+///
+/// ```
+/// use candle_int8_attention::quant::Granularity;
+/// use candle_int8_attention::{AttentionConfig, PvPrecision};
+///
+/// let exact = AttentionConfig::fp32().softmax_scale(0.1).window(Some(1024), None);
+/// let int8 = exact.clone().granularity(Granularity::PerHead).pv(PvPrecision::F32);
+/// assert_eq!(int8.spec, exact.spec);
+/// assert_ne!(int8.backend, exact.backend);
+/// ```
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AttentionConfig {
-    /// Who computes.
+    /// What belongs to the model.
+    pub spec: AttentionSpec,
+    /// What belongs to the precision.
     pub backend: Backend,
-    /// Factor on the scores before everything else; `None` means `1 / sqrt(D)`.
-    pub softmax_scale: Option<f32>,
-    /// Bends scaled scores: `cap * tanh(score / cap)` (Gemma 2).
-    pub softcap: Option<f32>,
-    /// One slope for each query head: `-slope * |position - key|` is added to the scores (Press et
-    /// al. 2021, arXiv:2108.12409).
-    pub alibi_slopes: Option<Vec<f32>>,
-    /// Sliding window: a query sees at most this many keys to the left of its position.
-    pub window_left: Option<usize>,
-    /// And at most this many to the right.
-    pub window_right: Option<usize>,
-    /// How many keys of each sequence of the batch are real; the others are not seen.
-    pub kv_lens: Option<Vec<usize>>,
 }
 
 impl AttentionConfig {
     /// Fp32 with the default scale, see [`Backend::Fp32`].
     pub fn fp32() -> Self {
-        Self { backend: Backend::Fp32, ..Self::default() }
+        Self { spec: AttentionSpec::default(), backend: Backend::Fp32 }
     }
 
     /// Int8 with the default configuration and the default scale.
@@ -210,35 +213,76 @@ impl AttentionConfig {
         Self::default()
     }
 
-    /// The same for a batch whose sequences have these numbers of keys.
-    pub fn with_kv_lens(&self, lens: Vec<usize>) -> Self {
-        Self { kv_lens: Some(lens), ..self.clone() }
+    /// The same with what queries and keys share a scale; chooses int8.
+    pub fn granularity(self, granularity: Granularity) -> Self {
+        self.with_int8(|int8| {
+            int8.scores.q.granularity = granularity;
+            int8.scores.k.granularity = granularity;
+        })
     }
 
-    /// The factor on scores of `depth` elements.
-    pub(super) fn scale(&self, depth: usize) -> Result<f32> {
-        let scale = self.softmax_scale.unwrap_or(1.0 / (depth.max(1) as f32).sqrt());
-        match scale.is_finite() {
-            true => Ok(scale),
-            false => Err(Error::Config(format!("softmax scale {scale}, expected a finite number"))),
-        }
+    /// The same with symmetric or affine codes of queries and keys; chooses int8.
+    pub fn scheme(self, scheme: Scheme) -> Self {
+        self.with_int8(|int8| {
+            int8.scores.q.scheme = scheme;
+            int8.scores.k.scheme = scheme;
+        })
     }
 
-    /// # Errors
-    /// [`Error::Config`] for numbers that make no sense with `heads` query heads.
-    pub(super) fn check(&self, heads: usize) -> Result<()> {
-        if let Some(cap) = self.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
-            return Err(Error::Config(format!("softcap {cap}, expected finite and positive")));
-        }
-        let Some(slopes) = &self.alibi_slopes else { return Ok(()) };
-        if slopes.len() != heads {
-            let found = slopes.len();
-            return Err(Error::Config(format!("{found} ALiBi slopes for {heads} heads")));
-        }
-        match slopes.iter().find(|slope| !slope.is_finite()) {
-            Some(slope) => Err(Error::Config(format!("ALiBi slope {slope}, expected finite"))),
-            None => Ok(()),
-        }
+    /// The same with or without smooth-K and smooth-Q; chooses int8.
+    pub fn smoothing(self, k: bool, q: bool) -> Self {
+        self.with_int8(|int8| (int8.scores.smooth_k, int8.scores.smooth_q) = (k, q))
+    }
+
+    /// The same with this precision of P·V; chooses int8.
+    pub fn pv(self, pv: PvPrecision) -> Self {
+        self.with_int8(|int8| int8.pv = pv)
+    }
+
+    /// The same with this factor on the scores.
+    pub fn softmax_scale(mut self, scale: f32) -> Self {
+        self.spec.softmax_scale = Some(scale);
+        self
+    }
+
+    /// The same with scores that are bent to `cap * tanh(score / cap)`.
+    pub fn softcap(mut self, cap: f32) -> Self {
+        self.spec.softcap = Some(cap);
+        self
+    }
+
+    /// The same with one ALiBi slope for each query head.
+    pub fn alibi_slopes(mut self, slopes: Vec<f32>) -> Self {
+        self.spec.alibi_slopes = Some(slopes);
+        self
+    }
+
+    /// The same with at most this many keys seen to the left and to the right of a query's
+    /// position.
+    pub fn window(mut self, left: Option<usize>, right: Option<usize>) -> Self {
+        (self.spec.window_left, self.spec.window_right) = (left, right);
+        self
+    }
+
+    /// The same attention by another backend.
+    pub fn with_backend(&self, backend: Backend) -> Self {
+        Self { spec: self.spec.clone(), backend }
+    }
+
+    fn with_int8(mut self, change: impl FnOnce(&mut Int8Config)) -> Self {
+        let mut int8 = match self.backend {
+            Backend::Int8(int8) => int8,
+            Backend::Fp32 => Int8Config::default(),
+        };
+        change(&mut int8);
+        self.backend = Backend::Int8(int8);
+        self
+    }
+}
+
+impl From<Int8Config> for AttentionConfig {
+    fn from(int8: Int8Config) -> Self {
+        Self { spec: AttentionSpec::default(), backend: Backend::Int8(int8) }
     }
 }
 
@@ -254,5 +298,16 @@ mod tests {
         }
         let error = "f16".parse::<PvPrecision>().unwrap_err().to_string();
         assert!(error.contains("\"f16\", expected auto, f32, bf16 or int8"), "{error}");
+    }
+
+    #[test]
+    fn a_choice_of_precision_on_fp32_is_int8_with_it() {
+        let int8 = AttentionConfig::fp32().softcap(30.0).pv(PvPrecision::F32);
+        assert_eq!(int8, AttentionConfig::int8().pv(PvPrecision::F32).softcap(30.0));
+        let scores = ScoreConfig::plain(Scheme::Affine, Granularity::PerHead);
+        let plain = AttentionConfig::from(Int8Config { scores, ..Int8Config::default() });
+        let built =
+            AttentionConfig::fp32().scheme(Scheme::Affine).granularity(Granularity::PerHead);
+        assert_eq!(built.smoothing(false, false), plain);
     }
 }

@@ -9,6 +9,7 @@
 //! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
 //! * [`tensor_ops`]: scores and attention from ordinary tensor operations, on any device.
 
+mod call;
 mod combine;
 mod config;
 mod engine;
@@ -23,35 +24,36 @@ mod operand;
 mod scorer;
 mod scores;
 mod shapes;
+mod spec;
 pub mod tensor_ops;
 mod tensor_values;
 pub mod unfused;
 mod view;
 mod visible;
 
+pub use call::{AttentionCall, Causal};
 pub use combine::{position_mask, restrict_mask};
 pub use config::{
     AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
 };
 pub use flash::{flash_attn, flash_attn_varlen_cpu};
-pub use kv_cache::{CacheMask, CacheValues, Int8KvCache, KeyOffset, KvCacheConfig};
+pub use kv_cache::{CacheValues, Int8KvCache, KeyOffset, KvCacheConfig};
 pub use module::QuantizedAttention;
 pub use scores::{attention_scores, attention_scores_int8};
+pub use spec::AttentionSpec;
 pub use unfused::attention_probs;
 
 use crate::Result;
 use candle_core::Tensor;
-use candle_nn::attention::AttnMask;
 
 /// `softmax(scale * q·k^T + mask)·v` with the backend that `config` names.
 ///
 /// `q` `[B, H, M, D]`, `k` `[B, H_kv, N, D]`, `v` `[B, H_kv, N, Dv]`, each f32, f16 or bf16 with
 /// any strides; `H_kv` divides `H`. The result is `[B, H, M, Dv]` in the dtype of `q`.
 ///
-/// Masks are Candle's own: [`AttnMask::None`]; [`AttnMask::Causal`], where query `i` attends to
-/// keys `j <= i + kv_offset`; or a tensor that broadcasts to `[B, H, M, N]`, U8 (boolean, non-zero
-/// = attend) or float (added to the scaled scores). Minus infinity and the smallest finite number
-/// of the mask's dtype both mean masked. A query with every key masked gives zeros.
+/// `call` says which keys the queries see: an [`AttentionCall`], or Candle's own
+/// [`AttnMask`](candle_nn::attention::AttnMask), of which [`Causal`](candle_nn::attention::AttnMask::Causal)
+/// lets query `i` attend to keys `j <= i + kv_offset`. A query with every key masked gives zeros.
 ///
 /// On a CPU the int8 backend is one fused op. On other devices it is [`tensor_ops::attention`],
 /// which has the same scores and holds all `M * N` of them. Gradients are those of fp32 attention
@@ -71,29 +73,32 @@ use candle_nn::attention::AttnMask;
 /// # Errors
 /// Those of [`attention_scores`]; [`Error::Shape`](crate::Error::Shape) for a `v` or a mask that
 /// does not fit; [`Error::DType`](crate::Error::DType) for a mask that is neither U8 nor float;
-/// [`Error::Config`](crate::Error::Config) for a configuration that contradicts itself or the
-/// shapes.
+/// [`Error::Mismatch`](crate::Error::Mismatch) for lengths, positions or slopes that do not match
+/// the shapes; [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a scale, softcap or
+/// slope that makes no sense; [`Error::Unsupported`](crate::Error::Unsupported) for a precision of
+/// P·V for which this machine has no instruction.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &AttnMask,
+    call: impl Into<AttentionCall>,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    if !op_runs(q, mask, config) {
-        return unfused::attention(q, k, v, mask, config);
+    let call = call.into();
+    if !op_runs(q, &call, config) {
+        return unfused::attention(q, k, v, call, config);
     }
     shapes::check_attention("attention", q.dims(), k.dims(), v.dims())?;
     shapes::check_float("attention", &[("q", q), ("k", k), ("v", v)])?;
     shapes::check_cpu("attention", &[("q", q), ("k", k), ("v", v)])?;
-    config.check(q.dim(1)?)?;
-    op::attention(q, k, v, mask, config)
+    config.spec.check(q.dim(1)?)?;
+    op::attention(q, k, v, call, config)
 }
 
 /// Whether the op can compute this: on the CPU, unless requantized scores ask for the whole matrix, or a
 /// mask has a gradient, which an op of three inputs cannot give.
-fn op_runs(q: &Tensor, mask: &AttnMask, config: &AttentionConfig) -> bool {
-    let learned = matches!(mask, AttnMask::Mask(mask) if mask.track_op());
+fn op_runs(q: &Tensor, call: &AttentionCall, config: &AttentionConfig) -> bool {
+    let learned = call.mask.as_ref().is_some_and(Tensor::track_op);
     let whole = match &config.backend {
         Backend::Int8(int8) => int8.scores.output != ScoreOutput::Dequantized,
         Backend::Fp32 => false,

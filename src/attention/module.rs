@@ -1,9 +1,8 @@
 //! Attention as a module that a model holds, one a layer.
 
-use super::{AttentionConfig, attention};
+use super::{AttentionCall, AttentionConfig, attention};
 use crate::Result;
 use candle_core::Tensor;
-use candle_nn::attention::AttnMask;
 
 /// Scaled dot-product attention with a switchable backend: `softmax(scale * q·k^T + mask)·v`.
 ///
@@ -48,7 +47,13 @@ impl QuantizedAttention {
     ///
     /// # Errors
     /// Those of [`attention`].
-    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttnMask) -> Result<Tensor> {
-        attention(q, k, v, mask, &self.config)
+    pub fn forward(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        call: impl Into<AttentionCall>,
+    ) -> Result<Tensor> {
+        attention(q, k, v, call, &self.config)
     }
 }

@@ -9,15 +9,14 @@ use super::scorer::{ScoreScale, Scorer, check_product};
 use super::tensor_values::pack_values;
 use super::view::View;
 use super::visible::Visible;
-use super::{shapes, unfused};
+use super::{AttentionCall, AttentionSpec, shapes, unfused};
+use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
 use crate::memory::written;
 use crate::parallel::Work;
 use crate::product::PackedMatrix;
-use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor, Var};
-use candle_nn::attention::AttnMask;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, Var};
 use std::cell::Cell;
 use std::f32::consts::LOG2_E;
 
@@ -26,25 +25,29 @@ pub(super) fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &AttnMask,
+    call: AttentionCall,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    let (b, h, m, d) = q.dims4()?;
-    let mask = match mask {
-        AttnMask::Mask(mask) => {
-            AttnMask::Mask(broadcast_mask(&mask.detach(), &[b, h, m, k.dim(2)?])?)
-        }
-        other => other.clone(),
-    };
-    match &config.backend {
-        Backend::Int8(int8) => _ = check_product(d, &int8.scores)?,
-        Backend::Fp32 => _ = Level::active()?,
+    let ((b, h, m, d), n) = (q.dims4()?, k.dim(2)?);
+    // Candle turns an error from inside an op into text, so what can fail is asked before.
+    let level = Level::active()?;
+    config.spec.scale(d)?;
+    if let Backend::Int8(int8) = &config.backend {
+        check_product(d, &int8.scores)?;
+        int8.pv.format(level)?;
     }
-    Ok(q.apply_op3(k, v, Attention { mask, config: config.clone() })?)
+    let visible = Visible::new((b, m, n), &call, &config.spec)?;
+    let mask = call.mask.as_ref();
+    let mask = mask.map(|mask| broadcast_mask(&mask.detach(), &[b, h, m, n])).transpose()?;
+    let call = AttentionCall { mask, ..call };
+    Ok(q.apply_op3(k, v, Attention { level, call, visible, config: config.clone() })?)
 }
 
 struct Attention {
-    mask: AttnMask,
+    level: Level,
+    /// Its mask is broadcast to `[B, H, M, N]`.
+    call: AttentionCall,
+    visible: Visible,
     config: AttentionConfig,
 }
 
@@ -85,31 +88,25 @@ impl Attention {
     fn run<T: Element>(&self, inputs: Inputs<'_>) -> Result<Vec<T>> {
         let ([b, h, m, d], n) = (inputs.q.dims(), inputs.k.tokens());
         // The guard keeps the mask's storage readable while the engine runs.
-        let guard = match &self.mask {
-            AttnMask::Mask(mask) => Some(mask.storage_and_layout()),
-            _ => None,
-        };
-        let mut mask = match guard.as_ref().map(|(storage, layout)| (&**storage, layout)) {
-            None => None,
-            Some((Storage::Cpu(storage), layout)) => Some(MaskView::new(storage, layout)?),
-            Some(_) => return Err(Error::Config("the mask is not on the CPU like q".into())),
-        };
-        let mut visible = Visible::new((b, m, n), &self.mask, &self.config)?;
-        if let Some(lens) = mask.as_ref().and_then(|mask| mask.lens((b, n))) {
+        let guard = self.call.mask.as_ref().map(Tensor::storage_and_layout);
+        let mut mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
+        let mut visible = self.visible.clone();
+        if let Some(Ok(seen)) = &mask
+            && let Some(lens) = seen.lens((b, n))
+        {
             visible.limit(&lens);
             mask = None;
         }
         let group = h.checked_div(inputs.k.dims()[1]).unwrap_or(0);
-        let softcap = self.config.softcap;
-        let slopes = self.config.alibi_slopes.clone();
+        let AttentionSpec { softcap, alibi_slopes: slopes, .. } = self.config.spec.clone();
         let engine = Engine {
-            level: Level::active()?,
+            level: self.level,
             queries: Queries { heads: h, tokens: m, group, apart: false },
             value_dim: inputs.v.depth(),
             visible,
             sinks: 0,
             window: None,
-            modifiers: Modifiers { softcap, slopes, mask },
+            modifiers: Modifiers { softcap, slopes, mask: mask.transpose()? },
         };
         let len = [b, h, m, engine.value_dim].iter().product();
         if len == 0 || n == 0 {
@@ -117,7 +114,7 @@ impl Attention {
         }
         match &self.config.backend {
             Backend::Int8(int8) => self.run_int8(inputs, engine, int8, len),
-            Backend::Fp32 => Ok(run_fp32(inputs, engine, self.config.scale(d)?, len)),
+            Backend::Fp32 => Ok(run_fp32(inputs, engine, self.config.spec.scale(d)?, len)),
         }
     }
 
@@ -128,9 +125,9 @@ impl Attention {
         int8: &Int8Config,
         len: usize,
     ) -> Result<Vec<T>> {
-        let scale = self.config.scale(q.depth())?;
+        let scale = self.config.spec.scale(q.depth())?;
         // A softcap bends the true score, so the row's constant matters, and log2(e) comes after.
-        let scale = match self.config.softcap {
+        let scale = match self.config.spec.softcap {
             Some(_) => ScoreScale { factor: scale, row_constants: true },
             None => ScoreScale { factor: scale * LOG2_E, row_constants: false },
         };
@@ -271,8 +268,8 @@ impl CustomOp3 for Attention {
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let var = |x: &Tensor| Var::from_tensor(&x.detach().to_dtype(DType::F32)?);
         let vars = [var(q)?, var(k)?, var(v)?];
-        let config = AttentionConfig { backend: Backend::Fp32, ..self.config.clone() };
-        let out = unfused::attention(&vars[0], &vars[1], &vars[2], &self.mask, &config)?;
+        let config = self.config.with_backend(Backend::Fp32);
+        let out = unfused::attention(&vars[0], &vars[1], &vars[2], &self.call, &config)?;
         let grads = (out * grad.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
         let of = |var: &Var, x: &Tensor| match grads.get(var) {
             Some(grad) => grad.to_dtype(x.dtype()),

@@ -65,7 +65,7 @@ impl<'a> Operand<'a> {
         operand.params = match (&config.range, granularity) {
             (RangeSource::Static(given), granularity) => {
                 if let Some(other) = given.iter().find(|p| p.scheme() != scheme) {
-                    return Err(Error::Config(format!(
+                    return Err(Error::Contradiction(format!(
                         "static parameters are {}, but the scheme is {scheme}",
                         other.scheme(),
                     )));

@@ -58,7 +58,7 @@ impl<'a> Scorer<'a> {
     /// Finds the ranges of queries and keys.
     ///
     /// # Errors
-    /// [`Error::Depth`] beyond the depth limit, [`Error::Config`] for parameters that do not fit
+    /// [`Error::Depth`] beyond the depth limit, [`Error::Mismatch`] for parameters that do not fit
     /// the shapes, [`Error::Level`] for a forced level that cannot be used.
     pub(super) fn prepare(
         q: View<'a>,

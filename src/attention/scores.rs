@@ -38,7 +38,9 @@ const OP: &str = "attention_scores";
 /// [`Error::Rank`], [`Error::Shape`] and [`Error::DType`] for tensors that do not fit,
 /// [`Error::Device`] unless both are on the CPU (elsewhere use
 /// [`tensor_ops::attention_scores`](super::tensor_ops::attention_scores)), [`Error::Depth`] beyond
-/// the depth limit, [`Error::Config`] for a configuration that contradicts itself,
+/// the depth limit, [`Error::Contradiction`] for a configuration that contradicts itself,
+/// [`Error::Mismatch`] for static parameters that do not match the shapes,
+/// [`Error::InvalidArgument`] for a block of 0 tokens,
 /// [`Error::NonFinite`] when scores to be requantized are not finite, [`Error::Level`] if
 /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
@@ -77,10 +79,10 @@ impl RequantConfig {
 
 impl ScoreConfig {
     /// # Errors
-    /// [`Error::Config`] if the parts contradict each other.
+    /// [`Error::Contradiction`] if the parts contradict each other.
     pub(super) fn check(&self) -> Result<()> {
         if self.output == ScoreOutput::Int32 && (self.smooth_k || self.smooth_q) {
-            return Err(Error::Config(format!(
+            return Err(Error::Contradiction(format!(
                 "int32 scores with smooth_k = {} and smooth_q = {}: an int32 cannot hold the \
                  correction; turn smoothing off or ask for dequantized scores",
                 self.smooth_k, self.smooth_q

@@ -6,13 +6,13 @@
 //! by itself where its tensors are not on a CPU. Codes are held as integers in floating point,
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
+use super::AttentionCall;
 use super::config::{AttentionConfig, RequantConfig, ScoreConfig, ScoreOutput};
 use super::shapes::check_scores;
 use super::unfused::{attention_with, fp32_scores};
-use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
-use crate::{Error, Result};
+use crate::Result;
+use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
 use candle_core::{D, DType, Tensor};
-use candle_nn::attention::AttnMask;
 
 /// Adding and subtracting `1.5 * 2^23` rounds a small f32 to an integer, ties to even
 /// (`Tensor::round` rounds them away from zero).
@@ -54,10 +54,10 @@ pub fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &AttnMask,
+    call: impl Into<AttentionCall>,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    attention_with(attention_scores, q, k, v, mask, config)
+    attention_with(attention_scores, q, k, v, &call.into(), config)
 }
 
 /// `attention_scores` with Candle's tensor operations, on any device. f32 scores have the gradient
@@ -137,7 +137,7 @@ impl Codes {
         let (finite, clean) = without_bad_rows(&values)?;
         let (scales, zeros) = match &config.range {
             RangeSource::Dynamic => dynamic_params(&clean, config)?,
-            RangeSource::Static(_) => static_params(&clean, config)?,
+            RangeSource::Static(given) => static_params(&clean, given, config.granularity)?,
         };
         let low = (zeros.neg()? + f64::from(config.scheme.qmin()))?;
         let high = (zeros.neg()? + 127.0)?;
@@ -245,15 +245,16 @@ fn dynamic_params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tenso
 }
 
 /// Given scale and zero point, spread to each row.
-fn static_params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tensor)> {
+fn static_params(
+    clean: &Tensor,
+    given: &[QuantParams],
+    granularity: Granularity,
+) -> Result<(Tensor, Tensor)> {
     let (b, h, s, _) = clean.dims4()?;
-    let RangeSource::Static(given) = &config.range else {
-        return Err(Error::Config("static parameters expected".into()));
-    };
-    let groups = config.granularity.groups(b * h, s)?;
-    let given = crate::quant::static_params(given, config.granularity, clean.dims(), groups)?;
+    let groups = granularity.groups(b * h, s)?;
+    let given = crate::quant::static_params(given, granularity, clean.dims(), groups)?;
     let of_rows = |f: &dyn Fn(usize) -> f32| {
-        let row = |row: usize| f(config.granularity.group(row / s, row % s, s));
+        let row = |row: usize| f(granularity.group(row / s, row % s, s));
         Tensor::from_vec((0..b * h * s).map(row).collect(), (b, h, s, 1), clean.device())
     };
     let scales = of_rows(&|group| given[group].scale())?;

@@ -1,6 +1,7 @@
 //! Attention from the score op and Candle's tensor operations, with all `M * N` probabilities in
 //! memory: the check of the fused op, the fp32 backend, and what gives probabilities to look at.
 
+use super::AttentionCall;
 use super::config::{AttentionConfig, Backend, ScoreConfig, ScoreOutput};
 use super::mask::{apply_tensor, keep, masked_softmax};
 use super::scores::attention_scores;
@@ -9,7 +10,6 @@ use super::tensor_ops::{self, repeat_heads};
 use super::visible::Visible;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::attention::AttnMask;
 
 const OP: &str = "attention";
 
@@ -30,10 +30,10 @@ pub fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &AttnMask,
+    call: impl Into<AttentionCall>,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    attention_with(scores_of(q.device()), q, k, v, mask, config)
+    attention_with(scores_of(q.device()), q, k, v, &call.into(), config)
 }
 
 /// [`attention`] with int8 scores from `scores`.
@@ -42,13 +42,13 @@ pub(super) fn attention_with(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    mask: &AttnMask,
+    call: &AttentionCall,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
     check_attention(OP, q.dims(), k.dims(), v.dims())?;
     check_float(OP, &[("v", v)])?;
     let v = repeat_heads(&v.to_dtype(DType::F32)?, q.dim(1)?)?.contiguous()?;
-    let probs = probs_with(scores, q, k, mask, config)?;
+    let probs = probs_with(scores, q, k, call, config)?;
     if probs.elem_count() == 0 || v.elem_count() == 0 {
         let (b, h, m, _) = q.dims4()?;
         return Ok(Tensor::zeros((b, h, m, v.dim(3)?), q.dtype(), q.device())?);
@@ -64,17 +64,17 @@ pub(super) fn attention_with(
 pub fn attention_probs(
     q: &Tensor,
     k: &Tensor,
-    mask: &AttnMask,
+    call: impl Into<AttentionCall>,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    probs_with(scores_of(q.device()), q, k, mask, config)
+    probs_with(scores_of(q.device()), q, k, &call.into(), config)
 }
 
 fn probs_with(
     int8_scores: Scores,
     q: &Tensor,
     k: &Tensor,
-    mask: &AttnMask,
+    call: &AttentionCall,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
     check_scores(OP, q.dims(), k.dims())?;
@@ -86,7 +86,7 @@ fn probs_with(
                 int8_scores(q, k, &int8.scores)?
             }
             ScoreOutput::Int32 | ScoreOutput::Int8(_) => {
-                return Err(Error::Config(format!(
+                return Err(Error::Contradiction(format!(
                     "score output {:?} inside attention, expected Dequantized or Requantized",
                     int8.scores.output
                 )));
@@ -95,16 +95,17 @@ fn probs_with(
     };
     let (b, h, m, d) = q.dims4()?;
     let n = k.dim(2)?;
-    config.check(h)?;
-    let mut scores = (scores * f64::from(config.scale(d)?))?;
-    if let Some(cap) = config.softcap {
+    let spec = &config.spec;
+    spec.check(h)?;
+    let mut scores = (scores * f64::from(spec.scale(d)?))?;
+    if let Some(cap) = spec.softcap {
         scores = ((scores / f64::from(cap))?.tanh()? * f64::from(cap))?;
     }
-    let visible = Visible::new((b, m, n), mask, config)?;
-    if let Some(slopes) = &config.alibi_slopes {
-        scores = scores.broadcast_add(&alibi(&visible, slopes, m, n, q.device())?)?;
+    let visible = Visible::new((b, m, n), call, spec)?;
+    if let Some(slopes) = &spec.alibi_slopes {
+        scores = scores.broadcast_add(&alibi(&visible, slopes, (b, m, n), q.device())?)?;
     }
-    if let AttnMask::Mask(mask) = mask {
+    if let Some(mask) = &call.mask {
         scores = apply_tensor(&scores, mask)?;
     }
     if !visible.is_everything() {
@@ -113,17 +114,23 @@ fn probs_with(
     masked_softmax(&scores)
 }
 
-/// `-slope * |position - key|`, `[1, H, M, N]`.
-fn alibi(visible: &Visible, slopes: &[f32], m: usize, n: usize, device: &Device) -> Result<Tensor> {
-    let distance = |i: usize, j: usize| (visible.position(0, i) - j as isize).unsigned_abs() as f32;
-    let all: Vec<f32> = (0..m).flat_map(|i| (0..n).map(move |j| -distance(i, j))).collect();
-    let distances = Tensor::from_vec(all, (1, 1, m, n), device)?;
-    Ok(distances.broadcast_mul(&Tensor::new(slopes, device)?.reshape((
-        1,
-        slopes.len(),
-        1,
-        1,
-    ))?)?)
+/// `-slope * |position - key|`, `[B, H, M, N]`, or `[1, H, M, N]` where all sequences have the same.
+fn alibi(
+    visible: &Visible,
+    slopes: &[f32],
+    (b, m, n): (usize, usize, usize),
+    device: &Device,
+) -> Result<Tensor> {
+    let sequences = if visible.is_one_for_all() { 1 } else { b };
+    let mut distances = Vec::with_capacity(sequences * m * n);
+    for (sequence, query) in (0..sequences).flat_map(|b| (0..m).map(move |query| (b, query))) {
+        let position = visible.position(sequence, query);
+        let distance = |key: usize| (position - key as isize).unsigned_abs() as f32;
+        distances.extend((0..n).map(|key| -distance(key)));
+    }
+    let distances = Tensor::from_vec(distances, (sequences, 1, m, n), device)?;
+    let slopes = Tensor::new(slopes, device)?.reshape((1, slopes.len(), 1, 1))?;
+    Ok(distances.broadcast_mul(&slopes)?)
 }
 
 /// `q·k^T` in f32.

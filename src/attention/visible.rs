@@ -1,78 +1,123 @@
 //! Which keys a query may see by its position: causal mask, sliding window, sequence lengths.
 
-use super::AttentionConfig;
+use super::{AttentionCall, AttentionSpec, Causal};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use candle_nn::attention::AttnMask;
 use std::ops::Range;
 
 /// Query `i` of batch element `b` sees the keys of one range.
 #[derive(Debug, Clone)]
 pub(super) struct Visible {
     keys: usize,
-    /// Query `i` of a sequence stands at the position of key `i + offset`.
-    offsets: Vec<isize>,
-    /// The keys that are there, one number a sequence.
-    lens: Vec<usize>,
+    offsets: Offsets,
     causal: bool,
     left: Option<usize>,
     right: Option<usize>,
+    lens: Option<Vec<usize>>,
+}
+
+/// Query `i` stands at the position of key `i + offset`.
+#[derive(Debug, Clone)]
+enum Offsets {
+    One(isize),
+    /// One a sequence.
+    Each(Vec<isize>),
+}
+
+impl Offsets {
+    fn new(
+        (batch, queries, keys): (usize, usize, usize),
+        causal: Option<&Causal>,
+        lens: Option<&[usize]>,
+    ) -> Result<Self> {
+        let large = |x: usize| isize::try_from(x).unwrap_or(isize::MAX / 2);
+        let end = |keys: usize| keys as isize - queries as isize;
+        Ok(match (causal, lens) {
+            (Some(Causal::Offset(offset)), _) => Self::One(large(*offset)),
+            (Some(Causal::From(starts)), _) if starts.len() != batch => {
+                let found = starts.len();
+                let problem = format!("{found} first positions for a batch of {batch}");
+                return Err(Error::Mismatch(problem));
+            }
+            (Some(Causal::From(starts)), _) => {
+                Self::Each(starts.iter().map(|&start| large(start)).collect())
+            }
+            (Some(Causal::End), Some(lens)) => {
+                Self::Each(lens.iter().map(|&len| end(len)).collect())
+            }
+            (Some(Causal::End) | None, _) => Self::One(end(keys)),
+        })
+    }
+
+    fn of(&self, sequence: usize) -> isize {
+        match self {
+            Self::One(offset) => *offset,
+            Self::Each(offsets) => offsets[sequence],
+        }
+    }
 }
 
 impl Visible {
     /// # Errors
-    /// [`Error::Config`] unless there is one length for each of `batch` sequences, none of them
-    /// above `keys`.
+    /// [`Error::Mismatch`] unless there is one length, and one first position, for each of `batch`
+    /// sequences, no length above `keys`.
     pub(super) fn new(
         (batch, queries, keys): (usize, usize, usize),
-        mask: &AttnMask,
-        config: &AttentionConfig,
+        call: &AttentionCall,
+        spec: &AttentionSpec,
     ) -> Result<Self> {
-        if let Some(lens) = &config.kv_lens {
+        if let Some(lens) = &call.kv_lens {
             if lens.len() != batch {
                 let found = lens.len();
-                return Err(Error::Config(format!("{found} kv_lens for a batch of {batch}")));
+                return Err(Error::Mismatch(format!("{found} kv_lens for a batch of {batch}")));
             }
             if let Some(len) = lens.iter().find(|&&len| len > keys) {
-                return Err(Error::Config(format!(
-                    "kv_lens holds {len}, but there are {keys} keys"
-                )));
+                let problem = format!("kv_lens holds {len}, but there are {keys} keys");
+                return Err(Error::Mismatch(problem));
             }
         }
-        let offset = match mask {
-            AttnMask::Causal { kv_offset } => isize::try_from(*kv_offset).unwrap_or(isize::MAX / 2),
-            _ => keys as isize - queries as isize,
-        };
+        let (causal, lens) = (call.causal.as_ref(), call.kv_lens.as_deref());
         Ok(Self {
             keys,
-            offsets: vec![offset; batch],
-            lens: config.kv_lens.clone().unwrap_or_else(|| vec![keys; batch]),
-            causal: mask.is_causal(),
-            left: config.window_left,
-            right: config.window_right,
+            offsets: Offsets::new((batch, queries, keys), causal, lens)?,
+            causal: causal.is_some(),
+            left: spec.window_left,
+            right: spec.window_right,
+            lens: call.kv_lens.clone(),
         })
     }
 
-    /// Sequences with these numbers of keys, each with queries at its own end, or causal ones from a
-    /// position of its own on.
-    pub(super) fn of_sequences(
-        lens: &[usize],
+    /// What is in a cache: sequences of these numbers of keys, each with queries at its own end unless the
+    /// call says otherwise.
+    ///
+    /// # Errors
+    /// Those of [`Visible::new`].
+    pub(super) fn of_cache(
+        held: &[usize],
         queries: usize,
-        causal: Option<&[usize]>,
-        config: &AttentionConfig,
-    ) -> Self {
-        let offset = |(sequence, len): (usize, &usize)| match causal {
-            Some(starts) => isize::try_from(starts[sequence]).unwrap_or(isize::MAX / 2),
-            None => *len as isize - queries as isize,
-        };
-        Self {
-            keys: lens.iter().copied().max().unwrap_or(0),
-            offsets: lens.iter().enumerate().map(offset).collect(),
-            lens: lens.to_vec(),
-            causal: causal.is_some(),
-            left: config.window_left,
-            right: config.window_right,
+        call: &AttentionCall,
+        spec: &AttentionSpec,
+    ) -> Result<Self> {
+        let keys = held.iter().copied().max().unwrap_or(0);
+        let mut visible = Self::new((held.len(), queries, keys), call, spec)?;
+        if let (None | Some(Causal::End), None) = (&call.causal, &call.kv_lens) {
+            let ends = held.iter().map(|&len| len as isize - queries as isize);
+            visible.offsets = Offsets::Each(ends.collect());
         }
+        if let Some(lens) = &call.kv_lens
+            && let Some((len, held)) = lens.iter().zip(held).find(|(len, held)| len > held)
+        {
+            let problem = format!("kv_lens holds {len}, but there are {held} keys");
+            return Err(Error::Mismatch(problem));
+        }
+        visible.limit(held);
+        Ok(visible)
+    }
+
+    /// Hides the keys from these numbers on, one for each sequence.
+    pub(super) fn limit(&mut self, lens: &[usize]) {
+        let own = self.lens.get_or_insert_with(|| vec![self.keys; lens.len()]);
+        own.iter_mut().zip(lens).for_each(|(own, &len)| *own = len.min(*own));
     }
 
     /// Keys around a query's position alone: query `i` stands at that of key `i + offset`.
@@ -82,23 +127,23 @@ impl Visible {
         left: Option<usize>,
         right: Option<usize>,
     ) -> Self {
-        Self { keys, offsets: vec![offset], lens: vec![keys], causal: false, left, right }
+        Self { keys, offsets: Offsets::One(offset), causal: false, left, right, lens: None }
     }
 
-    /// The position of query `query` of sequence `batch` among the keys.
-    pub(super) fn position(&self, batch: usize, query: usize) -> isize {
-        self.offsets[batch].saturating_add_unsigned(query)
+    /// The position of query `query` of a sequence among the keys.
+    pub(super) fn position(&self, sequence: usize, query: usize) -> isize {
+        self.offsets.of(sequence).saturating_add_unsigned(query)
     }
 
-    /// Hides the keys from these numbers on, one for each sequence.
-    pub(super) fn limit(&mut self, lens: &[usize]) {
-        self.lens.iter_mut().zip(lens).for_each(|(own, &len)| *own = len.min(*own));
+    /// Whether queries stand at the same positions in all sequences.
+    pub(super) fn is_one_for_all(&self) -> bool {
+        matches!(self.offsets, Offsets::One(_))
     }
 
     /// The keys that query `query` of sequence `batch` sees.
     pub(super) fn range(&self, batch: usize, query: usize) -> Range<usize> {
         let at = self.position(batch, query);
-        let len = self.lens[batch];
+        let len = self.lens.as_ref().map_or(self.keys, |lens| lens[batch]);
         let clamp = |x: isize| x.clamp(0, len as isize) as usize;
         let right = if self.causal { Some(0) } else { self.right };
         let end =
@@ -109,8 +154,7 @@ impl Visible {
 
     /// Whether every query sees every key.
     pub(super) fn is_everything(&self) -> bool {
-        let all_there = self.lens.iter().all(|&len| len == self.keys);
-        !self.causal && self.left.is_none() && self.right.is_none() && all_there
+        !self.causal && self.left.is_none() && self.right.is_none() && self.lens.is_none()
     }
 
     /// The same as a boolean tensor, `[B, 1, M, N]`.
@@ -131,34 +175,56 @@ impl Visible {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_nn::attention::AttnMask;
 
-    fn ranges(mask: AttnMask, config: AttentionConfig) -> Vec<Range<usize>> {
-        let visible = Visible::new((1, 3, 5), &mask, &config).unwrap();
+    fn ranges(call: impl Into<AttentionCall>, spec: &AttentionSpec) -> Vec<Range<usize>> {
+        let visible = Visible::new((1, 3, 5), &call.into(), spec).unwrap();
         (0..3).map(|query| visible.range(0, query)).collect()
     }
 
     #[test]
     fn causal_windows_and_lengths() {
-        let config = AttentionConfig::default();
-        assert_eq!(ranges(AttnMask::None, config.clone()), [0..5, 0..5, 0..5]);
-        assert_eq!(ranges(AttnMask::causal(), config.clone()), [0..1, 0..2, 0..3]);
-        assert_eq!(ranges(AttnMask::causal_with_offset(2), config.clone()), [0..3, 0..4, 0..5]);
-        assert_eq!(ranges(AttnMask::causal_with_offset(usize::MAX), config.clone())[0], 0..5);
-        // Without a causal offset the queries are the last of the keys: positions 2, 3, 4.
-        let window =
-            AttentionConfig { window_left: Some(1), window_right: Some(0), ..config.clone() };
-        assert_eq!(ranges(AttnMask::None, window.clone()), [1..3, 2..4, 3..5]);
-        assert_eq!(ranges(AttnMask::causal(), window), [0..1, 0..2, 1..3]);
-        let lens = AttentionConfig { kv_lens: Some(vec![2]), ..config.clone() };
-        assert_eq!(ranges(AttnMask::None, lens.clone()), [0..2, 0..2, 0..2]);
-        assert_eq!(ranges(AttnMask::causal(), lens), [0..1, 0..2, 0..2]);
+        let spec = AttentionSpec::default();
+        assert_eq!(ranges(AttnMask::None, &spec), [0..5, 0..5, 0..5]);
+        assert_eq!(ranges(AttnMask::causal(), &spec), [0..1, 0..2, 0..3]);
+        assert_eq!(ranges(AttnMask::causal_with_offset(2), &spec), [0..3, 0..4, 0..5]);
+        assert_eq!(ranges(AttnMask::causal_with_offset(usize::MAX), &spec)[0], 0..5);
+        assert_eq!(ranges(AttentionCall::causal(), &spec), [0..3, 0..4, 0..5]);
+        // Without a causal mask the queries are the last of the keys: positions 2, 3, 4.
+        let window = AttentionSpec { window_left: Some(1), window_right: Some(0), ..spec.clone() };
+        assert_eq!(ranges(AttnMask::None, &window), [1..3, 2..4, 3..5]);
+        assert_eq!(ranges(AttnMask::causal(), &window), [0..1, 0..2, 1..3]);
+        let lens = |call: AttentionCall| call.with_kv_lens(vec![2]);
+        assert_eq!(ranges(lens(AttentionCall::default()), &spec), [0..2, 0..2, 0..2]);
+        assert_eq!(ranges(lens(AttnMask::causal().into()), &spec), [0..1, 0..2, 0..2]);
     }
 
     #[test]
-    fn lengths_that_do_not_fit_are_named() {
-        for (lens, message) in [(vec![2, 2], "2 kv_lens"), (vec![6], "6, but there are 5 keys")] {
-            let config = AttentionConfig { kv_lens: Some(lens), ..AttentionConfig::default() };
-            let error = Visible::new((1, 3, 5), &AttnMask::None, &config).unwrap_err();
+    fn each_sequence_has_positions_of_its_own() {
+        let spec = AttentionSpec::default();
+        let ranges = |call: AttentionCall| -> Vec<Vec<Range<usize>>> {
+            let visible = Visible::new((3, 2, 5), &call, &spec).unwrap();
+            (0..3).map(|b| (0..2).map(|query| visible.range(b, query)).collect()).collect()
+        };
+        // The last two of 5, 3 and 1 keys; in the last sequence the first query stands before them.
+        let end = AttentionCall::causal().with_kv_lens(vec![5, 3, 1]);
+        assert_eq!(ranges(end), [[0..4, 0..5], [0..2, 0..3], [0..0, 0..1]]);
+        let from = Causal::From(vec![0, 3, 7]);
+        assert_eq!(ranges(from.clone().into()), [[0..1, 0..2], [0..4, 0..5], [0..5, 0..5]]);
+        let from = AttentionCall::from(from).with_kv_lens(vec![5, 3, 1]);
+        assert_eq!(ranges(from), [[0..1, 0..2], [0..3, 0..3], [0..1, 0..1]]);
+    }
+
+    #[test]
+    fn lengths_and_positions_that_do_not_fit_are_named() {
+        let lens = |lens| AttentionCall::default().with_kv_lens(lens);
+        for (call, message) in [
+            (lens(vec![2, 2]), "2 kv_lens"),
+            (lens(vec![6]), "6, but there are 5 keys"),
+            (Causal::From(vec![0, 0]).into(), "2 first positions for a batch of 1"),
+        ] {
+            let error = Visible::new((1, 3, 5), &call, &AttentionSpec::default()).unwrap_err();
+            assert!(matches!(error, Error::Mismatch(_)), "{error}");
             assert!(error.to_string().contains(message), "{error}");
         }
     }

@@ -130,7 +130,7 @@ impl FromStr for Candidate {
         let mut chosen: Vec<(Choice, &str)> = Vec::new();
         for word in &words {
             let choice = apply(&mut config, word).ok_or_else(|| {
-                Error::Config(format!(
+                Error::InvalidArgument(format!(
                     "{word:?} in the configuration {text:?}; expected words joined by +, of \
                      symmetric, affine, tensor, head, token, block:N, block:M/N, smooth-k, \
                      smooth-q, requantized[:tensor|head|token], f32, bf16, int8, auto; or default, or \
@@ -138,7 +138,7 @@ impl FromStr for Candidate {
                 ))
             })?;
             if let Some((_, first)) = chosen.iter().find(|(known, _)| *known == choice) {
-                return Err(Error::Config(format!(
+                return Err(Error::Contradiction(format!(
                     "{first:?} and {word:?} in the configuration {text:?} choose the same; expected \
                      one of them"
                 )));

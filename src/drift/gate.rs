@@ -88,11 +88,12 @@ impl Gate {
     /// Reads TOML.
     ///
     /// # Errors
-    /// [`Error::Config`] for text that is not TOML, an unknown key, a value that is not a finite
+    /// [`Error::InvalidArgument`] for text that is not TOML, an unknown key, a value that is not a finite
     /// number, or no threshold at all.
     pub fn from_toml(text: &str) -> Result<Self> {
-        let gate: Self = toml::from_str(text)
-            .map_err(|e| Error::Config(format!("not a gate: {}", e.to_string().trim_end())))?;
+        let gate: Self = toml::from_str(text).map_err(|e| {
+            Error::InvalidArgument(format!("not a gate: {}", e.to_string().trim_end()))
+        })?;
         gate.check()?;
         Ok(gate)
     }
@@ -122,15 +123,15 @@ impl Gate {
     }
 
     /// # Errors
-    /// [`Error::Config`] for a threshold that is not finite, or none at all.
+    /// [`Error::InvalidArgument`] for a threshold that is not finite, or none at all.
     pub fn check(&self) -> Result<()> {
         let set = || self.limits().into_iter().filter_map(|(name, limit)| Some((name, limit?)));
         if set().next().is_none() {
-            return Err(Error::Config("a gate without a threshold holds nothing".into()));
+            return Err(Error::InvalidArgument("a gate without a threshold holds nothing".into()));
         }
         match set().find(|(_, limit)| !limit.is_finite()) {
             Some((name, limit)) => {
-                Err(Error::Config(format!("{name} is {limit}, expected a finite number")))
+                Err(Error::InvalidArgument(format!("{name} is {limit}, expected a finite number")))
             }
             None => Ok(()),
         }

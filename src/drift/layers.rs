@@ -90,7 +90,7 @@ fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
 /// ids `[B, N]`.
 ///
 /// # Errors
-/// [`Error::Config`] for a configuration that does not have as many layers as the model; those of
+/// [`Error::Mismatch`] for a configuration that does not have as many layers as the model; those of
 /// the model and of [`attention()`].
 pub fn attention_errors(
     model: &impl AttentionLayers,
@@ -100,7 +100,7 @@ pub fn attention_errors(
     let layers = model.attention().len();
     if let Some(other) = configs.iter().find(|config| config.len() != layers) {
         let found = other.len();
-        return Err(Error::Config(format!("configurations of {found} layers for {layers}")));
+        return Err(Error::Mismatch(format!("configurations of {found} layers for {layers}")));
     }
     let mut errors = vec![vec![LayerErrors::default(); layers]; configs.len()];
     for ids in passages {
@@ -119,7 +119,7 @@ pub fn attention_errors(
 
 /// The same configuration in fp32.
 pub(super) fn fp32(config: &AttentionConfig) -> AttentionConfig {
-    AttentionConfig { backend: Backend::Fp32, ..config.clone() }
+    config.with_backend(Backend::Fp32)
 }
 
 /// The mean over tokens of the last hidden states of each passage `[B, N]`: `[B * hidden_size]`

@@ -54,7 +54,7 @@ impl Subject {
     /// Both subjects in one.
     pub(super) fn merged(&self, other: &Self) -> Result<Self> {
         if self.fingerprint != other.fingerprint {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "results of different models: {:?} (fingerprint {}) and {:?} (fingerprint {})",
                 self.model, self.fingerprint, other.model, other.fingerprint
             )));
@@ -74,13 +74,13 @@ impl Subject {
 /// Two parts of one text.
 fn join(a: &Text, b: &Text) -> Result<Text> {
     if a.shard_count != b.shard_count || a.cut != b.cut {
-        return Err(Error::Config(format!(
+        return Err(Error::Mismatch(format!(
             "{} was divided in two ways: {} into {} parts, and {} into {} parts",
             a.name, a.cut, a.shard_count, b.cut, b.shard_count
         )));
     }
     if let Some(twice) = a.shards.iter().find(|shard| b.shards.contains(shard)) {
-        return Err(Error::Config(format!(
+        return Err(Error::Contradiction(format!(
             "part {twice} of {} of {} is there twice",
             a.shard_count, a.name
         )));

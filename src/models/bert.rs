@@ -36,7 +36,7 @@ impl BertModel {
         let weights = weights.with_prefix_if_present("bert.");
         let beyond = format!("encoder.layer.{}.", config.num_hidden_layers);
         if weights.has_any(&beyond) {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "num_hidden_layers {}, but the weights hold more: {beyond}*",
                 config.num_hidden_layers
             )));
@@ -110,7 +110,7 @@ impl BertModel {
     ///
     /// # Errors
     /// [`Error::Shape`] if `N` exceeds `max_position_embeddings` or the shapes do not fit,
-    /// [`Error::DType`] unless ids are U32, [`Error::Config`] for an id outside of its table.
+    /// [`Error::DType`] unless ids are U32, [`Error::InvalidArgument`] for an id outside of its table.
     pub fn embed(&self, input_ids: &Tensor, token_type_ids: Option<&Tensor>) -> Result<Tensor> {
         const OP: &str = "BertModel::embed";
         let longest = self.config.max_position_embeddings;
@@ -171,7 +171,9 @@ fn look_up(op: &'static str, tensor: &'static str, table: &Tensor, ids: &Tensor)
     let flat = ids.flatten_all()?;
     let rows = table.dim(0)?;
     if let Some(id) = flat.to_vec1::<u32>()?.into_iter().find(|&id| id as usize >= rows) {
-        return Err(Error::Config(format!("{tensor} holds {id}, expected less than {rows}")));
+        return Err(Error::InvalidArgument(format!(
+            "{tensor} holds {id}, expected less than {rows}"
+        )));
     }
     let mut shape = ids.dims().to_vec();
     shape.push(table.dim(1)?);

@@ -54,7 +54,7 @@ impl BertConfig {
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
-    /// configuration, [`Error::Config`] for values that cannot work.
+    /// configuration, and those of its `check`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = read_text("config", path)?;
@@ -65,25 +65,26 @@ impl BertConfig {
     }
 
     /// # Errors
-    /// [`Error::Config`] naming the first value that cannot work.
+    /// [`Error::InvalidArgument`], [`Error::Contradiction`] or [`Error::Unsupported`], naming the first
+    /// value that cannot work.
     pub fn check(&self) -> Result<()> {
         let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
         if heads == 0 || hidden == 0 || !hidden.is_multiple_of(heads) {
-            return Err(Error::Config(format!(
+            return Err(Error::Contradiction(format!(
                 "hidden_size {hidden} with num_attention_heads {heads}, expected a multiple of it"
             )));
         }
         if let Some(other) = self.model_type.as_ref().filter(|name| *name != "bert") {
-            return Err(Error::Config(format!("model_type {other:?}, expected \"bert\"")));
+            return Err(Error::Unsupported(format!("model_type {other:?}, expected \"bert\"")));
         }
         if self.position_embedding_type != "absolute" {
-            return Err(Error::Config(format!(
+            return Err(Error::Unsupported(format!(
                 "position_embedding_type {:?}, expected \"absolute\"",
                 self.position_embedding_type
             )));
         }
         if !(self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.0) {
-            return Err(Error::Config(format!(
+            return Err(Error::InvalidArgument(format!(
                 "layer_norm_eps {}, expected a small positive number",
                 self.layer_norm_eps
             )));

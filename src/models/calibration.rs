@@ -110,10 +110,10 @@ impl Calibrator {
     /// Adds what another calibrator saw: of another part of the text, say.
     ///
     /// # Errors
-    /// [`Error::Config`] if the configurations, the layers or the heads differ.
+    /// [`Error::Mismatch`] if the configurations, the layers or the heads differ.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         if self.config != other.config {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "calibrators of {:?} and {:?}, expected the same",
                 self.config, other.config
             )));
@@ -127,7 +127,7 @@ impl Calibrator {
         };
         let (ours, theirs) = (heads(&self.layers), heads(&other.layers));
         if !theirs.is_empty() && ours != theirs {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "calibrators with query and key heads {ours:?} and {theirs:?}, expected the same"
             )));
         }
@@ -146,17 +146,19 @@ impl Calibrator {
     /// The ranges.
     ///
     /// # Errors
-    /// [`Error::Config`] if there is a layer or a head without any finite number.
+    /// [`Error::InvalidArgument`] if there is a layer or a head without any finite number.
     pub fn finish(&self) -> Result<Calibration> {
         let CalibrationConfig { scheme, .. } = self.config;
         if self.layers.is_empty() {
-            return Err(Error::Config("nothing was observed, expected at least a token".into()));
+            return Err(Error::InvalidArgument(
+                "nothing was observed, expected at least a token".into(),
+            ));
         }
         let ranges = |index: usize, side: &str, heads: &[Observer]| -> Result<Vec<Range>> {
             let ranges: Vec<Range> = heads.iter().map(|head| head.range(scheme)).collect();
             match ranges.iter().position(|range| *range == Range::EMPTY) {
                 None if !ranges.is_empty() => Ok(ranges),
-                head => Err(Error::Config(format!(
+                head => Err(Error::InvalidArgument(format!(
                     "no finite number was observed in {side} of layer {index}, head {}",
                     head.unwrap_or(0)
                 ))),
@@ -258,7 +260,7 @@ impl Calibration {
     /// that is not quantization stay.
     ///
     /// # Errors
-    /// [`Error::Config`] if there is no such layer, [`Error::QuantParams`] for ranges that are not
+    /// [`Error::Mismatch`] if there is no such layer, [`Error::QuantParams`] for ranges that are not
     /// finite.
     pub fn config(
         &self,
@@ -268,7 +270,7 @@ impl Calibration {
     ) -> Result<AttentionConfig> {
         let Some(ranges) = self.layers.get(layer) else {
             let layers = self.layers.len();
-            return Err(Error::Config(format!("layer {layer} of a calibration of {layers}")));
+            return Err(Error::Mismatch(format!("layer {layer} of a calibration of {layers}")));
         };
         let pv = match &base.backend {
             Backend::Int8(int8) => int8.pv,
@@ -282,7 +284,7 @@ impl Calibration {
             output: ScoreOutput::Dequantized,
         };
         let backend = Backend::Int8(Int8Config { scores, pv });
-        Ok(AttentionConfig { backend, ..base.clone() })
+        Ok(base.with_backend(backend))
     }
 
     fn side(&self, ranges: &[Range], scales: StaticScales) -> Result<QuantConfig> {
@@ -302,11 +304,11 @@ impl Calibration {
     /// Refuses a model that these ranges are not from.
     ///
     /// # Errors
-    /// [`Error::Config`] unless the model has as many layers, and as many heads if it
+    /// [`Error::Mismatch`] unless the model has as many layers, and as many heads if it
     /// [tells](AttentionLayers::head_counts).
     pub fn check_model(&self, model: &impl AttentionLayers) -> Result<()> {
         let differ = |what: String, found, expected| {
-            Err(Error::Config(format!("ranges of {found} {what} for a model of {expected}")))
+            Err(Error::Mismatch(format!("ranges of {found} {what} for a model of {expected}")))
         };
         let (found, expected) = (self.layers.len(), model.attention().len());
         if found != expected {
@@ -372,16 +374,16 @@ impl Calibration {
     fn check(&self) -> Result<()> {
         self.config.observer.check()?;
         if self.layers.is_empty() {
-            return Err(Error::Config("a calibration of 0 layers".into()));
+            return Err(Error::InvalidArgument("a calibration of 0 layers".into()));
         }
         for (index, layer) in self.layers.iter().enumerate() {
             if layer.q.is_empty() || layer.k.is_empty() {
-                return Err(Error::Config(format!("no heads in layer {index}")));
+                return Err(Error::InvalidArgument(format!("no heads in layer {index}")));
             }
             let wrong = |r: &&Range| !(r.min.is_finite() && r.max.is_finite() && r.min <= r.max);
             if let Some(range) = layer.q.iter().chain(&layer.k).find(wrong) {
                 let Range { min, max } = range;
-                return Err(Error::Config(format!(
+                return Err(Error::InvalidArgument(format!(
                     "range {min}..{max} in layer {index}, expected finite and in order"
                 )));
             }
@@ -410,7 +412,7 @@ impl Calibration {
 /// ```
 ///
 /// # Errors
-/// Those of the model and of [`Calibrator`]; [`Error::Config`] without any passage.
+/// Those of the model and of [`Calibrator`]; [`Error::InvalidArgument`] without any passage.
 pub fn calibrate(
     model: &impl AttentionLayers,
     passages: &[Tensor],

@@ -75,7 +75,7 @@ impl LayerSetting {
             LayerSetting::Fp32 => Backend::Fp32,
             LayerSetting::Int8(int8) => Backend::Int8(int8.config()),
         };
-        AttentionConfig { backend, ..base.clone() }
+        base.with_backend(backend)
     }
 }
 
@@ -162,11 +162,11 @@ impl LayerSettings {
     /// Switches the layers of a model. What the model asks for (scale, windows) stays.
     ///
     /// # Errors
-    /// [`Error::Config`] unless the model has as many layers.
+    /// [`Error::Mismatch`] unless the model has as many layers.
     pub fn apply(&self, model: &mut impl AttentionLayers) -> Result<()> {
         let layers = model.attention_mut();
         if layers.len() != self.layers.len() {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "settings of {} layers for a model of {}",
                 self.layers.len(),
                 layers.len()
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn what_the_model_asks_for_stays() {
-        let base = AttentionConfig { softcap: Some(30.0), ..AttentionConfig::int8() };
-        assert_eq!(LayerSetting::Fp32.config(&base).softcap, Some(30.0));
+        let base = AttentionConfig::int8().softcap(30.0);
+        assert_eq!(LayerSetting::Fp32.config(&base).spec.softcap, Some(30.0));
     }
 }

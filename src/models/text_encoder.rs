@@ -52,10 +52,12 @@ impl TextEncoder {
     /// its last token, `[SEP]`, is kept.
     ///
     /// # Errors
-    /// [`Error::Config`] for no text at all or if the tokenizer fails.
+    /// [`Error::InvalidArgument`] for no text at all or if the tokenizer fails.
     pub fn tokenize(&self, texts: &[impl AsRef<str>]) -> Result<TokenBatch> {
         if texts.is_empty() {
-            return Err(Error::Config("no text to tokenize, expected at least one".into()));
+            return Err(Error::InvalidArgument(
+                "no text to tokenize, expected at least one".into(),
+            ));
         }
         let longest = self.model.config().max_position_embeddings;
         let mut ids: Vec<Vec<u32>> = Vec::with_capacity(texts.len());
@@ -64,7 +66,7 @@ impl TextEncoder {
             let encoding = self
                 .tokenizer
                 .encode(text.as_ref(), true)
-                .map_err(|e| Error::Config(format!("the tokenizer failed: {e}")))?;
+                .map_err(|e| Error::InvalidArgument(format!("the tokenizer failed: {e}")))?;
             ids.push(cut(encoding.get_ids(), longest));
             tokens.push(cut(encoding.get_tokens(), longest));
             truncated.push(encoding.len().saturating_sub(longest));

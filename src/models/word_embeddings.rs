@@ -87,10 +87,13 @@ impl WordEmbeddings {
     /// The vectors of some rows, f32 `[ids.len(), dim]`.
     ///
     /// # Errors
-    /// [`Error::Config`] for a row that does not exist.
+    /// [`Error::InvalidArgument`] for a row that does not exist.
     pub fn lookup(&self, ids: &[u32]) -> Result<Tensor> {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.len()) {
-            return Err(Error::Config(format!("word {id}, expected less than {}", self.len())));
+            return Err(Error::InvalidArgument(format!(
+                "word {id}, expected less than {}",
+                self.len()
+            )));
         }
         if ids.is_empty() {
             return Ok(self.table.narrow(0, 0, 0)?);

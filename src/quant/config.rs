@@ -52,15 +52,15 @@ impl Granularity {
     /// How many groups a tensor of `heads` matrices with `tokens` rows each has.
     ///
     /// # Errors
-    /// [`Error::Config`] for a block of 0 tokens.
+    /// [`Error::InvalidArgument`] for a block of 0 tokens.
     pub fn groups(self, heads: usize, tokens: usize) -> Result<usize> {
         match self {
             Granularity::PerTensor => Ok(usize::from(heads * tokens > 0)),
             Granularity::PerHead => Ok(heads * usize::from(tokens > 0)),
             Granularity::PerToken => Ok(heads * tokens),
-            Granularity::PerBlock(0) => {
-                Err(Error::Config("a block of 0 tokens; per-block needs at least 1".into()))
-            }
+            Granularity::PerBlock(0) => Err(Error::InvalidArgument(
+                "a block of 0 tokens; per-block needs at least 1".into(),
+            )),
             Granularity::PerBlock(n) => Ok(heads * tokens.div_ceil(n)),
         }
     }
@@ -83,7 +83,7 @@ impl std::str::FromStr for Granularity {
     fn from_str(text: &str) -> Result<Self> {
         let name = text.strip_prefix("per-").unwrap_or(text);
         let unknown = || {
-            Error::Config(format!(
+            Error::InvalidArgument(format!(
                 "granularity {text:?}, expected tensor, head, token or block:N (N >= 1)"
             ))
         };
@@ -118,7 +118,9 @@ impl std::str::FromStr for Scheme {
         match text {
             "symmetric" => Ok(Scheme::Symmetric),
             "affine" => Ok(Scheme::Affine),
-            _ => Err(Error::Config(format!("scheme {text:?}, expected symmetric or affine"))),
+            _ => Err(Error::InvalidArgument(format!(
+                "scheme {text:?}, expected symmetric or affine"
+            ))),
         }
     }
 }

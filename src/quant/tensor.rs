@@ -84,8 +84,9 @@ impl QuantizedTensor {
     ///
     /// # Errors
     /// [`Error::NonFinite`] at the first NaN or infinity; [`Error::DType`] for integers;
-    /// [`Error::Shape`] below rank 2; [`Error::Config`] if the number of static parameters is not
-    /// the number of groups.
+    /// [`Error::Shape`] below rank 2; [`Error::Mismatch`] if the number of static parameters is
+    /// not the number of groups, [`Error::Contradiction`] if they are of two schemes,
+    /// [`Error::InvalidArgument`] for a block of 0 tokens.
     pub fn quantize(tensor: &Tensor, config: &QuantConfig) -> Result<Self> {
         if !tensor.dtype().is_float() {
             return Err(Error::DType {
@@ -141,8 +142,8 @@ impl QuantizedTensor {
     /// order of the groups.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Config`] if the lengths do not fit, or a code lies outside of
-    /// its scheme's range (-128 in a symmetric group).
+    /// [`Error::Shape`] or [`Error::Mismatch`] if the lengths do not fit, [`Error::Contradiction`]
+    /// for parameters of two schemes, [`Error::QuantParams`] for a code outside of its scheme's range (-128 in a symmetric group).
     pub fn from_parts(
         values: Vec<i8>,
         shape: Vec<usize>,
@@ -254,7 +255,7 @@ impl QuantizedTensor {
     /// The content of [`QuantizedTensor::save`]'s file.
     ///
     /// # Errors
-    /// [`Error::Config`] if safetensors refuses, which it has no reason to.
+    /// [`Error::Unsupported`] if safetensors refuses, which it has no reason to.
     pub fn to_safetensors(&self, storage: CodeStorage) -> Result<Vec<u8>> {
         let encode = |q: i8| match storage {
             CodeStorage::I8 => q as u8,
@@ -273,7 +274,8 @@ impl QuantizedTensor {
             ("scheme".to_string(), scheme.to_string()),
             ("granularity".to_string(), self.granularity.to_string()),
         ]);
-        let refused = |e: safetensors::SafeTensorError| Error::Config(format!("safetensors: {e}"));
+        let refused =
+            |e: safetensors::SafeTensorError| Error::Unsupported(format!("safetensors: {e}"));
         let views = [
             ("values", TensorView::new(dtype, self.shape.clone(), &values).map_err(refused)?),
             ("scales", TensorView::new(Dtype::F32, groups.clone(), &scales).map_err(refused)?),
@@ -378,7 +380,7 @@ pub(crate) fn static_params(
     groups: usize,
 ) -> Result<Vec<QuantParams>> {
     if let Some(other) = given.iter().find(|p| p.scheme() != given[0].scheme()) {
-        return Err(Error::Config(format!(
+        return Err(Error::Contradiction(format!(
             "static parameters of two schemes, {} and {}; expected one",
             given[0].scheme(),
             other.scheme()
@@ -391,7 +393,7 @@ pub(crate) fn static_params(
     if per_batch && given.len() == shape[1] {
         return Ok(given.iter().copied().cycle().take(groups).collect());
     }
-    Err(Error::Config(format!(
+    Err(Error::Mismatch(format!(
         "{} static parameters for {groups} groups ({granularity}, shape {shape:?})",
         given.len()
     )))

@@ -21,13 +21,14 @@ fn attention_is_that_over_what_is_stored() {
                 for m in [1, 3, 60] {
                     let q = randn((b, h, m, d));
                     let causal = AttnMask::causal_with_offset(n - m);
-                    for (mask, same) in
-                        [(CacheMask::None, AttnMask::None), (CacheMask::Causal, causal)]
-                    {
-                        let found = cache.attention(&q, &mask, &INT8()).unwrap();
+                    for (call, same) in [
+                        (AttentionCall::default(), AttnMask::None),
+                        (AttentionCall::causal(), causal),
+                    ] {
+                        let found = cache.attention(&q, &call, &INT8()).unwrap();
                         let expected = attention(&q, &k, &v, &same, &FP32()).unwrap();
                         let difference = largest_difference(&found, &expected);
-                        let case = (b, h, h_kv, n, d, dv, m, &config, &mask);
+                        let case = (b, h, h_kv, n, d, dv, m, &config, &call);
                         assert!(difference < ARITHMETIC, "{difference}: {case:?}");
                     }
                 }
@@ -44,31 +45,56 @@ fn everything_that_changes_scores() {
     let config = KvCacheConfig { key_offset, sinks: 3, recent: 20, ..Default::default() };
     let cache = filled(config.clone(), &k, &v);
     let (k, v) = as_stored(&k, &v, &config, &mean_of(&k, 3, 64));
-    let slopes = Some(vec![0.5, 0.1, 0.01, 0.0]);
+    let slopes = vec![0.5, 0.1, 0.01, 0.0];
     for with in [
-        AttentionConfig { softmax_scale: Some(0.3), ..INT8() },
-        AttentionConfig { softcap: Some(2.0), ..INT8() },
-        AttentionConfig { alibi_slopes: slopes.clone(), ..INT8() },
-        AttentionConfig { window_left: Some(700), ..INT8() },
-        AttentionConfig { window_left: Some(2), window_right: Some(1), ..INT8() },
-        AttentionConfig {
-            softcap: Some(3.0),
-            alibi_slopes: slopes,
-            window_left: Some(1190),
-            ..INT8()
-        },
+        INT8().softmax_scale(0.3),
+        INT8().softcap(2.0),
+        INT8().alibi_slopes(slopes.clone()),
+        INT8().window(Some(700), None),
+        INT8().window(Some(2), Some(1)),
+        INT8().softcap(3.0).alibi_slopes(slopes).window(Some(1190), None),
     ] {
-        for (mask, same) in [
-            (CacheMask::None, AttnMask::None),
-            (CacheMask::Causal, AttnMask::causal_with_offset(n - m)),
-            (CacheMask::CausalFrom(vec![200, 200]), AttnMask::causal_with_offset(200)),
-            (CacheMask::CausalFrom(vec![0, 0]), AttnMask::causal_with_offset(0)),
+        for (call, same) in [
+            (AttentionCall::default(), AttnMask::None),
+            (AttentionCall::causal(), AttnMask::causal_with_offset(n - m)),
+            (Causal::From(vec![200, 200]).into(), AttnMask::causal_with_offset(200)),
+            (Causal::From(vec![0, 0]).into(), AttnMask::causal_with_offset(0)),
         ] {
-            let found = cache.attention(&q, &mask, &with).unwrap();
-            let fp32 = AttentionConfig { backend: FP32().backend, ..with.clone() };
+            let found = cache.attention(&q, &call, &with).unwrap();
+            let fp32 = with.with_backend(FP32().backend);
             let expected = attention(&q, &k, &v, &same, &fp32).unwrap();
             let difference = largest_difference(&found, &expected);
-            assert!(difference < ARITHMETIC, "{difference}: {mask:?} {with:?}");
+            assert!(difference < ARITHMETIC, "{difference}: {call:?} {with:?}");
+        }
+    }
+}
+
+/// What a call says about keys is the same for a cache and for tensors.
+#[test]
+fn masks_and_lengths_of_a_call() {
+    let (b, h, h_kv, n, m, d) = (2, 4, 2, 700, 5, 32);
+    let (k, v, q) = (keys((b, h_kv, n, d)), randn((b, h_kv, n, d)), randn((b, h, m, d)));
+    let key_offset = KeyOffset::FirstTokens(64);
+    let config = KvCacheConfig { key_offset, sinks: 3, recent: 20, ..Default::default() };
+    let cache = filled(config.clone(), &k, &v);
+    let (k, v) = as_stored(&k, &v, &config, &mean_of(&k, 3, 64));
+    let hidden = |i: usize| u8::from(!i.is_multiple_of(3));
+    let boolean = Tensor::from_vec((0..b * n).map(hidden).collect(), (b, 1, 1, n), &Device::Cpu);
+    let additive = randn((h, m, n));
+    let lens = vec![n, 130];
+    for call in [
+        AttentionCall::default().with_mask(boolean.unwrap()),
+        AttentionCall::default().with_mask(additive.clone()),
+        AttentionCall::default().with_kv_lens(lens.clone()),
+        AttentionCall::causal().with_kv_lens(lens.clone()),
+        AttentionCall::causal().with_kv_lens(vec![2, 0]),
+        AttentionCall::from(Causal::From(vec![600, 10])).with_mask(additive).with_kv_lens(lens),
+    ] {
+        for with in [INT8(), INT8().alibi_slopes(vec![0.5, 0.1, 0.01, 0.0]).softcap(3.0)] {
+            let found = cache.attention(&q, &call, &with).unwrap();
+            let expected = attention(&q, &k, &v, &call, &with.with_backend(FP32().backend));
+            let difference = largest_difference(&found, &expected.unwrap());
+            assert!(difference < ARITHMETIC, "{difference}: {call:?} {with:?}");
         }
     }
 }
@@ -81,7 +107,7 @@ fn threads_do_not_change_a_bit() {
         let q = randn((1, 6, m, 64));
         let attend = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap())
+            pool.install(|| cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap())
         };
         let expected = bits(&attend(1));
         for threads in [2, 3, 8] {
@@ -103,24 +129,24 @@ fn sequences_of_their_own_lengths() {
     assert_eq!((cache.lens(), cache.len()), (lens.to_vec(), 300));
     // The queries of the prompt stand from position 0 on, whatever their padding.
     let q = randn((3, h, 300, d));
-    let prompt = cache.attention(&q, &CacheMask::CausalFrom(vec![0; 3]), &INT8()).unwrap();
+    let prompt = cache.attention(&q, Causal::From(vec![0; 3]), &INT8()).unwrap();
     // A token more for each.
     let (next_k, next_v, next_q) =
         (keys((3, h_kv, 1, d)), randn((3, h_kv, 1, d)), randn((3, h, 1, d)));
     cache.append(&next_k, &next_v).unwrap();
-    let next = cache.attention(&next_q, &CacheMask::Causal, &INT8()).unwrap();
+    let next = cache.attention(&next_q, AttentionCall::causal(), &INT8()).unwrap();
     for (b, len) in lens.into_iter().enumerate() {
         let of = |x: &Tensor, len: usize| x.narrow(0, b, 1).unwrap().narrow(2, 0, len).unwrap();
         let mut alone = Int8KvCache::new(config.clone());
         alone.append(&of(&k, len), &of(&v, len)).unwrap();
         if len > 0 {
-            let expected = alone.attention(&of(&q, len), &CacheMask::Causal, &INT8()).unwrap();
+            let expected = alone.attention(&of(&q, len), AttentionCall::causal(), &INT8()).unwrap();
             assert_eq!(bits(&of(&prompt, len)), bits(&expected), "sequence {b}");
         } else {
             assert_eq!(values(&of(&prompt, 300)), vec![0.0; h * 300 * d]);
         }
         alone.append(&of(&next_k, 1), &of(&next_v, 1)).unwrap();
-        let expected = alone.attention(&of(&next_q, 1), &CacheMask::Causal, &INT8()).unwrap();
+        let expected = alone.attention(&of(&next_q, 1), AttentionCall::causal(), &INT8()).unwrap();
         assert_eq!(bits(&of(&next, 1)), bits(&expected), "sequence {b}");
     }
     cache.truncate_lens(&[10, 1, 50]).unwrap();
@@ -146,7 +172,7 @@ fn not_a_number_stays_where_it_is() {
             {
                 let cache = filled(config.clone(), &k, &v);
                 let q = randn((1, 2, n, d));
-                let out = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+                let out = cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
                 for (i, row) in
                     out.get(0).unwrap().get(0).unwrap().to_vec2::<f32>().unwrap().iter().enumerate()
                 {
@@ -166,12 +192,15 @@ fn half_precision_strides_and_empty_dimensions() {
         |x: &Tensor| x.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
     let strided = filled(KvCacheConfig::default(), &bshd(&k), &bshd(&v));
     assert!(saved(&strided) == saved(&expected));
-    let out = expected.attention(&q, &CacheMask::None, &INT8()).unwrap();
-    assert_eq!(bits(&strided.attention(&bshd(&q), &CacheMask::None, &INT8()).unwrap()), bits(&out));
+    let out = expected.attention(&q, AttentionCall::default(), &INT8()).unwrap();
+    assert_eq!(
+        bits(&strided.attention(&bshd(&q), AttentionCall::default(), &INT8()).unwrap()),
+        bits(&out)
+    );
     for dtype in [DType::F16, DType::BF16] {
         let half = |x: &Tensor| x.to_dtype(dtype).unwrap();
         let cache = filled(KvCacheConfig::default(), &half(&k), &half(&v));
-        let found = cache.attention(&half(&q), &CacheMask::None, &INT8()).unwrap();
+        let found = cache.attention(&half(&q), AttentionCall::default(), &INT8()).unwrap();
         assert_eq!(found.dtype(), dtype);
         assert!(largest_difference(&found, &out) < 0.06);
     }
@@ -184,7 +213,8 @@ fn half_precision_strides_and_empty_dimensions() {
         ((1, 0, 5, 8), (1, 0, 5, 8), (1, 0, 1, 8)),
     ] {
         let cache = filled(KvCacheConfig::default(), &randn(k), &randn(v));
-        let out = cache.attention(&randn(q), &CacheMask::Causal, &AttentionConfig::int8()).unwrap();
+        let out =
+            cache.attention(&randn(q), AttentionCall::causal(), &AttentionConfig::int8()).unwrap();
         assert_eq!(out.dims(), [q.0, q.1, q.2, v.3]);
         assert!(values(&out).iter().all(|x| x.is_finite()));
     }

@@ -43,32 +43,40 @@ fn what_does_not_fit_is_named_and_changes_nothing() {
 fn queries_that_do_not_fit_are_named() {
     let cache = filled(KvCacheConfig::default(), &keys((2, 2, 90, 32)), &randn((2, 2, 90, 16)));
     let q = randn((2, 4, 3, 32));
-    let message = |q: &Tensor, mask: CacheMask, config: AttentionConfig| {
-        cache.attention(q, &mask, &config).unwrap_err().to_string()
+    let message = |q: &Tensor, call: AttentionCall, config: AttentionConfig| {
+        cache.attention(q, call, &config).unwrap_err().to_string()
     };
     for (shape, word) in [
         ((2, 3, 1, 32), "[2, 3, 1, 32]"),
         ((1, 4, 1, 32), "[2, a multiple of 2, M, 32]"),
         ((2, 4, 1, 31), "[2, 4, 1, 31]"),
     ] {
-        let text = message(&randn(shape), CacheMask::Causal, INT8());
+        let text = message(&randn(shape), AttentionCall::causal(), INT8());
         assert!(text.contains("q has") && text.contains(word), "{text}");
     }
-    let text = message(&q.flatten(0, 1).unwrap(), CacheMask::Causal, INT8());
+    let text = message(&q.flatten(0, 1).unwrap(), AttentionCall::causal(), INT8());
     assert!(text.contains("rank 3"), "{text}");
-    let text = message(&q, CacheMask::CausalFrom(vec![1]), INT8());
+    let text = message(&q, Causal::From(vec![1]).into(), INT8());
     assert!(text.contains("1 first positions for a batch of 2"), "{text}");
+    for (call, word) in [
+        (AttentionCall::default().with_kv_lens(vec![1]), "1 kv_lens for a batch of 2"),
+        (AttentionCall::default().with_kv_lens(vec![1, 91]), "91, but there are 90 keys"),
+        (AttentionCall::default().with_mask(randn((3, 91))), "[3, 91], expected something that"),
+    ] {
+        let text = message(&q, call, INT8());
+        assert!(text.contains(word), "{text}");
+    }
     for (config, word) in [
         (FP32(), "fp32 attention over a cache of int8 keys"),
-        (INT8().with_kv_lens(vec![1, 2]), "kv_lens"),
-        (AttentionConfig { softcap: Some(-1.0), ..INT8() }, "softcap -1"),
-        (AttentionConfig { alibi_slopes: Some(vec![1.0]), ..INT8() }, "1 ALiBi slopes for 4"),
-        (AttentionConfig { softmax_scale: Some(f32::NAN), ..INT8() }, "NaN"),
+        (INT8().pv(PvPrecision::Int8), "P·V in int8 over a cache"),
+        (INT8().softcap(-1.0), "softcap -1"),
+        (INT8().alibi_slopes(vec![1.0]), "1 ALiBi slopes for 4"),
+        (INT8().softmax_scale(f32::NAN), "NaN"),
     ] {
-        let text = message(&q, CacheMask::Causal, config);
+        let text = message(&q, AttentionCall::causal(), config);
         assert!(text.contains(word), "{text}");
     }
     let empty = Int8KvCache::new(KvCacheConfig::default());
-    let error = empty.attention(&q, &CacheMask::Causal, &INT8()).unwrap_err().to_string();
+    let error = empty.attention(&q, AttentionCall::causal(), &INT8()).unwrap_err().to_string();
     assert!(error.contains("nothing was appended"), "{error}");
 }

@@ -38,8 +38,9 @@ fn what_is_saved_is_loaded_bit_for_bit() {
             cache.append(&tokens(&k, 5, 20), &tokens(&v, 5, 20)).unwrap();
         }
         assert!(saved(&loaded) == saved(&cache), "{config:?}");
-        let out =
-            |cache: &Int8KvCache| bits(&cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap());
+        let out = |cache: &Int8KvCache| {
+            bits(&cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap())
+        };
         assert_eq!(out(&loaded), out(&cache));
     }
     // Without a token, and without a shape.

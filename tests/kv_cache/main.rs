@@ -12,8 +12,8 @@ mod window;
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
 use candle_int8_attention::{
-    AttentionConfig, AttnMask, Backend, CacheMask, CacheValues, Error, Int8Config, Int8KvCache,
-    KeyOffset, KvCacheConfig, PvPrecision, attention,
+    AttentionCall, AttentionConfig, AttnMask, CacheValues, Causal, Error, Int8KvCache, KeyOffset,
+    KvCacheConfig, PvPrecision, attention,
 };
 use common::randn;
 
@@ -45,10 +45,7 @@ fn tokens(x: &Tensor, start: usize, len: usize) -> Tensor {
 }
 
 /// P·V in f32, so that what is stored is all that differs from fp32.
-const INT8: fn() -> AttentionConfig = || AttentionConfig {
-    backend: Backend::Int8(Int8Config { pv: PvPrecision::F32, ..Int8Config::default() }),
-    ..AttentionConfig::default()
-};
+const INT8: fn() -> AttentionConfig = || AttentionConfig::int8().pv(PvPrecision::F32);
 const FP32: fn() -> AttentionConfig = AttentionConfig::fp32;
 
 fn filled(config: KvCacheConfig, k: &Tensor, v: &Tensor) -> Int8KvCache {

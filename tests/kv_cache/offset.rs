@@ -10,7 +10,7 @@ fn a_calibrated_offset_and_the_default_take_the_bias_out() {
     let exact = attention(&q, &k, &v, &AttnMask::None, &FP32()).unwrap();
     let error = |key_offset| {
         let cache = filled(KvCacheConfig { key_offset, ..Default::default() }, &k, &v);
-        largest_difference(&cache.attention(&q, &CacheMask::None, &INT8()).unwrap(), &exact)
+        largest_difference(&cache.attention(&q, AttentionCall::default(), &INT8()).unwrap(), &exact)
     };
     let (none, first) = (error(KeyOffset::None), error(KeyOffset::default()));
     let calibrated = error(KeyOffset::calibrated(&k).unwrap());
@@ -35,7 +35,7 @@ fn a_moving_offset_follows_a_bias_that_turns() {
     let exact = attention(&q, &k, &v, &AttnMask::None, &FP32()).unwrap();
     let error = |key_offset| {
         let cache = filled(KvCacheConfig { key_offset, ..Default::default() }, &k, &v);
-        let out = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+        let out = cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
         let square = (out - &exact).unwrap().sqr().unwrap().sum_all().unwrap();
         square.to_scalar::<f32>().unwrap().sqrt()
     };

@@ -21,7 +21,7 @@ fn chunks_do_not_change_a_bit() {
         KvCacheConfig { key_offset: KeyOffset::FirstTokens(900), ..Default::default() },
     ] {
         let at_once = filled(config.clone(), &k, &v);
-        let expected = at_once.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+        let expected = at_once.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
         for chunk in [1, 7, 48, 256, 500] {
             let mut cache = Int8KvCache::new(config.clone());
             for start in (0..n).step_by(chunk) {
@@ -29,7 +29,7 @@ fn chunks_do_not_change_a_bit() {
                 cache.append(&tokens(&k, start, len), &tokens(&v, start, len)).unwrap();
             }
             assert!(saved(&cache) == saved(&at_once), "chunks of {chunk}, {config:?}");
-            let out = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+            let out = cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
             assert_eq!(bits(&out), bits(&expected));
         }
     }
@@ -71,7 +71,7 @@ fn truncated_to_almost_nothing_the_offset_stays_frozen() {
     }
     cache.append(&tokens(&k, 0, 10), &tokens(&v, 0, 10)).unwrap();
     let q = randn((1, 1, 1, 16));
-    let found = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+    let found = cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
     let (k, v) = (tokens(&k, 0, 10), tokens(&v, 0, 10));
     let exact = attention(&q, &k, &v, &AttnMask::None, &FP32()).unwrap();
     assert!(largest_difference(&found, &exact) < 0.05);

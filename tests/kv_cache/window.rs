@@ -17,7 +17,7 @@ fn a_window_drops_what_nobody_sees() {
         let end = start + len;
         let m = len.min(50);
         let q = randn((1, h, m, d));
-        let found = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+        let found = cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
         // The sinks stay in sight: a mask says so.
         let seen = |i: usize, j: usize| {
             let at = end - m + i;
@@ -38,7 +38,7 @@ fn a_window_drops_what_nobody_sees() {
     let error = cache.truncate(400).unwrap_err().to_string();
     assert!(error.contains("truncating to 400") && error.contains("dropped"), "{error}");
     let q = randn((1, h, 1, d));
-    let error = cache.attention(&q, &CacheMask::CausalFrom(vec![500]), &INT8()).unwrap_err();
+    let error = cache.attention(&q, Causal::From(vec![500]), &INT8()).unwrap_err();
     assert!(error.to_string().contains("window has dropped"), "{error}");
     assert!(saved(&cache) == before);
     cache.truncate(0).unwrap();
@@ -54,7 +54,7 @@ fn more_recent_tokens_than_a_window_has() {
         cache.append(&tokens(&k, token, 1), &tokens(&v, token, 1)).unwrap();
     }
     let q = randn((1, 1, 1, 8));
-    let found = cache.attention(&q, &CacheMask::Causal, &INT8()).unwrap();
+    let found = cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
     let exact =
         attention(&q, &tokens(&k, 1189, 11), &tokens(&v, 1189, 11), &AttnMask::None, &FP32());
     assert!(largest_difference(&found, &exact.unwrap()) < ARITHMETIC);

@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::llama::{LayerCache, LlamaCache, LlamaModel};
 use candle_int8_attention::{
-    AttentionConfig, Backend, CacheValues, Error, Int8Config, KeyOffset, KvCacheConfig, PvPrecision,
+    AttentionConfig, CacheValues, Error, KeyOffset, KvCacheConfig, PvPrecision,
 };
 
 /// Sums in another order.
@@ -87,8 +87,7 @@ fn token_by_token_is_as_at_once_with_an_int8_cache() -> Result<()> {
     let (mut model, ids) = (model()?, tokens());
     let fp32 = in_pieces(&model, model.new_cache(1, CONTEXT)?, &ids, &[600])?;
     // P·V in f32, because few queries have it so whatever the precision of many.
-    let int8 = Int8Config { pv: PvPrecision::F32, ..Default::default() };
-    let attention = AttentionConfig { backend: Backend::Int8(int8), ..Default::default() };
+    let attention = AttentionConfig::int8().pv(PvPrecision::F32);
     model.set_attention(&attention);
     for (config, tolerance) in kv_caches() {
         model.set_kv_cache(&config);
@@ -205,13 +204,10 @@ fn errors_leave_an_int8_cache_as_it_was_bit_for_bit() -> Result<()> {
     assert!(matches!(error, Error::ContextLength { tokens: 51, used: 50, context: 100 }));
     let mut other = model.clone();
     for (config, message) in [
-        (AttentionConfig { softcap: Some(-1.0), ..AttentionConfig::int8() }, "softcap -1"),
+        (AttentionConfig::int8().softcap(-1.0), "softcap -1"),
         (AttentionConfig::fp32(), "fp32 attention in layer 1, whose cache is int8"),
-        (AttentionConfig::int8().with_kv_lens(vec![3]), "kv_lens"),
-        (
-            AttentionConfig { softmax_scale: Some(f32::NAN), ..AttentionConfig::int8() },
-            "softmax scale NaN",
-        ),
+        (AttentionConfig::int8().alibi_slopes(vec![0.5]), "1 ALiBi slopes"),
+        (AttentionConfig::int8().softmax_scale(f32::NAN), "softmax scale NaN"),
     ] {
         other.layers_mut()[1].attention.set_config(config);
         let error = other.forward(&batch(&ids[50..90])?, &mut cache).unwrap_err().to_string();
@@ -308,7 +304,7 @@ fn an_error_in_a_late_layer_leaves_the_cache_as_it_was() -> Result<()> {
     let (mut model, ids) = (model()?, tokens());
     let mut cache = model.new_cache(1, 20)?;
     model.forward(&batch(&ids[..5])?, &mut cache)?;
-    let broken = AttentionConfig { softcap: Some(-1.0), ..AttentionConfig::int8() };
+    let broken = AttentionConfig::int8().softcap(-1.0);
     model.layers_mut()[1].attention.set_config(broken);
     assert!(model.forward(&batch(&ids[5..8])?, &mut cache).is_err());
     assert_eq!(cache.len(), 5);

@@ -11,7 +11,7 @@ pub use varlen::flash_attn_varlen_cpu;
 
 use super::mask::{attended, keep};
 use super::tensor_ops::repeat_heads;
-use super::{AttentionConfig, attention};
+use super::{AttentionCall, AttentionConfig, AttentionSpec, Causal, attention};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, WithDType};
 use candle_nn::attention::AttnMask;
@@ -62,7 +62,7 @@ const OP: &str = "flash_attn";
 ///
 /// # Errors
 /// Those of [`attention()`](crate::attention()), whose messages name shapes as `[B, H, S, D]`, and
-/// [`Error::Config`] for a boolean mask with `max_bias`.
+/// [`Error::Unsupported`] for a boolean mask with `max_bias`.
 pub fn flash_attn<T>(
     q: &Tensor,
     k: &Tensor,
@@ -79,14 +79,16 @@ where
     let (dtype, q) = (result_dtype(q), heads_first("q", q)?);
     let (k, v) = same_heads(OP, heads_first("k", k)?, heads_first("v", v)?)?;
     let slopes = max_bias.filter(|bias| *bias > 0.0).map(|bias| slopes(bias, q.dims()[1]));
-    let (mask, config) = positions(attn_mask, slopes, q.dims()[0] == 1, q.dims()[2])?;
-    let config = AttentionConfig {
+    let (call, alibi_slopes) = positions(attn_mask, slopes, q.dims()[0] == 1, q.dims()[2])?;
+    let spec = AttentionSpec {
         softmax_scale: Some(softmax_scale),
         // tanh is odd, so the sign of a cap does not matter.
         softcap: softcap.map(f32::abs).filter(|cap| *cap != 0.0),
-        ..config
+        alibi_slopes,
+        ..AttentionSpec::default()
     };
-    attention(&q, &k, &v, &mask, &config)?.to_dtype(dtype)
+    attention(&q, &k, &v, call, &AttentionConfig { spec, ..AttentionConfig::int8() })?
+        .to_dtype(dtype)
 }
 
 /// The dtype of Candle's result.
@@ -127,37 +129,30 @@ fn slopes(max_bias: f32, heads: usize) -> Vec<f32> {
     (1..=heads).map(|head| (-max_bias * head as f32 / n).exp2()).collect()
 }
 
-/// Where the queries stand, and what biases the scores.
+/// Which keys the queries see, and the slopes that bias the scores.
 fn positions(
     mask: AttnMask,
     slopes: Option<Vec<f32>>,
     one_sequence: bool,
     queries: usize,
-) -> Result<(AttnMask, AttentionConfig)> {
-    let int8 = AttentionConfig::int8();
+) -> Result<(AttentionCall, Option<Vec<f32>>)> {
     Ok(match (mask, slopes) {
         (AttnMask::Causal { kv_offset }, slopes) if one_sequence && queries > 1 => {
-            let mask = AttnMask::causal_with_offset(kv_offset);
-            (mask, AttentionConfig { alibi_slopes: slopes, ..int8 })
+            (Causal::Offset(kv_offset).into(), slopes)
         }
-        // Without a causal offset the queries are the last of the keys.
-        (AttnMask::Causal { .. }, slopes) => {
-            let config = AttentionConfig { alibi_slopes: slopes, window_right: Some(0), ..int8 };
-            (AttnMask::None, config)
+        (AttnMask::Causal { .. }, slopes) => (AttentionCall::causal(), slopes),
+        (AttnMask::None, slopes) => (AttentionCall::default(), slopes.filter(|_| !one_sequence)),
+        (AttnMask::Mask(mask), None) => (AttentionCall::default().with_mask(mask), None),
+        (AttnMask::Mask(mask), Some(slopes)) => {
+            (AttentionCall::default().with_mask(scaled(&mask, slopes)?), None)
         }
-        (AttnMask::None, slopes) => {
-            let slopes = slopes.filter(|_| !one_sequence);
-            (AttnMask::None, AttentionConfig { alibi_slopes: slopes, ..int8 })
-        }
-        (AttnMask::Mask(mask), None) => (AttnMask::Mask(mask), int8),
-        (AttnMask::Mask(mask), Some(slopes)) => (AttnMask::Mask(scaled(&mask, slopes)?), int8),
     })
 }
 
 /// A mask for each head, multiplied by the head's slope: `[.., H, S, N]` in f32.
 fn scaled(mask: &Tensor, slopes: Vec<f32>) -> Result<Tensor> {
     if !mask.dtype().is_float() {
-        return Err(Error::Config(format!(
+        return Err(Error::Unsupported(format!(
             "max_bias with a mask of dtype {:?}: slopes multiply an additive mask, expected a float",
             mask.dtype()
         )));

@@ -1,10 +1,9 @@
 //! Sequences of different lengths, packed one after the other without padding.
 
 use super::same_heads;
-use crate::attention::{AttentionConfig, attention};
+use crate::attention::{AttentionCall, AttentionConfig, AttentionSpec, attention};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
-use candle_nn::attention::AttnMask;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -66,17 +65,18 @@ pub fn flash_attn_varlen_cpu(
     let slopes = alibi_slopes.map(|slopes| slopes.to_dtype(DType::F32)?.to_vec1()).transpose()?;
     // A window to the left alone ends at the query.
     let ends_at_query = causal || (window_left.is_some() && window_right.is_none());
-    let config = AttentionConfig {
+    let spec = AttentionSpec {
         softmax_scale: Some(softmax_scale),
         alibi_slopes: slopes,
         window_left,
         window_right: if ends_at_query { Some(0) } else { window_right },
-        ..AttentionConfig::int8()
+        ..AttentionSpec::default()
     };
+    let config = AttentionConfig { spec, ..AttentionConfig::int8() };
     let sequence = |(queries, keys): (Range<usize>, Range<usize>)| -> Result<Tensor> {
         let of = |x: &Tensor, tokens: &Range<usize>| x.narrow(2, tokens.start, tokens.len());
         let (k, v) = (of(&k, &keys)?, of(&v, &keys)?);
-        attention(&of(&all_q, &queries)?, &k, &v, &AttnMask::None, &config)
+        attention(&of(&all_q, &queries)?, &k, &v, AttentionCall::default(), &config)
     };
     let sequences: Vec<_> = queries.into_iter().zip(keys).collect();
     let outputs = sequences.into_par_iter().map(sequence).collect::<Result<Vec<_>>>()?;

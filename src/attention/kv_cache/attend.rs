@@ -1,11 +1,12 @@
 //! Attention over a cache: what belongs to the call, and the engine over its heads.
 
-use super::config::CacheMask;
 use super::head::Head;
 use super::source::CacheHead;
 use super::{Int8KvCache, cpu};
+use crate::attention::AttentionCall;
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
-use crate::attention::engine::{Element, Engine, Modifiers, Queries};
+use crate::attention::engine::{Element, Engine, MaskView, Modifiers, Queries};
+use crate::attention::mask::broadcast_mask;
 use crate::attention::shapes::{check_cpu, check_float, check_scores};
 use crate::attention::view::View;
 use crate::attention::visible::Visible;
@@ -24,48 +25,54 @@ impl Int8KvCache {
     /// `softmax(scale * q·k^T)·v` over the keys and values in the cache: `q` `[B, H, M, D]`, f32,
     /// f16 or bf16 with any strides, to `[B, H, M, Dv]` in the dtype of `q`. `H_kv` divides `H`.
     ///
-    /// Of `config`, softmax scale, softcap, ALiBi slopes, windows and the P·V precision count; how
-    /// keys and values are quantized is the cache's own configuration, and queries are quantized to
-    /// 16 bits. For few queries P·V is in f32 whatever its precision. The result is the same
-    /// whatever the number of threads. It has no gradient. A query that sees no key gives zeros.
+    /// In `call`, [`Causal::End`](crate::attention::Causal::End) makes the queries the last `M`
+    /// tokens of each sequence, a mask broadcasts to `[B, H, M, N]` with the `N` tokens of the
+    /// longest sequence, and `kv_lens` hides the last tokens of sequences.
+    ///
+    /// All of the model's part of `config` counts, and the P·V precision; how keys and values are
+    /// quantized is the cache's own configuration, and queries are quantized to 16 bits. For few
+    /// queries P·V is in f32 whatever its precision. The result is the same whatever the number of
+    /// threads. It has no gradient. A query that sees no key gives zeros.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for a `q` that does not fit the
-    /// cache, [`Error::Device`] unless it is on the CPU, [`Error::Config`] for a cache to which
-    /// nothing was appended, a configuration that contradicts itself, asks for fp32 or has
-    /// `kv_lens` (the cache knows its lengths), and for queries that would see keys which a window
-    /// has dropped, [`Error::Level`] if
+    /// cache, or a mask that does not fit them, [`Error::Device`] unless both are on the CPU,
+    /// [`Error::Mismatch`] for a cache to which nothing was appended and for lengths, positions or
+    /// slopes that do not match, [`Error::InvalidArgument`] for a scale, softcap or slope that makes
+    /// no sense, [`Error::Unsupported`] for fp32, for P·V in int8, and for queries that would see
+    /// keys which a window has dropped, [`Error::Level`] if
     /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
     pub fn attention(
         &self,
         q: &Tensor,
-        mask: &CacheMask,
+        call: impl Into<AttentionCall>,
         config: &AttentionConfig,
     ) -> Result<Tensor> {
+        let call = call.into();
         check_float(OP, &[("q", q)])?;
         check_cpu(OP, &[("q", q)])?;
         let (storage, layout) = q.storage_and_layout();
         let queries = View::new(OP, "q", cpu(&storage)?, layout)?;
+        let mask = call.mask.as_ref().map(|mask| self.whole_mask(mask, &queries)).transpose()?;
+        let guard = mask.as_ref().map(Tensor::storage_and_layout);
+        let mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
+        let mask = mask.transpose()?;
         let (heads, value_dim) = self.check_queries(&queries)?;
         let [b, h, m, d] = queries.dims();
         let (scale, int8) = check_config(h, d, config)?;
-        let level = Level::active()?;
+        let (level, spec) = (Level::active()?, &config.spec);
         let engine = Engine {
             level,
             queries: Queries { heads: h, tokens: m, group: h / heads.max(1), apart: false },
             value_dim,
-            visible: visible(self, m, mask, config)?,
+            visible: Visible::of_cache(&self.lens(), m, &call, spec)?,
             sinks: self.config.sinks,
             window: self.config.window,
-            modifiers: Modifiers {
-                softcap: config.softcap,
-                slopes: config.alibi_slopes.clone(),
-                mask: None,
-            },
+            modifiers: Modifiers { softcap: spec.softcap, slopes: spec.alibi_slopes.clone(), mask },
         };
         self.check_dropped(&engine)?;
         // A softcap bends the score itself; log2(e) comes after it.
-        let factor = if config.softcap.is_some() { scale } else { scale * LOG2_E };
+        let factor = if spec.softcap.is_some() { scale } else { scale * LOG2_E };
         let heads =
             CacheHeads { cache: self, queries: &queries, factor, many: int8.pv.format(level)? };
         let storage = match q.dtype() {
@@ -82,7 +89,7 @@ impl Int8KvCache {
     }
 
     /// # Errors
-    /// [`Error::Config`] if a query sees keys that were dropped.
+    /// [`Error::Unsupported`] if a query sees keys that were dropped.
     fn check_dropped(&self, engine: &Engine<'_>) -> Result<()> {
         let sinks = self.config.sinks;
         for (index, sequence) in self.sequences.iter().enumerate() {
@@ -93,7 +100,7 @@ impl Int8KvCache {
             }
             let seen = engine.seen(index, 0);
             if seen.start < kept.min(seen.end) {
-                return Err(Error::Config(format!(
+                return Err(Error::Unsupported(format!(
                     "the first query sees keys from {} on, but the window has dropped those before \
                      {kept}",
                     seen.start
@@ -110,12 +117,19 @@ impl Int8KvCache {
         check_config(heads, depth, config).map(|_| ())
     }
 
+    /// A mask as `[B, H, M, N]`.
+    fn whole_mask(&self, mask: &Tensor, queries: &View<'_>) -> Result<Tensor> {
+        check_cpu(OP, &[("mask", mask)])?;
+        let [b, h, m, _] = queries.dims();
+        broadcast_mask(&mask.detach(), &[b, h, m, self.len()])
+    }
+
     /// # Errors
     /// Those of [`Int8KvCache::attention`] that concern the shape of `q`.
     fn check_queries(&self, queries: &View<'_>) -> Result<(usize, usize)> {
         let Some((heads, dims)) = self.shape else {
             let problem = "attention over a cache to which nothing was appended";
-            return Err(Error::Config(problem.into()));
+            return Err(Error::Mismatch(problem.into()));
         };
         let [b, h, m, d] = queries.dims();
         let keys = [self.sequences.len(), heads, self.len(), dims.depth];
@@ -174,52 +188,23 @@ impl CacheHeads<'_> {
 /// The factor on scores, and the choices of the int8 backend.
 ///
 /// # Errors
-/// [`Error::Config`] for what cannot be with `heads` query heads of `depth` elements.
+/// [`Error::Unsupported`], [`Error::InvalidArgument`] and [`Error::Mismatch`] for what cannot be with
+/// `heads` query heads of `depth` elements.
 fn check_config(
     heads: usize,
     depth: usize,
     config: &AttentionConfig,
 ) -> Result<(f32, &Int8Config)> {
-    config.check(heads)?;
+    config.spec.check(heads)?;
     let Backend::Int8(int8) = &config.backend else {
-        return Err(Error::Config("fp32 attention over a cache of int8 keys".into()));
+        return Err(Error::Unsupported("fp32 attention over a cache of int8 keys".into()));
     };
-    if config.kv_lens.is_some() {
-        return Err(Error::Config("kv_lens with a cache, which knows its lengths".into()));
-    }
     if int8.pv == PvPrecision::Int8 {
-        return Err(Error::Config(
+        return Err(Error::Unsupported(
             "P·V in int8 over a cache, whose values are multiplied in f32 or bf16 however they are \
              stored; use Auto, F32 or Bf16"
                 .into(),
         ));
     }
-    Ok((config.scale(depth)?, int8))
-}
-
-/// What the queries of each sequence see by their positions.
-fn visible(
-    cache: &Int8KvCache,
-    queries: usize,
-    mask: &CacheMask,
-    config: &AttentionConfig,
-) -> Result<Visible> {
-    let lens = cache.lens();
-    if let CacheMask::CausalFrom(starts) = mask
-        && starts.len() != lens.len()
-    {
-        let (found, batch) = (starts.len(), lens.len());
-        return Err(Error::Config(format!("{found} first positions for a batch of {batch}")));
-    }
-    let mut config = config.clone();
-    let causal = match mask {
-        CacheMask::None => None,
-        // Without an offset of their own the queries are the last of the keys.
-        CacheMask::Causal => {
-            config.window_right = Some(0);
-            None
-        }
-        CacheMask::CausalFrom(starts) => Some(starts.as_slice()),
-    };
-    Ok(Visible::of_sequences(&lens, queries, causal, &config))
+    Ok((config.spec.scale(depth)?, int8))
 }

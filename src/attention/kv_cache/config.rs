@@ -82,19 +82,20 @@ impl KeyOffset {
     }
 
     /// # Errors
-    /// [`Error::Config`] unless a given offset has one finite vector for each head.
+    /// [`Error::Mismatch`] unless a given offset has one vector of `depth` elements for each head,
+    /// [`Error::InvalidArgument`] unless all of them are finite.
     pub(super) fn check(&self, heads: usize, depth: usize) -> Result<()> {
         let KeyOffset::Given(given) = self else { return Ok(()) };
         let fits = given.len() == heads && given.iter().all(|offset| offset.len() == depth);
         if !fits {
             let found = (given.len(), given.first().map_or(0, Vec::len));
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "key offset of {} vectors of {} elements, expected {heads} of {depth}",
                 found.0, found.1
             )));
         }
         match given.iter().flatten().find(|x| !x.is_finite()) {
-            Some(x) => Err(Error::Config(format!("key offset {x}, expected finite"))),
+            Some(x) => Err(Error::InvalidArgument(format!("key offset {x}, expected finite"))),
             None => Ok(()),
         }
     }
@@ -112,17 +113,4 @@ pub enum CacheValues {
     Bf16,
     /// int8, symmetric, one scale a token.
     Int8,
-}
-
-/// Which keys of an [`Int8KvCache`](super::Int8KvCache) a query sees, before windows.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum CacheMask {
-    /// Every key of its sequence.
-    None,
-    /// Keys up to its own position; the queries are the last `M` tokens of each sequence.
-    #[default]
-    Causal,
-    /// Keys up to its own position; the first query of each sequence stands at this one. After an
-    /// append of chunks of different lengths that is the length each sequence had before.
-    CausalFrom(Vec<usize>),
 }

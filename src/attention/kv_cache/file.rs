@@ -133,7 +133,7 @@ impl Int8KvCache {
             let stored = sequence.heads.iter().map(|head| Stored::of(head, place.first));
             writer.sequence(b, &stored.collect::<Vec<_>>(), self.config.values);
         }
-        let refused = |e: &dyn std::fmt::Display| Error::Config(format!("safetensors: {e}"));
+        let refused = |e: &dyn std::fmt::Display| Error::Unsupported(format!("safetensors: {e}"));
         let json = serde_json::to_string(&header).map_err(|e| refused(&e))?;
         let views: Vec<(String, TensorView<'_>)> = (writer.tensors.iter())
             .map(|(name, dtype, shape, bytes)| {

@@ -13,7 +13,7 @@ mod source;
 mod stored;
 mod values;
 
-pub use config::{CacheMask, CacheValues, KeyOffset, KvCacheConfig};
+pub use config::{CacheValues, KeyOffset, KvCacheConfig};
 
 use super::engine::blocks;
 use super::shapes::{check_cpu, check_float};
@@ -38,7 +38,7 @@ use std::ops::Deref;
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_int8_attention::{AttentionConfig, CacheMask, Int8KvCache, KvCacheConfig};
+/// use candle_int8_attention::{AttentionCall, AttentionConfig, Int8KvCache, KvCacheConfig};
 ///
 /// let mut cache = Int8KvCache::new(KvCacheConfig::default());
 /// let attention = AttentionConfig::int8();
@@ -46,13 +46,13 @@ use std::ops::Deref;
 /// let q = Tensor::randn(0f32, 1., (1, 8, 100, 64), &Device::Cpu)?;
 /// let kv = Tensor::randn(0f32, 1., (1, 2, 100, 64), &Device::Cpu)?;
 /// cache.append(&kv, &kv)?;
-/// let out = cache.attention(&q, &CacheMask::Causal, &attention)?;
+/// let out = cache.attention(&q, AttentionCall::causal(), &attention)?;
 /// assert_eq!(out.dims(), [1, 8, 100, 64]);
 /// // One token more.
 /// let q = Tensor::randn(0f32, 1., (1, 8, 1, 64), &Device::Cpu)?;
 /// let kv = Tensor::randn(0f32, 1., (1, 2, 1, 64), &Device::Cpu)?;
 /// cache.append(&kv, &kv)?;
-/// let out = cache.attention(&q, &CacheMask::Causal, &attention)?;
+/// let out = cache.attention(&q, AttentionCall::causal(), &attention)?;
 /// assert_eq!((out.dims(), cache.len()), ([1, 8, 1, 64].as_slice(), 101));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
@@ -123,8 +123,8 @@ impl Int8KvCache {
     /// # Errors
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for tensors that do not fit each
     /// other or what is in the cache, [`Error::Device`] unless they are on the CPU,
-    /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Config`] for a key offset that does
-    /// not fit, [`Error::Depth`] beyond the depth limit, [`Error::Level`] if
+    /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Mismatch`] for a key offset that
+    /// does not fit, [`Error::InvalidArgument`] for one that is not finite, [`Error::Depth`] beyond the depth limit, [`Error::Level`] if
     /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used. The
     /// cache is then as it was before.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
@@ -139,7 +139,7 @@ impl Int8KvCache {
     /// `lens[b]` of the `S` are real, the others padding, which is not stored.
     ///
     /// # Errors
-    /// Those of [`Int8KvCache::append`], and [`Error::Config`] unless there is one length for each
+    /// Those of [`Int8KvCache::append`], and [`Error::Mismatch`] unless there is one length for each
     /// sequence, none above `S`.
     pub fn append_lens(&mut self, k: &Tensor, v: &Tensor, lens: &[usize]) -> Result<()> {
         const OP: &str = "Int8KvCache::append";
@@ -188,10 +188,10 @@ impl Int8KvCache {
             return shape("v", v, format!("[{b}, {h}, {s}, Dv] to match k {:?}", k.dims()));
         }
         if lens.len() != b {
-            return Err(Error::Config(format!("{} lens for a batch of {b}", lens.len())));
+            return Err(Error::Mismatch(format!("{} lens for a batch of {b}", lens.len())));
         }
         if let Some(len) = lens.iter().find(|len| **len > s) {
-            return Err(Error::Config(format!("lens holds {len}, but there are {s} tokens")));
+            return Err(Error::Mismatch(format!("lens holds {len}, but there are {s} tokens")));
         }
         let limit = product::max_depth(false);
         if depth > limit {
@@ -228,7 +228,7 @@ impl Int8KvCache {
     /// speculation got wrong. A key offset that is frozen stays so.
     ///
     /// # Errors
-    /// [`Error::Config`] if a window has dropped tokens that a query after `len` tokens would see.
+    /// [`Error::Unsupported`] if a window has dropped tokens that a query after `len` tokens would see.
     /// The cache is then as it was before.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.truncate_lens(&vec![len; self.sequences.len()])
@@ -237,7 +237,7 @@ impl Int8KvCache {
     /// [`Int8KvCache::truncate`] with a length for each sequence.
     ///
     /// # Errors
-    /// The same, and [`Error::Config`] unless there is one length for each sequence.
+    /// The same, and [`Error::Mismatch`] unless there is one length for each sequence.
     pub fn truncate_lens(&mut self, lens: &[usize]) -> Result<()> {
         self.check_truncate(lens)?;
         for (sequence, &len) in self.sequences.iter_mut().zip(lens) {
@@ -254,7 +254,7 @@ impl Int8KvCache {
     pub(crate) fn check_truncate(&self, lens: &[usize]) -> Result<()> {
         if lens.len() != self.sequences.len() {
             let (found, batch) = (lens.len(), self.sequences.len());
-            return Err(Error::Config(format!("{found} lens for a batch of {batch}")));
+            return Err(Error::Mismatch(format!("{found} lens for a batch of {batch}")));
         }
         for (sequence, &len) in self.sequences.iter().zip(lens) {
             let Some(head) = sequence.heads.first().filter(|_| len < sequence.len) else {
@@ -263,7 +263,7 @@ impl Int8KvCache {
             let seen_from = self.config.window.map_or(0, |window| len.saturating_sub(window));
             let (sinks, kept) = (self.config.sinks, head.kept_from());
             if len > sinks && seen_from.max(sinks) < kept {
-                return Err(Error::Config(format!(
+                return Err(Error::Unsupported(format!(
                     "truncating to {len} tokens: the window has dropped those before {kept}, and \
                      the next query would see them from {} on",
                     seen_from.max(sinks)
@@ -284,6 +284,6 @@ impl Int8KvCache {
 fn cpu(storage: &impl Deref<Target = Storage>) -> Result<&CpuStorage> {
     match &**storage {
         Storage::Cpu(storage) => Ok(storage),
-        _ => Err(Error::Config("a tensor on the CPU without CPU storage".into())),
+        _ => Err(Error::Mismatch("a tensor on another device, expected the CPU".into())),
     }
 }

@@ -55,7 +55,7 @@ pub(crate) fn run(
 ) -> Result<Ran> {
     let mut calls = Vec::new();
     let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttnMask, c: &AttentionConfig| {
-        let config = AttentionConfig { backend: backend.clone(), ..c.clone() };
+        let config = c.with_backend(backend.clone());
         let start = Instant::now();
         let out = attention(q, k, v, mask, &config)?;
         let seconds = start.elapsed().as_secs_f64();
@@ -67,7 +67,7 @@ pub(crate) fn run(
     let count = calls.len();
     match (calls.pop(), count) {
         (Some((call, out, seconds)), 1) => Ok(Ran { hidden, call, output: flat(&out)?, seconds }),
-        _ => Err(Error::Config(format!(
+        _ => Err(Error::Mismatch(format!(
             "layer {index} called attention {count} times, expected once"
         ))),
     }
@@ -91,7 +91,7 @@ impl Call {
     }
 
     fn with(&self, backend: Backend) -> AttentionConfig {
-        AttentionConfig { backend, ..self.config.clone() }
+        self.config.with_backend(backend)
     }
 
     /// The probabilities of a backend, `[H, M, N]` flat.

@@ -61,10 +61,12 @@ impl Recorder {
     /// explained and whose words are shown.
     ///
     /// # Errors
-    /// [`Error::Config`] for no configuration at all.
+    /// [`Error::InvalidArgument`] for no configuration at all.
     pub fn new(configs: Vec<Candidate>) -> Result<Self> {
         if configs.is_empty() {
-            return Err(Error::Config("no configuration to measure, expected one or more".into()));
+            return Err(Error::InvalidArgument(
+                "no configuration to measure, expected one or more".into(),
+            ));
         }
         let state = |candidate: &Candidate| CandidateState {
             name: candidate.name.clone(),
@@ -109,9 +111,10 @@ impl Recorder {
     ///
     /// # Errors
     /// Those of the model and of [`attention`](crate::attention()); [`Error::NonFinite`] for NaN
-    /// or infinity in queries or keys; [`Error::Config`] for a layer that does not call attention
-    /// exactly once, or a recorder that came from JSON; [`Error::Shape`] for several sequences at once, or a number of words that is
-    /// not the number of tokens.
+    /// or infinity in queries or keys; [`Error::Mismatch`] for a layer that does not call
+    /// attention exactly once; [`Error::Unsupported`] for a recorder that came from JSON;
+    /// [`Error::Shape`] for several sequences at once, or a number of words that is not the number
+    /// of tokens.
     pub fn record<M: LayeredModel>(
         &mut self,
         model: &M,
@@ -120,7 +123,7 @@ impl Recorder {
         index: u64,
     ) -> Result<Embeddings> {
         if self.configs.len() != self.candidates.len() {
-            return Err(Error::Config("a recorder that was read back cannot go on".into()));
+            return Err(Error::Unsupported("a recorder that was read back cannot go on".into()));
         }
         let hidden = model.embed(input)?;
         if *hidden.dims() != [1, words.len(), hidden.elem_count() / words.len().max(1)] {
@@ -206,15 +209,17 @@ impl Recorder {
         let known = self.shapes[layer].len();
         match known == heads {
             true => Ok(()),
-            false => Err(Error::Config(format!("layer {layer} has {heads} heads, it had {known}"))),
+            false => {
+                Err(Error::Mismatch(format!("layer {layer} has {heads} heads, it had {known}")))
+            }
         }
     }
 
     /// Adds what another recorder gathered from other passages.
     ///
     /// # Errors
-    /// [`Error::Config`] if it recorded another model or other configurations, or passages that
-    /// this one has too; nothing is changed then.
+    /// [`Error::Mismatch`] if it recorded another model or other configurations,
+    /// [`Error::Contradiction`] if it recorded passages that this one has too; nothing is changed then.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         self.check_same(other)?;
         let subject = self.subject.merged(&other.subject)?;
@@ -239,7 +244,7 @@ impl Recorder {
             r.candidates.iter().map(|c| format!("{} ({})", c.name, c.description)).collect()
         };
         if names(self) != names(other) {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "results of different configurations: {} and {}",
                 names(self).join("; "),
                 names(other).join("; ")
@@ -247,7 +252,7 @@ impl Recorder {
         }
         let heads = |r: &Self| r.shapes.iter().map(Vec::len).collect::<Vec<_>>();
         if heads(self) != heads(other) && !self.shapes.is_empty() && !other.shapes.is_empty() {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "results of different models: heads of their layers {:?} and {:?}",
                 heads(self),
                 heads(other)

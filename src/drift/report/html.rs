@@ -39,9 +39,10 @@ impl Report {
     /// The report as an HTML page.
     ///
     /// # Errors
-    /// [`Error::Config`] if the page's template fails, which no report makes it do.
+    /// [`Error::Unsupported`] if the page's template fails, which no report makes it do.
     pub fn to_html(&self) -> Result<String> {
-        let failed = |e: minijinja::Error| Error::Config(format!("the page's template: {e:#}"));
+        let failed =
+            |e: minijinja::Error| Error::Unsupported(format!("the page's template: {e:#}"));
         let mut pages = Environment::new();
         pages.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
         pages.add_filter("decibel", decibel);

@@ -67,11 +67,13 @@ impl SearchConfig {
     fn check(&self) -> Result<()> {
         for (what, x) in [("budget", self.budget.decibel()), ("margin", self.margin_db)] {
             if !x.is_finite() {
-                return Err(Error::Config(format!("{what} {x} dB, expected a finite number")));
+                return Err(Error::InvalidArgument(format!(
+                    "{what} {x} dB, expected a finite number"
+                )));
             }
         }
         if self.rounds == 0 {
-            return Err(Error::Config("0 rounds, expected at least 1".into()));
+            return Err(Error::InvalidArgument("0 rounds, expected at least 1".into()));
         }
         Ok(())
     }
@@ -159,11 +161,12 @@ impl Found {
     /// The choice as a file for models, with what was measured in `about`.
     ///
     /// # Errors
-    /// [`Error::Config`] if the figures cannot be written as JSON, which they have no reason for.
+    /// [`Error::Unsupported`] if the figures cannot be written as JSON, which they have no reason for.
     pub fn settings(&self) -> Result<LayerSettings> {
         let mut settings =
             LayerSettings::new(self.layers.iter().map(|layer| layer.setting).collect());
-        settings.about = serde_json::to_value(self).map_err(|e| Error::Config(e.to_string()))?;
+        settings.about =
+            serde_json::to_value(self).map_err(|e| Error::Unsupported(e.to_string()))?;
         Ok(settings)
     }
 }
@@ -173,7 +176,7 @@ impl Found {
 /// softcap and windows is kept in every setting.
 ///
 /// # Errors
-/// [`Error::Config`] for a budget that is not a number or without passages; those of the model.
+/// [`Error::InvalidArgument`] for a budget that is not a number or without passages; those of the model.
 pub fn search<M: AttentionLayers>(
     model: &mut M,
     (passages, unseen): (&[Tensor], &[Tensor]),
@@ -183,7 +186,9 @@ pub fn search<M: AttentionLayers>(
     config.check()?;
     for (what, passages) in [("to search", passages), ("to verify", unseen)] {
         if passages.is_empty() {
-            return Err(Error::Config(format!("no passage {what}, expected at least one")));
+            return Err(Error::InvalidArgument(format!(
+                "no passage {what}, expected at least one"
+            )));
         }
     }
     let bases: Vec<AttentionConfig> =

@@ -2,7 +2,7 @@
 
 use super::LlamaConfig;
 use super::layer::LlamaLayer;
-use crate::{AttentionConfig, AttnMask, Backend, CacheMask, Error, Int8KvCache, Result, attention};
+use crate::{AttentionCall, AttentionConfig, Backend, Error, Int8KvCache, Result, attention};
 use candle_core::{DType, Device, Tensor};
 
 /// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.
@@ -20,7 +20,7 @@ impl LlamaCache {
     /// int8.
     ///
     /// # Errors
-    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
     pub fn full(
         config: &LlamaConfig,
         batch: usize,
@@ -35,7 +35,7 @@ impl LlamaCache {
     /// int8 cache is for the CPU, so on another device all of it is f32.
     ///
     /// # Errors
-    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
     pub(super) fn of_layers(
         layers: &[LlamaLayer],
         config: &LlamaConfig,
@@ -63,7 +63,7 @@ impl LlamaCache {
     ) -> Result<Self> {
         let longest = config.context_length;
         if context == 0 || context > longest {
-            return Err(Error::Config(format!(
+            return Err(Error::InvalidArgument(format!(
                 "context of {context} tokens, expected 1 to {longest}, which the model was trained \
                  for"
             )));
@@ -107,7 +107,7 @@ impl LlamaCache {
     /// from tokens which are forgotten.
     ///
     /// # Errors
-    /// [`Error::Config`] if the [window](crate::KvCacheConfig::window) of a layer has dropped
+    /// [`Error::Unsupported`] if the [window](crate::KvCacheConfig::window) of a layer has dropped
     /// tokens that would be seen again. The cache is then as it was.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.layers.iter().try_for_each(|layer| layer.check_truncate(len))?;
@@ -126,7 +126,7 @@ impl LlamaCache {
     /// Whether input ids of this shape, `[B, N]`, can be added by these layers.
     ///
     /// # Errors
-    /// [`Error::Config`] for the cache of another model or of other kinds of attention,
+    /// [`Error::Mismatch`] for the cache of another model or of other kinds of attention,
     /// [`Error::Shape`] for another batch, [`Error::ContextLength`] if there is no room for `N`
     /// tokens.
     pub(super) fn check(
@@ -137,7 +137,7 @@ impl LlamaCache {
     ) -> Result<()> {
         let shape = [self.shape[0], config.num_kv_heads, config.head_dim];
         if self.layers.len() != config.num_layers || self.shape != shape {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "a cache of {} layers of [B, H_kv, D] {:?}, expected {} of {shape:?}",
                 self.layers.len(),
                 self.shape,
@@ -187,7 +187,7 @@ impl LayerCache {
     pub(super) fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
         match self {
             Self::Full(cache) => cache.attend(q, config),
-            Self::Int8(cache) => cache.attention(q, &CacheMask::Causal, config),
+            Self::Int8(cache) => cache.attention(q, AttentionCall::causal(), config),
         }
     }
 
@@ -217,7 +217,7 @@ impl LayerCache {
     fn check(&self, layer: usize, attention: &AttentionConfig, config: &LlamaConfig) -> Result<()> {
         match self {
             Self::Full(_) => Ok(()),
-            Self::Int8(_) if attention.backend == Backend::Fp32 => Err(Error::Config(format!(
+            Self::Int8(_) if attention.backend == Backend::Fp32 => Err(Error::Mismatch(format!(
                 "fp32 attention in layer {layer}, whose cache is int8; expected int8, or a cache \
                  that is made after the attention was switched"
             ))),
@@ -304,9 +304,7 @@ impl FullCache {
     }
 
     fn attend(&self, q: &Tensor, config: &AttentionConfig) -> Result<Tensor> {
-        let past = self.len - q.dim(2)?;
         let of = |x: &Tensor| x.narrow(2, 0, self.len);
-        let mask = AttnMask::causal_with_offset(past);
-        attention(q, &of(&self.keys)?, &of(&self.values)?, &mask, config)
+        attention(q, &of(&self.keys)?, &of(&self.values)?, AttentionCall::causal(), config)
     }
 }

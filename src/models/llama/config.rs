@@ -85,7 +85,7 @@ impl LlamaConfig {
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
-    /// configuration, [`Error::Config`] for values that cannot work.
+    /// configuration, and those of its `check`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = read_text("config", path)?;
@@ -97,7 +97,8 @@ impl LlamaConfig {
     }
 
     /// # Errors
-    /// [`Error::Config`] naming the first value that cannot work.
+    /// [`Error::InvalidArgument`], [`Error::Contradiction`] or [`Error::Unsupported`], naming the first
+    /// value that cannot work.
     pub fn check(&self) -> Result<()> {
         let sizes = [
             ("vocabulary size", self.vocab_size),
@@ -110,21 +111,23 @@ impl LlamaConfig {
             ("context length", self.context_length),
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-            return Err(Error::Config(format!("{name} 0, expected at least 1")));
+            return Err(Error::InvalidArgument(format!("{name} 0, expected at least 1")));
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
-            return Err(Error::Config(format!(
+            return Err(Error::Contradiction(format!(
                 "{} query heads for {} key and value heads, expected a multiple",
                 self.num_heads, self.num_kv_heads
             )));
         }
         if !self.head_dim.is_multiple_of(2) {
             let found = self.head_dim;
-            return Err(Error::Config(format!("head dim {found}, expected an even number")));
+            return Err(Error::InvalidArgument(format!(
+                "head dim {found}, expected an even number"
+            )));
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
             let found = self.rms_norm_eps;
-            return Err(Error::Config(format!(
+            return Err(Error::InvalidArgument(format!(
                 "RMSNorm epsilon {found}, expected a small positive number"
             )));
         }
@@ -136,7 +139,9 @@ impl RopeConfig {
     fn check(&self, head_dim: usize) -> Result<()> {
         let positive = |name: &str, value: f32| match value.is_finite() && value > 0.0 {
             true => Ok(()),
-            false => Err(Error::Config(format!("{name} {value}, expected a positive number"))),
+            false => {
+                Err(Error::InvalidArgument(format!("{name} {value}, expected a positive number")))
+            }
         };
         positive("rope theta", self.theta)?;
         match &self.scaling {
@@ -148,14 +153,14 @@ impl RopeConfig {
                 if high_freq_factor > low_freq_factor {
                     return Ok(());
                 }
-                Err(Error::Config(format!(
+                Err(Error::Contradiction(format!(
                     "high_freq_factor {high_freq_factor}, expected more than low_freq_factor \
                      {low_freq_factor}"
                 )))
             }
             RopeScaling::Divisors(divisors) if divisors.len() != head_dim / 2 => {
                 let (found, expected) = (divisors.len(), head_dim / 2);
-                Err(Error::Config(format!("{found} rope divisors, expected {expected}")))
+                Err(Error::Mismatch(format!("{found} rope divisors, expected {expected}")))
             }
             RopeScaling::Divisors(divisors) => {
                 divisors.iter().try_for_each(|divisor| positive("rope divisor", *divisor))
@@ -200,13 +205,13 @@ struct JsonRope {
 impl Json {
     fn into_config(self) -> Result<LlamaConfig> {
         if self.model_type != "llama" {
-            return Err(Error::Config(format!(
+            return Err(Error::Unsupported(format!(
                 "model_type {:?}, expected \"llama\"",
                 self.model_type
             )));
         }
         if let Some(act) = self.hidden_act.filter(|act| act != "silu") {
-            return Err(Error::Config(format!("hidden_act {act:?}, expected \"silu\"")));
+            return Err(Error::Unsupported(format!("hidden_act {act:?}, expected \"silu\"")));
         }
         let head_dim = match self.head_dim {
             Some(head_dim) => head_dim,
@@ -214,7 +219,7 @@ impl Json {
                 self.hidden_size / self.num_attention_heads.max(1)
             }
             None => {
-                return Err(Error::Config(format!(
+                return Err(Error::Contradiction(format!(
                     "hidden_size {} with num_attention_heads {}, expected a multiple of it",
                     self.hidden_size, self.num_attention_heads
                 )));
@@ -246,7 +251,8 @@ impl JsonRope {
     fn into_scaling(self) -> Result<RopeScaling> {
         let kind = self.rope_type.as_deref().unwrap_or("default");
         fn need<T>(value: Option<T>, kind: &str, name: &str) -> Result<T> {
-            value.ok_or_else(|| Error::Config(format!("rope type {kind:?} without {name}")))
+            value
+                .ok_or_else(|| Error::InvalidArgument(format!("rope type {kind:?} without {name}")))
         }
         match kind {
             "default" => Ok(RopeScaling::None),
@@ -261,7 +267,7 @@ impl JsonRope {
                     "original_max_position_embeddings",
                 )?,
             }),
-            other => Err(Error::Config(format!(
+            other => Err(Error::Unsupported(format!(
                 "rope type {other:?}, expected \"default\", \"linear\" or \"llama3\""
             ))),
         }

@@ -62,18 +62,18 @@ impl Gguf {
     /// The configuration of a file with `general.architecture` `llama`.
     ///
     /// # Errors
-    /// [`Error::Config`] for another architecture or values that cannot work, [`Error::Corrupt`]
-    /// for a key that is missing or of another type.
+    /// [`Error::Unsupported`] for another architecture, those of [`LlamaConfig::check`], and
+    /// [`Error::Corrupt`] for a key that is missing or of another type.
     pub fn llama_config(&self) -> Result<LlamaConfig> {
         let architecture = self.string("general.architecture")?;
         if architecture != "llama" {
-            return Err(Error::Config(format!(
+            return Err(Error::Unsupported(format!(
                 "{}: general.architecture {architecture:?}, expected \"llama\"",
                 self.path.display()
             )));
         }
         if let Some(experts) = self.size("llama.expert_count")?.filter(|&experts| experts > 0) {
-            return Err(Error::Config(format!(
+            return Err(Error::Unsupported(format!(
                 "llama.expert_count {experts}, expected 0: mixtures of experts are not supported"
             )));
         }
@@ -106,7 +106,7 @@ impl Gguf {
         let key = "llama.rope.dimension_count";
         match self.size(key)?.filter(|&dim| dim != head_dim) {
             Some(dim) => {
-                Err(Error::Config(format!("{key} {dim}, expected the head dim {head_dim}")))
+                Err(Error::Unsupported(format!("{key} {dim}, expected the head dim {head_dim}")))
             }
             None => Ok(config),
         }
@@ -126,7 +126,7 @@ impl Gguf {
                 RopeScaling::Linear { factor }
             }
             other => {
-                return Err(Error::Config(format!(
+                return Err(Error::Unsupported(format!(
                     "llama.rope.scaling.type {other:?}, expected \"none\" or \"linear\""
                 )));
             }

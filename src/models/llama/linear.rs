@@ -138,7 +138,9 @@ const PIECE: usize = 1 << 15;
 pub(super) fn contiguous<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (Storage::Cpu(storage), Some((start, end))) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        _ => Err(Error::Config("a tensor is not contiguous on the CPU, as was expected".into())),
+        _ => {
+            Err(Error::Unsupported("a tensor is not contiguous on the CPU, as was expected".into()))
+        }
     }
 }
 

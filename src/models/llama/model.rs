@@ -82,7 +82,7 @@ impl LlamaModel {
     fn new(mut from: Loader<'_>, config: LlamaConfig, device: &Device) -> Result<Self> {
         let (rows, hidden) = (config.vocab_size, config.hidden_size);
         if from.has_layer(config.num_layers) {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "{} layers by the configuration, but the weights hold more",
                 config.num_layers
             )));
@@ -156,7 +156,7 @@ impl LlamaModel {
     /// ranges that were chosen there change nothing.
     ///
     /// # Errors
-    /// [`Error::Config`] if `context` is 0 or beyond the model's context length.
+    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
     pub fn new_cache(&self, batch: usize, context: usize) -> Result<LlamaCache> {
         LlamaCache::of_layers(&self.layers, &self.config, batch, context, &self.device)
     }
@@ -177,9 +177,9 @@ impl LlamaModel {
     ///
     /// # Errors
     /// [`Error::ContextLength`] if the cache has no room, [`Error::Shape`] for an empty input or
-    /// one that does not fit to the cache, [`Error::DType`] unless ids are U32, [`Error::Config`]
-    /// for an id outside of the vocabulary or a layer switched to fp32 over an int8 cache, and
-    /// those of [`attention`](crate::attention()). After an error the cache is as it was.
+    /// one that does not fit to the cache, [`Error::DType`] unless ids are U32,
+    /// [`Error::InvalidArgument`] for an id outside of the vocabulary, [`Error::Mismatch`] for the
+    /// cache of another model or a layer switched to fp32 over an int8 cache, and those of [`attention`](crate::attention()). After an error the cache is as it was.
     pub fn hidden_states(&self, input_ids: &Tensor, cache: &mut LlamaCache) -> Result<Tensor> {
         let before = cache.len();
         let hidden = self.run_layers(input_ids, cache);
@@ -192,7 +192,7 @@ impl LlamaModel {
     /// What enters the first layer: `input_ids` `[B, N]` U32 to `[B, N, hidden_size]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for an empty input, [`Error::DType`] unless ids are U32, [`Error::Config`]
+    /// [`Error::Shape`] for an empty input, [`Error::DType`] unless ids are U32, [`Error::InvalidArgument`]
     /// for an id outside of the vocabulary.
     pub fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
         self.check_ids(input_ids)?;
@@ -261,9 +261,9 @@ impl LlamaModel {
         let rows = self.config.vocab_size;
         let ids = ids.flatten_all()?.to_vec1::<u32>()?;
         match ids.into_iter().find(|&id| id as usize >= rows) {
-            Some(id) => {
-                Err(Error::Config(format!("input_ids holds {id}, expected less than {rows}")))
-            }
+            Some(id) => Err(Error::InvalidArgument(format!(
+                "input_ids holds {id}, expected less than {rows}"
+            ))),
             None => Ok(tokens),
         }
     }

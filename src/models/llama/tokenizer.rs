@@ -111,22 +111,22 @@ impl LlamaTokenizer {
     /// one; a chat by the model's template has it already.
     ///
     /// # Errors
-    /// [`Error::Config`] if the tokenizer fails.
+    /// [`Error::InvalidArgument`] if the tokenizer fails.
     pub fn encode(&self, text: &str, whole: bool) -> Result<Vec<u32>> {
         match self.tokenizer.encode_fast(text, whole) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(e) => Err(Error::Config(format!("the tokenizer failed: {e}"))),
+            Err(e) => Err(Error::InvalidArgument(format!("the tokenizer failed: {e}"))),
         }
     }
 
     /// Ids to text, without special tokens.
     ///
     /// # Errors
-    /// [`Error::Config`] if the tokenizer fails.
+    /// [`Error::InvalidArgument`] if the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.tokenizer
             .decode(ids, true)
-            .map_err(|e| Error::Config(format!("the tokenizer failed: {e}")))
+            .map_err(|e| Error::InvalidArgument(format!("the tokenizer failed: {e}")))
     }
 
     /// Whether a text ends with this token.

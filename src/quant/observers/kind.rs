@@ -36,10 +36,10 @@ impl ObserverKind {
     pub const PERCENTILE: ObserverKind = ObserverKind::Percentile { percent: 99.99 };
 
     /// # Errors
-    /// [`Error::Config`] for a weight or percentage outside of its range.
+    /// [`Error::InvalidArgument`] for a weight or percentage outside of its range.
     pub fn check(self) -> Result<()> {
         let wrong = |what, x, top| {
-            Err(Error::Config(format!("{what} {x}, expected above 0 and at most {top}")))
+            Err(Error::InvalidArgument(format!("{what} {x}, expected above 0 and at most {top}")))
         };
         match self {
             ObserverKind::MovingAverage { weight } if !(weight > 0.0 && weight <= 1.0) => {
@@ -81,7 +81,7 @@ impl FromStr for ObserverKind {
             ("percentile", None) => ObserverKind::PERCENTILE,
             ("percentile", Some(Some(percent))) => ObserverKind::Percentile { percent },
             _ => {
-                return Err(Error::Config(format!(
+                return Err(Error::InvalidArgument(format!(
                     "observer {text:?}, expected min-max, moving-average[:WEIGHT], \
                      percentile[:PERCENT] or mse"
                 )));

@@ -116,10 +116,10 @@ impl Observer {
     /// after.
     ///
     /// # Errors
-    /// [`Error::Config`] if the kinds differ.
+    /// [`Error::Mismatch`] if the kinds differ.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         match (&mut self.state, &other.state) {
-            _ if self.kind != other.kind => Err(Error::Config(format!(
+            _ if self.kind != other.kind => Err(Error::Mismatch(format!(
                 "observers of two kinds, {} and {}; expected one",
                 self.kind, other.kind
             ))),

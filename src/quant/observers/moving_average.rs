@@ -58,10 +58,10 @@ impl MovingAverage {
     /// `b + (1 - w)^m * (a - y)`.
     ///
     /// # Errors
-    /// [`Error::Config`] if the weights differ.
+    /// [`Error::Mismatch`] if the weights differ.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         if self.weight != other.weight {
-            return Err(Error::Config(format!(
+            return Err(Error::Mismatch(format!(
                 "moving averages of the weights {} and {}; expected one",
                 self.weight, other.weight
             )));

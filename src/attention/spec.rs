@@ -1,0 +1,61 @@
+//! What of attention belongs to the model, whoever computes it and in which precision.
+
+use crate::{Error, Result};
+
+/// The attention that a model was trained with, whatever the backend.
+///
+/// Windows and ALiBi go by the position of a query among the keys, which belongs to the call: it is
+/// that of its [`Causal`](super::Causal) where there is one; otherwise the queries are the last `M`
+/// of the `N` keys.
+///
+/// More fields may be added: end an expression in `..AttentionSpec::default()`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct AttentionSpec {
+    /// Factor on the scores before everything else; `None` means `1 / sqrt(D)`.
+    pub softmax_scale: Option<f32>,
+    /// Bends scaled scores: `cap * tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
+    /// One slope for each query head: `-slope * |position - key|` is added to the scores (Press et
+    /// al. 2021, arXiv:2108.12409).
+    pub alibi_slopes: Option<Vec<f32>>,
+    /// Sliding window: a query sees at most this many keys to the left of its position.
+    pub window_left: Option<usize>,
+    /// Sliding window: a query sees at most this many keys to the right of its position.
+    pub window_right: Option<usize>,
+}
+
+impl AttentionSpec {
+    /// The factor on scores of `depth` elements.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] unless it is finite.
+    pub(super) fn scale(&self, depth: usize) -> Result<f32> {
+        let scale = self.softmax_scale.unwrap_or(1.0 / (depth.max(1) as f32).sqrt());
+        if !scale.is_finite() {
+            let problem = format!("softmax scale {scale}, expected a finite number");
+            return Err(Error::InvalidArgument(problem));
+        }
+        Ok(scale)
+    }
+
+    /// # Errors
+    /// [`Error::InvalidArgument`] for numbers that make no sense, [`Error::Mismatch`] unless there
+    /// is one slope for each of `heads` query heads.
+    pub(super) fn check(&self, heads: usize) -> Result<()> {
+        if let Some(cap) = self.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+            let problem = format!("softcap {cap}, expected finite and positive");
+            return Err(Error::InvalidArgument(problem));
+        }
+        let Some(slopes) = &self.alibi_slopes else { return Ok(()) };
+        if slopes.len() != heads {
+            let found = slopes.len();
+            return Err(Error::Mismatch(format!("{found} ALiBi slopes for {heads} heads")));
+        }
+        match slopes.iter().find(|slope| !slope.is_finite()) {
+            Some(slope) => {
+                Err(Error::InvalidArgument(format!("ALiBi slope {slope}, expected finite")))
+            }
+            None => Ok(()),
+        }
+    }
+}
