@@ -71,6 +71,7 @@ pub mod reference;
 #[cfg(test)]
 #[path = "../tests/common/mod.rs"]
 mod testing;
+mod view;
 
 pub use attention::{
     AttentionCall, AttentionConfig, AttentionSpec, Backend, CacheValues, Causal, Int8Config,

@@ -7,12 +7,12 @@
 
 use super::engine::{KeyValues, Queries, QueryBlock, Rows, Running, Tile, gather};
 use super::tensor_values::{accumulate, tiles};
-use super::view::View;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, LANES, Rows as Matrix};
 use crate::cpu::plain::widest;
 use crate::memory::overwrite;
 use crate::product::{PackedMatrix, Start, StoredMatrix};
+use crate::view::View;
 use std::ops::Range;
 
 /// Keys or values of a head.

@@ -28,7 +28,6 @@ mod spec;
 pub mod tensor_ops;
 mod tensor_values;
 pub mod unfused;
-mod view;
 mod visible;
 
 pub use call::{AttentionCall, Causal};

@@ -1,7 +1,6 @@
 //! One side of the product: a float tensor, and how its rows become codes.
 
 use super::engine::blocks;
-use super::view::View;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
 use crate::parallel;
@@ -9,6 +8,7 @@ use crate::quant::rows::{RowParams, quantize_block, row_range};
 use crate::quant::{
     Granularity, MeanSums, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
 };
+use crate::view::View;
 use crate::{Error, Result};
 
 /// A float tensor `[B, H, S, D]` with the choices of its quantization.

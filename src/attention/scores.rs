@@ -3,8 +3,8 @@
 use super::config::{RequantConfig, ScoreConfig, ScoreOutput};
 use super::scorer::{ScoreScale, Scorer, check_product};
 use super::shapes::{self, check_scores};
-use super::view::View;
 use crate::quant::{QuantConfig, QuantizedTensor, RangeSource};
+use crate::view::View;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Shape, Tensor};
 

@@ -1,9 +1,9 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
 use super::engine::{Probs, Running, TILE, Tile, blocks};
-use super::view::View;
 use crate::cpu::contracts::{GROUP, RUN};
 use crate::product::PackedMatrix;
+use crate::view::View;
 use std::cell::RefCell;
 use std::ops::Range;
 

@@ -3,7 +3,7 @@
 use super::contracts::{
     BlockCodes, Format, Int8Product, Panel, PanelProduct, Rows, ScoreTile, Stored, TileInput,
 };
-use super::table::{Entry, TABLE};
+use super::table::{Bf16, Entry, TABLE};
 use crate::{Error, Result};
 use pulp::Arch;
 use std::sync::OnceLock;
@@ -16,7 +16,11 @@ pub const LEVEL_VARIABLE: &str = "CANDLE_INT8_CPU";
 /// An instruction level of the CPU that this machine has: holding one proves that the instructions of
 /// its kernels are there.
 #[derive(Clone, Copy)]
-pub(crate) struct Level(&'static Entry);
+pub(crate) struct Level {
+    entry: &'static Entry,
+    /// What the machine has in addition, asked for once.
+    bf16: Option<&'static Bf16>,
+}
 
 impl PartialEq for Level {
     fn eq(&self, other: &Self) -> bool {
@@ -139,7 +143,13 @@ impl Level {
 
     /// Every level that this machine has, best first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
-        TABLE.iter().filter(|entry| (entry.is_available)()).map(Self)
+        TABLE.iter().filter_map(Self::of)
+    }
+
+    /// The only way to one: where its instructions are.
+    fn of(entry: &'static Entry) -> Option<Self> {
+        let bf16 = entry.bf16.as_ref().filter(|bf16| (bf16.is_available)());
+        (entry.is_available)().then_some(Self { entry, bf16 })
     }
 
     fn choose(forced: Option<String>) -> std::result::Result<Self, Refusal> {
@@ -147,38 +157,35 @@ impl Level {
             return Ok(Self::all().next().expect("the portable level is always available"));
         };
         match TABLE.iter().find(|entry| entry.name == name) {
-            Some(entry) if (entry.is_available)() => Ok(Self(entry)),
-            Some(_) => Err((name, "needs instructions that this machine lacks")),
+            Some(entry) => {
+                Self::of(entry).ok_or((name, "needs instructions that this machine lacks"))
+            }
             None => Err((name, "does not exist")),
         }
     }
 
     /// Its name.
     pub(crate) fn name(self) -> &'static str {
-        self.0.name
+        self.entry.name
     }
 
     /// The vectors of its plain loops.
     pub(crate) fn vectors(self) -> Arch {
-        (self.0.vectors)()
+        (self.entry.vectors)()
     }
 
     /// The int8 product: layouts and kernels.
     pub(crate) fn int8_product(self) -> &'static Int8Product {
-        &self.0.int8_product
+        &self.entry.int8_product
     }
 
     /// Multiplies with matrices packed in a format; `None` for bf16 where the machine does not.
     pub(crate) fn panels(self, format: Format) -> Option<&'static PanelProduct> {
         match format {
-            Format::F32 => Some(&self.0.float_panels),
-            Format::Int8 => Some(&self.0.int8_panels),
-            Format::Bf16 => self.bf16().map(|bf16| &bf16.panels),
+            Format::F32 => Some(&self.entry.float_panels),
+            Format::Int8 => Some(&self.entry.int8_panels),
+            Format::Bf16 => self.bf16.map(|bf16| &bf16.panels),
         }
-    }
-
-    fn bf16(self) -> Option<&'static super::table::Bf16> {
-        self.0.bf16.as_ref().filter(|bf16| (bf16.is_available)())
     }
 
     /// A tile of int32 sums.
@@ -188,7 +195,7 @@ impl Level {
     #[inline(always)]
     pub(crate) unsafe fn int8_tile(self, input: TileInput, out: *mut i32, stride: usize) {
         // SAFETY: by contract; a level is there only with its instructions.
-        unsafe { (self.0.int8_product.tile)(input, out, stride) }
+        unsafe { (self.entry.int8_product.tile)(input, out, stride) }
     }
 
     /// A panel of scores.
@@ -198,7 +205,7 @@ impl Level {
     #[inline(always)]
     pub(crate) unsafe fn int8_scores(self, input: TileInput, scores: ScoreTile) {
         // SAFETY: by contract; a level is there only with its instructions.
-        unsafe { (self.0.int8_product.scores)(input, scores) }
+        unsafe { (self.entry.int8_product.scores)(input, scores) }
     }
 
     /// A panel of a packed matrix.
@@ -222,19 +229,19 @@ impl Level {
     #[inline(always)]
     pub(crate) unsafe fn multiply_stored(self, stored: Stored, panel: Panel) {
         // SAFETY: by contract; a level is there only with its instructions.
-        unsafe { (self.0.stored.of(stored))(panel) }
+        unsafe { (self.entry.stored.of(stored))(panel) }
     }
 
     /// The largest score; NaN does not count.
     pub(crate) fn max(self, scores: &[f32]) -> f32 {
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.0.softmax.max)(scores) }
+        unsafe { (self.entry.softmax.max)(scores) }
     }
 
     /// Replaces scores by `2^(score - max)`; returns their sum.
     pub(crate) fn exp_f32(self, scores: &mut [f32], max: f32) -> f32 {
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.0.softmax.exp_f32)(scores, max) }
+        unsafe { (self.entry.softmax.exp_f32)(scores, max) }
     }
 
     /// Writes `2^(score - max)` in bf16; returns the sum of the rounded ones.
@@ -243,7 +250,7 @@ impl Level {
     /// Unless there are as many places, or the machine does not multiply bf16.
     pub(crate) fn exp_bf16(self, scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
         assert_eq!(scores.len(), probs.len());
-        let bf16 = self.bf16().expect("a machine that multiplies bf16");
+        let bf16 = self.bf16.expect("a machine that multiplies bf16");
         // SAFETY: a level is there only with its instructions, as is what it adds.
         unsafe { (bf16.exp)(scores, max, probs) }
     }
@@ -255,7 +262,7 @@ impl Level {
     pub(crate) fn exp_int8(self, scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
         assert_eq!(scores.len(), codes.len());
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.0.softmax.exp_int8)(scores, max, codes) }
+        unsafe { (self.entry.softmax.exp_int8)(scores, max, codes) }
     }
 
     /// Symmetric codes with a scale a row, after subtracting `offset` from each row if there is one.
@@ -270,7 +277,7 @@ impl Level {
     ) {
         out.check(rows, offset);
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.0.rows.quantize_symmetric)(rows, offset, out) }
+        unsafe { (self.entry.rows.quantize_symmetric)(rows, offset, out) }
     }
 
     /// The dot product of `vector` with every row, less `offset` if there is one.
@@ -287,7 +294,7 @@ impl Level {
         assert_eq!((rows.depth(), rows.count()), (vector.len(), out.len()));
         assert!(offset.is_none_or(|offset| offset.len() == vector.len()));
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.0.rows.dots)(rows, offset, vector, out) }
+        unsafe { (self.entry.rows.dots)(rows, offset, vector, out) }
     }
 }
 

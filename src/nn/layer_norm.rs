@@ -1,13 +1,11 @@
 //! Layer norm (Ba et al. 2016, arXiv:1607.06450) of the rows of a tensor.
 
-use super::{is_plain_f32, is_tracked, vectors};
+use super::{is_plain_f32, is_tracked};
 use crate::Result;
+use crate::parallel::Work;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, bail};
 use pulp::{Arch, Simd, WithSimd};
-use rayon::prelude::*;
 
-/// Elements that one thread normalizes before another is woken.
-const SERIAL_BELOW: usize = 1 << 15;
 /// Elements of a task, at least.
 const TASK: usize = 1 << 13;
 
@@ -30,14 +28,14 @@ pub(super) struct FusedNorm {
 impl LayerNorm {
     /// `weight` and `bias` are both `[width]`.
     pub(crate) fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
-        let fused = match vectors() {
-            Some(arch) if is_plain_f32(&[&weight, &bias]) => Some(FusedNorm {
-                arch,
+        let fused = match is_plain_f32(&[&weight, &bias]) {
+            true => Some(FusedNorm {
+                arch: crate::cpu::vectors(),
                 weight: weight.to_vec1()?,
                 bias: bias.to_vec1()?,
                 eps: eps as f32,
             }),
-            _ => None,
+            false => None,
         };
         Ok(Self { weight, bias, eps, fused })
     }
@@ -78,10 +76,9 @@ impl FusedNorm {
         }
         assert!(rows.len().is_multiple_of(width));
         let normalize = |rows: &mut [f32]| self.arch.dispatch(Normalize { norm: self, rows });
-        match rows.len() < SERIAL_BELOW {
-            true => normalize(rows),
-            false => rows.par_chunks_mut(TASK.div_ceil(width) * width).for_each(normalize),
-        }
+        // Three passes over elements that are in L1 by then.
+        let work = Work { elements: 2 * rows.len(), ..Work::default() };
+        work.for_each(rows.chunks_mut(TASK.div_ceil(width) * width).collect(), normalize);
     }
 }
 

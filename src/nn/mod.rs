@@ -5,22 +5,18 @@
 //! LayerNorm  of each row; after a Linear in the memory of its result
 //! ```
 //!
-//! Weights are put in the kernel's order once, when a model is loaded. The vectors are `pulp`'s:
-//! one source for AVX-512, AVX2 and NEON, chosen at run time. On request a linear layer is rounded
-//! to bf16, for the kernels of the room `pv`. A row of a result depends on nothing
-//! but its own row of the input, so the number of threads changes nothing.
+//! Weights are packed once, when a model is loaded, and multiplied by the room `product`; on request a
+//! linear layer is rounded to bf16. Norms and activations are loops over `pulp`'s vectors, those of the level
+//! in use. A row of a result depends on nothing but its own row of the input, so the number of threads
+//! changes nothing.
 //!
 //! The fused form has no gradient. Where one is asked for (an input depends on a variable), and on
-//! other devices, for other dtypes and on processors without such vectors, the same layers are
-//! made of Candle's own operations.
+//! other devices and for other dtypes, the same layers are made of Candle's own operations.
 
 mod activation;
 mod layer_norm;
 mod linear;
-mod packed;
 mod product;
-mod product_bf16;
-mod rows;
 mod tasks;
 
 pub(crate) use activation::Activation;
@@ -38,11 +34,6 @@ fn is_plain_f32(tensors: &[&Tensor]) -> bool {
 /// Whether a gradient may be asked for.
 fn is_tracked(tensors: &[&Tensor]) -> bool {
     tensors.iter().any(|x| x.track_op())
-}
-
-/// The vectors of the level in use, if it has any.
-fn vectors() -> Option<pulp::Arch> {
-    Some(crate::cpu::vectors()).filter(|arch| !matches!(arch, pulp::Arch::Scalar))
 }
 
 /// Every instruction set that the tests can run here, plain scalars included.

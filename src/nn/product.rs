@@ -1,19 +1,20 @@
-//! `x·W^T + b` in f32, with a residual added or an activation applied to sums still in registers.
+//! `x·W^T + b` in f32, or with operands rounded to bf16 and f32 sums, and what follows while the sums are in
+//! L1: an activation, or a residual.
 //!
-//! A tile is `ROWS` rows of `x` times one panel of weights over the whole depth: 6 x 4 sums of a
-//! vector each, 4 vectors of weights and 1 broadcast of `x` where there are 32 registers, 6 x 2
-//! where there are 16. The sums of an element are added up in the order of the depth, whatever the
-//! tile, so results depend neither on the vectors nor on how the work is divided.
+//! The product is that of [`PackedMatrix`]: the sums of an element are added up in the order of the depth,
+//! whatever the tile, so results depend neither on how the work is divided nor on the vectors, where they
+//! have a fused multiply-add.
 
 use super::Activation;
-use super::packed::{NARROW, PackedWeights, WIDE, most_vectors};
-use super::rows::Rows;
-use super::tasks::{Shape, Task, in_tasks};
+use super::tasks::{BLOCK, Task, in_tasks};
+use crate::cpu::contracts::{Format, GROUP, bf16_bits};
+use crate::cpu::plain::widest;
+use crate::memory::overwrite;
+use crate::product::{PackedMatrix, Start};
+use crate::view::View;
 use pulp::{Simd, WithSimd};
+use std::cell::RefCell;
 use std::mem::MaybeUninit;
-
-/// Rows of a tile, at most.
-pub(super) const ROWS: usize = 6;
 
 /// What happens to the sums before they are stored.
 #[derive(Clone, Copy, Default)]
@@ -24,163 +25,264 @@ pub(super) struct Epilogue<'a> {
     pub activation: Option<Activation>,
 }
 
-/// Writes `x·W^T + b`, row-major `[rows, N]`, to every element of `out`.
+/// What a thread works in, from one task to the next.
+#[derive(Default)]
+struct Buffers {
+    /// Rows of `x` that do not lie one after the other.
+    gathered: Vec<f32>,
+    /// The rows of `x` in bf16.
+    rounded: Vec<u16>,
+    /// Of the rows and one panel.
+    sums: Vec<f32>,
+}
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
+}
+
+/// Writes `x·W^T + b`, row-major `[rows, N]`, to every element of `out`; `bias` is padded to whole panels.
 pub(super) fn multiply(
-    x: &Rows<'_>,
-    weights: &PackedWeights,
+    x: &View<'_>,
+    weights: &PackedMatrix,
+    bias: &[f32],
     epilogue: Epilogue<'_>,
     out: &mut [MaybeUninit<f32>],
 ) {
-    let (outputs, depth) = (weights.outputs(), weights.depth());
-    assert_eq!(x.width(), depth);
+    let [b, n, heads, width] = x.dims();
+    assert_eq!(heads * width, weights.depth());
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == out.len()));
-    let shape = Shape { rows: x.count(), outputs, depth };
-    in_tasks(shape, weights.width(), out, |buffer: &mut Vec<f32>, task| {
-        let x = x.read(task.rows.clone(), buffer);
-        weights.arch().dispatch(Product { x, weights, epilogue, task });
+    let shape = (b * n, weights.columns(), weights.depth());
+    in_tasks(shape, weights.panel_width(), out, |task| {
+        BUFFERS.with_borrow_mut(|buffers| {
+            let Buffers { gathered, rounded, sums } = buffers;
+            let rows = x.merged(task.rows.clone(), gathered);
+            let job = Job { weights, bias, epilogue, task };
+            match weights.format() {
+                Format::Bf16 => {
+                    let stride = weights.depth().next_multiple_of(GROUP);
+                    job.round(rows, stride, rounded);
+                    job.run((rounded, stride), sums);
+                }
+                _ => job.run((rows, weights.depth()), sums),
+            }
+        });
     });
 }
 
-/// [`multiply`] for a few rows one after the other, in this thread.
-pub(super) fn multiply_rows(x: &[f32], weights: &PackedWeights, out: &mut [MaybeUninit<f32>]) {
-    let (outputs, depth) = (weights.outputs(), weights.depth());
-    if out.is_empty() {
-        return;
-    }
-    let rows = out.len() / outputs;
-    assert_eq!((x.len(), out.len()), (rows * depth, rows * outputs));
-    let out = out.chunks_exact_mut(outputs).collect();
-    let task = Task { rows: 0..rows, columns: 0..outputs, out };
-    weights.arch().dispatch(Product { x, weights, epilogue: Epilogue::default(), task });
-}
-
-/// One task, with its rows of `x`.
-struct Product<'a> {
-    x: &'a [f32],
-    weights: &'a PackedWeights,
+/// One task.
+struct Job<'a> {
+    weights: &'a PackedMatrix,
+    bias: &'a [f32],
     epilogue: Epilogue<'a>,
     task: Task<'a>,
 }
 
-impl WithSimd for Product<'_> {
+impl Job<'_> {
+    /// Rows in bf16, each filled up with zeros to `stride`.
+    fn round(&self, rows: &[f32], stride: usize, out: &mut Vec<u16>) {
+        let depth = self.weights.depth();
+        out.resize(self.task.rows.len() * stride, 0);
+        if depth > 0 {
+            let job = (rows, depth, stride, &mut out[..]);
+            widest!(round_rows, job, (&[f32], usize, usize, &mut [u16]) => ());
+        }
+    }
+
+    /// Panel by panel, from its rows of `x`, which are `stride` apart.
+    fn run<T>(mut self, (x, stride): (&[T], usize), sums: &mut Vec<f32>) {
+        let (rows, width) = (self.task.rows.len(), self.weights.panel_width());
+        sums.resize(BLOCK.max(rows) * width, 0.0);
+        for first in self.task.columns.clone().step_by(width) {
+            let columns = first..(first + width).min(self.task.columns.end);
+            let start = Start::Row(&self.bias[first..]);
+            // SAFETY: `multiply` writes numbers.
+            let out = unsafe { overwrite(sums) };
+            self.weights.multiply(columns.clone(), (x, stride, rows), start, (out, width));
+            if let Some(activation) = self.epilogue.activation {
+                let sums = &mut sums[..rows * width];
+                crate::cpu::vectors().dispatch(Activate { activation, sums });
+            }
+            let at = first - self.task.columns.start;
+            let outs = self.task.out.iter_mut().zip(self.task.rows.clone());
+            for ((out, row), sums) in outs.zip(sums.chunks_exact_mut(width)) {
+                let sums = &mut sums[..columns.len()];
+                if let Some(residual) = self.epilogue.residual {
+                    let residual = &residual[row * self.weights.columns()..][columns.clone()];
+                    widest!(add, (&mut *sums, residual), (&mut [f32], &[f32]) => ());
+                }
+                out[at..at + columns.len()].write_copy_of_slice(sums);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add((sums, others): (&mut [f32], &[f32])) {
+    sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+}
+
+/// Rows of `depth` numbers in bf16, ties to even, each filled up with zeros to `stride`.
+#[inline(always)]
+fn round_rows((rows, depth, stride, out): (&[f32], usize, usize, &mut [u16])) {
+    const NAN: u16 = 0x7fc0;
+    for (row, out) in rows.chunks_exact(depth).zip(out.chunks_exact_mut(stride)) {
+        let (out, padding) = out.split_at_mut(depth);
+        for (out, &x) in out.iter_mut().zip(row) {
+            *out = if x.is_nan() { NAN } else { bf16_bits(x) };
+        }
+        padding.fill(0);
+    }
+}
+
+/// An activation of sums, which are whole vectors as panels are.
+struct Activate<'a> {
+    activation: Activation,
+    sums: &'a mut [f32],
+}
+
+impl WithSimd for Activate<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        match self.weights.width() / S::F32_LANES {
-            WIDE if most_vectors::<S>() == WIDE => self.panels::<S, WIDE>(simd),
-            _ => self.panels::<S, NARROW>(simd),
-        }
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (whole, rest) = S::as_mut_simd_f32s(self.sums);
+        assert!(rest.is_empty(), "{} sums beside whole vectors", rest.len());
+        self.activation.of_vectors(simd, whole);
     }
 }
 
-impl Product<'_> {
-    #[inline(always)]
-    fn panels<S: Simd, const V: usize>(&mut self, simd: S) {
-        let width = V * S::F32_LANES;
-        assert_eq!(self.weights.width(), width, "packed for other vectors");
-        for column in self.task.columns.clone().step_by(width) {
-            for row in (0..self.task.rows.len()).step_by(ROWS) {
-                self.tile_of_rows::<S, V>(simd, row, column);
+#[cfg(test)]
+mod tests {
+    use super::super::{LayerNorm, Linear, assert_threads_change_nothing};
+    use super::*;
+    use crate::cpu::Level;
+    use crate::testing::{largest_difference, randn};
+    use candle_core::{DType, Device, Tensor, Var};
+    use proptest::prelude::*;
+
+    /// Rounded to bf16 by Candle.
+    fn rounded(x: &Tensor) -> Tensor {
+        x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap()
+    }
+
+    /// A layer in bf16 and the same layer in f32 with rounded weights; `None` where the processor
+    /// does not multiply bf16.
+    fn layers(depth: usize, outputs: usize) -> Option<(Linear, Linear)> {
+        let (weight, bias) = (randn(&[outputs, depth]), randn(&[outputs]));
+        let mut bf16 = Linear::new(&weight, &bias).unwrap();
+        let found = bf16.round_to_bf16().unwrap();
+        assert_eq!(found, Level::active().unwrap().panels(Format::Bf16).is_some());
+        found.then(|| (bf16, Linear::new(&rounded(&weight), &bias).unwrap()))
+    }
+
+    /// Rounding of two sums of as many terms as the layer is deep, whose variance is 1, and of
+    /// what follows, whose slope is less than 2.
+    fn bound(depth: usize) -> f64 {
+        f64::from(f32::EPSILON) * (depth as f64 + 8.0) * 16.0
+    }
+
+    /// Every form is that of the f32 layer for rounded operands.
+    fn check(m: usize, depth: usize, outputs: usize) {
+        let Some((bf16, f32)) = layers(depth, outputs) else { return };
+        let (x, residual) = (randn(&[m, depth]), randn(&[m, outputs]));
+        let what = format!("[{m}, {depth}] x [{depth}, {outputs}]");
+        let close = |found: Tensor, expected: Tensor| {
+            let difference = largest_difference(&found, &expected);
+            assert!(difference <= bound(depth), "{what}: {difference}");
+        };
+        let same = rounded(&x);
+        close(bf16.forward(&x).unwrap(), f32.forward(&same).unwrap());
+        for activation in [Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            let expected = f32.forward_activated(&same, activation).unwrap();
+            close(bf16.forward_activated(&x, activation).unwrap(), expected);
+        }
+        // With an epsilon of 1 the norm does not magnify, however close the outputs are.
+        let ones = Tensor::ones(outputs, DType::F32, &Device::Cpu).unwrap();
+        let norm = LayerNorm::new(ones.clone(), ones, 1.0).unwrap();
+        let expected = f32.forward_add_norm(&same, &residual, &norm).unwrap();
+        close(bf16.forward_add_norm(&x, &residual, &norm).unwrap(), expected);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn every_form_is_the_product(m in 0usize..60, depth in 0usize..70, outputs in 0usize..150) {
+            check(m, depth, outputs);
+        }
+    }
+
+    #[test]
+    fn every_form_on_both_sides_of_every_edge() {
+        for m in [1, 5, 6, 7, 48, 49] {
+            for outputs in [1, 15, 16, 17, 63, 64, 65, 130] {
+                for depth in [0, 1, 2, 7, 8, 9, 33] {
+                    check(m, depth, outputs);
+                }
             }
         }
     }
 
-    /// The tile at a row and a column, with as many rows as there are left.
-    #[inline(always)]
-    fn tile_of_rows<S: Simd, const V: usize>(&mut self, simd: S, row: usize, column: usize) {
-        match self.task.rows.len() - row {
-            1 => self.tile::<S, 1, V>(simd, row, column),
-            2 => self.tile::<S, 2, V>(simd, row, column),
-            3 => self.tile::<S, 3, V>(simd, row, column),
-            4 => self.tile::<S, 4, V>(simd, row, column),
-            5 => self.tile::<S, 5, V>(simd, row, column),
-            _ => self.tile::<S, ROWS, V>(simd, row, column),
+    /// Enough work to be divided, over rows and over columns.
+    #[test]
+    fn many_threads_give_the_same_bits_as_one() {
+        for (m, depth, outputs) in [(150, 97, 200), (7, 512, 1030)] {
+            let Some((layer, _)) = layers(depth, outputs) else { return };
+            let x = randn(&[m, depth]);
+            assert_threads_change_nothing(|| layer.forward(&x).unwrap());
         }
     }
 
-    #[inline(always)]
-    fn tile<S: Simd, const R: usize, const V: usize>(
-        &mut self,
-        simd: S,
-        row: usize,
-        column: usize,
-    ) {
-        let (depth, width) = (self.weights.depth(), V * S::F32_LANES);
-        let columns = column..(column + width).min(self.task.columns.end);
-        let mut x = [&self.x[..0]; R];
-        for (i, x) in x.iter_mut().enumerate() {
-            *x = &self.x[(row + i) * depth..][..depth];
-        }
-        let panel = S::as_simd_f32s(self.weights.panel(column)).0.as_chunks::<V>().0;
-        let bias = S::as_simd_f32s(&self.weights.bias()[column..column + width]).0;
-        let mut sums = [[simd.splat_f32s(0.0); V]; R];
-        for (i, sums) in sums.iter_mut().enumerate() {
-            sums.copy_from_slice(bias);
-            if let Some(residual) = self.epilogue.residual {
-                let row = (self.task.rows.start + row + i) * self.weights.outputs();
-                let residual = &residual[row + columns.start..row + columns.end];
-                add(simd, sums, residual);
-            }
-        }
-        let mut sums = accumulate(simd, x, panel, sums);
-        if let Some(activation) = self.epilogue.activation {
-            activation.of_vectors(simd, sums.as_flattened_mut());
-        }
-        let start = column - self.task.columns.start;
-        for (out, sums) in self.task.out[row..row + R].iter_mut().zip(&sums) {
-            store::<S, V>(sums, &mut out[start..start + columns.len()]);
-        }
+    #[test]
+    fn heads_are_read_where_they_lie() {
+        let Some((bf16, f32)) = layers(24, 10) else { return };
+        let tokens = randn(&[2, 3, 7, 8]).transpose(1, 2).unwrap();
+        let expected = f32.forward(&rounded(&tokens)).unwrap();
+        assert!(largest_difference(&bf16.forward(&tokens).unwrap(), &expected) <= bound(24));
     }
-}
 
-/// `sums[r] += x[r]·panel`: the inner loop, which must hold no store.
-#[inline(always)]
-fn accumulate<S: Simd, const R: usize, const V: usize>(
-    simd: S,
-    x: [&[f32]; R],
-    panel: &[[S::f32s; V]],
-    mut sums: [[S::f32s; V]; R],
-) -> [[S::f32s; V]; R] {
-    // Of the same length for the compiler too, which then checks no index.
-    let mut same = [&x[0][..0]; R];
-    for (same, x) in same.iter_mut().zip(x) {
-        *same = &x[..panel.len()];
-    }
-    for (k, weights) in panel.iter().enumerate() {
-        for (x, sums) in same.iter().zip(&mut sums) {
-            let x = simd.splat_f32s(x[k]);
-            for (sum, weights) in sums.iter_mut().zip(weights) {
-                *sum = simd.mul_add_f32s(x, *weights, *sum);
+    /// Also numbers that only bf16 takes for infinite.
+    #[test]
+    fn nan_and_infinity_stay_in_their_row() {
+        let Some((layer, _)) = layers(5, 70) else { return };
+        let clean = randn(&[8, 5]);
+        let expected = layer.forward(&clean).unwrap().to_vec2::<f32>().unwrap();
+        let negative_nan = f32::from_bits(0xffff_ffff);
+        for bad in [f32::NAN, negative_nan, f32::INFINITY, f32::NEG_INFINITY, f32::MAX] {
+            let mut x = clean.to_vec2::<f32>().unwrap();
+            x[2][3] = bad;
+            let found = layer.forward(&Tensor::new(x, &Device::Cpu).unwrap()).unwrap();
+            let found = found.to_vec2::<f32>().unwrap();
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                match i {
+                    2 => assert!(found.iter().all(|x| !x.is_finite()), "{bad}: {found:?}"),
+                    _ => assert_eq!(found, expected, "{bad}"),
+                }
             }
         }
     }
-    sums
-}
 
-/// Adds as many numbers as there are.
-#[inline(always)]
-fn add<S: Simd, const V: usize>(simd: S, sums: &mut [S::f32s; V], numbers: &[f32]) {
-    let (whole, rest) = S::as_simd_f32s(numbers);
-    for (sum, x) in sums.iter_mut().zip(whole) {
-        *sum = simd.add_f32s(*sum, *x);
+    #[test]
+    fn a_variable_gets_the_gradient_of_the_rounded_weights() {
+        let Some((bf16, f32)) = layers(4, 6) else { return };
+        let x = Var::from_tensor(&rounded(&randn(&[2, 3, 4]))).unwrap();
+        let gradient = |layer: &Linear| {
+            let out = layer.forward_activated(&x, Activation::Gelu).unwrap();
+            out.sum_all().unwrap().backward().unwrap().get(&x).cloned().expect("a gradient")
+        };
+        assert_eq!(largest_difference(&gradient(&bf16), &gradient(&f32)), 0.0);
     }
-    if let Some(sum) = sums.get_mut(whole.len()) {
-        *sum = simd.add_f32s(*sum, simd.partial_load_f32s(rest));
-    }
-}
 
-/// Writes as many sums as there is room for.
-#[inline(always)]
-fn store<S: Simd, const V: usize>(sums: &[S::f32s; V], out: &mut [MaybeUninit<f32>]) {
-    let (whole, rest) = S::as_uninit_mut_simd_f32s(out);
-    for (out, sum) in whole.iter_mut().zip(sums) {
-        out.write(*sum);
-    }
-    if let Some(sum) = sums.get(whole.len()) {
-        let lanes = pulp::bytemuck::cast_slice::<S::f32s, f32>(std::slice::from_ref(sum));
-        for (out, x) in rest.iter_mut().zip(lanes) {
-            out.write(*x);
+    #[test]
+    fn weights_that_bf16_cannot_hold_stay_as_they_are() {
+        for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
+            let weight = Tensor::new(&[[1f32, 2.0], [bad, 0.5]], &Device::Cpu).unwrap();
+            let mut layer = Linear::new(&weight, &randn(&[2])).unwrap();
+            let x = Tensor::new(&[[0.1f32, 0.2]], &Device::Cpu).unwrap();
+            let before = layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+            assert!(!layer.round_to_bf16().unwrap(), "{bad}");
+            let after = layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(before[0][0], after[0][0], "{bad}");
         }
     }
 }

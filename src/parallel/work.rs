@@ -29,6 +29,9 @@ const PIECE_NS: usize = 2_000;
 /// From here on it costs nothing that the caller sleeps, and it saves having one thread more than
 /// there are cores.
 const LONG_NS: usize = 1_000_000;
+/// Parts of a product.
+const PART_NS: usize = 10_000;
+const PARTS_PER_THREAD: usize = 16;
 /// Pieces that are to be divided again, if a thread runs out of them.
 const DIVIDED_NS: usize = 40_000;
 
@@ -40,12 +43,19 @@ impl Work {
             + self.elements / ELEMENTS_PER_NS
     }
 
+    /// Into how many parts the work may be cut: each is worth some 10 µs, and every thread has enough of them
+    /// for all to end at about the same time.
+    pub(crate) fn parts(self) -> usize {
+        let most = PARTS_PER_THREAD * rayon::current_num_threads();
+        (self.nanoseconds() / PART_NS).clamp(1, most)
+    }
+
     /// Calls `f` for all parts of this work, which do not depend on each other.
     pub(crate) fn for_each<T: Send>(self, parts: Vec<T>, f: impl Fn(T) + Sync + Send) {
-        if self.nanoseconds() < WAKE_NS {
-            parts.into_iter().for_each(f);
-        } else {
-            share::for_each(parts, f);
+        match self.nanoseconds() {
+            ..WAKE_NS => parts.into_iter().for_each(f),
+            WAKE_NS..LONG_NS => share::for_each(parts, f),
+            LONG_NS.. => parts.into_par_iter().with_max_len(1).for_each(f),
         }
     }
 

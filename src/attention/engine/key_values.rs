@@ -3,10 +3,10 @@
 use super::run::Queries;
 use super::softmax::{Running, Tile};
 use crate::attention::operand::QuantizedRows;
-use crate::attention::view::View;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
 use crate::product::PackedLhs;
+use crate::view::View;
 use std::ops::Range;
 
 /// Some rows of the queries that share a head of keys: row `i` is query `i % M` of query head `i / M`,

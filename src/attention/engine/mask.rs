@@ -1,7 +1,7 @@
 //! Mask tensors, read where they lie: a row at a time, broadcast by strides.
 
-use crate::attention::view::from;
 use crate::cpu::plain::widest;
+use crate::view::from;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Layout, Storage};
 use half::{bf16, f16};

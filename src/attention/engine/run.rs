@@ -193,14 +193,18 @@ impl Engine<'_> {
     /// What a row sees.
     fn row(&self, head: usize, row: usize) -> Row {
         let at = self.queries.at(head, row);
-        let Range { start, end } = self.visible.range(at[0], at[2]);
-        let sinks = start.min(self.sinks)..end.min(self.sinks);
-        Row { at, seen: self.seen(at[0], at[2]), sinks }
+        let range = self.visible.range(at[0], at[2]);
+        let sinks = range.start.min(self.sinks)..range.end.min(self.sinks);
+        Row { at, seen: self.behind_sinks(range, at[0], at[2]), sinks }
     }
 
     /// The keys that a query of a sequence sees, the sinks left out.
     pub(in crate::attention) fn seen(&self, sequence: usize, query: usize) -> Range<usize> {
-        let Range { mut start, end } = self.visible.range(sequence, query);
+        self.behind_sinks(self.visible.range(sequence, query), sequence, query)
+    }
+
+    fn behind_sinks(&self, range: Range<usize>, sequence: usize, query: usize) -> Range<usize> {
+        let Range { mut start, end } = range;
         if let Some(window) = self.window {
             let position = usize::try_from(self.visible.position(sequence, query)).unwrap_or(0);
             start = start.max(position.saturating_sub(window));

@@ -8,12 +8,12 @@ use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision
 use crate::attention::engine::{Element, Engine, MaskView, Modifiers, Queries};
 use crate::attention::mask::broadcast_mask;
 use crate::attention::shapes::{check_cpu, check_float, check_scores};
-use crate::attention::view::View;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
 use crate::memory::written;
 use crate::parallel::Work;
+use crate::view::View;
 use crate::{Error, Result};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Storage, Tensor};

@@ -17,10 +17,10 @@ pub use config::{CacheValues, KeyOffset, KvCacheConfig};
 
 use super::engine::blocks;
 use super::shapes::{check_cpu, check_float};
-use super::view::View;
 use crate::cpu::Level;
 use crate::parallel::Work;
 use crate::product;
+use crate::view::View;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Storage, Tensor};
 use head::{Dims, Head, PAGE, RowsRef};

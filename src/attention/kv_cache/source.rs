@@ -12,12 +12,12 @@ use crate::attention::engine::{KeyValues, Queries, QueryBlock, Rows, Running, TI
 use crate::attention::float_head::accumulate_in_place;
 use crate::attention::operand::QuantizedRows;
 use crate::attention::tensor_values::accumulate;
-use crate::attention::view::View;
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes, Format, LANES};
 use crate::cpu::plain::widest;
 use crate::memory::overwrite;
 use crate::product::{self, PackedMatrix, ScoreScales};
+use crate::view::View;
 use std::cell::RefCell;
 use std::ops::Range;
 

@@ -42,8 +42,6 @@ pub(crate) enum Start<'a> {
     Zero,
     /// The same numbers for all rows, padded to whole vectors.
     Row(&'a [f32]),
-    /// Rows of numbers as the sums are: row-major, as far apart as these.
-    Rows(&'a [f32]),
 }
 
 impl PackedMatrix {
@@ -208,6 +206,15 @@ impl PackedMatrix {
         }
     }
 
+    /// A column, as it is stored in f32.
+    pub(crate) fn column(&self, column: usize) -> impl Iterator<Item = f32> {
+        assert!(self.product.format == Format::F32 && column < self.columns);
+        let panel = self.panels().find(|panel| panel.contains(&column)).expect("a panel for it");
+        let start = self.panel_start(&panel, 0) + (column - panel.start) * size_of::<f32>();
+        let numbers = self.bytes.as_slice().get(start..).unwrap_or_default().as_chunks::<4>().0;
+        numbers.iter().step_by(panel.len()).take(self.depth).map(|&x| f32::from_ne_bytes(x))
+    }
+
     /// The columns of every panel.
     fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (vectors, most) = (self.columns.div_ceil(LANES), self.product.vectors);
@@ -342,21 +349,21 @@ impl PackedMatrix {
         unsafe { self.level.multiply(self.product.format, job) };
     }
 
-    /// `out[r, c - columns.start] = start[r, c - columns.start] + sum_k lhs[r, k] * matrix[k, c]` in f32
-    /// over the whole depth, for `rows` rows of `lhs` and of `out` and the vectors of `columns`, whose
+    /// `out[r, c - columns.start] = start[r, c - columns.start] + sum_k lhs[r, k] * matrix[k, c]` over the
+    /// whole depth in f32 or bf16, for `rows` rows of `lhs` and of `out` and the vectors of `columns`, whose
     /// start is a multiple of [`PackedMatrix::panel_width`]; the matrix was put in columns. What follows the last column in its vector
     /// is overwritten.
     ///
     /// # Panics
-    /// Where there is no room for that, or the format is not f32.
-    pub(crate) fn multiply(
+    /// Where there is no room for that, or the format is int8.
+    pub(crate) fn multiply<T>(
         &self,
         columns: Range<usize>,
-        (lhs, stride, rows): (&[f32], usize, usize),
+        (lhs, stride, rows): (&[T], usize, usize),
         start: Start<'_>,
         (out, out_stride): (&mut [MaybeUninit<f32>], usize),
     ) {
-        assert!(self.product.format == Format::F32 && self.aligned);
+        assert!(self.product.format != Format::Int8 && self.aligned);
         assert!(columns.start.is_multiple_of(self.panel_width()) && columns.end <= self.columns);
         let width = columns.len().next_multiple_of(LANES);
         if rows == 0 || width == 0 {
@@ -364,14 +371,21 @@ impl PackedMatrix {
         }
         assert!(out_stride >= width && out.len() >= (rows - 1) * out_stride + width);
         let (start, start_stride) = match start {
+            // Of bf16 the sums are added to what is there.
+            Start::Zero if self.product.format == Format::Bf16 => {
+                let rows = out.chunks_mut(out_stride).take(rows);
+                rows.for_each(|out| out[..width].fill(MaybeUninit::new(0.0)));
+                (out.as_ptr().cast(), out_stride)
+            }
+            Start::Row(row) if self.product.format == Format::Bf16 => {
+                let rows = out.chunks_mut(out_stride).take(rows);
+                rows.for_each(|out| _ = out[..width].write_copy_of_slice(&row[..width]));
+                (out.as_ptr().cast(), out_stride)
+            }
             Start::Zero => (std::ptr::null(), 0),
             Start::Row(row) => {
                 assert!(row.len() >= width);
                 (row.as_ptr(), 0)
-            }
-            Start::Rows(all) => {
-                assert!(all.len() >= (rows - 1) * out_stride + width);
-                (all.as_ptr(), out_stride)
             }
         };
         let panels = self.panels().skip_while(|panel| panel.start < columns.start);
@@ -388,7 +402,7 @@ impl PackedMatrix {
             };
             // SAFETY: `job` checked the left side and the matrix; whole vectors of sums and of starts
             // are in every row, as just asserted.
-            unsafe { self.level.multiply(Format::F32, job) };
+            unsafe { self.level.multiply(self.product.format, job) };
         }
     }
 
