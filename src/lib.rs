@@ -76,7 +76,7 @@ mod uninit;
 pub use attention::{
     AttentionCall, AttentionConfig, AttentionSpec, Backend, CacheValues, Causal, Int8Config,
     Int8KvCache, KeyOffset, KvCacheConfig, PvPrecision, QuantizedAttention, RequantConfig,
-    ScoreConfig, ScoreOutput, attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
+    RequantMode, ScoreConfig, attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

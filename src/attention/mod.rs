@@ -2,7 +2,9 @@
 //!
 //! * [`attention`]: scores, scale, mask, softmax, times V, in one fused op or in fp32.
 //! * [`QuantizedAttention`]: the same as a module that a model holds, one per layer.
-//! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op.
+//! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op;
+//!   [`attention_scores_int32`], [`attention_scores_requantized`] and [`attention_scores_int8`] are
+//!   its integers.
 //! * [`position_mask`], [`restrict_mask`]: several conditions as one mask tensor.
 //! * [`flash_attn`], [`flash_attn_varlen_cpu`]: the same with Candle's signatures and layouts.
 //! * [`Int8KvCache`]: keys and values of past tokens, and attention over them.
@@ -20,6 +22,7 @@ mod mask;
 mod module;
 mod operand;
 mod pace;
+mod requantized;
 mod scorer;
 mod scores;
 mod shapes;
@@ -28,16 +31,19 @@ pub mod tensor_ops;
 pub mod unfused;
 mod view;
 mod visible;
+mod words;
 
 pub use call::{AttentionCall, Causal};
 pub use combine::{position_mask, restrict_mask};
 pub use config::{
-    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
+    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, RequantMode, ScoreConfig,
 };
 pub use flash::{flash_attn, flash_attn_varlen_cpu};
 pub use kv_cache::{CacheValues, Int8KvCache, KeyOffset, KvCacheConfig};
 pub use module::QuantizedAttention;
-pub use scores::{attention_scores, attention_scores_int8};
+pub use scores::{
+    attention_scores, attention_scores_int8, attention_scores_int32, attention_scores_requantized,
+};
 pub use spec::AttentionSpec;
 pub use unfused::attention_probs;
 
@@ -84,10 +90,7 @@ pub fn attention(
 ) -> Result<Tensor> {
     let call = call.into();
     match &config.backend {
-        // The fused op has the scores straight from int32; requantized ones need the whole matrix.
-        Backend::Int8(int8)
-            if q.device().is_cpu() && int8.scores.output == ScoreOutput::Dequantized =>
-        {
+        Backend::Int8(int8) if q.device().is_cpu() => {
             shapes::check_attention("attention", q.dims(), k.dims(), v.dims())?;
             shapes::check_float("attention", &[("q", q), ("k", k), ("v", v)])?;
             shapes::check_cpu("attention", &[("q", q), ("k", k), ("v", v)])?;

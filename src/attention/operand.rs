@@ -81,6 +81,21 @@ impl<'a> Operand<'a> {
         self.scheme == Scheme::Symmetric
     }
 
+    /// The scale of every row without smoothing, NaN for one that is not finite, in row-major
+    /// order.
+    pub(super) fn all_scales(&self) -> Vec<f32> {
+        let (mut scales, mut buffer) = (Vec::new(), Vec::new());
+        let mut quantized = QuantizedRows::default();
+        for head in 0..self.view.heads() {
+            for tokens in blocks(self.view.tokens()) {
+                let rows = self.view.rows(head, tokens.clone(), &mut buffer);
+                self.quantize(rows, (head, tokens), None, &mut quantized);
+                scales.extend_from_slice(&quantized.scales);
+            }
+        }
+        scales
+    }
+
     /// What smoothing subtracts from the rows of a head: their mean, without those that are not
     /// finite.
     pub(super) fn find_mean(&self, head: usize, mean: &mut Mean) {

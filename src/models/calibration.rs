@@ -6,8 +6,8 @@
 //! data, much less than what follows, and without it a range would have to cover every offset that
 //! any text may have.
 
-use super::AttentionLayers;
-use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig, ScoreOutput};
+use super::{LayeredModel, run_layers};
+use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig};
 use crate::files::{corrupt, read_text, write};
 use crate::quant::{
     Granularity, Observer, ObserverKind, QuantConfig, QuantParams, Range, RangeSource, Scheme,
@@ -281,7 +281,6 @@ impl Calibration {
             k: self.side(&ranges.k, scales)?,
             smooth_k: self.config.smooth_k,
             smooth_q: self.config.smooth_q,
-            output: ScoreOutput::Dequantized,
         };
         let backend = Backend::Int8(Int8Config { scores, pv });
         Ok(base.with_backend(backend))
@@ -305,8 +304,8 @@ impl Calibration {
     ///
     /// # Errors
     /// [`Error::Mismatch`] unless the model has as many layers, and as many heads if it
-    /// [tells](AttentionLayers::head_counts).
-    pub fn check_model(&self, model: &impl AttentionLayers) -> Result<()> {
+    /// [tells](LayeredModel::head_counts).
+    pub fn check_model(&self, model: &impl LayeredModel) -> Result<()> {
         let differ = |what: String, found, expected| {
             Err(Error::Mismatch(format!("ranges of {found} {what} for a model of {expected}")))
         };
@@ -328,7 +327,7 @@ impl Calibration {
     ///
     /// # Errors
     /// Those of [`Calibration::check_model`] and [`Calibration::config`]; then no layer is switched.
-    pub fn apply(&self, model: &mut impl AttentionLayers, scales: StaticScales) -> Result<()> {
+    pub fn apply(&self, model: &mut impl LayeredModel, scales: StaticScales) -> Result<()> {
         self.check_model(model)?;
         let layers = model.attention_mut();
         let configs = layers.iter().enumerate();
@@ -392,7 +391,7 @@ impl Calibration {
     }
 }
 
-/// Runs the model over passages, token ids `[B, N]` each, and collects the ranges of every layer
+/// Runs the model over passages and collects the ranges of every layer
 /// and head. The attention in use stays in use: with fp32 in all layers the ranges are those of
 /// the original model.
 ///
@@ -413,14 +412,16 @@ impl Calibration {
 ///
 /// # Errors
 /// Those of the model and of [`Calibrator`]; [`Error::InvalidArgument`] without any passage.
-pub fn calibrate(
-    model: &impl AttentionLayers,
-    passages: &[Tensor],
+pub fn calibrate<'a, M: LayeredModel<Input: 'a>>(
+    model: &M,
+    passages: impl IntoIterator<Item = &'a M::Input>,
     config: CalibrationConfig,
 ) -> Result<Calibration> {
     let mut calibrator = Calibrator::new(config)?;
-    for ids in passages {
-        model.run(ids, &mut |layer, input| calibrator.observe(layer, input.q, input.k))?;
+    for passage in passages {
+        run_layers(model, passage, &mut |layer, input| {
+            calibrator.observe(layer, input.q, input.k)
+        })?;
     }
     calibrator.finish()
 }

@@ -34,8 +34,7 @@ impl Scheme {
 /// What shares one scale (and zero point), for a tensor `[.., S, D]` of `S` tokens.
 ///
 /// Each `[S, D]` matrix at the end of the shape is called a head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Granularity {
     /// The whole tensor.
     PerTensor,

@@ -13,14 +13,14 @@
 //! first leaves over: a query is practically exact, and since a decode step waits for keys from
 //! memory, the second product is nearly free. What is left of the error is that of the keys.
 
+use super::Int8KvCache;
 use super::head::{Head, PAGE};
 use super::span::Partial;
-use super::{Int8KvCache, cpu};
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
 use crate::attention::fused::{Between, MaskView};
 use crate::attention::mask::broadcast_mask;
 use crate::attention::shapes::{check_cpu, check_float, check_scores};
-use crate::attention::view::View;
+use crate::attention::view::{View, cpu};
 use crate::attention::visible::Visible;
 use crate::attention::{AttentionCall, AttentionSpec, Causal};
 use crate::gemm::{self, Kernel, PackedLhs};

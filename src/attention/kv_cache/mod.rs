@@ -20,12 +20,11 @@ pub use config::{CacheValues, KeyOffset, KvCacheConfig};
 use super::operand::blocks;
 use super::pace::Work;
 use super::shapes::{check_cpu, check_float};
-use super::view::View;
+use super::view::{View, cpu};
 use crate::gemm;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::Tensor;
 use head::{Dims, Head, PAGE, RowsRef};
-use std::ops::Deref;
 
 /// A cache of keys and values with int8 keys, for one layer of a model.
 ///
@@ -278,13 +277,5 @@ impl Int8KvCache {
     pub fn reset(&mut self) {
         self.shape = None;
         self.sequences.clear();
-    }
-}
-
-/// The storage of a tensor on the CPU.
-fn cpu(storage: &impl Deref<Target = Storage>) -> Result<&CpuStorage> {
-    match &**storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => Err(Error::Mismatch("a tensor on another device, expected the CPU".into())),
     }
 }
