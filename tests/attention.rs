@@ -4,9 +4,10 @@ mod common;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::{
-    attention_probs, attention_scores_requantized, position_mask, unfused,
+    attention_probs, attention_scores_requantized, position_mask,
 };
 use candle_int8_attention::quant::{Granularity, Scheme};
+use candle_int8_attention::reference::unfused;
 use candle_int8_attention::{
     AttentionCall, AttentionConfig, AttnMask, Backend, Causal, Error, PvPrecision,
     QuantizedAttention, RequantConfig, ScoreConfig, attention,

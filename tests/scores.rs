@@ -4,11 +4,12 @@ mod common;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::{
-    attention_scores_int8, attention_scores_int32, attention_scores_requantized, tensor_ops,
+    attention_scores_int8, attention_scores_int32, attention_scores_requantized,
 };
 use candle_int8_attention::quant::{
     Granularity, QuantConfig, QuantParams, QuantizedTensor, RangeSource, Requantizer, Scheme,
 };
+use candle_int8_attention::reference::tensor_ops;
 use candle_int8_attention::{Error, RequantConfig, RequantMode, ScoreConfig, attention_scores};
 use common::randn;
 

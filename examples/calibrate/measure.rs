@@ -11,7 +11,7 @@ use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::models::{
     Calibration, CalibrationConfig, LayerRanges, LayeredModel, StaticScales, run_layers,
 };
-use candle_int8_attention::quant::{Granularity, Range, token_mean};
+use candle_int8_attention::quant::{Granularity, ValueRange, token_mean};
 use serde::Serialize;
 
 /// One way to find scales.
@@ -119,7 +119,7 @@ fn clipped(model: &TextModel, passages: &[Tensor], calibration: &Calibration) ->
 /// Of `[B, H, S, D]`, with one range a head.
 fn count_outside(
     tensor: &Tensor,
-    ranges: &[Range],
+    ranges: &[ValueRange],
     smooth: bool,
 ) -> candle_int8_attention::Result<usize> {
     let (_, heads, tokens, depth) = tensor.dims4()?;

@@ -118,7 +118,7 @@ impl TextModel {
     pub fn longest(&self) -> usize {
         match self {
             TextModel::Encoder(encoder) => encoder.model.config().max_position_embeddings,
-            TextModel::Decoder(decoder) => decoder.model.config().context_length,
+            TextModel::Decoder(decoder) => decoder.model.config().max_position_embeddings,
         }
     }
 

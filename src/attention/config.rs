@@ -43,7 +43,7 @@ impl ScoreConfig {
     }
 
     /// Whether something in f32 is added to the int32 sums.
-    pub(super) fn is_smoothed(&self) -> bool {
+    pub(crate) fn is_smoothed(&self) -> bool {
         self.smooth_k || self.smooth_q
     }
 }

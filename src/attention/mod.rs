@@ -8,8 +8,7 @@
 //! * [`position_mask`], [`restrict_mask`]: several conditions as one mask tensor.
 //! * [`flash_attn`], [`flash_attn_varlen_cpu`]: the same with Candle's signatures and layouts.
 //! * [`Int8KvCache`]: keys and values of past tokens, and attention over them.
-//! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
-//! * [`tensor_ops`]: scores and attention from ordinary tensor operations, on any device.
+//! * [`attention_probs`]: the probabilities, all of them in memory.
 
 mod call;
 mod combine;
@@ -18,36 +17,35 @@ mod flash;
 mod fused;
 mod keys;
 mod kv_cache;
-mod mask;
+pub(crate) mod mask;
 mod module;
 mod operand;
 mod pace;
 mod requantized;
 mod scorer;
 mod scores;
-mod shapes;
+pub(crate) mod shapes;
 mod spec;
-pub mod tensor_ops;
-pub mod unfused;
 mod view;
-mod visible;
+pub(crate) mod visible;
 mod words;
 
+pub use crate::reference::unfused::attention_probs;
 pub use call::{AttentionCall, Causal};
 pub use combine::{position_mask, restrict_mask};
 pub use config::{
     AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, RequantMode, ScoreConfig,
 };
 pub use flash::{flash_attn, flash_attn_varlen_cpu};
-pub use kv_cache::{CacheValues, Int8KvCache, KeyOffset, KvCacheConfig};
+pub use kv_cache::{CacheValues, Int8KvCache, KeySmoothing, KvCacheConfig};
 pub use module::QuantizedAttention;
 pub use scores::{
     attention_scores, attention_scores_int8, attention_scores_int32, attention_scores_requantized,
 };
 pub use spec::AttentionSpec;
-pub use unfused::attention_probs;
 
 use crate::Result;
+use crate::reference::unfused;
 use candle_core::Tensor;
 
 /// `softmax(scale * q·k^T + mask)·v` with the backend that `config` names.
@@ -59,7 +57,7 @@ use candle_core::Tensor;
 /// [`AttnMask`](candle_nn::attention::AttnMask), of which [`Causal`](candle_nn::attention::AttnMask::Causal)
 /// lets query `i` attend to keys `j <= i + kv_offset`. A query with every key masked gives zeros.
 ///
-/// On a CPU the int8 backend is one fused op. On other devices it is [`tensor_ops::attention`],
+/// On a CPU the int8 backend is one fused op. On other devices it is [`tensor_ops::attention`](crate::reference::tensor_ops::attention),
 /// which has the same scores and holds all `M * N` of them. Gradients are those of fp32 attention
 /// on every device.
 ///

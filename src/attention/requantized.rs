@@ -3,7 +3,9 @@
 use super::config::{RequantConfig, RequantMode, ScoreConfig};
 use super::scorer::{ScoreScale, Scorer};
 use super::view::View;
-use crate::quant::{QuantParams, QuantizedTensor, Range, RangeSource, Requantizer, static_params};
+use crate::quant::{
+    QuantParams, QuantizedTensor, RangeSource, Requantizer, ValueRange, static_params,
+};
 use crate::{Error, Result};
 use rayon::prelude::*;
 
@@ -13,7 +15,7 @@ const ROWS: usize = 16;
 impl RequantConfig {
     /// # Errors
     /// [`Error::Contradiction`] if it cannot be with scores of `config`.
-    pub(super) fn check(&self, config: &ScoreConfig) -> Result<()> {
+    pub(crate) fn check(&self, config: &ScoreConfig) -> Result<()> {
         if self.mode == RequantMode::FixedPoint && config.is_smoothed() {
             return Err(Error::Contradiction(format!(
                 "fixed-point requantization with smooth_k = {} and smooth_q = {}: smoothing adds f32 \
@@ -85,7 +87,7 @@ impl Sums {
         let params = match &to.range {
             RangeSource::Static(given) => static_params(given, to.granularity, &self.dims, groups)?,
             RangeSource::Dynamic => {
-                let mut ranges = vec![Range::EMPTY; groups];
+                let mut ranges = vec![ValueRange::EMPTY; groups];
                 for (row, range) in found.into_iter().enumerate() {
                     let group = to.granularity.group(row / m, row % m, m);
                     ranges[group] = ranges[group].union(range);
@@ -106,7 +108,7 @@ impl Sums {
     }
 
     /// The range of each row.
-    fn ranges(&self) -> Result<Vec<Range>> {
+    fn ranges(&self) -> Result<Vec<ValueRange>> {
         let [b, h, m, _] = self.dims;
         let rows = (0..b * h * m).into_par_iter().with_min_len(ROWS);
         rows.map(|row| self.row(row).range()).collect()
@@ -128,15 +130,15 @@ impl Sums {
 impl Row<'_> {
     /// # Errors
     /// [`Error::NonFinite`] at the first score that is not finite.
-    fn range(&self) -> Result<Range> {
-        let mut range = Range::EMPTY;
+    fn range(&self) -> Result<ValueRange> {
+        let mut range = ValueRange::EMPTY;
         for (column, (sum, k_scale)) in self.sums.iter().zip(self.k_scales).enumerate() {
             let real = *sum as f32 * self.q_scale * k_scale;
             if !real.is_finite() {
                 let index = self.index * self.sums.len() + column;
                 return Err(Error::NonFinite { op: "attention_scores", index, value: real });
             }
-            range = range.union(Range { min: real, max: real });
+            range = range.union(ValueRange { min: real, max: real });
         }
         Ok(range)
     }

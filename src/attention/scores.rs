@@ -38,7 +38,7 @@ const OP: &str = "attention_scores";
 /// # Errors
 /// [`Error::Rank`], [`Error::Shape`] and [`Error::DType`] for tensors that do not fit,
 /// [`Error::Device`] unless both are on the CPU (elsewhere use
-/// [`tensor_ops::attention_scores`](super::tensor_ops::attention_scores)), [`Error::Depth`] beyond
+/// [`tensor_ops::attention_scores`](crate::reference::tensor_ops::attention_scores)), [`Error::Depth`] beyond
 /// the depth limit, [`Error::Contradiction`] for a configuration that contradicts itself,
 /// [`Error::Mismatch`] for static parameters that do not match the shapes,
 /// [`Error::InvalidArgument`] for a block of 0 tokens, [`Error::Kernel`] if
@@ -120,7 +120,7 @@ fn check(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<()> {
 impl ScoreConfig {
     /// # Errors
     /// [`Error::Contradiction`] if an int32 cannot hold the scores.
-    pub(super) fn check_int32(&self) -> Result<()> {
+    pub(crate) fn check_int32(&self) -> Result<()> {
         if self.is_smoothed() {
             return Err(Error::Contradiction(format!(
                 "int32 scores with smooth_k = {} and smooth_q = {}: an int32 cannot hold the \

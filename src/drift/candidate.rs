@@ -1,7 +1,8 @@
 //! The configurations to be measured, and how they are written in one word.
 
-use crate::attention::{attention_scores_requantized, unfused};
+use crate::attention::attention_scores_requantized;
 use crate::quant::{Granularity, RangeSource};
+use crate::reference::unfused;
 use crate::{
     AttentionCall, AttentionConfig, Error, Int8Config, PvPrecision, RequantConfig, Result,
     ScoreConfig, attention, attention_scores,

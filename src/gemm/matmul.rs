@@ -206,7 +206,7 @@ fn row_sums(codes: &[i8], rows: usize, depth: usize) -> Vec<i32> {
 mod tests {
     use super::*;
     use crate::gemm::dispatch::{TABLE, runnable};
-    use crate::gemm::reference;
+    use crate::reference::int_product;
     use proptest::prelude::*;
 
     struct Case {
@@ -232,7 +232,7 @@ mod tests {
         fn check(&self) {
             let (m, n, depth) = self.dims;
             let (za, zb) = (|i: usize| self.lhs_zeros[i], |j: usize| self.rhs_zeros[j]);
-            let expected = reference::matmul_nt(&self.lhs, &self.rhs, depth, (m, n), za, zb);
+            let expected = int_product(&self.lhs, &self.rhs, depth, (m, n), za, zb);
             for kernel in runnable() {
                 let out = self.run(kernel).unwrap();
                 let differs = out.iter().zip(&expected).position(|(&a, &b)| i64::from(a) != b);

@@ -11,7 +11,7 @@
 //! * `kernel` says what a kernel is; `kernels/` holds one file for each instruction set.
 //! * `dispatch` is the one ordered table of them, and picks one at run time.
 //! * `pack` puts operands into the order a kernel reads.
-//! * [`mod@reference`] is the plain triple loop that every kernel must equal, bit for bit.
+//! * What every kernel must equal, bit for bit, is the plain triple loop of [`crate::reference`].
 //!
 //! # Why it is exact
 //! No instruction used here saturates on the way, and a sum of `D` products of u8 and i8 fits an
@@ -24,7 +24,6 @@ mod kernel;
 mod kernels;
 mod matmul;
 mod pack;
-pub mod reference;
 
 pub use dispatch::{KERNEL_VARIABLE, KernelInfo, active_kernel, all_kernels};
 pub use matmul::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};

@@ -10,7 +10,7 @@ use super::{LayeredModel, run_layers};
 use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig};
 use crate::files::{corrupt, read_text, write};
 use crate::quant::{
-    Granularity, Observer, ObserverKind, QuantConfig, QuantParams, Range, RangeSource, Scheme,
+    Granularity, Observer, ObserverKind, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange,
     token_mean,
 };
 use crate::{AttentionConfig, Error, Result};
@@ -154,9 +154,9 @@ impl Calibrator {
                 "nothing was observed, expected at least a token".into(),
             ));
         }
-        let ranges = |index: usize, side: &str, heads: &[Observer]| -> Result<Vec<Range>> {
-            let ranges: Vec<Range> = heads.iter().map(|head| head.range(scheme)).collect();
-            match ranges.iter().position(|range| *range == Range::EMPTY) {
+        let ranges = |index: usize, side: &str, heads: &[Observer]| -> Result<Vec<ValueRange>> {
+            let ranges: Vec<ValueRange> = heads.iter().map(|head| head.range(scheme)).collect();
+            match ranges.iter().position(|range| *range == ValueRange::EMPTY) {
                 None if !ranges.is_empty() => Ok(ranges),
                 head => Err(Error::InvalidArgument(format!(
                     "no finite number was observed in {side} of layer {index}, head {}",
@@ -215,9 +215,9 @@ fn observe_heads(
 #[serde(deny_unknown_fields)]
 pub struct LayerRanges {
     /// Of the queries, `H`.
-    pub q: Vec<Range>,
+    pub q: Vec<ValueRange>,
     /// Of the keys, `H_kv`.
-    pub k: Vec<Range>,
+    pub k: Vec<ValueRange>,
 }
 
 /// What shares a static scale.
@@ -286,12 +286,12 @@ impl Calibration {
         Ok(base.with_backend(backend))
     }
 
-    fn side(&self, ranges: &[Range], scales: StaticScales) -> Result<QuantConfig> {
+    fn side(&self, ranges: &[ValueRange], scales: StaticScales) -> Result<QuantConfig> {
         let scheme = self.config.scheme;
         let (granularity, ranges) = match scales {
             StaticScales::PerHead => (Granularity::PerHead, ranges.to_vec()),
             StaticScales::PerTensor => {
-                let all = ranges.iter().fold(Range::EMPTY, |all, range| all.union(*range));
+                let all = ranges.iter().fold(ValueRange::EMPTY, |all, range| all.union(*range));
                 (Granularity::PerTensor, vec![all])
             }
         };
@@ -379,9 +379,10 @@ impl Calibration {
             if layer.q.is_empty() || layer.k.is_empty() {
                 return Err(Error::InvalidArgument(format!("no heads in layer {index}")));
             }
-            let wrong = |r: &&Range| !(r.min.is_finite() && r.max.is_finite() && r.min <= r.max);
+            let wrong =
+                |r: &&ValueRange| !(r.min.is_finite() && r.max.is_finite() && r.min <= r.max);
             if let Some(range) = layer.q.iter().chain(&layer.k).find(wrong) {
-                let Range { min, max } = range;
+                let ValueRange { min, max } = range;
                 return Err(Error::InvalidArgument(format!(
                     "range {min}..{max} in layer {index}, expected finite and in order"
                 )));

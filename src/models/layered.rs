@@ -210,7 +210,7 @@ impl LayeredModel for LlamaModel {
 
     fn head_counts(&self) -> Option<[usize; 2]> {
         let config = self.config();
-        Some([config.num_heads, config.num_kv_heads])
+        Some([config.num_attention_heads, config.num_key_value_heads])
     }
 }
 

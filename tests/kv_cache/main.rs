@@ -5,15 +5,15 @@ mod attend;
 mod common;
 mod errors;
 mod files;
-mod offset;
+mod smoothing;
 mod storage;
 mod window;
 
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
 use candle_int8_attention::{
-    AttentionCall, AttentionConfig, AttnMask, CacheValues, Causal, Error, Int8KvCache, KeyOffset,
-    KvCacheConfig, PvPrecision, attention,
+    AttentionCall, AttentionConfig, AttnMask, CacheValues, Causal, Error, Int8KvCache,
+    KeySmoothing, KvCacheConfig, PvPrecision, attention,
 };
 use common::randn;
 

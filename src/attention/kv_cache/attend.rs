@@ -149,7 +149,7 @@ pub(super) struct Block<'a> {
     /// Codes of all rows, then those of what they leave over.
     pub codes: PackedLhs,
     pub scales: Vec<f32>,
-    /// What the key offset adds to all scores of a row.
+    /// What smoothing of the keys adds to all scores of a row.
     pub biases: Vec<f32>,
     /// The keys that each row sees, but for the sinks.
     pub visible: Vec<Range<usize>>,

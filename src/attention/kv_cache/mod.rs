@@ -15,7 +15,7 @@ mod span;
 mod stored;
 mod values;
 
-pub use config::{CacheValues, KeyOffset, KvCacheConfig};
+pub use config::{CacheValues, KeySmoothing, KvCacheConfig};
 
 use super::operand::blocks;
 use super::pace::Work;
@@ -123,7 +123,7 @@ impl Int8KvCache {
     /// # Errors
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for tensors that do not fit each
     /// other or what is in the cache, [`Error::Device`] unless they are on the CPU,
-    /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Mismatch`] for a key offset that
+    /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Mismatch`] for a key smoothing that
     /// does not fit, [`Error::InvalidArgument`] for one that is not finite, [`Error::Depth`] beyond the depth limit, [`Error::Kernel`] if
     /// [`KERNEL_VARIABLE`](crate::gemm::KERNEL_VARIABLE) names a kernel that cannot be used. The
     /// cache is then as it was before.
@@ -217,7 +217,7 @@ impl Int8KvCache {
             }
             return Ok(Vec::new());
         }
-        self.config.key_offset.check(h, depth)?;
+        self.config.key_smoothing.check(h, depth)?;
         let kernel = gemm::select()?;
         let head = |head| Head::new(&self.config, head, dims, kernel);
         let sequence = || Sequence { heads: (0..h).map(head).collect(), len: 0 };
@@ -225,7 +225,7 @@ impl Int8KvCache {
     }
 
     /// Shortens every sequence to at most `len` tokens, for example to take back tokens that a
-    /// speculation got wrong. A key offset that is frozen stays so.
+    /// speculation got wrong. What is subtracted from keys stays as it is.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a window has dropped tokens that a query after `len` tokens would see.
@@ -273,7 +273,7 @@ impl Int8KvCache {
         Ok(())
     }
 
-    /// Forgets everything but the configuration: batch, heads, dims and key offset are open again.
+    /// Forgets everything but the configuration: batch, heads, dims and means of keys are open again.
     pub fn reset(&mut self) {
         self.shape = None;
         self.sequences.clear();

@@ -1,6 +1,6 @@
 //! One call of a layer's attention: what went in, and what fp32 makes of it.
 
-use crate::attention::unfused::attention_probs;
+use crate::attention::attention_probs;
 use crate::drift::Candidate;
 use crate::drift::metrics::entropy;
 use crate::models::Attend;

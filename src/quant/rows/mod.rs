@@ -10,7 +10,7 @@
 mod avx512;
 mod portable;
 
-use super::{QuantParams, Range, Scheme};
+use super::{QuantParams, Scheme, ValueRange};
 
 pub(crate) use portable::{accumulate_finite, quantize_row, row_range};
 
@@ -75,7 +75,7 @@ impl<'a> Rows<'a> {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct RowRange {
     /// Smallest and largest element; meaningless unless `finite`.
-    pub range: Range,
+    pub range: ValueRange,
     /// Whether every element is finite.
     pub finite: bool,
 }
@@ -250,7 +250,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(row_range(&[]).range, Range::EMPTY);
+        assert_eq!(row_range(&[]).range, ValueRange::EMPTY);
         assert!(row_range(&[f32::MAX, f32::MIN]).finite);
     }
 

@@ -2,7 +2,7 @@
 //! of the Arm baseline), and LLVM vectorizes it.
 
 use super::{BlockCodes, RowParams, RowRange, Rows};
-use crate::quant::{QuantParams, Range, Scheme};
+use crate::quant::{QuantParams, Scheme, ValueRange};
 use crate::simd::{LANES, each_lane, fold_lanes, sum_lanes, widest};
 
 /// Smallest and largest element of `row`, and whether all of it is finite.
@@ -23,7 +23,7 @@ fn row_range_body(row: &[f32]) -> RowRange {
     });
     let min = fold_lanes(low, |a, b| if b < a { b } else { a });
     let max = fold_lanes(high, larger);
-    RowRange { range: Range { min, max }, finite: sum_lanes(poison) == 0.0 }
+    RowRange { range: ValueRange { min, max }, finite: sum_lanes(poison) == 0.0 }
 }
 
 /// The largest magnitude of `row`, and whether all of it is finite.
@@ -95,7 +95,7 @@ fn quantize_block_body(
         let (finite, params) = match params {
             RowParams::Own(Scheme::Symmetric) => {
                 let (max, finite) = max_abs_body(values);
-                let range = Range { min: -max, max };
+                let range = ValueRange { min: -max, max };
                 (finite, QuantParams::from_finite_range(Scheme::Symmetric, range))
             }
             RowParams::Own(scheme) => {

@@ -6,10 +6,9 @@
 //! by itself where its tensors are not on a CPU. Codes are held as integers in floating point,
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
-use super::AttentionCall;
-use super::config::{AttentionConfig, RequantConfig, RequantMode, ScoreConfig};
-use super::shapes::check_scores;
 use super::unfused::{attention_with, fp32_scores};
+use crate::attention::shapes::check_scores;
+use crate::attention::{AttentionCall, AttentionConfig, RequantConfig, RequantMode, ScoreConfig};
 use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
 use crate::{Error, Result};
 use candle_core::{D, DType, Tensor};
@@ -35,8 +34,8 @@ struct Codes {
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_int8_attention::attention::{attention, tensor_ops};
-/// use candle_int8_attention::{AttentionConfig, AttnMask};
+/// use candle_int8_attention::reference::tensor_ops;
+/// use candle_int8_attention::{AttentionConfig, AttnMask, attention};
 ///
 /// let q = Tensor::randn(0f32, 1., (1, 4, 32, 64), &Device::Cpu)?;
 /// let config = AttentionConfig::int8();
@@ -62,7 +61,7 @@ pub fn attention(
 /// straight through the rounding.
 ///
 /// # Errors
-/// As for [`attention_scores`](super::attention_scores), without those for devices and kernels.
+/// As for [`attention_scores`](crate::attention::attention_scores), without those for devices and kernels.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     let scores = |q: Codes, k: Codes| q.dequantize(&k, &q.product(&k)?.to_dtype(DType::F32)?);
     straight_through(q, k, of_codes(q, k, config, DType::F32, scores)?)
@@ -71,8 +70,9 @@ pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<
 /// `attention_scores_int32` with Candle's tensor operations, on any device.
 ///
 /// # Errors
-/// As for [`attention_scores_int32`](super::attention_scores_int32), without those for devices and
+/// As for [`attention_scores_int32`](crate::attention::attention_scores_int32), without those for devices and
 /// kernels.
+#[doc(hidden)]
 pub fn attention_scores_int32(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     config.check_int32()?;
     of_codes(q, k, config, DType::I32, |q, k| Ok(q.product(&k)?.to_dtype(DType::I32)?))
@@ -82,7 +82,7 @@ pub fn attention_scores_int32(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> R
 /// of [`attention_scores`].
 ///
 /// # Errors
-/// As for [`attention_scores_requantized`](super::attention_scores_requantized), without those for
+/// As for [`attention_scores_requantized`](crate::attention::attention_scores_requantized), without those for
 /// devices and kernels, and [`Error::Unsupported`] for the fixed-point mode. Scores that are not
 /// finite are no error, but NaN.
 pub fn attention_scores_requantized(
@@ -147,7 +147,7 @@ fn straight_through(q: &Tensor, k: &Tensor, scores: Tensor) -> Result<Tensor> {
 }
 
 /// Repeats every head of `x` `[B, H_kv, S, D]` for the query heads that share it.
-pub(super) fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+pub(crate) fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, h_kv, s, d) = x.dims4()?;
     if h_kv == heads {
         return Ok(x.clone());

@@ -1,13 +1,14 @@
 //! Attention from the score op and Candle's tensor operations, with all `M * N` probabilities in
 //! memory: the check of the fused op, the fp32 backend, and what gives probabilities to look at.
 
-use super::AttentionCall;
-use super::config::{AttentionConfig, Backend, RequantConfig, ScoreConfig};
-use super::mask::{apply_tensor, keep, masked_softmax};
-use super::scores::{attention_scores, attention_scores_requantized};
-use super::shapes::{check_attention, check_float, check_scores};
 use super::tensor_ops::{self, repeat_heads};
-use super::visible::Visible;
+use crate::attention::mask::{apply_tensor, keep, masked_softmax};
+use crate::attention::shapes::{check_attention, check_float, check_scores};
+use crate::attention::visible::Visible;
+use crate::attention::{
+    AttentionCall, AttentionConfig, Backend, RequantConfig, ScoreConfig, attention_scores,
+    attention_scores_requantized,
+};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -21,11 +22,11 @@ fn scores_of(device: &Device) -> Scores<'static> {
     if device.is_cpu() { &attention_scores } else { &tensor_ops::attention_scores }
 }
 
-/// [`attention`](super::attention) without the fused op, in both backends, on any device.
+/// [`attention`](crate::attention()) without the fused op, in both backends, on any device.
 /// Probabilities and values are f32 here whatever the P·V precision.
 ///
 /// # Errors
-/// Those of [`attention`](super::attention).
+/// Those of [`attention`](crate::attention()).
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -37,11 +38,11 @@ pub fn attention(
 }
 
 /// [`attention`] in int8 with scores that went through int8 themselves:
-/// [`attention_scores_requantized`](super::attention_scores_requantized).
+/// [`attention_scores_requantized`](crate::attention::attention_scores_requantized).
 ///
 /// # Errors
 /// Those of [`attention`] and of
-/// [`attention_scores_int8`](super::attention_scores_int8), and [`Error::Contradiction`] for an fp32
+/// [`attention_scores_int8`](crate::attention::attention_scores_int8), and [`Error::Contradiction`] for an fp32
 /// configuration.
 pub fn attention_requantized(
     q: &Tensor,
