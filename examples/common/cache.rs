@@ -111,7 +111,7 @@ impl CacheArgs {
         let less = match self.key_smoothing.0 {
             KeySmoothing::FirstTokens(tokens) => format!(" less the mean of the first {tokens}"),
             KeySmoothing::Moving => " less a mean that moves along".to_string(),
-            KeySmoothing::None | KeySmoothing::Given(_) => String::new(),
+            _ => String::new(),
         };
         let mut words = format!(
             "keys int8{less}, values {}",

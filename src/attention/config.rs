@@ -103,6 +103,7 @@ pub enum RequantMode {
 /// In which precision probabilities are multiplied with values; sums are f32 in all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum PvPrecision {
     /// bf16 where the hardware multiplies it (AVX512-BF16, the bf16 extension of Arm), f32
     /// elsewhere.
@@ -170,6 +171,8 @@ impl PvPrecision {
 }
 
 /// Numeric choices of the int8 backend.
+///
+/// More fields may be added: end an expression in `..Int8Config::default()`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Int8Config {
     /// How scores are computed.

@@ -19,6 +19,8 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// What is collected, and how ranges follow from it.
+///
+/// More fields may be added: end an expression in `..CalibrationConfig::default()`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CalibrationConfig {

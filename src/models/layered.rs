@@ -118,6 +118,7 @@ pub trait LayeredModel {
 
 /// What enters the attention of a layer.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct AttentionInput<'a> {
     /// `[B, H, M, D]`
     pub q: &'a Tensor,

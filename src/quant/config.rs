@@ -35,6 +35,7 @@ impl Scheme {
 ///
 /// Each `[S, D]` matrix at the end of the shape is called a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Granularity {
     /// The whole tensor.
     PerTensor,
@@ -135,6 +136,7 @@ impl std::fmt::Display for Scheme {
 
 /// Where the range of a group comes from.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
 pub enum RangeSource {
     /// From the data of this very call ("dynamic quantization").
     #[default]
@@ -146,6 +148,8 @@ pub enum RangeSource {
 }
 
 /// How one tensor is quantized.
+///
+/// More fields may be added: end an expression in `..QuantConfig::default()`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct QuantConfig {
     /// Symmetric or affine.

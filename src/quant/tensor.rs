@@ -34,6 +34,7 @@ pub struct QuantizedTensor {
 
 /// How codes are stored in a safetensors file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum CodeStorage {
     /// `I8`, the codes as they are.
     #[default]

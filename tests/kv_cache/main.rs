@@ -67,6 +67,7 @@ fn as_stored(k: &Tensor, v: &Tensor, config: &KvCacheConfig, offset: &Tensor) ->
         CacheValues::F16 => round(DType::F16),
         CacheValues::Bf16 => round(DType::BF16),
         CacheValues::Int8 => per_token(v),
+        other => panic!("values in {other:?} are not tested"),
     };
     let n = k.dim(2).unwrap();
     let (sinks, recent) = (config.sinks.min(n), config.recent.min(n));

@@ -5,6 +5,8 @@ use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// How an [`Int8KvCache`](super::Int8KvCache) stores what is appended.
+///
+/// More fields may be added: end an expression in `..KvCacheConfig::default()`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCacheConfig {
     /// What is subtracted from keys before they are quantized.
@@ -53,6 +55,7 @@ impl KvCacheConfig {
 /// That of a key is known before the key is quantized, and stays: no key is ever quantized twice, and
 /// codes do not depend on how tokens were cut into chunks.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
 pub enum KeySmoothing {
     /// Nothing.
     None,
@@ -105,6 +108,7 @@ impl KeySmoothing {
 /// not at all, is kept in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum CacheValues {
     /// f16: 11 bits, 2 bytes.
     #[default]

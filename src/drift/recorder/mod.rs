@@ -63,6 +63,7 @@ pub struct Recorder {
 
 /// Embeddings of one passage, flat.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Embeddings {
     /// Of the fp32 path.
     pub fp32: Vec<f32>,

@@ -45,6 +45,8 @@ impl Budget {
 }
 
 /// What is searched, and for what.
+///
+/// More fields may be added: end an expression in `..SearchConfig::new(budget)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SearchConfig {
     /// The drift that is accepted.
@@ -96,6 +98,7 @@ pub fn candidates() -> Vec<Int8Config> {
 
 /// What the search found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Found {
     /// The budget that was asked for.
     pub budget: Budget,
@@ -116,6 +119,7 @@ pub struct Found {
 
 /// The choice for one layer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct FoundLayer {
     /// What was chosen.
     pub setting: Backend,
@@ -127,6 +131,7 @@ pub struct FoundLayer {
 
 /// The drift of a choice.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Figures {
     /// Signal-to-noise ratio of the embedding, in dB; in JSON `null` if there is no difference.
     pub embedding_sqnr_db: f64,

@@ -47,6 +47,7 @@ pub struct RopeConfig {
 /// Which elements of a head are rotated together. The files of a format have the rows of their
 /// query and key weights in the order that fits, so this is not a choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RopePairs {
     /// `(2i, 2i + 1)`: GGUF files of the `llama` architecture.
     Interleaved,
@@ -56,6 +57,7 @@ pub enum RopePairs {
 
 /// How the frequencies of rotary embeddings differ from `theta^(-2i / head_dim)`.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum RopeScaling {
     /// Not at all.
     None,
