@@ -9,14 +9,17 @@
 //! starts anew the next time. Where the cache holds copies instead of links (Windows), only the
 //! size is compared.
 
+mod client;
 mod download;
+
+pub use client::{HubClient, HubOptions};
 
 use crate::models::ModelFiles;
 use crate::models::llama::shard_files;
 use crate::{Error, Result};
 use download::Download;
 use hf_hub::repository::RepoTypeModel;
-use hf_hub::{HFClientSync, HFError, HFRepositorySync, split_id};
+use hf_hub::{HFError, HFRepositorySync, split_id};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -56,7 +59,7 @@ impl HubModel {
     /// # Errors
     /// Those of [`Self::fetch`].
     pub fn fetch_config(&self) -> Result<PathBuf> {
-        let client = HFClientSync::new().map_err(|error| self.error(&error, "client"))?;
+        let client = HubClient::new(HubOptions::default())?;
         self.fetch_config_from(&client)
     }
 
@@ -64,10 +67,10 @@ impl HubModel {
     ///
     /// # Errors
     /// Those of [`Self::fetch`].
-    pub fn fetch_config_from(&self, client: &HFClientSync) -> Result<PathBuf> {
+    pub fn fetch_config_from(&self, client: &HubClient) -> Result<PathBuf> {
         self.check_names()?;
         let (owner, name) = split_id(&self.id);
-        self.file(&client.model(owner, name), "config.json", self.revision.as_deref())
+        self.file(&client.0.model(owner, name), "config.json", self.revision.as_deref())
     }
 
     /// The model's files, downloaded if the cache lacks them. A download shows a progress bar on
@@ -77,7 +80,7 @@ impl HubModel {
     /// [`Error::Hub`] that says what to do: the hub cannot be reached, the model, the revision or a
     /// file does not exist or needs a token, or, offline, is not in the cache.
     pub fn fetch(&self) -> Result<ModelFiles> {
-        let client = HFClientSync::new().map_err(|error| self.error(&error, "client"))?;
+        let client = HubClient::new(HubOptions::default())?;
         self.fetch_from(&client)
     }
 
@@ -86,10 +89,10 @@ impl HubModel {
     ///
     /// # Errors
     /// Those of [`Self::fetch`].
-    pub fn fetch_from(&self, client: &HFClientSync) -> Result<ModelFiles> {
+    pub fn fetch_from(&self, client: &HubClient) -> Result<ModelFiles> {
         self.check_names()?;
         let (owner, name) = split_id(&self.id);
-        let repository = client.model(owner, name);
+        let repository = client.0.model(owner, name);
         // Small files first: what is wrong with a model shows before its weights are downloaded.
         let config = self.file(&repository, "config.json", self.revision.as_deref())?;
         // All from the commit of the first file, even if the branch moves meanwhile.
@@ -107,7 +110,7 @@ impl HubModel {
     /// # Errors
     /// Those of [`Self::fetch`]; [`Error::Corrupt`] for an index that is none.
     pub fn fetch_llama(&self, gguf: Option<&str>) -> Result<PathBuf> {
-        let client = HFClientSync::new().map_err(|error| self.error(&error, "client"))?;
+        let client = HubClient::new(HubOptions::default())?;
         self.fetch_llama_from(&client, gguf)
     }
 
@@ -115,10 +118,10 @@ impl HubModel {
     ///
     /// # Errors
     /// Those of [`Self::fetch_llama`].
-    pub fn fetch_llama_from(&self, client: &HFClientSync, gguf: Option<&str>) -> Result<PathBuf> {
+    pub fn fetch_llama_from(&self, client: &HubClient, gguf: Option<&str>) -> Result<PathBuf> {
         self.check_names()?;
         let (owner, name) = split_id(&self.id);
-        let repository = client.model(owner, name);
+        let repository = client.0.model(owner, name);
         if let Some(file) = gguf {
             if !file.split('/').all(is_name) {
                 return Err(self.problem(format!("{file:?}, expected a file of the repository")));

@@ -45,7 +45,7 @@
 //! # Devices
 //! The kernels are for CPUs. Where tensors are on a CUDA or Metal device, [`attention()`],
 //! [`flash_attn`] and [`QuantizedAttention`] compute the same numbers with Candle's own operations
-//! ([`attention::tensor_ops`]), which shows what int8 changes there, but is not faster than fp32.
+//! ([`reference::tensor_ops`]), which shows what int8 changes there, but is not faster than fp32.
 //! [`Int8KvCache`] and [`attention_scores`] are for CPUs only, and say so. The features `cuda`,
 //! `cudnn`, `metal`, `mkl` and `accelerate` are Candle's, passed on.
 //!
@@ -75,8 +75,8 @@ mod view;
 
 pub use attention::{
     AttentionCall, AttentionConfig, AttentionSpec, Backend, CacheValues, Causal, Int8Config,
-    Int8KvCache, KeyOffset, KvCacheConfig, PvPrecision, QuantizedAttention, RequantConfig,
-    ScoreConfig, ScoreOutput, attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
+    Int8KvCache, KeySmoothing, KvCacheConfig, PvPrecision, QuantizedAttention, RequantConfig,
+    RequantMode, ScoreConfig, attention, attention_scores, flash_attn, flash_attn_varlen_cpu,
 };
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};

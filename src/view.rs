@@ -3,10 +3,10 @@
 
 use crate::cpu::contracts::Rows;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, Layout};
+use candle_core::{CpuStorage, Layout, Storage};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 enum Data<'a> {
     F32(&'a [f32]),
@@ -39,6 +39,14 @@ impl<'a> Data<'a> {
 /// What follows `start`; nothing where a view of no elements starts beyond its storage.
 pub(crate) fn from<T>(data: &[T], start: usize) -> &[T] {
     data.get(start..).unwrap_or_default()
+}
+
+/// The storage of a tensor on the CPU.
+pub(crate) fn cpu(storage: &impl Deref<Target = Storage>) -> Result<&CpuStorage> {
+    match &**storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => Err(Error::Mismatch("a tensor on another device, expected the CPU".into())),
+    }
 }
 
 /// `[B, H, S, D]` with any strides.

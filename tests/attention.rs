@@ -3,11 +3,14 @@
 mod common;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_int8_attention::attention::{attention_probs, unfused};
+use candle_int8_attention::attention::{
+    attention_probs, attention_scores_requantized, position_mask,
+};
 use candle_int8_attention::quant::{Granularity, Scheme};
+use candle_int8_attention::reference::unfused;
 use candle_int8_attention::{
-    AttentionCall, AttentionConfig, AttnMask, Backend, Causal, Error, Int8Config, PvPrecision,
-    QuantizedAttention, ScoreConfig, ScoreOutput, attention,
+    AttentionCall, AttentionConfig, AttnMask, Backend, Causal, Error, PvPrecision,
+    QuantizedAttention, RequantConfig, ScoreConfig, attention,
 };
 use common::randn;
 
@@ -206,15 +209,29 @@ fn errors_name_the_values() -> TestResult {
         let error = attention(&q, &q, &q, &AttnMask::None, &scaled).unwrap_err();
         assert!(error.to_string().contains("NaN"), "{error}");
     }
-    let scores = ScoreConfig {
-        output: ScoreOutput::Int32,
-        smooth_k: false,
-        smooth_q: false,
-        ..ScoreConfig::default()
-    };
-    let config = Int8Config { scores, ..Int8Config::default() }.into();
-    let error = attention(&q, &q, &q, &AttnMask::None, &config).unwrap_err();
-    assert!(matches!(error, Error::Contradiction(_)), "{error}");
+    let to = RequantConfig::default();
+    let requantized =
+        unfused::attention_requantized(&q, &q, &q, &AttnMask::None, &AttentionConfig::fp32(), &to);
+    assert!(matches!(requantized, Err(Error::Contradiction(_))), "{requantized:?}");
+    Ok(())
+}
+
+#[test]
+fn requantized_scores_in_attention_are_those_of_the_op() -> TestResult {
+    let (q, k, v) = (randn((1, 4, 6, 16)), randn((1, 2, 9, 16)), randn((1, 2, 9, 8)));
+    let to = RequantConfig::default();
+    let config = AttentionConfig::int8();
+    let causal = AttnMask::causal_with_offset(3);
+    let out = unfused::attention_requantized(&q, &k, &v, &causal, &config, &to)?;
+    let probs = unfused::attention_probs_requantized(&q, &k, &causal, &config, &to)?;
+    let scores = (attention_scores_requantized(&q, &k, &ScoreConfig::default(), &to)? * 0.25)?;
+    let keep = position_mask((6, 9), 3, None, Some(0), &Device::Cpu)?.broadcast_as((1, 4, 6, 9))?;
+    let masked = Tensor::full(f32::NEG_INFINITY, (1, 4, 6, 9), &Device::Cpu)?;
+    let scores = keep.where_cond(&scores, &masked)?;
+    let expected = candle_nn::ops::softmax(&scores, D::Minus1)?;
+    assert!(largest_difference(&probs, &expected) < 1e-6);
+    let v = v.unsqueeze(2)?.expand((1, 2, 2, 9, 8))?.reshape((1, 4, 9, 8))?;
+    assert!(largest_difference(&out, &expected.matmul(&v)?) < 1e-5);
     Ok(())
 }
 

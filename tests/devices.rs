@@ -3,8 +3,8 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_int8_attention::attention::{tensor_ops, unfused};
 use candle_int8_attention::quant::{Granularity, Scheme};
+use candle_int8_attention::reference::{tensor_ops, unfused};
 use candle_int8_attention::{
     AttentionCall, AttentionConfig, AttnMask, Causal, PvPrecision, attention,
 };

@@ -1,12 +1,11 @@
 //! The recorder on models with planted faults, split over recorders, and on bad input.
 
 use candle_core::{Device, Tensor};
-use candle_int8_attention::drift::{
-    Attend, Candidate, Cause, Gate, LayeredModel, Recorder, Report,
-};
-use candle_int8_attention::models::WordEmbeddings;
-use candle_int8_attention::{AttentionConfig, AttnMask, Result};
+use candle_int8_attention::drift::{Candidate, Cause, Gate, Recorder, Report};
+use candle_int8_attention::models::{Attend, LayeredModel, WordEmbeddings};
+use candle_int8_attention::{AttentionCall, QuantizedAttention, Result};
 use serde_json::Value;
+use std::sync::LazyLock;
 
 const LAYERS: usize = 4;
 const HEADS: usize = 4;
@@ -53,14 +52,19 @@ const K: usize = 1;
 /// A model that ignores its hidden state: its queries, keys and values follow from the input's
 /// seed, with or without faults.
 struct Planted {
+    attention: [QuantizedAttention; LAYERS],
     faults: bool,
     calls: usize,
 }
 
-const SOUND: Planted = Planted { faults: false, calls: 1 };
-const FAULTY: Planted = Planted { faults: true, calls: 1 };
+static SOUND: LazyLock<Planted> = LazyLock::new(|| Planted::new(false, 1));
+static FAULTY: LazyLock<Planted> = LazyLock::new(|| Planted::new(true, 1));
 
 impl Planted {
+    fn new(faults: bool, calls: usize) -> Self {
+        Self { attention: Default::default(), faults, calls }
+    }
+
     fn qkv(&self, layer: usize, seed: u64) -> Qkv {
         let mut qkv = Qkv::normal(seed * 100 + layer as u64);
         if !self.faults {
@@ -90,8 +94,12 @@ impl Planted {
 impl LayeredModel for Planted {
     type Input = u64;
 
-    fn layers(&self) -> usize {
-        LAYERS
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        self.attention.iter().collect()
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        self.attention.iter_mut().collect()
     }
 
     /// The seed rides along in the first number of every row.
@@ -107,7 +115,7 @@ impl LayeredModel for Planted {
         let (q, k, v) = (tensor(q)?, tensor(k)?, tensor(v)?);
         let mut out = v.zeros_like()?;
         for _ in 0..self.calls {
-            out = attend(&q, &k, &v, &AttnMask::None, &AttentionConfig::default())?;
+            out = attend(&q, &k, &v, &AttentionCall::default())?;
         }
         let out = out.transpose(1, 2)?.reshape((1, TOKENS, HEADS * DEPTH))?;
         Ok((hidden + (out * 1e-3)?)?)
@@ -229,7 +237,7 @@ fn shares_and_stages_are_those_of_the_error() {
     }
     let config = "token+requantized:tensor+f32".parse().unwrap();
     let mut recorder = Recorder::new(vec![config]).unwrap();
-    recorder.record(&SOUND, &1, &words(), 0).unwrap();
+    recorder.record(&*SOUND, &1, &words(), 0).unwrap();
     let shares = recorder.report().configs[0].layers[0].heads[0].shares.unwrap();
     assert!(shares.requantization > 0.5 && shares.pv == 0.0, "{shares:?}");
 }
@@ -305,24 +313,31 @@ fn bad_models_and_inputs_are_errors() {
         let error = recorder().record(model, &1, words, 0).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     };
-    fails(&Planted { faults: false, calls: 0 }, &words(), "called attention 0 times");
-    fails(&Planted { faults: false, calls: 2 }, &words(), "called attention 2 times");
+    fails(&Planted::new(false, 0), &words(), "called attention 0 times");
+    fails(&Planted::new(false, 2), &words(), "called attention 2 times");
     fails(&SOUND, &words()[1..], "[1, 47, hidden]");
 
     let json = serde_json::to_string(&recorder()).unwrap();
     let mut read: Recorder = serde_json::from_str(&json).unwrap();
-    let error = read.record(&SOUND, &1, &words(), 0).unwrap_err().to_string();
+    let error = read.record(&*SOUND, &1, &words(), 0).unwrap_err().to_string();
     assert!(error.contains("read back"), "{error}");
 }
 
 /// Queries with NaN in them.
-struct Broken;
+#[derive(Default)]
+struct Broken {
+    attention: QuantizedAttention,
+}
 
 impl LayeredModel for Broken {
     type Input = ();
 
-    fn layers(&self) -> usize {
-        1
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        vec![&self.attention]
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        vec![&mut self.attention]
     }
 
     fn embed(&self, (): &()) -> Result<Tensor> {
@@ -331,7 +346,7 @@ impl LayeredModel for Broken {
 
     fn layer(&self, _: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
         let x = hidden.unsqueeze(1)?;
-        let out = attend(&x, &x, &x, &AttnMask::None, &AttentionConfig::default())?;
+        let out = attend(&x, &x, &x, &AttentionCall::default())?;
         Ok(out.squeeze(1)?)
     }
 }
@@ -339,7 +354,7 @@ impl LayeredModel for Broken {
 #[test]
 fn nan_is_reported() {
     let words: Vec<String> = (0..8).map(|i| i.to_string()).collect();
-    let error = recorder().record(&Broken, &(), &words, 0).unwrap_err().to_string();
+    let error = recorder().record(&Broken::default(), &(), &words, 0).unwrap_err().to_string();
     assert!(error.contains("element 0 is NaN"), "{error}");
 }
 

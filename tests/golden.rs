@@ -1,9 +1,12 @@
 //! Bit-exact against outputs of ONNX Runtime and gemmlowp (`tests/quantization.safetensors`).
 
+use candle_core::{Device, Tensor};
+use candle_int8_attention::attention::attention_scores_int8;
 use candle_int8_attention::product::{Lhs, ZeroPoints, matmul_nt};
 use candle_int8_attention::quant::{
-    Granularity, QuantConfig, QuantParams, QuantizedTensor, Requantizer, Scheme,
+    Granularity, QuantConfig, QuantParams, QuantizedTensor, RangeSource, Requantizer, Scheme,
 };
+use candle_int8_attention::{RequantConfig, RequantMode, ScoreConfig};
 use safetensors::SafeTensors;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -161,6 +164,92 @@ fn golden_gemmlowp_fixed_point() {
         assert_eq!(multiplier.mantissa(), case.i32("multiplier")[0], "{name}");
         assert_eq!(multiplier.right_shift(), case.i32("right_shift")[0], "{name}");
         assert_eq!(requantizer.requantize_all(&case.i32("acc")), case.i8("y"), "{name}");
+    });
+    assert_eq!(cases, 7);
+}
+
+/// The op on tensors whose codes are those of a case, in its own layout `[1, 1, S, D]`.
+fn codes_of_scores(
+    (q, q_params): (Vec<f32>, QuantParams),
+    (k, k_params): (Vec<f32>, QuantParams),
+    depth: usize,
+    (output, mode): (QuantParams, RequantMode),
+) -> Vec<i8> {
+    let tensor = |x: Vec<f32>| Tensor::from_vec(x, (1, 1, (), depth), &Device::Cpu).unwrap();
+    let per_tensor = |params: QuantParams| QuantConfig {
+        scheme: params.scheme(),
+        granularity: Granularity::PerTensor,
+        range: RangeSource::Static(vec![params]),
+    };
+    let config = ScoreConfig {
+        q: per_tensor(q_params),
+        k: per_tensor(k_params),
+        ..ScoreConfig::plain(Scheme::Symmetric, Granularity::PerTensor)
+    };
+    let QuantConfig { scheme, granularity, range } = per_tensor(output);
+    let to = RequantConfig { scheme, granularity, range, mode };
+    attention_scores_int8(&tensor(q), &tensor(k), &config, &to).unwrap().values().to_vec()
+}
+
+#[test]
+fn golden_qlinear_matmul_by_the_op_end_to_end() {
+    let cases = Golden::open().each("qlinear_matmul", |name, case| {
+        let side = |name: &str| {
+            let params = QuantParams::affine(
+                case.f32(&format!("{name}_scale"))[0],
+                case.zero(&format!("{name}_zero_point")),
+            );
+            let params = params.unwrap();
+            (case.i8(name).iter().map(|&code| params.dequantize(code)).collect(), params)
+        };
+        let output =
+            QuantParams::affine(case.f32("y_scale")[0], case.zero("y_zero_point")).unwrap();
+        let depth = case.shape("a")[1];
+        let codes = codes_of_scores(side("a"), side("b"), depth, (output, RequantMode::Fp32));
+        assert_eq!(codes, case.i8("y"), "{name}");
+    });
+    assert_eq!(cases, 2);
+}
+
+/// One query of 512 times 127 and a 1, and for each sum a key that gives it with that query.
+#[test]
+fn golden_gemmlowp_by_the_op_end_to_end() {
+    const LARGEST: i32 = 512 * 127 * 127;
+    let cases = Golden::open().each("gemmlowp", |name, case| {
+        let scale = case.f32("scale")[0];
+        let (all, codes) = (case.i32("acc"), case.i8("y"));
+        let reached: Vec<(i32, i8)> = all
+            .into_iter()
+            .zip(codes)
+            .filter(|(acc, _)| acc.unsigned_abs() <= LARGEST as u32)
+            .collect();
+        assert!(reached.len() > 3400, "{name}: {} sums", reached.len());
+        let query = [[127.0f32; 512].as_slice(), &[1.0]].concat();
+        let key = |acc: i32| {
+            let rest = (acc + 63 * acc.signum()) / 127;
+            let mut left = rest;
+            let mut key: Vec<f32> = (0..512)
+                .map(|_| {
+                    let code = left.clamp(-127, 127);
+                    left -= code;
+                    code as f32
+                })
+                .collect();
+            key.push((acc - 127 * rest) as f32);
+            key
+        };
+        let keys = reached.iter().flat_map(|(acc, _)| key(*acc)).collect();
+        let q_params = QuantParams::symmetric(scale).unwrap();
+        let query = query.into_iter().map(|code| code * scale).collect();
+        let output = QuantParams::affine(1.0, case.zero("zero_point")).unwrap();
+        let found = codes_of_scores(
+            (query, q_params),
+            (keys, QuantParams::symmetric(1.0).unwrap()),
+            513,
+            (output, RequantMode::FixedPoint),
+        );
+        let expected: Vec<i8> = reached.iter().map(|(_, code)| *code).collect();
+        assert_eq!(found, expected, "{name}");
     });
     assert_eq!(cases, 7);
 }

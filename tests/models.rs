@@ -4,9 +4,9 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_int8_attention::models::{
-    BertConfig, BertModel, ModelFiles, TextEncoder, Weights, WordEmbeddings, mean_pool,
+    BertConfig, BertModel, ModelFiles, TextEncoder, Weights, WordEmbeddings, mean_pool, run_layers,
 };
-use candle_int8_attention::{AttentionConfig, AttnMask, Error, QuantizedAttention};
+use candle_int8_attention::{AttentionConfig, AttnMask, Error};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert;
 use common::randn;
@@ -364,7 +364,7 @@ fn mean_pool_leaves_padding_out() -> TestResult {
 
 #[test]
 fn word_embeddings_look_up_and_attend() -> TestResult {
-    let glove = WordEmbeddings::load(shipped("glove-6b-50d-top20k"), &CPU)?;
+    let mut glove = WordEmbeddings::load(shipped("glove-6b-50d-top20k"), &CPU)?;
     assert_eq!((glove.len(), glove.dim()), (20_000, 50));
     let words =
         glove.tokenize("The Queen's daughters don't walk, \u{201c}Xyzzyq\u{201d} -- said he.");
@@ -393,8 +393,10 @@ fn word_embeddings_look_up_and_attend() -> TestResult {
     let ids: Vec<u32> = words.iter().filter_map(|w| w.id).collect();
     let x = glove.lookup(&ids)?;
     assert_eq!(x.dims(), [ids.len(), 50]);
-    let exact = glove.self_attention(&x, &QuantizedAttention::new(AttentionConfig::fp32()))?;
-    let int8 = glove.self_attention(&x, &QuantizedAttention::new(AttentionConfig::int8()))?;
+    let int8 = run_layers(&glove, &ids, &mut |_, _| Ok(()))?;
+    glove.attention.set_config(AttentionConfig::fp32());
+    let exact = run_layers(&glove, &ids, &mut |_, _| Ok(()))?;
+    assert_eq!(exact.dims(), [1, ids.len(), 50]);
     let difference = largest_difference(&exact, &int8);
     assert!(difference > 0.0 && difference < 0.05, "{difference}");
     assert!(glove.lookup(&[20_000]).unwrap_err().to_string().contains("20000"));

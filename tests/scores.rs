@@ -3,9 +3,14 @@
 mod common;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_int8_attention::attention::{attention_scores_int8, tensor_ops};
-use candle_int8_attention::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
-use candle_int8_attention::{Error, RequantConfig, ScoreConfig, ScoreOutput, attention_scores};
+use candle_int8_attention::attention::{
+    attention_scores_int8, attention_scores_int32, attention_scores_requantized,
+};
+use candle_int8_attention::quant::{
+    Granularity, QuantConfig, QuantParams, QuantizedTensor, RangeSource, Requantizer, Scheme,
+};
+use candle_int8_attention::reference::tensor_ops;
+use candle_int8_attention::{Error, RequantConfig, RequantMode, ScoreConfig, attention_scores};
 use common::randn;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
@@ -52,15 +57,17 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
-fn outputs() -> Vec<ScoreOutput> {
-    let mut outputs = vec![ScoreOutput::Dequantized, ScoreOutput::Int32];
-    for granularity in [Granularity::PerTensor, Granularity::PerHead, Granularity::PerToken] {
-        for scheme in [Scheme::Symmetric, Scheme::Affine] {
-            let to = RequantConfig { scheme, granularity };
-            outputs.extend([ScoreOutput::Requantized(to), ScoreOutput::Int8(to)]);
-        }
-    }
-    outputs
+fn requantizations() -> Vec<RequantConfig> {
+    let granularities = [Granularity::PerTensor, Granularity::PerHead, Granularity::PerToken];
+    let schemes = [Scheme::Symmetric, Scheme::Affine];
+    let of_scheme = |scheme| {
+        granularities.map(|granularity| RequantConfig {
+            scheme,
+            granularity,
+            ..RequantConfig::default()
+        })
+    };
+    schemes.into_iter().flat_map(of_scheme).collect()
 }
 
 #[test]
@@ -76,13 +83,61 @@ fn equals_tensor_ops_to_the_bit_without_smoothing() -> TestResult {
         let (q, k) = (data(q_shape)?, data(k_shape)?);
         for scheme in [Scheme::Symmetric, Scheme::Affine] {
             for granularity in GRANULARITIES {
-                for output in outputs() {
-                    let config = ScoreConfig { output, ..ScoreConfig::plain(scheme, granularity) };
-                    let op = attention_scores(&q, &k, &config)?;
-                    let oracle = tensor_ops::attention_scores(&q, &k, &config)?;
+                let config = ScoreConfig::plain(scheme, granularity);
+                let equal = |op: Tensor, oracle: Tensor| {
                     assert_eq!(op.dtype(), oracle.dtype());
                     assert_eq!(largest_difference(&op, &oracle), 0.0, "{q_shape:?} {config:?}");
+                };
+                equal(
+                    attention_scores(&q, &k, &config)?,
+                    tensor_ops::attention_scores(&q, &k, &config)?,
+                );
+                equal(
+                    attention_scores_int32(&q, &k, &config)?,
+                    tensor_ops::attention_scores_int32(&q, &k, &config)?,
+                );
+                for to in requantizations() {
+                    let op = attention_scores_requantized(&q, &k, &config, &to)?;
+                    let codes = attention_scores_int8(&q, &k, &config, &to)?;
+                    equal(codes.dequantize(&Device::Cpu)?, op.clone());
+                    let oracle = tensor_ops::attention_scores_requantized(&q, &k, &config, &to)?;
+                    equal(op, oracle);
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The fixed-point mode and static ranges beside the definition, code by code.
+#[test]
+fn codes_come_straight_from_the_sums() -> TestResult {
+    let (q, k) = (data((2, 4, 9, 24))?, data((2, 2, 13, 24))?);
+    for granularity in GRANULARITIES {
+        let config = ScoreConfig::plain(Scheme::Affine, granularity);
+        let sums = attention_scores_int32(&q, &k, &config)?.flatten_all()?.to_vec1::<i32>()?;
+        let codes_of = |x: &Tensor, side: &QuantConfig| QuantizedTensor::quantize(x, side);
+        let (q_codes, k_codes) = (codes_of(&q, &config.q)?, codes_of(&k, &config.k)?);
+        let given: Vec<QuantParams> =
+            (0..4).map(|i| QuantParams::affine(0.3 + i as f32, i)).collect::<Result<_, _>>()?;
+        for mode in [RequantMode::Fp32, RequantMode::FixedPoint] {
+            let to = RequantConfig {
+                granularity: Granularity::PerHead,
+                range: RangeSource::Static(given.clone()),
+                mode,
+                ..RequantConfig::default()
+            };
+            let found = attention_scores_int8(&q, &k, &config, &to)?;
+            for (i, &sum) in sums.iter().enumerate() {
+                let (head, row, column) = (i / (9 * 13), i / 13, i % 13);
+                let q_scale = q_codes.params(row).scale();
+                let k_scale = k_codes.params(head / 2 * 13 + column).scale();
+                let output = given[head % 4];
+                let requantizer = match mode {
+                    RequantMode::FixedPoint => Requantizer::fixed_point(q_scale, k_scale, output)?,
+                    _ => Requantizer::fp32(q_scale, k_scale, output)?,
+                };
+                assert_eq!(found.values()[i], requantizer.requantize(sum), "{mode:?} {i}");
             }
         }
     }
@@ -126,19 +181,22 @@ fn the_question_a_times_a_transposed() -> TestResult {
     let exact = fp32(&a, &a)?;
     // (configuration, dB that facts about such data lead to expect, less a margin of half a dB)
     let per_head = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerHead);
-    let requantized = |scheme, granularity| ScoreConfig {
-        output: ScoreOutput::Requantized(RequantConfig { scheme, granularity }),
-        ..per_head.clone()
+    let requantized = |scheme, granularity| {
+        Some(RequantConfig { scheme, granularity, ..RequantConfig::default() })
     };
     let cases = [
-        (per_head.clone(), 36.5),
-        (requantized(Scheme::Symmetric, Granularity::PerHead), 26.5),
-        (requantized(Scheme::Affine, Granularity::PerHead), 30.0),
-        (ScoreConfig::default(), 40.0),
+        (per_head.clone(), None, 36.5),
+        (per_head.clone(), requantized(Scheme::Symmetric, Granularity::PerHead), 26.5),
+        (per_head, requantized(Scheme::Affine, Granularity::PerHead), 30.0),
+        (ScoreConfig::default(), None, 40.0),
     ];
-    for (config, at_least) in cases {
-        let db = sqnr(&exact, &attention_scores(&a, &a, &config)?);
-        assert!(db > at_least, "{db} dB, expected more than {at_least}: {config:?}");
+    for (config, to, at_least) in cases {
+        let scores = match &to {
+            None => attention_scores(&a, &a, &config)?,
+            Some(to) => attention_scores_requantized(&a, &a, &config, to)?,
+        };
+        let db = sqnr(&exact, &scores);
+        assert!(db > at_least, "{db} dB, expected more than {at_least}: {config:?} {to:?}");
     }
     Ok(())
 }
@@ -158,7 +216,7 @@ fn int32_scores_times_scales_are_the_dequantized_ones() -> TestResult {
         ..ScoreConfig::plain(Scheme::Symmetric, Granularity::PerHead)
     };
     let real = attention_scores(&q, &k, &config)?;
-    let int32 = attention_scores(&q, &k, &ScoreConfig { output: ScoreOutput::Int32, ..config })?;
+    let int32 = attention_scores_int32(&q, &k, &config)?;
     assert_eq!(int32.dtype(), DType::I32);
     let scales =
         Tensor::new(&[0.05f32 * 0.05, 0.07 * 0.07], &Device::Cpu)?.reshape((1, 2, 1, 1))?;
@@ -170,17 +228,15 @@ fn int32_scores_times_scales_are_the_dequantized_ones() -> TestResult {
 #[test]
 fn int8_codes_come_with_their_scales() -> TestResult {
     let (q, k) = (data((2, 2, 20, 32))?, data((2, 1, 30, 32))?);
-    let to = RequantConfig::default();
-    let config = ScoreConfig { output: ScoreOutput::Requantized(to), ..ScoreConfig::default() };
-    let real = attention_scores(&q, &k, &config)?;
-    let codes = attention_scores_int8(&q, &k, &config, to)?;
+    let (config, to) = (ScoreConfig::default(), RequantConfig::default());
+    let real = attention_scores_requantized(&q, &k, &config, &to)?;
+    let codes = attention_scores_int8(&q, &k, &config, &to)?;
     assert_eq!(codes.shape(), [2, 2, 20, 30]);
     assert_eq!(codes.all_params().len(), 2 * 2 * 20);
     assert_eq!(largest_difference(&codes.dequantize(&Device::Cpu)?, &real), 0.0);
-    let config = ScoreConfig { output: ScoreOutput::Int8(to), ..ScoreConfig::default() };
-    let u8_codes = attention_scores(&q, &k, &config)?;
-    assert_eq!(u8_codes.dtype(), DType::U8);
-    assert_eq!(largest_difference(&codes.to_u8_tensor(&Device::Cpu)?, &u8_codes), 0.0);
+    // What smoothing adds is in f32, so codes are those of the f32 scores.
+    let scores = attention_scores(&q, &k, &config)?;
+    assert_eq!(codes, QuantizedTensor::quantize(&scores, &to.to_quant_config())?);
     Ok(())
 }
 
@@ -276,10 +332,15 @@ fn nan_and_infinity_stay_in_their_rows_and_columns() -> TestResult {
                 }
             }
         }
-        let output = ScoreOutput::Requantized(RequantConfig::default());
-        let config = ScoreConfig { output, ..ScoreConfig::default() };
-        let error = attention_scores(&spoiled, &spoiled, &config).unwrap_err().to_string();
-        assert!(error.contains("NaN, expected a finite number"), "{error}");
+        let plain = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken);
+        for config in [ScoreConfig::default(), plain] {
+            let to = RequantConfig::default();
+            let error = attention_scores_int8(&spoiled, &spoiled, &config, &to).unwrap_err();
+            assert!(matches!(error, Error::NonFinite { index: 2, .. }), "{error}");
+            let error = attention_scores_requantized(&spoiled, &spoiled, &config, &to);
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("NaN, expected a finite number"), "{error}");
+        }
     }
     Ok(())
 }
@@ -325,9 +386,12 @@ fn gradient_is_that_of_the_floating_point_product() -> TestResult {
         let (q, k) = (Var::from_tensor(&data(q_shape)?)?, Var::from_tensor(&data(k_shape)?)?);
         let (b, h, m, n) = (q_shape.0, q_shape.1, q_shape.2, k_shape.2);
         let weight = randn((b, h, m, n));
-        let output = ScoreOutput::Requantized(RequantConfig::default());
-        for config in [ScoreConfig::default(), ScoreConfig { output, ..ScoreConfig::default() }] {
-            let int8 = (attention_scores(&q, &k, &config)? * &weight)?.sum_all()?.backward()?;
+        let (config, to) = (ScoreConfig::default(), RequantConfig::default());
+        for scores in [
+            attention_scores(&q, &k, &config)?,
+            attention_scores_requantized(&q, &k, &config, &to)?,
+        ] {
+            let int8 = (scores * &weight)?.sum_all()?.backward()?;
             let exact = (fp32(&q, &k)? * &weight)?.sum_all()?.backward()?;
             for var in [&q, &k] {
                 let (int8, exact) = (int8.get(var).unwrap(), exact.get(var).unwrap());
@@ -368,8 +432,16 @@ fn errors_name_the_values() -> TestResult {
     let text = message(&deep, &deep, &config);
     assert!(text.contains("65794") && text.contains("65793"), "{text}");
     assert!(matches!(attention_scores(&deep, &deep, &config), Err(Error::Depth { .. })));
-    let int32 = ScoreConfig { output: ScoreOutput::Int32, ..ScoreConfig::default() };
-    assert!(message(&q, &q, &int32).contains("smooth"));
+    let error = attention_scores_int32(&q, &q, &config).unwrap_err();
+    assert!(matches!(&error, Error::Contradiction(text) if text.contains("smooth")), "{error}");
+    let fixed = RequantConfig { mode: RequantMode::FixedPoint, ..RequantConfig::default() };
+    let error = attention_scores_int8(&q, &q, &config, &fixed).unwrap_err();
+    assert!(matches!(&error, Error::Contradiction(text) if text.contains("smooth")), "{error}");
+    let plain = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerHead);
+    let range = RangeSource::Static(vec![QuantParams::symmetric(1.0)?; 32]);
+    let other = RequantConfig { range, ..RequantConfig::default() };
+    let error = attention_scores_int8(&q, &q, &plain, &other).unwrap_err();
+    assert!(matches!(&error, Error::Contradiction(text) if text.contains("affine")), "{error}");
     let mut bad = ScoreConfig::default();
     bad.q.granularity = Granularity::PerBlock(0);
     assert!(message(&q, &q, &bad).contains("block of 0"));
@@ -378,7 +450,6 @@ fn errors_name_the_values() -> TestResult {
     assert!(message(&q, &q, &bad).contains("3 static parameters for 4 groups"));
     bad.q.range = RangeSource::Static(vec![QuantParams::affine(1.0, 3)?; 4]);
     assert!(message(&q, &q, &bad).contains("affine"));
-    assert!(matches!(attention_scores(&q, &q, &int32), Err(Error::Contradiction(_))));
     let f64 = q.to_dtype(DType::F64)?;
     assert!(matches!(attention_scores(&f64, &f64, &config), Err(Error::DType { .. })));
     Ok(())

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use candle_int8_attention::attention::tensor_ops;
+use candle_int8_attention::reference::tensor_ops;
 use candle_int8_attention::{AttentionCall, AttentionConfig, AttnMask, attention};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use common::randn;

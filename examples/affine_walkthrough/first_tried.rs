@@ -2,7 +2,7 @@
 
 use crate::scores::{Passed, Sample, Scores, passed, range};
 use anyhow::Result;
-use candle_int8_attention::quant::{QuantParams, Range, Scheme};
+use candle_int8_attention::quant::{QuantParams, Scheme, ValueRange};
 
 /// The first try, and what becomes of it as one mistake after the other is put right.
 #[derive(serde::Serialize)]
@@ -61,7 +61,7 @@ impl Recipe {
 pub fn run(scores: &Scores, samples: &[Sample]) -> Result<FirstTried> {
     let sums = range(scores.accumulators.iter().map(|&acc| acc as f32));
     let unit = scores.accumulator_scale();
-    let real = Range { min: sums.min * unit, max: sums.max * unit };
+    let real = ValueRange { min: sums.min * unit, max: sums.max * unit };
     let step = usable((sums.max - sums.min) / 255.0);
     let real_step = usable((real.max - real.min) / 255.0);
     let right = QuantParams::from_range(Scheme::Affine, real)?;

@@ -2,10 +2,11 @@
 
 use crate::scores::{Passed, Sample, Scores, accumulate, passed, quantize, range, sqnr};
 use anyhow::Result;
+use candle_int8_attention::attention::attention_scores_requantized;
 use candle_int8_attention::quant::{
     Granularity, QuantParams, QuantizedTensor, Requantizer, Scheme,
 };
-use candle_int8_attention::{RequantConfig, ScoreConfig, ScoreOutput, attention_scores};
+use candle_int8_attention::{RequantConfig, ScoreConfig, attention_scores};
 
 /// The stages, in the order in which the data passes them.
 #[derive(serde::Serialize)]
@@ -248,10 +249,9 @@ fn per_row(scores: &Scores, scheme: Scheme) -> Result<(Vec<i8>, Vec<f32>)> {
 
 /// The default configuration with scores through int8, by the op itself.
 fn default_requantized(scores: &Scores, samples: &[Sample]) -> Result<Stage> {
-    let output = ScoreOutput::Requantized(RequantConfig::default());
-    let config = ScoreConfig { output, ..ScoreConfig::default() };
-    let values: Vec<f32> =
-        attention_scores(&scores.a, &scores.a, &config)?.flatten_all()?.to_vec1()?;
+    let (config, to) = (ScoreConfig::default(), RequantConfig::default());
+    let values = attention_scores_requantized(&scores.a, &scores.a, &config, &to)?;
+    let values: Vec<f32> = values.flatten_all()?.to_vec1()?;
     Ok(Stage {
         name: "the default, one scale a row, affine",
         samples: passed(samples, None, &values),

@@ -4,9 +4,9 @@ use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::product::{Lhs, ZeroPoints, matmul_nt};
 use candle_int8_attention::quant::{
-    Granularity, QuantConfig, QuantParams, QuantizedTensor, Range, RangeSource, Scheme,
+    Granularity, QuantConfig, QuantParams, QuantizedTensor, RangeSource, Scheme, ValueRange,
 };
-use candle_int8_attention::reference::int_product as reference;
+use candle_int8_attention::reference::int_product;
 
 /// How many rows of accumulators are compared with the plain triple loop.
 const CHECKED_ROWS: usize = 16;
@@ -105,7 +105,7 @@ impl Scores {
         let [_, _, tokens, depth] = self.shape;
         let (rows, codes) = (self.checked_rows(), &self.quantized.values()[..tokens * depth]);
         let lhs: Vec<i16> = codes[..rows * depth].iter().map(|&q| i16::from(q)).collect();
-        let expected = reference::matmul_nt(&lhs, codes, depth, (rows, tokens), |_| 0, |_| 0);
+        let expected = int_product(&lhs, codes, depth, (rows, tokens), |_| 0, |_| 0);
         let equal = expected.iter().zip(&self.accumulators).all(|(&e, &acc)| e == i64::from(acc));
         ensure!(equal, "the int32 product differs from the plain triple loop");
         Ok(())
@@ -154,8 +154,10 @@ pub fn accumulate(a: &QuantizedTensor, [_, _, tokens, depth]: [usize; 4]) -> Res
 }
 
 /// The smallest and largest of some numbers.
-pub fn range(values: impl IntoIterator<Item = f32>) -> Range {
-    values.into_iter().fold(Range::EMPTY, |range, x| range.union(Range { min: x, max: x }))
+pub fn range(values: impl IntoIterator<Item = f32>) -> ValueRange {
+    values
+        .into_iter()
+        .fold(ValueRange::EMPTY, |range, x| range.union(ValueRange { min: x, max: x }))
 }
 
 /// Signal to quantization noise in dB: ten times the logarithm of signal energy over error energy.

@@ -1,11 +1,9 @@
 //! Flags.
 
-use crate::common::config::{QuantArgs, int8_attention};
+use crate::common::config::QuantArgs;
 use crate::input::Inputs;
 use anyhow::ensure;
-use candle_int8_attention::{
-    AttentionConfig, AttentionSpec, PvPrecision, ScoreConfig, ScoreOutput,
-};
+use candle_int8_attention::{AttentionConfig, AttentionSpec, Int8Config, PvPrecision, ScoreConfig};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -103,7 +101,7 @@ impl Args {
     }
 
     pub fn scores(&self) -> ScoreConfig {
-        self.quant.scores(ScoreOutput::Dequantized)
+        self.quant.scores()
     }
 
     /// The factor on `q·k^T`.
@@ -121,7 +119,7 @@ impl Args {
 
     /// Int8 attention without any mask.
     pub fn int8(&self) -> AttentionConfig {
-        self.with_numbers(int8_attention(self.scores(), self.pv))
+        self.with_numbers(Int8Config { scores: self.scores(), pv: self.pv }.into())
     }
 
     /// Fp32 attention without any mask.

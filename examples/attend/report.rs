@@ -52,7 +52,7 @@ impl Report {
             ));
         }
         let config = match args.backend {
-            BackendName::Int8 => format!("{}, P·V {}", describe(&args.scores()), args.pv),
+            BackendName::Int8 => format!("{}, P·V {}", describe(&args.scores(), None), args.pv),
             BackendName::Fp32 => "fp32".to_string(),
         };
         Ok(Self {

@@ -29,7 +29,7 @@ mod report;
 use anyhow::Result;
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::{
-    AttentionLayers, Calibration, CalibrationConfig, StaticScales, calibrate,
+    Calibration, CalibrationConfig, LayeredModel, StaticScales, calibrate,
 };
 use candle_int8_attention::quant::{ObserverKind, Scheme};
 use common::output::check_writable;

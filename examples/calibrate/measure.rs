@@ -9,10 +9,9 @@ use candle_int8_attention::drift::layers::{
 };
 use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::models::{
-    AttentionLayers, Calibration, CalibrationConfig, Int8Setting, LayerRanges, LayerSetting,
-    StaticScales,
+    Calibration, CalibrationConfig, LayerRanges, LayeredModel, StaticScales, run_layers,
 };
-use candle_int8_attention::quant::{Granularity, Range, token_mean};
+use candle_int8_attention::quant::{Granularity, ValueRange, token_mean};
 use serde::Serialize;
 
 /// One way to find scales.
@@ -90,15 +89,8 @@ fn dynamic_ways(layers: usize, config: CalibrationConfig, scales: StaticScales) 
         StaticScales::PerTensor => Granularity::PerTensor,
     };
     [Granularity::PerToken, shared].map(|granularity| {
-        let setting = Int8Setting {
-            scheme,
-            smooth_k,
-            smooth_q,
-            q: granularity,
-            k: granularity,
-            ..Int8Setting::default()
-        };
-        let config = LayerSetting::Int8(setting).config(&AttentionConfig::fp32());
+        let config = AttentionConfig::int8().scheme(scheme).granularity(granularity);
+        let config = config.smoothing(smooth_k, smooth_q);
         Way {
             name: format!("dynamic, {granularity}"),
             configs: vec![config; layers],
@@ -112,7 +104,7 @@ fn clipped(model: &TextModel, passages: &[Tensor], calibration: &Calibration) ->
     let CalibrationConfig { smooth_k, smooth_q, .. } = calibration.config;
     let (mut outside, mut all) = (0, 0);
     for ids in passages {
-        model.run(ids, &mut |layer, input| {
+        run_layers(model, ids, &mut |layer, input| {
             let LayerRanges { q, k } = &calibration.layers[layer];
             for (tensor, ranges, smooth) in [(input.q, q, smooth_q), (input.k, k, smooth_k)] {
                 all += tensor.elem_count();
@@ -127,7 +119,7 @@ fn clipped(model: &TextModel, passages: &[Tensor], calibration: &Calibration) ->
 /// Of `[B, H, S, D]`, with one range a head.
 fn count_outside(
     tensor: &Tensor,
-    ranges: &[Range],
+    ranges: &[ValueRange],
     smooth: bool,
 ) -> candle_int8_attention::Result<usize> {
     let (_, heads, tokens, depth) = tensor.dims4()?;

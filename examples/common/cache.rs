@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use candle_int8_attention::models::llama::{LlamaCache, LlamaModel};
-use candle_int8_attention::{CacheValues, KeyOffset, KvCacheConfig};
+use candle_int8_attention::{CacheValues, KeySmoothing, KvCacheConfig};
 use std::str::FromStr;
 
 /// The cache of layers with int8 attention.
@@ -28,7 +28,7 @@ pub struct CacheArgs {
     /// What an int8 cache subtracts from keys: the mean of 64 tokens that moves along with the text,
     /// none, or the mean of this number of first tokens
     #[arg(long, value_name = "moving|none|N", default_value = "moving")]
-    pub key_offset: Offset,
+    pub key_smoothing: Smoothing,
 }
 
 /// The value of `--cache`.
@@ -46,18 +46,18 @@ pub enum Values {
     Int8,
 }
 
-/// The value of `--key-offset`.
+/// The value of `--key-smoothing`.
 #[derive(Debug, Clone)]
-pub struct Offset(KeyOffset);
+pub struct Smoothing(KeySmoothing);
 
-impl FromStr for Offset {
+impl FromStr for Smoothing {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.parse() {
-            _ if text == "none" => Ok(Self(KeyOffset::None)),
-            _ if text == "moving" => Ok(Self(KeyOffset::Moving)),
-            Ok(tokens) if tokens > 0 => Ok(Self(KeyOffset::FirstTokens(tokens))),
+            _ if text == "none" => Ok(Self(KeySmoothing::None)),
+            _ if text == "moving" => Ok(Self(KeySmoothing::Moving)),
+            Ok(tokens) if tokens > 0 => Ok(Self(KeySmoothing::FirstTokens(tokens))),
             _ => Err("expected moving, none, or a number of tokens from 1 on".into()),
         }
     }
@@ -74,7 +74,7 @@ impl CacheArgs {
             && config != KvCacheConfig::default()
         {
             bail!(
-                "--values, --sinks, --recent and --key-offset are for an int8 cache, but {reason}"
+                "--values, --sinks, --recent and --key-smoothing are for an int8 cache, but {reason}"
             );
         }
         model.set_kv_cache(&config);
@@ -90,7 +90,7 @@ impl CacheArgs {
             },
             sinks: self.sinks,
             recent: self.recent,
-            key_offset: self.key_offset.0.clone(),
+            key_smoothing: self.key_smoothing.0.clone(),
             ..KvCacheConfig::default()
         }
     }
@@ -108,13 +108,13 @@ impl CacheArgs {
         if self.cache == Keys::F32 {
             return "keys and values f32".into();
         }
-        let offset = match self.key_offset.0 {
-            KeyOffset::FirstTokens(tokens) => format!(" less the mean of the first {tokens}"),
-            KeyOffset::Moving => " less a mean that moves along".to_string(),
-            KeyOffset::None | KeyOffset::Given(_) => String::new(),
+        let less = match self.key_smoothing.0 {
+            KeySmoothing::FirstTokens(tokens) => format!(" less the mean of the first {tokens}"),
+            KeySmoothing::Moving => " less a mean that moves along".to_string(),
+            _ => String::new(),
         };
         let mut words = format!(
-            "keys int8{offset}, values {}",
+            "keys int8{less}, values {}",
             match self.values {
                 Values::F16 => "f16",
                 Values::Bf16 => "bf16",

@@ -1,9 +1,8 @@
 //! Flags that choose how scores are computed in int8.
 
+use candle_int8_attention::drift::Candidate;
 use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
-use candle_int8_attention::{
-    AttentionConfig, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
-};
+use candle_int8_attention::{Int8Config, PvPrecision, RequantConfig, ScoreConfig};
 use std::str::FromStr;
 
 /// How queries and keys become int8, and what becomes of their int32 product.
@@ -20,14 +19,13 @@ pub struct Int8Args {
 }
 
 impl Int8Args {
-    /// The score configuration that these flags describe.
-    pub fn scores(&self) -> ScoreConfig {
-        self.quant.scores(self.output.0)
-    }
-
-    /// Attention with these scores.
-    pub fn attention(&self) -> AttentionConfig {
-        int8_attention(self.scores(), PvPrecision::default())
+    /// The configuration that these flags describe, with this precision of P·V.
+    pub fn candidate(&self, pv: PvPrecision) -> Candidate {
+        let config = Int8Config { scores: self.quant.scores(), pv };
+        let candidate = Candidate { requant: self.output.0.clone(), ..Candidate::default() };
+        let is_default = config == Int8Config::default() && candidate.requant.is_none();
+        let name = if is_default { "default" } else { "chosen" };
+        Candidate { name: name.into(), config, ..candidate }
     }
 }
 
@@ -74,8 +72,8 @@ impl QuantArgs {
         options.into_iter().filter_map(|(name, chosen)| chosen.then_some(name)).collect()
     }
 
-    /// Scores that are quantized so and leave as `output`.
-    pub fn scores(&self, output: ScoreOutput) -> ScoreConfig {
+    /// Scores that are quantized so.
+    pub fn scores(&self) -> ScoreConfig {
         let side = QuantConfig {
             scheme: self.scheme,
             granularity: self.granularity,
@@ -86,52 +84,40 @@ impl QuantArgs {
             k: side,
             smooth_k: !self.no_smooth_k,
             smooth_q: !self.no_smooth_q,
-            output,
         }
     }
 }
 
-/// Attention with the scores of this configuration, and probabilities times values as `pv` says.
-pub fn int8_attention(scores: ScoreConfig, pv: PvPrecision) -> AttentionConfig {
-    Int8Config { scores, pv }.into()
-}
-
 /// The value of `--output`.
-#[derive(Debug, Clone, Copy)]
-pub struct Output(ScoreOutput);
+#[derive(Debug, Clone)]
+pub struct Output(Option<RequantConfig>);
 
 impl FromStr for Output {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let unknown = || "expected dequantized or requantized[:tensor|head|token]".to_string();
-        let (name, shared) = text.split_once(':').map_or((text, None), |(n, s)| (n, Some(s)));
-        match (name, shared) {
-            ("dequantized", None) => Ok(Self(ScoreOutput::Dequantized)),
-            ("requantized", None) => Ok(Self(ScoreOutput::Requantized(RequantConfig::default()))),
-            ("requantized", Some(shared @ ("tensor" | "head" | "token"))) => {
-                let granularity = shared.parse().map_err(|_| unknown())?;
-                Ok(Self(ScoreOutput::Requantized(RequantConfig {
-                    granularity,
-                    ..RequantConfig::default()
-                })))
-            }
-            _ => Err(unknown()),
-        }
+        let granularity = match text {
+            "dequantized" => return Ok(Self(None)),
+            "requantized" | "requantized:token" => Granularity::PerToken,
+            "requantized:tensor" => Granularity::PerTensor,
+            "requantized:head" => Granularity::PerHead,
+            _ => return Err("expected dequantized or requantized[:tensor|head|token]".into()),
+        };
+        Ok(Self(Some(RequantConfig { granularity, ..RequantConfig::default() })))
     }
 }
 
 /// A configuration in words: `symmetric, per-token, smooth-K, smooth-Q, dequantized`.
-pub fn describe(config: &ScoreConfig) -> String {
+pub fn describe(config: &ScoreConfig, requant: Option<&RequantConfig>) -> String {
     let mut words = vec![config.q.scheme.to_string(), config.q.granularity.to_string()];
     if config.k.granularity != config.q.granularity {
         words.push(format!("keys {}", config.k.granularity));
     }
     words.extend(config.smooth_k.then(|| "smooth-K".to_string()));
     words.extend(config.smooth_q.then(|| "smooth-Q".to_string()));
-    words.push(match config.output {
-        ScoreOutput::Requantized(r) => format!("requantized {}", r.granularity),
-        _ => "dequantized".to_string(),
+    words.push(match requant {
+        Some(to) => format!("requantized {}", to.granularity),
+        None => "dequantized".to_string(),
     });
     words.join(", ")
 }

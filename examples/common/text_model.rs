@@ -7,8 +7,8 @@ use super::llama::{Decoder, GgufArgs, LlamaArgs};
 use super::model::{HubArgs, ModelArgs};
 use anyhow::{Result, bail};
 use candle_core::Tensor;
-use candle_int8_attention::QuantizedAttention;
-use candle_int8_attention::models::{AttentionInput, AttentionLayers, TextEncoder};
+use candle_int8_attention::models::{Attend, LayeredModel, TextEncoder};
+use candle_int8_attention::{Error, QuantizedAttention};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -118,11 +118,11 @@ impl TextModel {
     pub fn longest(&self) -> usize {
         match self {
             TextModel::Encoder(encoder) => encoder.model.config().max_position_embeddings,
-            TextModel::Decoder(decoder) => decoder.model.config().context_length,
+            TextModel::Decoder(decoder) => decoder.model.config().max_position_embeddings,
         }
     }
 
-    fn layers(&self) -> &dyn AttentionLayers {
+    fn layered(&self) -> &dyn LayeredModel<Input = Tensor> {
         match self {
             TextModel::Encoder(encoder) => &encoder.model,
             TextModel::Decoder(decoder) => &decoder.model,
@@ -130,9 +130,12 @@ impl TextModel {
     }
 }
 
-impl AttentionLayers for TextModel {
+/// The input is token ids, U32 `[B, N]`.
+impl LayeredModel for TextModel {
+    type Input = Tensor;
+
     fn attention(&self) -> Vec<&QuantizedAttention> {
-        self.layers().attention()
+        self.layered().attention()
     }
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
@@ -142,15 +145,24 @@ impl AttentionLayers for TextModel {
         }
     }
 
-    fn head_counts(&self) -> Option<[usize; 2]> {
-        self.layers().head_counts()
+    fn embed(&self, ids: &Tensor) -> Result<Tensor, Error> {
+        self.layered().embed(ids)
     }
 
-    fn run(
+    fn layer(
         &self,
-        ids: &Tensor,
-        see: &mut dyn FnMut(usize, AttentionInput<'_>) -> candle_int8_attention::Result<()>,
-    ) -> candle_int8_attention::Result<Tensor> {
-        self.layers().run(ids, see)
+        index: usize,
+        hidden: &Tensor,
+        attend: &mut Attend<'_>,
+    ) -> Result<Tensor, Error> {
+        self.layered().layer(index, hidden, attend)
+    }
+
+    fn embedding(&self, hidden: &Tensor) -> Result<Tensor, Error> {
+        self.layered().embedding(hidden)
+    }
+
+    fn head_counts(&self) -> Option<[usize; 2]> {
+        self.layered().head_counts()
     }
 }

@@ -3,8 +3,8 @@
 use crate::common::config::Int8Args;
 use crate::common::text_model::TextModelArgs;
 use anyhow::Result;
+use candle_int8_attention::PvPrecision;
 use candle_int8_attention::drift::{Candidate, Gate};
-use candle_int8_attention::{Int8Config, PvPrecision};
 use clap::Parser;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -83,16 +83,16 @@ pub struct RunArgs {
 impl RunArgs {
     /// The configurations to measure; the first is the one that the flags describe.
     pub fn candidates(&self) -> Vec<Candidate> {
-        let config = Int8Config { scores: self.int8.scores(), pv: self.pv };
-        let name = if config == Int8Config::default() { "default" } else { "chosen" };
-        let mut all = vec![Candidate::new(name, config)];
+        let mut all = vec![self.int8.candidate(self.pv)];
         let others = match self.compare.as_deref() {
             None => Vec::new(),
             Some([]) => Candidate::all(),
             Some(specs) => specs.iter().map(|Spec(candidate)| candidate.clone()).collect(),
         };
         for other in others {
-            if all.iter().all(|known| known.config != other.config) {
+            let same =
+                |known: &Candidate| known.config == other.config && known.requant == other.requant;
+            if !all.iter().any(same) {
                 all.push(other);
             }
         }

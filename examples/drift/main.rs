@@ -39,7 +39,6 @@ mod common;
 #[allow(dead_code)]
 #[path = "../sentence_similarity/correlation.rs"]
 mod correlation;
-mod layered;
 mod output;
 mod pairs;
 mod results;

@@ -27,7 +27,7 @@ pub fn encode(decoder: &Decoder, prompt: &str, args: &Args) -> Result<Vec<u32>> 
 
 /// An empty cache as `--context` asks for.
 pub fn new_cache(decoder: &Decoder, args: &Args) -> Result<LlamaCache> {
-    let context = args.context.unwrap_or(decoder.model.config().context_length);
+    let context = args.context.unwrap_or(decoder.model.config().max_position_embeddings);
     args.cache.new_cache(&decoder.model, context)
 }
 

@@ -1,12 +1,12 @@
 //! The command line.
 
 use crate::common::cache::{CacheArgs, Keys};
-use crate::common::config::{Int8Args, describe};
+use crate::common::config::{QuantArgs, describe};
 use crate::common::llama::LlamaArgs;
 use crate::common::model::{project_file, shown};
 use anyhow::{Context, Result, bail};
-use candle_int8_attention::ScoreConfig;
 use candle_int8_attention::models::llama::LlamaModel;
+use candle_int8_attention::{Int8Config, ScoreConfig};
 use std::path::PathBuf;
 
 /// What is read without `--file`.
@@ -40,7 +40,7 @@ pub struct Args {
     pub cache: CacheArgs,
 
     #[command(flatten)]
-    pub int8: Int8Args,
+    pub int8: QuantArgs,
 }
 
 impl Args {
@@ -55,13 +55,14 @@ impl Args {
 
     /// Switches all layers to int8.
     pub fn to_int8(&self, model: &mut LlamaModel) -> Result<()> {
-        if self.cache.cache == Keys::Int8 && self.int8.scores() != ScoreConfig::default() {
+        let scores = self.int8.scores();
+        if self.cache.cache == Keys::Int8 && scores != ScoreConfig::default() {
             bail!(
-                "--scheme, --granularity, --no-smooth-k, --no-smooth-q and --output are for keys \
-                 that are quantized with every call, expected --cache f32"
+                "--scheme, --granularity, --no-smooth-k and --no-smooth-q are for keys that are \
+                 quantized with every call, expected --cache f32"
             );
         }
-        model.set_attention(&self.int8.attention());
+        model.set_attention(&Int8Config { scores, ..Int8Config::default() }.into());
         self.cache.apply(model, None)
     }
 
@@ -70,7 +71,11 @@ impl Args {
         match self.cache.cache {
             Keys::Int8 => format!("cache with {}", self.cache.describe()),
             Keys::F32 => {
-                format!("{}; cache with {}", describe(&self.int8.scores()), self.cache.describe())
+                format!(
+                    "{}; cache with {}",
+                    describe(&self.int8.scores(), None),
+                    self.cache.describe()
+                )
             }
         }
     }

@@ -30,7 +30,7 @@ impl Windows {
         if whole < 3 {
             bail!("it has {whole} tokens, expected at least 3");
         }
-        let longest = decoder.model.config().context_length;
+        let longest = decoder.model.config().max_position_embeddings;
         let context = args.context.unwrap_or(USUAL_CONTEXT.min(longest).min(whole));
         if context < 3 || context > longest {
             bail!("a context of {context} tokens, expected 3 to {longest}, which the model takes");

@@ -21,11 +21,11 @@ mod pairs;
 mod report;
 
 use anyhow::{Result, ensure};
-use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::metrics::{cosine, lowest};
 use candle_int8_attention::models::LayerSettings;
+use candle_int8_attention::{AttentionConfig, Int8Config};
 use clap::ValueEnum;
-use common::config::{Int8Args, describe};
+use common::config::{QuantArgs, describe};
 use common::model::ModelArgs;
 use common::print::{finish, parse};
 use report::{Report, Similarity, Subject};
@@ -48,7 +48,7 @@ struct Args {
     json: bool,
 
     /// Take the attention of each layer from this file, which `search` writes
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["QuantArgs", "output"])]
+    #[arg(long, value_name = "FILE", conflicts_with = "QuantArgs")]
     layers: Option<PathBuf>,
 
     /// Precision of the linear layers beside the int8 attention
@@ -59,7 +59,7 @@ struct Args {
     model: ModelArgs,
 
     #[command(flatten)]
-    int8: Int8Args,
+    int8: QuantArgs,
 }
 
 /// What the linear layers multiply.
@@ -91,8 +91,10 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
             format!("layers as in {}", file.display())
         }
         None => {
-            encoder.model.set_attention(&args.int8.attention());
-            describe(&args.int8.scores())
+            let scores = args.int8.scores();
+            let name = describe(&scores, None);
+            encoder.model.set_attention(&Int8Config { scores, ..Int8Config::default() }.into());
+            name
         }
     };
     if args.linear == Linear::Bf16 {

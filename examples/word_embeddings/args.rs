@@ -3,6 +3,8 @@
 use crate::common::config::Int8Args;
 use crate::common::model::ModelArgs;
 use anyhow::{Context, Result, ensure};
+use candle_int8_attention::PvPrecision;
+use candle_int8_attention::drift::Candidate;
 use clap::Parser;
 use std::path::PathBuf;
 
@@ -70,6 +72,11 @@ pub struct Source {
 }
 
 impl Args {
+    /// The configuration that is shown.
+    pub fn candidate(&self) -> Candidate {
+        self.int8.candidate(PvPrecision::default())
+    }
+
     /// The text to work on.
     pub fn source(&self) -> Result<Source> {
         let (name, text) = match (&self.file, self.text.is_empty()) {

@@ -1,17 +1,15 @@
 //! The same text through every int8 configuration worth choosing from.
 
-use crate::common::config::{describe, int8_attention};
+use crate::common::config::describe;
 use crate::common::print::{decibel, scientific, table};
 use crate::common::windows::Window;
 use crate::heads::{HeadDrift, Path, Qkv, drift_per_head};
 use crate::report::Subject;
 use anyhow::Result;
+use candle_int8_attention::drift::Candidate;
 use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::models::BertModel;
-use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
-use candle_int8_attention::{
-    AttentionConfig, AttnMask, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
-};
+use candle_int8_attention::{AttnMask, ScoreConfig};
 use serde::Serialize;
 
 /// The drift of one configuration over all layers, heads and windows of the text.
@@ -36,36 +34,28 @@ pub struct Row {
     pub top1_agreement: f64,
 }
 
-/// The configurations with their names, coarse scales first, then the requantized variants of the
-/// default.
-fn configs() -> Vec<(&'static str, ScoreConfig)> {
-    use Granularity::{PerBlock, PerHead, PerTensor, PerToken};
-    let plain = |granularity| ScoreConfig::plain(Scheme::Symmetric, granularity);
-    let affine = ScoreConfig::plain(Scheme::Affine, PerToken);
-    let block = |tokens| QuantConfig { granularity: PerBlock(tokens), ..QuantConfig::default() };
-    let smooth_k = |config| ScoreConfig { smooth_k: true, ..config };
-    let requantized = |granularity| ScoreConfig {
-        output: ScoreOutput::Requantized(RequantConfig { granularity, ..RequantConfig::default() }),
-        ..ScoreConfig::default()
+/// The configurations, coarse scales first, then the requantized variants of the default. P·V is in
+/// f32, so that only the scores differ, and equally on every machine.
+fn candidates() -> Vec<Candidate> {
+    let named = [
+        ("tensor", "tensor"),
+        ("head", "head"),
+        ("block of 64", "block:64"),
+        ("block of 128/64, smooth-K", "sage"),
+        ("token", "token"),
+        ("token, smooth-K", "token+smooth-k"),
+        ("token, smooth-K, smooth-Q", "token+smooth-k+smooth-q"),
+        ("token, affine", "affine+token"),
+        ("token, affine, smooth-K, smooth-Q", "affine+token+smooth-k+smooth-q"),
+        ("default, requantized per tensor", "token+smooth-k+smooth-q+requantized:tensor"),
+        ("default, requantized per head", "token+smooth-k+smooth-q+requantized:head"),
+        ("default, requantized per token", "token+smooth-k+smooth-q+requantized:token"),
+    ];
+    let candidate = |(name, words): (&str, &str)| Candidate {
+        name: name.into(),
+        ..words.parse().expect("a list of known words")
     };
-    vec![
-        ("tensor", plain(PerTensor)),
-        ("head", plain(PerHead)),
-        ("block of 64", plain(PerBlock(64))),
-        // SageAttention's recipe.
-        (
-            "block of 128/64, smooth-K",
-            smooth_k(ScoreConfig { q: block(128), k: block(64), ..plain(PerTensor) }),
-        ),
-        ("token", plain(PerToken)),
-        ("token, smooth-K", smooth_k(plain(PerToken))),
-        ("token, smooth-K, smooth-Q", ScoreConfig::default()),
-        ("token, affine", affine.clone()),
-        ("token, affine, smooth-K, smooth-Q", ScoreConfig { smooth_q: true, ..smooth_k(affine) }),
-        ("default, requantized per tensor", requantized(PerTensor)),
-        ("default, requantized per head", requantized(PerHead)),
-        ("default, requantized per token", requantized(PerToken)),
-    ]
+    named.map(candidate).into()
 }
 
 /// What `--compare` prints.
@@ -95,25 +85,23 @@ impl Comparison {
 
 /// Gathers the drift of every configuration, block by block.
 struct Drifts {
-    configs: Vec<(&'static str, ScoreConfig)>,
-    /// `[config][layer]`, all heads of all windows.
+    candidates: Vec<Candidate>,
+    /// `[candidate][layer]`, all heads of all windows.
     heads: Vec<Vec<Vec<HeadDrift>>>,
 }
 
 impl Drifts {
     fn new(layers: usize) -> Self {
-        let configs = configs();
-        let heads = vec![vec![Vec::new(); layers]; configs.len()];
-        Self { configs, heads }
+        let candidates = candidates();
+        let heads = vec![vec![Vec::new(); layers]; candidates.len()];
+        Self { candidates, heads }
     }
 
     /// Runs one block in fp32 and in every configuration.
     fn add(&mut self, layer: usize, block: &Qkv) -> Result<()> {
-        let fp32 = Path::run(block, &AttentionConfig::fp32())?;
-        for ((_, config), heads) in self.configs.iter().zip(&mut self.heads) {
-            // In f32, so that only the scores differ, and equally on every machine.
-            let attention = int8_attention(config.clone(), PvPrecision::F32);
-            let int8 = Path::run(block, &attention)?;
+        let fp32 = Path::fp32(block)?;
+        for (candidate, heads) in self.candidates.iter().zip(&mut self.heads) {
+            let int8 = Path::int8(block, candidate)?;
             heads[layer].extend(drift_per_head(&fp32, &int8)?);
         }
         Ok(())
@@ -121,19 +109,20 @@ impl Drifts {
 
     /// One row a configuration.
     fn rows(&self) -> Vec<Row> {
-        let configs = self.configs.iter().zip(&self.heads);
-        configs.map(|((name, config), layers)| row(name, config, layers)).collect()
+        let all = self.candidates.iter().zip(&self.heads);
+        all.map(|(candidate, layers)| row(candidate, layers)).collect()
     }
 }
 
-fn row(name: &str, config: &ScoreConfig, layers: &[Vec<HeadDrift>]) -> Row {
+fn row(candidate: &Candidate, layers: &[Vec<HeadDrift>]) -> Row {
+    let (scores, requant) = (&candidate.config.scores, candidate.requant.as_ref());
     let all: Vec<&HeadDrift> = layers.iter().flatten().collect();
     let layer_means: Vec<f64> =
         layers.iter().map(|heads| mean(heads.iter().map(|h| h.output.sqnr_db))).collect();
     Row {
-        name: name.to_string(),
-        config: describe(config),
-        is_default: *config == ScoreConfig::default(),
+        name: candidate.name.clone(),
+        config: describe(scores, requant),
+        is_default: *scores == ScoreConfig::default() && requant.is_none(),
         mean_sqnr_db: mean(all.iter().map(|h| h.output.sqnr_db)),
         lowest_layer_sqnr_db: lowest(layer_means.iter().copied()),
         highest_layer_sqnr_db: layer_means.iter().copied().fold(f64::NEG_INFINITY, f64::max),

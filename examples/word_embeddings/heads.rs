@@ -3,8 +3,8 @@
 use anyhow::Result;
 use candle_core::Tensor;
 use candle_int8_attention::attention::attention_probs;
-use candle_int8_attention::drift::{Drift, ProbabilityDrift};
-use candle_int8_attention::{AttentionConfig, AttnMask, attention};
+use candle_int8_attention::drift::{Candidate, Drift, ProbabilityDrift};
+use candle_int8_attention::{AttentionCall, AttentionConfig, attention};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -24,12 +24,22 @@ pub struct Path {
 }
 
 impl Path {
-    /// Runs the block without a mask: one text, no padding, every token sees every token.
-    pub fn run(block: &Qkv, config: &AttentionConfig) -> Result<Self> {
+    /// Runs the block in fp32 without a mask: one text, no padding, every token sees every token.
+    pub fn fp32(block: &Qkv) -> Result<Self> {
+        let (Qkv { q, k, v }, config) = (block, AttentionConfig::fp32());
+        Ok(Self {
+            probs: attention_probs(q, k, AttentionCall::default(), &config)?,
+            output: attention(q, k, v, AttentionCall::default(), &config)?,
+        })
+    }
+
+    /// The same in int8.
+    pub fn int8(block: &Qkv, candidate: &Candidate) -> Result<Self> {
+        let (call, config) = (AttentionCall::default(), AttentionConfig::default());
         let Qkv { q, k, v } = block;
         Ok(Self {
-            probs: attention_probs(q, k, &AttnMask::None, config)?,
-            output: attention(q, k, v, &AttnMask::None, config)?,
+            probs: candidate.probabilities((q, k), &call, &config)?,
+            output: candidate.attention((q, k, v), &call, &config)?,
         })
     }
 }

@@ -11,8 +11,8 @@ use crate::static_words;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::drift::{Drift, metrics};
-use candle_int8_attention::models::{BertModel, TextEncoder, mean_pool};
-use candle_int8_attention::{AttentionConfig, AttnMask};
+use candle_int8_attention::models::{BertLayer, BertModel, TextEncoder, mean_pool};
+use candle_int8_attention::{AttentionCall, AttentionConfig, AttnMask};
 
 /// Measures the chosen layer, the whole encoder and the static word embeddings.
 pub fn report(
@@ -30,24 +30,28 @@ pub fn report(
         Some(word) => window.find(encoder, word)?,
         None => window.longest_word(),
     };
-    let scores = args.int8.scores();
-    let int8 = args.int8.attention();
+    let candidate = args.candidate();
 
     let model = &mut encoder.model;
     model.set_attention(&AttentionConfig::fp32());
     let fp32_run = Run::of(model, window, args.layer)?;
     let block = fp32_run.block(model, args.layer)?;
-    let paths = (Path::run(&block, &AttentionConfig::fp32())?, Path::run(&block, &int8)?);
+    let paths = (Path::fp32(&block)?, Path::int8(&block, &candidate)?);
 
-    model.set_attention(&int8);
-    let int8_layer = model.layers()[args.layer].forward(&fp32_run.input, &AttnMask::None)?;
-    let int8_final = model.forward(&window.ids, None)?;
+    let (call, config) = (AttentionCall::default(), AttentionConfig::default());
+    let in_int8 = |layer: &BertLayer, hidden: &Tensor| {
+        layer.forward_with(hidden, |q, k, v| candidate.attention((q, k, v), &call, &config))
+    };
+    let int8_layer = in_int8(&model.layers()[args.layer], &fp32_run.input)?;
+    let embedded = model.embed(&window.ids, None)?;
+    let int8_final =
+        model.layers().iter().try_fold(embedded, |hidden, layer| in_int8(layer, &hidden))?;
 
     let mut stages = vec![
         Stage::shared("word embeddings", &fp32_run.words)?,
         Stage::shared(&format!("input of layer {}", args.layer), &fp32_run.input)?,
     ];
-    stages.extend(stages::of_attention(&block, &scores, (&paths.0, &paths.1))?);
+    stages.extend(stages::of_attention(&block, &candidate, (&paths.0, &paths.1))?);
     stages.push(Stage::compared(
         &format!("output of layer {}", args.layer),
         &fp32_run.output,
@@ -62,7 +66,7 @@ pub fn report(
     let word = args.word.clone().unwrap_or_else(|| window.tokens[position].clone());
     Ok(Report {
         subject,
-        config: describe(&scores),
+        config: describe(&candidate.config.scores, candidate.requant.as_ref()),
         layer: args.layer,
         block: Block { stages, heads, attended: Some(attended) },
         encoder: final_drift(&fp32_run.last, &int8_final)?,

@@ -3,9 +3,11 @@
 use crate::heads::{Path, Qkv, flat};
 use anyhow::Result;
 use candle_core::{D, DType, Tensor};
+use candle_int8_attention::attention::{attention_scores_int32, attention_scores_requantized};
+use candle_int8_attention::drift::Candidate;
 use candle_int8_attention::drift::metrics::sqnr_db;
 use candle_int8_attention::quant::{QuantConfig, QuantizedTensor};
-use candle_int8_attention::{ScoreConfig, ScoreOutput, attention_scores};
+use candle_int8_attention::{ScoreConfig, attention_scores};
 use serde::Serialize;
 
 /// One row of the table.
@@ -67,9 +69,10 @@ fn bounds<T: Copy>(
 /// The stages of one attention block, from Q, K and V to its output.
 pub fn of_attention(
     block: &Qkv,
-    config: &ScoreConfig,
+    candidate: &Candidate,
     (fp32, int8): (&Path, &Path),
 ) -> Result<Vec<Stage>> {
+    let config = &candidate.config.scores;
     let (q, k) = (&block.q, &block.k);
     let mut stages = vec![
         Stage::shared("queries Q", q)?,
@@ -80,7 +83,7 @@ pub fn of_attention(
     let k_smooth = smooth("K minus its mean", k, config.smooth_k, &mut stages)?;
     stages.push(codes("Q as int8", &q_smooth, &config.q)?);
     stages.push(codes("K as int8", &k_smooth, &config.k)?);
-    stages.extend(scores(block, (&q_smooth, &k_smooth), config)?);
+    stages.extend(scores(block, (&q_smooth, &k_smooth), candidate)?);
     stages.push(Stage::compared("probabilities (softmax)", &fp32.probs, &int8.probs)?);
     stages.push(Stage::compared("attention output", &fp32.output, &int8.output)?);
     Ok(stages)
@@ -110,25 +113,20 @@ fn codes(name: &str, x: &Tensor, config: &QuantConfig) -> Result<Stage> {
 fn scores(
     block: &Qkv,
     (q_smooth, k_smooth): (&Tensor, &Tensor),
-    config: &ScoreConfig,
+    candidate: &Candidate,
 ) -> Result<Vec<Stage>> {
+    let config = &candidate.config.scores;
     let fp32 = block.q.contiguous()?.matmul(&block.k.t()?.contiguous()?)?;
     // An int32 cannot hold what smoothing adds back, so the smoothed tensors go in as they are.
-    let raw = ScoreConfig {
-        smooth_q: false,
-        smooth_k: false,
-        output: ScoreOutput::Int32,
-        ..config.clone()
-    };
-    let int32 = attention_scores(q_smooth, k_smooth, &raw)?;
-    let dequantized = ScoreConfig { output: ScoreOutput::Dequantized, ..config.clone() };
-    let dequantized = attention_scores(&block.q, &block.k, &dequantized)?;
+    let raw = ScoreConfig { smooth_q: false, smooth_k: false, ..config.clone() };
+    let int32 = attention_scores_int32(q_smooth, k_smooth, &raw)?;
+    let dequantized = attention_scores(&block.q, &block.k, config)?;
     let mut stages = vec![
         Stage::shared("Q·K as int32 (exact)", &int32)?,
         Stage::compared("scores Q·K in f32", &fp32, &dequantized)?,
     ];
-    if let ScoreOutput::Requantized(_) = config.output {
-        let requantized = attention_scores(&block.q, &block.k, config)?;
+    if let Some(to) = &candidate.requant {
+        let requantized = attention_scores_requantized(&block.q, &block.k, config, to)?;
         stages.push(Stage::compared("scores via int8", &fp32, &requantized)?);
     }
     Ok(stages)

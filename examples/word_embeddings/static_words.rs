@@ -9,7 +9,6 @@ use crate::report::{Block, StaticWords};
 use crate::stages;
 use anyhow::{Context, Result};
 use candle_core::Device;
-use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::WordEmbeddings;
 
 /// As many as the encoder reads; every one attends to every other.
@@ -38,11 +37,11 @@ pub fn measure(args: &Args, text: &str, word: &str) -> Result<StaticWords> {
 }
 
 fn compare(args: &Args, block: &Qkv, words: &[String], word: &str) -> Result<Block> {
-    let fp32 = Path::run(block, &AttentionConfig::fp32())?;
-    let int8 = Path::run(block, &args.int8.attention())?;
+    let candidate = args.candidate();
+    let (fp32, int8) = (Path::fp32(block)?, Path::int8(block, &candidate)?);
     let position = words.iter().position(|known| known.eq_ignore_ascii_case(word));
     Ok(Block {
-        stages: stages::of_attention(block, &args.int8.scores(), (&fp32, &int8))?,
+        stages: stages::of_attention(block, &candidate, (&fp32, &int8))?,
         heads: drift_per_head(&fp32, &int8)?,
         attended: position
             .map(|position| Attended::of((&fp32, &int8), words, position, 0, args.top.into()))

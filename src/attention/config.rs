@@ -1,12 +1,14 @@
-//! What can be chosen: how scores are quantized, what leaves the op, which backend computes.
+//! What can be chosen: how scores are quantized and requantized, which backend computes.
 
 use super::AttentionSpec;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
-use crate::quant::{Granularity, QuantConfig, Scheme};
+use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
 use crate::{Error, Result};
 
-/// How `attention_scores` quantizes, and what it returns.
+/// How scores are quantized.
+///
+/// More fields may be added: end an expression in `..ScoreConfig::default()`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoreConfig {
     /// How the queries are quantized.
@@ -19,13 +21,10 @@ pub struct ScoreConfig {
     /// Subtract from the queries their mean over tokens before quantizing, and add
     /// `mean(Q)·k` back to every column of scores.
     pub smooth_q: bool,
-    /// What leaves the op.
-    pub output: ScoreOutput,
 }
 
 impl Default for ScoreConfig {
-    /// Symmetric, one scale a token, smooth-K and smooth-Q, scores dequantized straight from
-    /// int32: of the configurations measured in the README, the most accurate that needs no
+    /// Symmetric, one scale a token, smooth-K and smooth-Q: of the configurations measured in the README, the most accurate that needs no
     /// zero-point correction of every score (affine codes gain 1 dB more).
     fn default() -> Self {
         Self {
@@ -33,7 +32,6 @@ impl Default for ScoreConfig {
             k: QuantConfig::default(),
             smooth_k: true,
             smooth_q: true,
-            output: ScoreOutput::Dequantized,
         }
     }
 }
@@ -42,52 +40,71 @@ impl ScoreConfig {
     /// The same scheme and granularity for queries and keys, without smoothing.
     pub fn plain(scheme: Scheme, granularity: Granularity) -> Self {
         let side = QuantConfig { scheme, granularity, ..QuantConfig::default() };
-        Self {
-            q: side.clone(),
-            k: side,
-            smooth_k: false,
-            smooth_q: false,
-            output: ScoreOutput::Dequantized,
-        }
+        Self { q: side.clone(), k: side, smooth_k: false, smooth_q: false }
+    }
+
+    /// Whether something in f32 is added to the int32 sums.
+    pub(crate) fn is_smoothed(&self) -> bool {
+        self.smooth_k || self.smooth_q
     }
 }
 
-/// What leaves the score op.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub enum ScoreOutput {
-    /// f32, straight from the int32 accumulators: `scale_q * scale_k * acc`.
-    #[default]
-    Dequantized,
-    /// f32 that went through int8: requantized to int8, then dequantized. The classic pipeline of
-    /// integer-only inference, and the largest error of all (see the `affine_walkthrough` example).
-    Requantized(RequantConfig),
-    /// The int32 accumulators themselves, zero points corrected, as an I32 tensor. Refused while
-    /// smoothing is on, because an int32 cannot hold its correction.
-    Int32,
-    /// The int8 codes of [`ScoreOutput::Requantized`], as a U8 tensor that holds `code + 128`
-    /// (Candle has no I8). `attention_scores_int8` returns them with their scales.
-    Int8(RequantConfig),
-}
-
 /// How int32 scores become int8 scores.
-#[derive(Debug, Clone, Copy, PartialEq)]
+///
+/// Without smoothing codes come straight from the int32 sums, in the arithmetic that `mode` names,
+/// with static parameters equal to the bit to ONNX Runtime's `QLinearMatMul` and to gemmlowp. What
+/// smoothing adds to the sums is in f32, so with it scores are rounded from f32.
+///
+/// More fields may be added: end an expression in `..RequantConfig::default()`.
+#[derive(Debug, Clone, PartialEq)]
 pub struct RequantConfig {
     /// Symmetric or affine codes.
     pub scheme: Scheme,
     /// Per tensor, per head (`[M, N]` matrix) or per token (row of `N` scores).
     pub granularity: Granularity,
+    /// From the scores themselves, or given.
+    pub range: RangeSource,
+    /// How a sum is multiplied by `scale_q * scale_k / scale`.
+    pub mode: RequantMode,
 }
 
 impl Default for RequantConfig {
-    /// Affine, one scale a row.
+    /// Affine, one scale a row, from the scores themselves, in fp32.
     fn default() -> Self {
-        Self { scheme: Scheme::Affine, granularity: Granularity::PerToken }
+        Self {
+            scheme: Scheme::Affine,
+            granularity: Granularity::PerToken,
+            range: RangeSource::Dynamic,
+            mode: RequantMode::Fp32,
+        }
     }
+}
+
+impl RequantConfig {
+    /// The same choices for [`QuantizedTensor::quantize`](crate::quant::QuantizedTensor::quantize),
+    /// which quantizes numbers that are in f32.
+    pub fn to_quant_config(&self) -> QuantConfig {
+        let Self { scheme, granularity, range, .. } = self.clone();
+        QuantConfig { scheme, granularity, range }
+    }
+}
+
+/// The arithmetic of a requantization.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum RequantMode {
+    /// [`Requantizer::fp32`](crate::quant::Requantizer::fp32): an f32 multiplication, ties to even.
+    #[default]
+    Fp32,
+    /// [`Requantizer::fixed_point`](crate::quant::Requantizer::fixed_point): integers alone, with
+    /// gemmlowp's rounding.
+    FixedPoint,
 }
 
 /// In which precision probabilities are multiplied with values; sums are f32 in all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum PvPrecision {
     /// bf16 where the hardware multiplies it (AVX512-BF16, the bf16 extension of Arm), f32
     /// elsewhere.
@@ -153,6 +170,8 @@ impl PvPrecision {
 }
 
 /// Numeric choices of the int8 backend.
+///
+/// More fields may be added: end an expression in `..Int8Config::default()`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Int8Config {
     /// How scores are computed.
@@ -277,6 +296,12 @@ impl AttentionConfig {
         change(&mut int8);
         self.backend = Backend::Int8(int8);
         self
+    }
+}
+
+impl From<Int8Config> for Backend {
+    fn from(int8: Int8Config) -> Self {
+        Backend::Int8(int8)
     }
 }
 

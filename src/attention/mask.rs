@@ -20,7 +20,7 @@ fn masked_below(dtype: DType) -> f64 {
 /// # Errors
 /// [`Error::Shape`] if the mask does not broadcast to the scores, [`Error::DType`] if it is
 /// neither U8 (boolean, non-zero = attend) nor a float (additive).
-pub(super) fn apply_tensor(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
+pub(crate) fn apply_tensor(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let mask = broadcast_mask(mask, scores.dims())?;
     let attended = attended(&mask)?;
     match mask.dtype() {
@@ -33,7 +33,7 @@ pub(super) fn apply_tensor(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// [`Error::DType`] if it is neither U8 (boolean) nor a float (additive).
-pub(super) fn attended(mask: &Tensor) -> Result<Tensor> {
+pub(crate) fn attended(mask: &Tensor) -> Result<Tensor> {
     match mask.dtype() {
         DType::U8 => Ok(mask.ne(0u8)?),
         DType::F32 | DType::F16 | DType::BF16 | DType::F64 => {
@@ -44,12 +44,12 @@ pub(super) fn attended(mask: &Tensor) -> Result<Tensor> {
 }
 
 /// `scores` where `attended` (U8, broadcasts) is not 0, minus infinity elsewhere.
-pub(super) fn keep(scores: &Tensor, attended: &Tensor) -> Result<Tensor> {
+pub(crate) fn keep(scores: &Tensor, attended: &Tensor) -> Result<Tensor> {
     let masked = Tensor::new(f32::NEG_INFINITY, scores.device())?.broadcast_as(scores.shape())?;
     Ok(attended.broadcast_as(scores.shape())?.where_cond(scores, &masked)?)
 }
 
-pub(super) fn unsupported(dtype: DType) -> Error {
+pub(crate) fn unsupported(dtype: DType) -> Error {
     Error::DType {
         op: "attention",
         tensor: "mask",
@@ -59,7 +59,7 @@ pub(super) fn unsupported(dtype: DType) -> Error {
 }
 
 /// The mask as a view of shape `[B, H, M, N]`, not a copy.
-pub(super) fn broadcast_mask(mask: &Tensor, scores: &[usize]) -> Result<Tensor> {
+pub(crate) fn broadcast_mask(mask: &Tensor, scores: &[usize]) -> Result<Tensor> {
     if !matches!(mask.dtype(), DType::U8 | DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
         return Err(unsupported(mask.dtype()));
     }
@@ -75,7 +75,7 @@ pub(super) fn broadcast_mask(mask: &Tensor, scores: &[usize]) -> Result<Tensor> 
 ///
 /// # Errors
 /// Candle's own, on an unsupported dtype.
-pub(super) fn masked_softmax(scores: &Tensor) -> Result<Tensor> {
+pub(crate) fn masked_softmax(scores: &Tensor) -> Result<Tensor> {
     if scores.elem_count() == 0 {
         return Ok(scores.zeros_like()?);
     }

@@ -2,12 +2,13 @@
 //!
 //! * [`attention`]: scores, scale, mask, softmax, times V, in one fused op or in fp32.
 //! * [`QuantizedAttention`]: the same as a module that a model holds, one per layer.
-//! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op.
+//! * [`attention_scores`]: raw `q·k^T` through int8, a differentiable Candle op;
+//!   [`attention_scores_int32`], [`attention_scores_requantized`] and [`attention_scores_int8`] are
+//!   its integers.
 //! * [`position_mask`], [`restrict_mask`]: several conditions as one mask tensor.
 //! * [`flash_attn`], [`flash_attn_varlen_cpu`]: the same with Candle's signatures and layouts.
 //! * [`Int8KvCache`]: keys and values of past tokens, and attention over them.
-//! * [`unfused`]: attention from the score op and tensor operations, probabilities included.
-//! * [`tensor_ops`]: scores and attention from ordinary tensor operations, on any device.
+//! * [`attention_probs`]: the probabilities, all of them in memory.
 
 mod call;
 mod combine;
@@ -17,32 +18,35 @@ mod flash;
 mod float_head;
 mod int8_head;
 mod kv_cache;
-mod mask;
+pub(crate) mod mask;
 mod module;
 mod op;
 mod operand;
+mod requantized;
 mod scorer;
 mod scores;
-mod shapes;
+pub(crate) mod shapes;
 mod spec;
-pub mod tensor_ops;
 mod tensor_values;
-pub mod unfused;
-mod visible;
+pub(crate) mod visible;
+mod words;
 
+pub use crate::reference::unfused::attention_probs;
 pub use call::{AttentionCall, Causal};
 pub use combine::{position_mask, restrict_mask};
 pub use config::{
-    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput,
+    AttentionConfig, Backend, Int8Config, PvPrecision, RequantConfig, RequantMode, ScoreConfig,
 };
 pub use flash::{flash_attn, flash_attn_varlen_cpu};
-pub use kv_cache::{CacheValues, Int8KvCache, KeyOffset, KvCacheConfig};
+pub use kv_cache::{CacheValues, Int8KvCache, KeySmoothing, KvCacheConfig};
 pub use module::QuantizedAttention;
-pub use scores::{attention_scores, attention_scores_int8};
+pub use scores::{
+    attention_scores, attention_scores_int8, attention_scores_int32, attention_scores_requantized,
+};
 pub use spec::AttentionSpec;
-pub use unfused::attention_probs;
 
 use crate::Result;
+use crate::reference::unfused;
 use candle_core::Tensor;
 
 /// `softmax(scale * q·k^T + mask)·v` with the backend that `config` names.
@@ -54,7 +58,7 @@ use candle_core::Tensor;
 /// [`AttnMask`](candle_nn::attention::AttnMask), of which [`Causal`](candle_nn::attention::AttnMask::Causal)
 /// lets query `i` attend to keys `j <= i + kv_offset`. A query with every key masked gives zeros.
 ///
-/// On a CPU the int8 backend is one fused op. On other devices it is [`tensor_ops::attention`],
+/// On a CPU the int8 backend is one fused op. On other devices it is [`tensor_ops::attention`](crate::reference::tensor_ops::attention),
 /// which has the same scores and holds all `M * N` of them. Gradients are those of fp32 attention
 /// on every device.
 ///
@@ -84,7 +88,7 @@ pub fn attention(
     config: &AttentionConfig,
 ) -> Result<Tensor> {
     let call = call.into();
-    if !op_runs(q, &call, config) {
+    if !op_runs(q, &call) {
         return unfused::attention(q, k, v, call, config);
     }
     shapes::check_attention("attention", q.dims(), k.dims(), v.dims())?;
@@ -94,13 +98,8 @@ pub fn attention(
     op::attention(q, k, v, call, config)
 }
 
-/// Whether the op can compute this: on the CPU, unless requantized scores ask for the whole matrix, or a
-/// mask has a gradient, which an op of three inputs cannot give.
-fn op_runs(q: &Tensor, call: &AttentionCall, config: &AttentionConfig) -> bool {
-    let learned = call.mask.as_ref().is_some_and(Tensor::track_op);
-    let whole = match &config.backend {
-        Backend::Int8(int8) => int8.scores.output != ScoreOutput::Dequantized,
-        Backend::Fp32 => false,
-    };
-    q.device().is_cpu() && !learned && !whole
+/// Whether the op can compute this: on the CPU, unless a mask has a gradient, which an op of three inputs
+/// cannot give.
+fn op_runs(q: &Tensor, call: &AttentionCall) -> bool {
+    q.device().is_cpu() && !call.mask.as_ref().is_some_and(Tensor::track_op)
 }

@@ -6,7 +6,7 @@ use crate::cpu::contracts::{BlockCodes, Rows};
 use crate::parallel;
 use crate::quant::rows::{RowParams, quantize_block, row_range};
 use crate::quant::{
-    Granularity, MeanSums, QuantConfig, QuantParams, Range, RangeSource, Scheme, static_params,
+    Granularity, MeanSums, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange, static_params,
 };
 use crate::view::View;
 use crate::{Error, Result};
@@ -87,6 +87,21 @@ impl<'a> Operand<'a> {
         self.scheme == Scheme::Symmetric
     }
 
+    /// The scale of every row without smoothing, NaN for one that is not finite, in row-major
+    /// order.
+    pub(super) fn all_scales(&self) -> Vec<f32> {
+        let (mut scales, mut buffer) = (Vec::new(), Vec::new());
+        let mut quantized = QuantizedRows::default();
+        for head in 0..self.view.heads() {
+            for tokens in blocks(self.view.tokens()) {
+                let rows = self.view.rows(head, tokens.clone(), &mut buffer);
+                self.quantize(rows, (head, tokens), None, &mut quantized);
+                scales.extend_from_slice(&quantized.scales);
+            }
+        }
+        scales
+    }
+
     /// What smoothing subtracts from the rows of a head: their mean, without those that are not
     /// finite.
     pub(super) fn find_mean(&self, head: usize, mean: &mut Mean) {
@@ -131,7 +146,7 @@ impl<'a> Operand<'a> {
 
     /// The parameters of every group, from the ranges of the smoothed data.
     fn dynamic_params(&self, groups: usize) -> Vec<QuantParams> {
-        let mut ranges = vec![Range::EMPTY; groups];
+        let mut ranges = vec![ValueRange::EMPTY; groups];
         let found = parallel::map(0..self.view.heads(), |head| self.head_ranges(head));
         for (group, range) in found.into_iter().flatten() {
             ranges[group] = ranges[group].union(range);
@@ -140,12 +155,12 @@ impl<'a> Operand<'a> {
     }
 
     /// The range of each group that has rows in `head`.
-    fn head_ranges(&self, head: usize) -> Vec<(usize, Range)> {
+    fn head_ranges(&self, head: usize) -> Vec<(usize, ValueRange)> {
         let (depth, tokens) = (self.view.depth(), self.view.tokens());
         let (zeros, mut mean) = (vec![0.0; depth], Mean::default());
         self.find_mean(head, &mut mean);
         let mean = mean.get().unwrap_or(&zeros);
-        let mut ranges: Vec<(usize, Range)> = Vec::new();
+        let mut ranges: Vec<(usize, ValueRange)> = Vec::new();
         let (mut buffer, mut smoothed) = (Vec::new(), vec![0.0; depth]);
         for block in blocks(tokens) {
             let rows = self.view.rows(head, block.clone(), &mut buffer);
@@ -153,7 +168,7 @@ impl<'a> Operand<'a> {
                 let from = row.iter().zip(mean);
                 smoothed.iter_mut().zip(from).for_each(|(to, (x, mean))| *to = x - mean);
                 let found = row_range(&smoothed);
-                let range = if found.finite { found.range } else { Range::EMPTY };
+                let range = if found.finite { found.range } else { ValueRange::EMPTY };
                 let group = self.granularity.group(head, token, tokens);
                 match ranges.last_mut() {
                     Some((last, union)) if *last == group => *union = union.union(range),

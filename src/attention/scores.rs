@@ -1,10 +1,11 @@
 //! Raw attention scores `q·k^T` through int8: the custom op, and the variants that return integers.
 
-use super::config::{RequantConfig, ScoreConfig, ScoreOutput};
+use super::config::{RequantConfig, ScoreConfig};
+use super::requantized::requantize;
 use super::scorer::{ScoreScale, Scorer, check_product};
 use super::shapes::{self, check_scores};
-use crate::quant::{QuantConfig, QuantizedTensor, RangeSource};
-use crate::view::View;
+use crate::quant::QuantizedTensor;
+use crate::view::{View, cpu};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Shape, Tensor};
 
@@ -13,8 +14,8 @@ const OP: &str = "attention_scores";
 /// `q·k^T` with both sides quantized to int8 and int32 sums, as a Candle op.
 ///
 /// `q` `[B, H, M, D]` and `k` `[B, H_kv, N, D]` are f32, f16 or bf16 with any strides; `H_kv`
-/// divides `H`, and query head `h` uses key head `h / (H / H_kv)`. The result is `[B, H, M, N]`:
-/// f32 by default, I32 or U8 where [`ScoreConfig::output`] says so. It is not scaled by
+/// divides `H`, and query head `h` uses key head `h / (H / H_kv)`. The result is f32
+/// `[B, H, M, N]`, straight from the int32 sums: `scale_q * scale_k * sum`. It is not scaled by
 /// `1 / sqrt(D)`. B, H, M, N and D may be 0.
 ///
 /// Smoothing corrections are included, so the result approximates `q·k^T` in every configuration.
@@ -37,51 +38,90 @@ const OP: &str = "attention_scores";
 /// # Errors
 /// [`Error::Rank`], [`Error::Shape`] and [`Error::DType`] for tensors that do not fit,
 /// [`Error::Device`] unless both are on the CPU (elsewhere use
-/// [`tensor_ops::attention_scores`](super::tensor_ops::attention_scores)), [`Error::Depth`] beyond
+/// [`tensor_ops::attention_scores`](crate::reference::tensor_ops::attention_scores)), [`Error::Depth`] beyond
 /// the depth limit, [`Error::Contradiction`] for a configuration that contradicts itself,
 /// [`Error::Mismatch`] for static parameters that do not match the shapes,
-/// [`Error::InvalidArgument`] for a block of 0 tokens,
-/// [`Error::NonFinite`] when scores to be requantized are not finite, [`Error::Level`] if
+/// [`Error::InvalidArgument`] for a block of 0 tokens, [`Error::Level`] if
 /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
-    shapes::check_float(OP, &[("q", q), ("k", k)])?;
-    shapes::check_cpu(OP, &[("q", q), ("k", k)])?;
-    check_scores(OP, q.dims(), k.dims())?;
-    config.check()?;
-    check_product(q.dim(D::Minus1)?, config)?;
-    Ok(q.apply_op2(k, ScoreOp { config: config.clone() })?)
+    check(q, k, config)?;
+    Ok(q.apply_op2(k, ScoreOp { config: config.clone(), output: Output::Dequantized })?)
 }
 
-/// The int8 codes of the requantized scores, with their scales and zero points, `[B, H, M, N]`.
-///
-/// `requant` says what shares a scale; the rest of `config` is as for [`attention_scores`].
+/// The int32 sums themselves, zero points corrected, as an I32 tensor `[B, H, M, N]`; arguments as
+/// for [`attention_scores`]. It has no gradient.
 ///
 /// # Errors
-/// Those of [`attention_scores`].
+/// Those of [`attention_scores`], and [`Error::Contradiction`] while smoothing is on, because an
+/// int32 cannot hold its correction.
+pub fn attention_scores_int32(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
+    check(q, k, config)?;
+    config.check_int32()?;
+    Ok(q.apply_op2_no_bwd(k, &ScoreOp { config: config.clone(), output: Output::Int32 })?)
+}
+
+/// [`attention_scores`] that went through int8: requantized, then dequantized, f32 `[B, H, M, N]`.
+/// The classic pipeline of integer-only inference, and the largest error of all (see the
+/// `affine_walkthrough` example). Its gradient is that of [`attention_scores`].
+///
+/// # Errors
+/// Those of [`attention_scores_int8`].
+pub fn attention_scores_requantized(
+    q: &Tensor,
+    k: &Tensor,
+    config: &ScoreConfig,
+    to: &RequantConfig,
+) -> Result<Tensor> {
+    check(q, k, config)?;
+    to.check(config)?;
+    let output = Output::Requantized(to.clone());
+    Ok(q.apply_op2(k, ScoreOp { config: config.clone(), output })?)
+}
+
+/// The int8 codes of the scores `[B, H, M, N]`, with their scales and zero points; arguments as
+/// for [`attention_scores`].
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::attention::attention_scores_int8;
+/// use candle_int8_attention::quant::{Granularity, Scheme};
+/// use candle_int8_attention::{RequantConfig, ScoreConfig};
+///
+/// let a = Tensor::randn(0f32, 1., (1, 4, 64, 32), &Device::Cpu)?;
+/// let scores = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerHead);
+/// let codes = attention_scores_int8(&a, &a, &scores, &RequantConfig::default())?;
+/// assert_eq!((codes.values().len(), codes.all_params().len()), (4 * 64 * 64, 4 * 64));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`attention_scores`]; [`Error::NonFinite`] for scores that are not finite;
+/// [`Error::Contradiction`] for the fixed-point mode while smoothing is on, or static parameters
+/// of another scheme; [`Error::QuantParams`] for a multiplier that the mode cannot hold.
 pub fn attention_scores_int8(
     q: &Tensor,
     k: &Tensor,
     config: &ScoreConfig,
-    requant: RequantConfig,
+    to: &RequantConfig,
 ) -> Result<QuantizedTensor> {
-    let config = ScoreConfig { output: ScoreOutput::Dequantized, ..config.clone() };
-    let scores = attention_scores(&q.detach(), &k.detach(), &config)?;
-    QuantizedTensor::quantize(&scores, &requant.as_quant_config())
+    check(q, k, config)?;
+    let (q, k) = (q.storage_and_layout(), k.storage_and_layout());
+    let q = View::new(OP, "q", cpu(&q.0)?, q.1)?;
+    requantize(q, View::new(OP, "k", cpu(&k.0)?, k.1)?, config, to)
 }
 
-impl RequantConfig {
-    /// The same choices for [`QuantizedTensor::quantize`].
-    pub fn as_quant_config(self) -> QuantConfig {
-        let RequantConfig { scheme, granularity } = self;
-        QuantConfig { scheme, granularity, range: RangeSource::Dynamic }
-    }
+fn check(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<()> {
+    shapes::check_float(OP, &[("q", q), ("k", k)])?;
+    shapes::check_cpu(OP, &[("q", q), ("k", k)])?;
+    check_scores(OP, q.dims(), k.dims())?;
+    check_product(q.dim(D::Minus1)?, config).map(|_| ())
 }
 
 impl ScoreConfig {
     /// # Errors
-    /// [`Error::Contradiction`] if the parts contradict each other.
-    pub(super) fn check(&self) -> Result<()> {
-        if self.output == ScoreOutput::Int32 && (self.smooth_k || self.smooth_q) {
+    /// [`Error::Contradiction`] if an int32 cannot hold the scores.
+    pub(crate) fn check_int32(&self) -> Result<()> {
+        if self.is_smoothed() {
             return Err(Error::Contradiction(format!(
                 "int32 scores with smooth_k = {} and smooth_q = {}: an int32 cannot hold the \
                  correction; turn smoothing off or ask for dequantized scores",
@@ -92,8 +132,16 @@ impl ScoreConfig {
     }
 }
 
+/// What leaves the op.
+enum Output {
+    Dequantized,
+    Requantized(RequantConfig),
+    Int32,
+}
+
 struct ScoreOp {
     config: ScoreConfig,
+    output: Output,
 }
 
 impl ScoreOp {
@@ -104,19 +152,17 @@ impl ScoreOp {
     ) -> Result<(CpuStorage, Shape)> {
         let q = View::new(OP, "q", q, q_layout)?;
         let k = View::new(OP, "k", k, k_layout)?;
+        if let Output::Requantized(to) = &self.output {
+            let codes = requantize(q, k, &self.config, to)?;
+            let shape = Shape::from(codes.shape());
+            return Ok((CpuStorage::F32(codes.dequantize_to_vec()), shape));
+        }
         let scorer = Scorer::prepare(q, k, &self.config, ScoreScale::RAW)?;
-        let dims = scorer.dims();
-        let requantize = |requant: RequantConfig| {
-            let scores = scorer.all_scores();
-            QuantizedTensor::quantize_slice(&scores, &dims, &requant.as_quant_config())
+        let storage = match self.output {
+            Output::Int32 => CpuStorage::I32(scorer.all_sums()),
+            _ => CpuStorage::F32(scorer.all_scores()),
         };
-        let storage = match self.config.output {
-            ScoreOutput::Dequantized => CpuStorage::F32(scorer.all_scores()),
-            ScoreOutput::Requantized(to) => CpuStorage::F32(requantize(to)?.dequantize_to_vec()),
-            ScoreOutput::Int8(to) => CpuStorage::U8(requantize(to)?.u8_codes()),
-            ScoreOutput::Int32 => CpuStorage::I32(scorer.all_sums()),
-        };
-        Ok((storage, Shape::from(dims.to_vec())))
+        Ok((storage, Shape::from(scorer.dims().to_vec())))
     }
 }
 

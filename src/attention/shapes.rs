@@ -22,7 +22,7 @@ fn dims4(
 }
 
 /// `q` against `k`.
-pub(super) fn check_scores(op: &'static str, q: &[usize], k: &[usize]) -> Result<()> {
+pub(crate) fn check_scores(op: &'static str, q: &[usize], k: &[usize]) -> Result<()> {
     let [b, h, m, d] = dims4(op, "q", q, Q)?;
     let [b_k, h_kv, n, d_k] = dims4(op, "k", k, K)?;
     let divides = h_kv != 0 && h.is_multiple_of(h_kv) || h == h_kv;
@@ -38,7 +38,7 @@ pub(super) fn check_scores(op: &'static str, q: &[usize], k: &[usize]) -> Result
 }
 
 /// `v` against `k`, which fits `q`.
-pub(super) fn check_attention(
+pub(crate) fn check_attention(
     op: &'static str,
     q: &[usize],
     k: &[usize],
@@ -55,7 +55,7 @@ pub(super) fn check_attention(
 }
 
 /// All tensors of a dtype that the kernels read.
-pub(super) fn check_float(op: &'static str, tensors: &[(&'static str, &Tensor)]) -> Result<()> {
+pub(crate) fn check_float(op: &'static str, tensors: &[(&'static str, &Tensor)]) -> Result<()> {
     let supported = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
     match tensors.iter().find(|(_, x)| !supported(x.dtype())) {
         None => Ok(()),
@@ -66,7 +66,7 @@ pub(super) fn check_float(op: &'static str, tensors: &[(&'static str, &Tensor)])
 }
 
 /// All tensors on the CPU, where the kernels are.
-pub(super) fn check_cpu(op: &'static str, tensors: &[(&'static str, &Tensor)]) -> Result<()> {
+pub(crate) fn check_cpu(op: &'static str, tensors: &[(&'static str, &Tensor)]) -> Result<()> {
     match tensors.iter().find(|(_, tensor)| !tensor.device().is_cpu()) {
         None => Ok(()),
         Some((name, tensor)) => Err(not_on_cpu(op, name, tensor.device().location())),
@@ -78,7 +78,7 @@ fn not_on_cpu(
     tensor: &'static str,
     device: candle_core::DeviceLocation,
 ) -> Error {
-    let hint = "move it there, or use `attention::tensor_ops`, which runs on every device";
+    let hint = "move it there, or use `reference::tensor_ops`, which runs on every device";
     Error::Device { op, tensor, device, hint }
 }
 

@@ -29,7 +29,7 @@ impl AttentionSpec {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] unless it is finite.
-    pub(super) fn scale(&self, depth: usize) -> Result<f32> {
+    pub(crate) fn scale(&self, depth: usize) -> Result<f32> {
         let scale = self.softmax_scale.unwrap_or(1.0 / (depth.max(1) as f32).sqrt());
         if !scale.is_finite() {
             let problem = format!("softmax scale {scale}, expected a finite number");
@@ -41,7 +41,7 @@ impl AttentionSpec {
     /// # Errors
     /// [`Error::InvalidArgument`] for numbers that make no sense, [`Error::Mismatch`] unless there
     /// is one slope for each of `heads` query heads.
-    pub(super) fn check(&self, heads: usize) -> Result<()> {
+    pub(crate) fn check(&self, heads: usize) -> Result<()> {
         if let Some(cap) = self.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
             let problem = format!("softcap {cap}, expected finite and positive");
             return Err(Error::InvalidArgument(problem));

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// Query `i` of batch element `b` sees the keys of one range.
 #[derive(Debug, Clone)]
-pub(super) struct Visible {
+pub(crate) struct Visible {
     keys: usize,
     offsets: Offsets,
     causal: bool,
@@ -61,7 +61,7 @@ impl Visible {
     /// # Errors
     /// [`Error::Mismatch`] unless there is one length, and one first position, for each of `batch`
     /// sequences, no length above `keys`.
-    pub(super) fn new(
+    pub(crate) fn new(
         (batch, queries, keys): (usize, usize, usize),
         call: &AttentionCall,
         spec: &AttentionSpec,
@@ -121,7 +121,7 @@ impl Visible {
     }
 
     /// Keys around a query's position alone: query `i` stands at that of key `i + offset`.
-    pub(super) fn around(
+    pub(crate) fn around(
         keys: usize,
         offset: isize,
         left: Option<usize>,
@@ -131,17 +131,17 @@ impl Visible {
     }
 
     /// The position of query `query` of a sequence among the keys.
-    pub(super) fn position(&self, sequence: usize, query: usize) -> isize {
+    pub(crate) fn position(&self, sequence: usize, query: usize) -> isize {
         self.offsets.of(sequence).saturating_add_unsigned(query)
     }
 
     /// Whether queries stand at the same positions in all sequences.
-    pub(super) fn is_one_for_all(&self) -> bool {
+    pub(crate) fn is_one_for_all(&self) -> bool {
         matches!(self.offsets, Offsets::One(_))
     }
 
     /// The keys that query `query` of sequence `batch` sees.
-    pub(super) fn range(&self, batch: usize, query: usize) -> Range<usize> {
+    pub(crate) fn range(&self, batch: usize, query: usize) -> Range<usize> {
         let at = self.position(batch, query);
         let len = self.lens.as_ref().map_or(self.keys, |lens| lens[batch]);
         let clamp = |x: isize| x.clamp(0, len as isize) as usize;
@@ -153,12 +153,12 @@ impl Visible {
     }
 
     /// Whether every query sees every key.
-    pub(super) fn is_everything(&self) -> bool {
+    pub(crate) fn is_everything(&self) -> bool {
         !self.causal && self.left.is_none() && self.right.is_none() && self.lens.is_none()
     }
 
     /// The same as a boolean tensor, `[B, 1, M, N]`.
-    pub(super) fn to_tensor(
+    pub(crate) fn to_tensor(
         &self,
         batch: usize,
         queries: usize,

@@ -1,29 +1,27 @@
 //! The configurations to be measured, and how they are written in one word.
 
-use crate::quant::{Granularity, QuantConfig, Scheme};
-use crate::{Error, Int8Config, PvPrecision, RequantConfig, ScoreConfig, ScoreOutput};
+use crate::attention::attention_scores_requantized;
+use crate::quant::{Granularity, RangeSource};
+use crate::reference::unfused;
+use crate::{
+    AttentionCall, AttentionConfig, Error, Int8Config, PvPrecision, RequantConfig, Result,
+    ScoreConfig, attention, attention_scores,
+};
+use candle_core::Tensor;
 use std::str::FromStr;
 
 /// A configuration of int8 attention with a name.
 ///
-/// Written as words joined by `+`, in any order, with spaces or without, at most one for each
-/// choice; what is left out is as in the plainest configuration (symmetric, per token, nothing
-/// smoothed, dequantized, P·V in f32):
+/// Written in the words of an [`Int8Config`], with one choice more:
 ///
 /// | word | choice |
 /// |---|---|
-/// | `symmetric`, `affine` | scheme |
-/// | `tensor`, `head`, `token`, `block:N`, `block:M/N` | what shares a scale (queries / keys) |
-/// | `smooth-k`, `smooth-q` | subtract the mean of keys, of queries |
 /// | `dequantized`, `requantized`, `requantized:tensor`, `:head`, `:token` | whether scores go through int8 |
-/// | `f32`, `bf16`, `int8`, `auto` | precision of P·V |
-/// | `default` | alone: this crate's default |
-/// | `sage` | alone: SageAttention's recipe, `block:128/64+smooth-k+f32` (arXiv:2410.02367) |
 ///
 /// ```
 /// use candle_int8_attention::drift::Candidate;
 /// let candidate: Candidate = "token+smooth-k+bf16".parse()?;
-/// assert!(candidate.config.scores.smooth_k && !candidate.config.scores.smooth_q);
+/// assert!(candidate.config.scores.smooth_k && candidate.requant.is_none());
 /// assert!("token+smoth-k".parse::<Candidate>().unwrap_err().to_string().contains("smoth-k"));
 /// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
@@ -33,34 +31,32 @@ pub struct Candidate {
     pub name: String,
     /// What is measured.
     pub config: Int8Config,
+    /// How scores go through int8, if they do. Attention is then computed step by step, with P·V in
+    /// f32.
+    pub requant: Option<RequantConfig>,
 }
 
 impl Default for Candidate {
     /// The default configuration.
     fn default() -> Self {
-        Self { name: "default".into(), config: Int8Config::default() }
+        Self::new("default", Int8Config::default())
     }
 }
 
 impl Candidate {
     /// A configuration under a name.
     pub fn new(name: impl Into<String>, config: Int8Config) -> Self {
-        Self { name: name.into(), config }
+        Self { name: name.into(), config, requant: None }
+    }
+
+    /// The same with scores that go through int8.
+    pub fn requantized(self, to: RequantConfig) -> Self {
+        Self { requant: Some(to), ..self }
     }
 
     /// SageAttention's recipe: one scale for 128 queries and for 64 keys, smooth-K, P·V in f32.
     pub fn sage() -> Self {
-        let side = |tokens| QuantConfig {
-            granularity: Granularity::PerBlock(tokens),
-            ..QuantConfig::default()
-        };
-        let scores = ScoreConfig {
-            q: side(128),
-            k: side(64),
-            smooth_k: true,
-            ..ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken)
-        };
-        Self::new("SageAttention's recipe", Int8Config { scores, pv: PvPrecision::F32 })
+        Self::new("SageAttention's recipe", Int8Config::sage())
     }
 
     /// The configurations worth comparing: every granularity, each step of smoothing, affine
@@ -88,7 +84,7 @@ impl Candidate {
 
     /// All of the configuration in words.
     pub fn description(&self) -> String {
-        let ScoreConfig { q, k, smooth_k, smooth_q, output } = &self.config.scores;
+        let ScoreConfig { q, k, smooth_k, smooth_q } = &self.config.scores;
         let mut words = vec![q.scheme.to_string(), q.granularity.to_string()];
         if k.scheme != q.scheme {
             words.push(format!("keys {}", k.scheme));
@@ -97,15 +93,15 @@ impl Candidate {
             words.push(format!("keys {}", k.granularity));
         }
         for (side, config) in [("queries", q), ("keys", k)] {
-            if config.range != crate::quant::RangeSource::Dynamic {
+            if config.range != RangeSource::Dynamic {
                 words.push(format!("{side} with static ranges"));
             }
         }
         words.extend(smooth_k.then(|| "smooth-K".to_string()));
         words.extend(smooth_q.then(|| "smooth-Q".to_string()));
-        words.push(match output {
-            ScoreOutput::Requantized(to) => format!("requantized {}", to.granularity),
-            _ => "dequantized".to_string(),
+        words.push(match &self.requant {
+            Some(to) => format!("requantized {}", to.granularity),
+            None => "dequantized".to_string(),
         });
         words.push(match self.config.pv {
             PvPrecision::Auto => "P·V as fast as the CPU can".to_string(),
@@ -113,106 +109,104 @@ impl Candidate {
         });
         words.join(", ")
     }
+
+    /// Attention of this candidate with the model's part of `config`; arguments as for
+    /// [`attention()`].
+    ///
+    /// # Errors
+    /// Those of [`attention()`], and of [`unfused::attention_requantized`] where scores go through
+    /// int8.
+    pub fn attention(
+        &self,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        call: &AttentionCall,
+        config: &AttentionConfig,
+    ) -> Result<Tensor> {
+        let config = config.with_backend(self.config.clone().into());
+        match &self.requant {
+            None => attention(q, k, v, call, &config),
+            Some(to) => unfused::attention_requantized(q, k, v, call, &config, to),
+        }
+    }
+
+    /// The probabilities of [`Candidate::attention`].
+    ///
+    /// # Errors
+    /// Those of [`Candidate::attention`].
+    pub fn probabilities(
+        &self,
+        (q, k): (&Tensor, &Tensor),
+        call: &AttentionCall,
+        config: &AttentionConfig,
+    ) -> Result<Tensor> {
+        let config = config.with_backend(self.config.clone().into());
+        match &self.requant {
+            None => unfused::attention_probs(q, k, call, &config),
+            Some(to) => unfused::attention_probs_requantized(q, k, call, &config, to),
+        }
+    }
+
+    /// The raw scores `q·k^T` of this candidate.
+    ///
+    /// # Errors
+    /// Those of [`attention_scores`](crate::attention_scores) and of
+    /// [`attention_scores_requantized`].
+    pub fn scores(&self, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        match &self.requant {
+            None => attention_scores(q, k, &self.config.scores),
+            Some(to) => attention_scores_requantized(q, k, &self.config.scores, to),
+        }
+    }
 }
 
 impl FromStr for Candidate {
     type Err = Error;
 
-    fn from_str(text: &str) -> Result<Self, Error> {
+    fn from_str(text: &str) -> Result<Self> {
         match text {
             "default" => return Ok(Self::default()),
             "sage" => return Ok(Self::sage()),
             _ => {}
         }
-        let scores = ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken);
-        let mut config = Int8Config { scores, pv: PvPrecision::F32 };
         let words: Vec<&str> = text.split('+').map(str::trim).collect();
-        let mut chosen: Vec<(Choice, &str)> = Vec::new();
-        for word in &words {
-            let choice = apply(&mut config, word).ok_or_else(|| {
-                Error::InvalidArgument(format!(
-                    "{word:?} in the configuration {text:?}; expected words joined by +, of \
-                     symmetric, affine, tensor, head, token, block:N, block:M/N, smooth-k, \
-                     smooth-q, requantized[:tensor|head|token], f32, bf16, int8, auto; or default, or \
-                     sage"
-                ))
-            })?;
-            if let Some((_, first)) = chosen.iter().find(|(known, _)| *known == choice) {
+        let (outputs, others): (Vec<&str>, Vec<&str>) = words.iter().partition(|word| {
+            let name = word.split(':').next();
+            matches!(name, Some("dequantized" | "requantized"))
+        });
+        let config = match others.as_slice() {
+            [] => Int8Config::plain(),
+            words => words.join("+").parse()?,
+        };
+        let requant = match outputs.as_slice() {
+            [] => None,
+            [word] => output(word)?,
+            [first, second, ..] => {
                 return Err(Error::Contradiction(format!(
-                    "{first:?} and {word:?} in the configuration {text:?} choose the same; expected \
+                    "{first:?} and {second:?} in the configuration {text:?} choose the same; expected \
                      one of them"
                 )));
             }
-            chosen.push((choice, word));
-        }
-        Ok(Self::new(words.join(" + "), config))
-    }
-}
-
-/// What a word decides; no two words may decide the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Choice {
-    Scheme,
-    Granularity,
-    SmoothK,
-    SmoothQ,
-    Output,
-    Pv,
-}
-
-/// `None` for a word that is not one.
-fn apply(config: &mut Int8Config, word: &str) -> Option<Choice> {
-    let Int8Config { scores, pv } = config;
-    match word {
-        "symmetric" | "affine" => {
-            scores.q.scheme = word.parse().ok()?;
-            scores.k.scheme = scores.q.scheme;
-            Some(Choice::Scheme)
-        }
-        "smooth-k" => {
-            scores.smooth_k = true;
-            Some(Choice::SmoothK)
-        }
-        "smooth-q" => {
-            scores.smooth_q = true;
-            Some(Choice::SmoothQ)
-        }
-        _ => {
-            if let Some(output) = output(word) {
-                scores.output = output;
-                return Some(Choice::Output);
-            }
-            if let Ok(precision) = word.parse() {
-                *pv = precision;
-                return Some(Choice::Pv);
-            }
-            (scores.q.granularity, scores.k.granularity) = granularities(word)?;
-            Some(Choice::Granularity)
-        }
+        };
+        Ok(Self { name: words.join(" + "), config, requant })
     }
 }
 
 /// What becomes of the scores.
-fn output(word: &str) -> Option<ScoreOutput> {
+fn output(word: &str) -> Result<Option<RequantConfig>> {
     let granularity = match word {
-        "dequantized" => return Some(ScoreOutput::Dequantized),
+        "dequantized" => return Ok(None),
         "requantized" => RequantConfig::default().granularity,
-        "requantized:tensor" | "requantized:head" | "requantized:token" => {
-            word.split_once(':')?.1.parse().ok()?
+        "requantized:tensor" => Granularity::PerTensor,
+        "requantized:head" => Granularity::PerHead,
+        "requantized:token" => Granularity::PerToken,
+        _ => {
+            return Err(Error::InvalidArgument(format!(
+                "{word:?}; expected words joined by +, of which dequantized and \
+                 requantized[:tensor|head|token] say whether scores go through int8"
+            )));
         }
-        _ => return None,
     };
-    Some(ScoreOutput::Requantized(RequantConfig { granularity, ..RequantConfig::default() }))
-}
-
-/// What shares a scale in queries and in keys.
-fn granularities(word: &str) -> Option<(Granularity, Granularity)> {
-    let (q, k) = match word.split_once('/') {
-        Some((q, k)) if q.starts_with("block:") => (q.parse().ok()?, format!("block:{k}")),
-        Some(_) => return None,
-        None => (word.parse().ok()?, word.to_string()),
-    };
-    Some((q, k.parse().ok()?))
+    Ok(Some(RequantConfig { granularity, ..RequantConfig::default() }))
 }
 
 #[cfg(test)]
@@ -223,38 +217,34 @@ mod tests {
     fn every_configuration_of_the_list_is_another() {
         let all = Candidate::all();
         for (i, a) in all.iter().enumerate() {
-            assert!(all[i + 1..].iter().all(|b| a.config != b.config), "{}", a.name);
+            let other = |b: &Candidate| (&a.config, &a.requant) != (&b.config, &b.requant);
+            assert!(all[i + 1..].iter().all(other), "{}", a.name);
         }
         assert_eq!(all[0].config, Int8Config::default());
+        let requantized = all.iter().filter(|candidate| candidate.requant.is_some());
+        assert_eq!(requantized.count(), 3);
     }
 
     #[test]
-    fn sage_is_what_it_says() {
-        let written: Candidate = "block:128/64+smooth-k+f32".parse().unwrap();
-        assert_eq!(written.config, Candidate::sage().config);
+    fn scores_through_int8_are_one_word_more() {
+        let candidate: Candidate = "requantized:head + affine+token".parse().unwrap();
+        assert_eq!(candidate.config, "affine+token".parse().unwrap());
+        assert_eq!(candidate.requant.unwrap().granularity, Granularity::PerHead);
+        assert_eq!("requantized".parse::<Candidate>().unwrap().config, Int8Config::plain());
+        assert_eq!("dequantized".parse::<Candidate>().unwrap().requant, None);
     }
 
     #[test]
-    fn unknown_words_are_named() {
-        for (text, word) in [("", "\"\""), ("token+", "\"\""), ("head/token", "head/token")] {
+    fn words_that_are_wrong_are_named() {
+        for (text, word) in [
+            ("", "\"\""),
+            ("token+requantized+", "\"\""),
+            ("requantized:block:4", "requantized:block:4"),
+        ] {
             let error = text.parse::<Candidate>().unwrap_err().to_string();
             assert!(error.contains(word) && error.contains("expected words"), "{text}: {error}");
         }
-        assert!("block:0".parse::<Candidate>().is_err());
-    }
-
-    #[test]
-    fn words_that_choose_the_same_are_named() {
-        for (text, first, second) in [
-            ("token+head", "token", "head"),
-            ("block:64+smooth-k+block:64", "block:64", "block:64"),
-            ("affine+token+symmetric", "affine", "symmetric"),
-            ("smooth-k+smooth-k", "smooth-k", "smooth-k"),
-            ("dequantized+requantized:head", "dequantized", "requantized:head"),
-            ("f32+token+auto", "f32", "auto"),
-        ] {
-            let error = text.parse::<Candidate>().unwrap_err().to_string();
-            assert!(error.contains(&format!("{first:?} and {second:?}")), "{text}: {error}");
-        }
+        let error = "dequantized+requantized:head".parse::<Candidate>().unwrap_err().to_string();
+        assert!(error.contains("\"dequantized\" and \"requantized:head\""), "{error}");
     }
 }

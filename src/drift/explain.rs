@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// The largest of something over all passages, and where it was.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Peak {
     /// How large.
     pub value: f64,
@@ -192,6 +193,7 @@ const FEWEST_KEYS: usize = 8;
 
 /// What queries, or keys, of one head look like.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct SideShape {
     /// The smallest number.
     pub min: f64,
@@ -211,6 +213,7 @@ pub struct SideShape {
 
 /// What one head looks like, whatever the configuration.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct HeadFacts {
     /// Its number.
     pub head: usize,
@@ -229,6 +232,7 @@ pub struct HeadFacts {
 /// What is unusual about a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Cause {
     /// A channel of the keys is far from zero for all tokens.
     KeyChannelBias,
@@ -246,6 +250,7 @@ pub enum Cause {
 
 /// Something unusual about a head, and what it means for int8.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct Finding {
     /// Which layer.
     pub layer: usize,

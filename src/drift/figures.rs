@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// In JSON an infinite ratio (equal tensors) becomes `null`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Drift {
     /// [`metrics::cosine`]
     pub cosine: f64,
@@ -52,6 +53,7 @@ impl From<&ErrorSums> for Drift {
 
 /// How far rows of probabilities are from their reference.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ProbabilityDrift {
     /// Rows that were compared: those whose reference is not all zeros.
     pub rows: usize,

@@ -51,6 +51,7 @@ pub struct Gate {
 
 /// A threshold that does not hold.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Violation {
     /// The threshold's name.
     pub name: &'static str,

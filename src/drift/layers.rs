@@ -2,7 +2,7 @@
 
 use super::metrics::lowest;
 use crate::attention::{AttentionConfig, Backend, attention};
-use crate::models::AttentionLayers;
+use crate::models::{LayeredModel, run_layers};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -86,15 +86,14 @@ fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
 /// What each configuration does to the attention output of every layer, alone: `[config][layer]`.
 ///
 /// All see the same input, that of the model with the attention it has now (fp32, as a rule), and
-/// are compared with fp32. A configuration is one [`AttentionConfig`] a layer; passages are token
-/// ids `[B, N]`.
+/// are compared with fp32. A configuration is one [`AttentionConfig`] a layer.
 ///
 /// # Errors
 /// [`Error::Mismatch`] for a configuration that does not have as many layers as the model; those of
 /// the model and of [`attention()`].
-pub fn attention_errors(
-    model: &impl AttentionLayers,
-    passages: &[Tensor],
+pub fn attention_errors<'a, M: LayeredModel<Input: 'a>>(
+    model: &M,
+    passages: impl IntoIterator<Item = &'a M::Input>,
     configs: &[Vec<AttentionConfig>],
 ) -> Result<Vec<Vec<LayerErrors>>> {
     let layers = model.attention().len();
@@ -103,13 +102,13 @@ pub fn attention_errors(
         return Err(Error::Mismatch(format!("configurations of {found} layers for {layers}")));
     }
     let mut errors = vec![vec![LayerErrors::default(); layers]; configs.len()];
-    for ids in passages {
-        model.run(ids, &mut |layer, input| {
-            let (q, k, v, mask) = (input.q, input.k, input.v, input.mask);
+    for passage in passages {
+        run_layers(model, passage, &mut |layer, input| {
+            let (q, k, v, call) = (input.q, input.k, input.v, input.call);
             let exact = fp32(model.attention()[layer].config());
-            let reference = attention(q, k, v, mask, &exact)?;
+            let reference = attention(q, k, v, call, &exact)?;
             for (config, errors) in configs.iter().zip(&mut errors) {
-                errors[layer].add(&reference, &attention(q, k, v, mask, &config[layer])?)?;
+                errors[layer].add(&reference, &attention(q, k, v, call, &config[layer])?)?;
             }
             Ok(())
         })?;
@@ -122,14 +121,20 @@ pub(super) fn fp32(config: &AttentionConfig) -> AttentionConfig {
     config.with_backend(Backend::Fp32)
 }
 
-/// The mean over tokens of the last hidden states of each passage `[B, N]`: `[B * hidden_size]`
-/// numbers a passage.
+/// What the model says of each passage, `[B * size]` numbers:
+/// [`LayeredModel::embedding`] of what leaves its last layer.
 ///
 /// # Errors
 /// Those of the model.
-pub fn embeddings(model: &impl AttentionLayers, passages: &[Tensor]) -> Result<Vec<Vec<f32>>> {
-    let embed = |ids| flat(&model.run(ids, &mut |_, _| Ok(()))?.mean(1)?);
-    passages.iter().map(embed).collect()
+pub fn embeddings<'a, M: LayeredModel<Input: 'a>>(
+    model: &M,
+    passages: impl IntoIterator<Item = &'a M::Input>,
+) -> Result<Vec<Vec<f32>>> {
+    let embed = |passage| {
+        let hidden = run_layers(model, passage, &mut |_, _| Ok(()))?;
+        flat(&model.embedding(&hidden)?)
+    };
+    passages.into_iter().map(embed).collect()
 }
 
 /// How far embeddings are from their reference.

@@ -1,4 +1,5 @@
-//! What differs between the fp32 and the int8 path on the same weights and inputs.
+//! Quantization error, which is what drift means here: what differs between the fp32 and the int8
+//! path on the same weights and inputs, not a shift in the distribution of the data.
 //!
 //! * [`layers`] has the error of every layer of a model, for many configurations at once.
 //! * [`search`] finds the cheapest attention of each layer that keeps a drift budget.
@@ -13,7 +14,8 @@
 //!
 //! With the feature `drift` there is more:
 //!
-//! * `Recorder` runs a whole model, your own too (`LayeredModel`), in both paths and gathers every
+//! * `Recorder` runs a whole model, your own too
+//!   ([`LayeredModel`](crate::models::LayeredModel)), in both paths and gathers every
 //!   stage of every layer and head; `Distribution` adds percentiles to a summary.
 //! * `Report` is what it found, with the causes that explain it, for the terminal, as JSON, or as
 //!   one HTML page; `Gate` holds it against thresholds.
@@ -32,8 +34,6 @@ mod gate;
 pub mod layers;
 pub mod metrics;
 #[cfg(feature = "drift")]
-mod model;
-#[cfg(feature = "drift")]
 mod recorder;
 #[cfg(feature = "drift")]
 pub mod report;
@@ -51,7 +51,6 @@ pub use {
     distribution::Distribution,
     explain::{Cause, Finding, HeadFacts, Peak, SideShape},
     gate::{Gate, Violation},
-    model::{Attend, LayeredModel},
     recorder::{Embeddings, MovedSentence, MovedWord, Recorder, Target},
     report::Report,
     subject::{Subject, Text},

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 /// What becomes of the prediction of one token.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct TokenDrift {
     /// `-ln p` of the token that came, by the reference.
     pub nll_reference: f64,
@@ -73,6 +74,7 @@ fn top(logits: &[f32]) -> Option<usize> {
 
 /// A mean over tokens, or a function of one, with its standard error.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Estimate {
     /// The value.
     pub value: f64,
@@ -97,6 +99,7 @@ impl Estimate {
 
 /// How values are spread.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Percentiles {
     /// The largest.
     pub max: f64,
@@ -149,6 +152,7 @@ impl Percentiles {
 
 /// [`TokenDrift`] over a text.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct TextDrift {
     /// Tokens that were predicted.
     pub tokens: usize,

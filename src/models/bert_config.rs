@@ -7,6 +7,7 @@ use std::path::Path;
 /// The activation between the two feed-forward layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum HiddenAct {
     /// `x * Phi(x)` with the exact error function.
     Gelu,

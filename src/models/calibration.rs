@@ -6,11 +6,11 @@
 //! data, much less than what follows, and without it a range would have to cover every offset that
 //! any text may have.
 
-use super::AttentionLayers;
-use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig, ScoreOutput};
+use super::{LayeredModel, run_layers};
+use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig};
 use crate::files::{corrupt, read_text, write};
 use crate::quant::{
-    Granularity, Observer, ObserverKind, QuantConfig, QuantParams, Range, RangeSource, Scheme,
+    Granularity, Observer, ObserverKind, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange,
     token_mean,
 };
 use crate::{AttentionConfig, Error, Result};
@@ -19,6 +19,8 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// What is collected, and how ranges follow from it.
+///
+/// More fields may be added: end an expression in `..CalibrationConfig::default()`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CalibrationConfig {
@@ -154,9 +156,9 @@ impl Calibrator {
                 "nothing was observed, expected at least a token".into(),
             ));
         }
-        let ranges = |index: usize, side: &str, heads: &[Observer]| -> Result<Vec<Range>> {
-            let ranges: Vec<Range> = heads.iter().map(|head| head.range(scheme)).collect();
-            match ranges.iter().position(|range| *range == Range::EMPTY) {
+        let ranges = |index: usize, side: &str, heads: &[Observer]| -> Result<Vec<ValueRange>> {
+            let ranges: Vec<ValueRange> = heads.iter().map(|head| head.range(scheme)).collect();
+            match ranges.iter().position(|range| *range == ValueRange::EMPTY) {
                 None if !ranges.is_empty() => Ok(ranges),
                 head => Err(Error::InvalidArgument(format!(
                     "no finite number was observed in {side} of layer {index}, head {}",
@@ -215,9 +217,9 @@ fn observe_heads(
 #[serde(deny_unknown_fields)]
 pub struct LayerRanges {
     /// Of the queries, `H`.
-    pub q: Vec<Range>,
+    pub q: Vec<ValueRange>,
     /// Of the keys, `H_kv`.
-    pub k: Vec<Range>,
+    pub k: Vec<ValueRange>,
 }
 
 /// What shares a static scale.
@@ -281,18 +283,17 @@ impl Calibration {
             k: self.side(&ranges.k, scales)?,
             smooth_k: self.config.smooth_k,
             smooth_q: self.config.smooth_q,
-            output: ScoreOutput::Dequantized,
         };
         let backend = Backend::Int8(Int8Config { scores, pv });
         Ok(base.with_backend(backend))
     }
 
-    fn side(&self, ranges: &[Range], scales: StaticScales) -> Result<QuantConfig> {
+    fn side(&self, ranges: &[ValueRange], scales: StaticScales) -> Result<QuantConfig> {
         let scheme = self.config.scheme;
         let (granularity, ranges) = match scales {
             StaticScales::PerHead => (Granularity::PerHead, ranges.to_vec()),
             StaticScales::PerTensor => {
-                let all = ranges.iter().fold(Range::EMPTY, |all, range| all.union(*range));
+                let all = ranges.iter().fold(ValueRange::EMPTY, |all, range| all.union(*range));
                 (Granularity::PerTensor, vec![all])
             }
         };
@@ -305,8 +306,8 @@ impl Calibration {
     ///
     /// # Errors
     /// [`Error::Mismatch`] unless the model has as many layers, and as many heads if it
-    /// [tells](AttentionLayers::head_counts).
-    pub fn check_model(&self, model: &impl AttentionLayers) -> Result<()> {
+    /// [tells](LayeredModel::head_counts).
+    pub fn check_model(&self, model: &impl LayeredModel) -> Result<()> {
         let differ = |what: String, found, expected| {
             Err(Error::Mismatch(format!("ranges of {found} {what} for a model of {expected}")))
         };
@@ -328,7 +329,7 @@ impl Calibration {
     ///
     /// # Errors
     /// Those of [`Calibration::check_model`] and [`Calibration::config`]; then no layer is switched.
-    pub fn apply(&self, model: &mut impl AttentionLayers, scales: StaticScales) -> Result<()> {
+    pub fn apply(&self, model: &mut impl LayeredModel, scales: StaticScales) -> Result<()> {
         self.check_model(model)?;
         let layers = model.attention_mut();
         let configs = layers.iter().enumerate();
@@ -380,9 +381,10 @@ impl Calibration {
             if layer.q.is_empty() || layer.k.is_empty() {
                 return Err(Error::InvalidArgument(format!("no heads in layer {index}")));
             }
-            let wrong = |r: &&Range| !(r.min.is_finite() && r.max.is_finite() && r.min <= r.max);
+            let wrong =
+                |r: &&ValueRange| !(r.min.is_finite() && r.max.is_finite() && r.min <= r.max);
             if let Some(range) = layer.q.iter().chain(&layer.k).find(wrong) {
-                let Range { min, max } = range;
+                let ValueRange { min, max } = range;
                 return Err(Error::InvalidArgument(format!(
                     "range {min}..{max} in layer {index}, expected finite and in order"
                 )));
@@ -392,7 +394,7 @@ impl Calibration {
     }
 }
 
-/// Runs the model over passages, token ids `[B, N]` each, and collects the ranges of every layer
+/// Runs the model over passages and collects the ranges of every layer
 /// and head. The attention in use stays in use: with fp32 in all layers the ranges are those of
 /// the original model.
 ///
@@ -413,14 +415,16 @@ impl Calibration {
 ///
 /// # Errors
 /// Those of the model and of [`Calibrator`]; [`Error::InvalidArgument`] without any passage.
-pub fn calibrate(
-    model: &impl AttentionLayers,
-    passages: &[Tensor],
+pub fn calibrate<'a, M: LayeredModel<Input: 'a>>(
+    model: &M,
+    passages: impl IntoIterator<Item = &'a M::Input>,
     config: CalibrationConfig,
 ) -> Result<Calibration> {
     let mut calibrator = Calibrator::new(config)?;
-    for ids in passages {
-        model.run(ids, &mut |layer, input| calibrator.observe(layer, input.q, input.k))?;
+    for passage in passages {
+        run_layers(model, passage, &mut |layer, input| {
+            calibrator.observe(layer, input.q, input.k)
+        })?;
     }
     calibrator.finish()
 }

@@ -3,29 +3,29 @@
 //! * [`BertModel`]: a BERT encoder from safetensors; [`TextEncoder`] adds its tokenizer.
 //! * [`llama`]: a Llama-family decoder from GGUF or safetensors, with its cache and tokenizer.
 //! * [`WordEmbeddings`]: static word vectors with one self-attention block over them.
-//! * [`AttentionLayers`]: what these models have in common, and yours may implement.
+//! * [`LayeredModel`]: what these models have in common, and yours may implement.
 //! * [`Calibration`]: static ranges for the attention of a model, collected by [`calibrate`].
 //! * [`LayerSettings`]: the attention of each layer, from a file.
 //! * [`ModelFiles`], [`Weights`]: where a model comes from, with an error of its own for each way
 //!   in which files can be wrong.
 
-mod attention_layers;
 mod bert;
 mod bert_config;
 mod calibration;
 mod files;
 mod layer_settings;
+mod layered;
 pub mod llama;
 mod text_encoder;
 mod word_embeddings;
 
-pub use attention_layers::{AttentionInput, AttentionLayers};
 pub use bert::{BertLayer, BertModel, mean_pool, padding_mask};
 pub use bert_config::{BertConfig, HiddenAct};
 pub use calibration::{
     Calibration, CalibrationConfig, Calibrator, LayerRanges, StaticScales, calibrate,
 };
 pub use files::{ModelFiles, Weights};
-pub use layer_settings::{Int8Setting, LayerSetting, LayerSettings};
+pub use layer_settings::LayerSettings;
+pub use layered::{Attend, AttentionInput, LayeredModel, run_layers};
 pub use text_encoder::{TextEncoder, TokenBatch};
 pub use word_embeddings::{Word, WordEmbeddings};

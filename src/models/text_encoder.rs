@@ -16,6 +16,7 @@ pub struct TextEncoder {
 
 /// Some texts as ids, padded to the longest.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct TokenBatch {
     /// `[B, N]` U32.
     pub input_ids: Tensor,

@@ -2,7 +2,7 @@
 
 use super::files::Weights;
 use crate::files::{corrupt, read_text};
-use crate::{AttnMask, Error, QuantizedAttention, Result};
+use crate::{Error, QuantizedAttention, Result};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,8 +16,12 @@ pub struct Word {
     pub id: Option<u32>,
 }
 
-/// A table of word vectors, `[words, dim]`, row `i` for line `i` of its vocabulary.
+/// A table of word vectors, `[words, dim]`, row `i` for line `i` of its vocabulary. As a
+/// [`LayeredModel`](super::LayeredModel) it is one self-attention over them without weights: queries,
+/// keys and values are the vectors themselves, in one head.
 pub struct WordEmbeddings {
+    /// The attention of their one layer, int8 at first.
+    pub attention: QuantizedAttention,
     table: Tensor,
     rows: HashMap<String, u32>,
 }
@@ -51,7 +55,7 @@ impl WordEmbeddings {
         }
         let table = weights.get("embedding.weight", &[words, dim], device)?;
         let rows = text.lines().zip(0..).map(|(word, row)| (word.to_string(), row)).collect();
-        Ok(Self { table, rows })
+        Ok(Self { attention: QuantizedAttention::default(), table, rows })
     }
 
     /// Number of words.
@@ -100,17 +104,6 @@ impl WordEmbeddings {
         }
         let ids = Tensor::new(ids, self.table.device())?;
         Ok(self.table.index_select(&ids, 0)?)
-    }
-
-    /// Self-attention without weights: queries, keys and values are the vectors `x` `[N, dim]`
-    /// themselves, in one head. The result is `[N, dim]`.
-    ///
-    /// # Errors
-    /// Those of [`attention`](crate::attention()).
-    pub fn self_attention(&self, x: &Tensor, attention: &QuantizedAttention) -> Result<Tensor> {
-        let x = x.unsqueeze(0)?.unsqueeze(0)?;
-        let out = attention.forward(&x, &x, &x, &AttnMask::None)?;
-        Ok(out.squeeze(0)?.squeeze(0)?)
     }
 }
 

@@ -34,8 +34,8 @@ impl Scheme {
 /// What shares one scale (and zero point), for a tensor `[.., S, D]` of `S` tokens.
 ///
 /// Each `[S, D]` matrix at the end of the shape is called a head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Granularity {
     /// The whole tensor.
     PerTensor,
@@ -136,6 +136,7 @@ impl std::fmt::Display for Scheme {
 
 /// Where the range of a group comes from.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
 pub enum RangeSource {
     /// From the data of this very call ("dynamic quantization").
     #[default]
@@ -147,6 +148,8 @@ pub enum RangeSource {
 }
 
 /// How one tensor is quantized.
+///
+/// More fields may be added: end an expression in `..QuantConfig::default()`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct QuantConfig {
     /// Symmetric or affine.

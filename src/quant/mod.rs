@@ -22,7 +22,7 @@ mod tensor;
 
 pub use config::{Granularity, QuantConfig, RangeSource, Scheme};
 pub use observers::{Histogram, MinMax, MovingAverage, Observer, ObserverKind};
-pub use params::{QuantParams, Range};
+pub use params::{QuantParams, ValueRange};
 pub use requantize::{FixedPointMultiplier, Requantizer};
 pub(crate) use smooth::MeanSums;
 pub use smooth::token_mean;

@@ -6,20 +6,20 @@ use crate::{Error, Result};
 /// The smallest and largest value of a group of finite numbers.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Range {
+pub struct ValueRange {
     /// Smallest value.
     pub min: f32,
     /// Largest value.
     pub max: f32,
 }
 
-impl Range {
-    /// The range of no data: neutral for [`Range::union`].
-    pub const EMPTY: Range = Range { min: f32::INFINITY, max: f32::NEG_INFINITY };
+impl ValueRange {
+    /// The range of no data: neutral for [`ValueRange::union`].
+    pub const EMPTY: ValueRange = ValueRange { min: f32::INFINITY, max: f32::NEG_INFINITY };
 
     /// The smallest range that holds both.
-    pub fn union(self, other: Range) -> Range {
-        Range { min: self.min.min(other.min), max: self.max.max(other.max) }
+    pub fn union(self, other: ValueRange) -> ValueRange {
+        ValueRange { min: self.min.min(other.min), max: self.max.max(other.max) }
     }
 
     /// The largest absolute value; 0 for an empty range.
@@ -40,8 +40,8 @@ impl Range {
 /// * NaN or infinite bounds: an error.
 ///
 /// ```
-/// use candle_int8_attention::quant::{QuantParams, Range, Scheme};
-/// let params = QuantParams::from_range(Scheme::Affine, Range { min: -1.0, max: 3.0 })?;
+/// use candle_int8_attention::quant::{QuantParams, ValueRange, Scheme};
+/// let params = QuantParams::from_range(Scheme::Affine, ValueRange { min: -1.0, max: 3.0 })?;
 /// assert_eq!(params.zero_point(), -64);
 /// assert_eq!(params.quantize(0.0), -64); // real zero is always exact
 /// assert!((params.dequantize(params.quantize(2.0)) - 2.0).abs() <= params.scale() / 2.0);
@@ -93,8 +93,8 @@ impl QuantParams {
     ///
     /// # Errors
     /// [`Error::QuantParams`] if a bound is NaN, or infinite in a non-empty range.
-    pub fn from_range(scheme: Scheme, range: Range) -> Result<Self> {
-        if range == Range::EMPTY {
+    pub fn from_range(scheme: Scheme, range: ValueRange) -> Result<Self> {
+        if range == ValueRange::EMPTY {
             return Ok(Self { scale: 1.0, zero_point: 0, scheme });
         }
         if !(range.min.is_finite() && range.max.is_finite()) {
@@ -107,7 +107,7 @@ impl QuantParams {
     }
 
     /// [`QuantParams::from_range`] for bounds known to be finite, or the empty range.
-    pub(crate) fn from_finite_range(scheme: Scheme, range: Range) -> Self {
+    pub(crate) fn from_finite_range(scheme: Scheme, range: ValueRange) -> Self {
         match scheme {
             Scheme::Symmetric => {
                 let scale = usable_scale(range.max_abs() / 127.0, range.max_abs());
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     fn params(scheme: Scheme, min: f32, max: f32) -> QuantParams {
-        QuantParams::from_range(scheme, Range { min, max }).unwrap()
+        QuantParams::from_range(scheme, ValueRange { min, max }).unwrap()
     }
 
     #[test]
@@ -186,7 +186,7 @@ mod tests {
     fn constant_zero_and_empty_ranges_have_scale_one() {
         for scheme in [Scheme::Symmetric, Scheme::Affine] {
             assert_eq!(params(scheme, 0.0, 0.0).scale(), 1.0);
-            assert_eq!(QuantParams::from_range(scheme, Range::EMPTY).unwrap().scale(), 1.0);
+            assert_eq!(QuantParams::from_range(scheme, ValueRange::EMPTY).unwrap().scale(), 1.0);
             let p = params(scheme, 2.5, 2.5);
             assert_eq!(p.quantize(2.5), 127);
             assert!((p.dequantize(127) - 2.5).abs() < 1e-6);
@@ -217,7 +217,8 @@ mod tests {
     #[test]
     fn bounds_that_are_not_finite_are_an_error() {
         for (min, max) in [(f32::NAN, 1.0), (0.0, f32::INFINITY), (f32::NEG_INFINITY, 0.0)] {
-            let error = QuantParams::from_range(Scheme::Affine, Range { min, max }).unwrap_err();
+            let error =
+                QuantParams::from_range(Scheme::Affine, ValueRange { min, max }).unwrap_err();
             assert!(error.to_string().contains("finite"), "{error}");
         }
         for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {

@@ -6,7 +6,7 @@
 //!
 //! A call works on a block of rows, because a call for a level costs as much as a short row.
 
-use super::{QuantParams, Range, Scheme};
+use super::{QuantParams, Scheme, ValueRange};
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
 use crate::cpu::plain::rows::{fold_row, max_magnitude, quantize_row as quantize_row_body};
@@ -16,7 +16,7 @@ use crate::cpu::plain::{LANES, each_lane, fold_lanes, sum_lanes, widest};
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct RowRange {
     /// Smallest and largest element; meaningless unless `finite`.
-    pub range: Range,
+    pub range: ValueRange,
     /// Whether every element is finite.
     pub finite: bool,
 }
@@ -64,7 +64,7 @@ fn row_range_body(row: &[f32]) -> RowRange {
     });
     let min = fold_lanes(low, |a, b| if b < a { b } else { a });
     let max = fold_lanes(high, |a, b| if b > a { b } else { a });
-    RowRange { range: Range { min, max }, finite: sum_lanes(poison) == 0.0 }
+    RowRange { range: ValueRange { min, max }, finite: sum_lanes(poison) == 0.0 }
 }
 
 #[inline(always)]
@@ -298,7 +298,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(row_range(&[]).range, Range::EMPTY);
+        assert_eq!(row_range(&[]).range, ValueRange::EMPTY);
         assert!(row_range(&[f32::MAX, f32::MIN]).finite);
     }
 

@@ -1,7 +1,7 @@
 //! A quantized tensor: int8 codes with everything that is needed to give them a meaning.
 
 use super::rows::{quantize_row, row_range};
-use super::{Granularity, QuantConfig, QuantParams, Range, RangeSource, Scheme};
+use super::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange};
 use crate::{Error, Result, files};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -34,6 +34,7 @@ pub struct QuantizedTensor {
 
 /// How codes are stored in a safetensors file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum CodeStorage {
     /// `I8`, the codes as they are.
     #[default]
@@ -360,8 +361,8 @@ fn dynamic_params(
     (heads, tokens, depth): (usize, usize, usize),
     config: &QuantConfig,
 ) -> Result<Vec<QuantParams>> {
-    let mut ranges = vec![Range::EMPTY; config.granularity.groups(heads, tokens)?];
-    let rows: Vec<Range> =
+    let mut ranges = vec![ValueRange::EMPTY; config.granularity.groups(heads, tokens)?];
+    let rows: Vec<ValueRange> =
         (data.par_chunks(depth.max(1)).with_min_len(ELEMENTS_A_TASK / depth.max(1)))
             .map(|row| row_range(row).range)
             .collect();

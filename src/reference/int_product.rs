@@ -2,7 +2,7 @@
 
 /// `sum_d (lhs[m, d] - lhs_zero(m)) * (rhs[n, d] - rhs_zero(n))` for all `m`, `n`, row-major, in
 /// i64 so that nothing can overflow on the way. `lhs` and `rhs` are row-major with `depth` columns.
-pub fn matmul_nt(
+pub fn int_product(
     lhs: &[i16],
     rhs: &[i8],
     depth: usize,

@@ -9,7 +9,7 @@ mod tiny;
 
 use anyhow::Result;
 use candle_int8_attention::Error;
-use candle_int8_attention::hub::HubModel;
+use candle_int8_attention::hub::{HubClient, HubModel, HubOptions};
 use hf_hub::{HFClient, HFClientSync};
 use server::{Fault, Hub, NO_HASH, WEIGHTS};
 use std::collections::HashMap;
@@ -20,10 +20,9 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const ID: &str = "someone/some-model";
 const FILES: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
 
-fn client(endpoint: &str, cache: &Path) -> Result<HFClientSync> {
-    let client =
-        HFClient::builder().endpoint(endpoint).cache_dir(cache).retry_max_attempts(0).build()?;
-    Ok(HFClientSync::from_inner(client)?)
+fn client(endpoint: &str, cache: &Path) -> Result<HubClient> {
+    let (endpoint, cache) = (Some(endpoint.to_string()), Some(cache.to_path_buf()));
+    Ok(HubClient::new(HubOptions { endpoint, cache, retries: Some(0), ..HubOptions::default() })?)
 }
 
 /// A port on which nobody listens.
@@ -196,7 +195,7 @@ fn a_renamed_model_is_followed() -> Result<()> {
 
 /// After a fault with `file`: nothing in the cache is damaged, the file is not in it, and without the
 /// fault everything arrives.
-fn check_recovery(hub: &Hub, client: &HFClientSync, (file, cache): (&str, &Path)) -> Result<()> {
+fn check_recovery(hub: &Hub, client: &HubClient, (file, cache): (&str, &Path)) -> Result<()> {
     assert!(whole_files(cache).iter().all(|x| hub.files.values().any(|y| x == y)));
     let message = hub_error(offline().fetch_from(client));
     assert!(message.contains(&format!("{file} is not in the local cache")), "{message}");
@@ -307,7 +306,8 @@ fn parts_of_a_file_are_served() -> Result<()> {
     let cache = tempfile::tempdir()?;
     let hub = Hub::of_a_model()?;
     let (owner, name) = hf_hub::split_id(ID);
-    let model = client(&hub.endpoint, cache.path())?.model(owner, name);
+    let client = HFClient::builder().endpoint(&hub.endpoint).cache_dir(cache.path()).build()?;
+    let model = HFClientSync::from_inner(client)?.model(owner, name);
     let part = model.download_file_to_bytes().filename(WEIGHTS).range(100..230).send()?;
     assert_eq!(part, hub.files[WEIGHTS][100..230]);
     Ok(())

@@ -13,9 +13,9 @@ fn attention_is_that_over_what_is_stored() {
         let (k, v) = (keys((b, h_kv, n, d)), randn((b, h_kv, n, dv)));
         for values in [CacheValues::F16, CacheValues::Bf16, CacheValues::Int8] {
             for (sinks, recent, first) in [(0, 0, 64), (4, 0, 16), (0, 32, 64), (5, 300, 8)] {
-                let key_offset = KeyOffset::FirstTokens(first);
+                let key_smoothing = KeySmoothing::FirstTokens(first);
                 let config =
-                    KvCacheConfig { key_offset, values, sinks, recent, ..Default::default() };
+                    KvCacheConfig { key_smoothing, values, sinks, recent, ..Default::default() };
                 let cache = filled(config.clone(), &k, &v);
                 let (k, v) = as_stored(&k, &v, &config, &mean_of(&k, sinks, first));
                 for m in [1, 3, 60] {
@@ -41,8 +41,8 @@ fn attention_is_that_over_what_is_stored() {
 fn everything_that_changes_scores() {
     let (b, h, h_kv, n, m, d) = (2, 4, 2, 1200, 5, 32);
     let (k, v, q) = (keys((b, h_kv, n, d)), randn((b, h_kv, n, d)), randn((b, h, m, d)));
-    let key_offset = KeyOffset::FirstTokens(64);
-    let config = KvCacheConfig { key_offset, sinks: 3, recent: 20, ..Default::default() };
+    let key_smoothing = KeySmoothing::FirstTokens(64);
+    let config = KvCacheConfig { key_smoothing, sinks: 3, recent: 20, ..Default::default() };
     let cache = filled(config.clone(), &k, &v);
     let (k, v) = as_stored(&k, &v, &config, &mean_of(&k, 3, 64));
     let slopes = vec![0.5, 0.1, 0.01, 0.0];
@@ -74,8 +74,8 @@ fn everything_that_changes_scores() {
 fn masks_and_lengths_of_a_call() {
     let (b, h, h_kv, n, m, d) = (2, 4, 2, 700, 5, 32);
     let (k, v, q) = (keys((b, h_kv, n, d)), randn((b, h_kv, n, d)), randn((b, h, m, d)));
-    let key_offset = KeyOffset::FirstTokens(64);
-    let config = KvCacheConfig { key_offset, sinks: 3, recent: 20, ..Default::default() };
+    let key_smoothing = KeySmoothing::FirstTokens(64);
+    let config = KvCacheConfig { key_smoothing, sinks: 3, recent: 20, ..Default::default() };
     let cache = filled(config.clone(), &k, &v);
     let (k, v) = as_stored(&k, &v, &config, &mean_of(&k, 3, 64));
     let hidden = |i: usize| u8::from(!i.is_multiple_of(3));
@@ -123,7 +123,7 @@ fn sequences_of_their_own_lengths() {
     let (h, h_kv, d) = (4, 2, 32);
     let lens = [300, 0, 77];
     let (k, v) = (keys((3, h_kv, 300, d)), randn((3, h_kv, 300, d)));
-    let config = KvCacheConfig { key_offset: KeyOffset::None, ..KvCacheConfig::default() };
+    let config = KvCacheConfig { key_smoothing: KeySmoothing::None, ..KvCacheConfig::default() };
     let mut cache = Int8KvCache::new(config.clone());
     cache.append_lens(&k, &v, &lens).unwrap();
     assert_eq!((cache.lens(), cache.len()), (lens.to_vec(), 300));

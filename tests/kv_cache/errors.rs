@@ -32,8 +32,8 @@ fn what_does_not_fit_is_named_and_changes_nothing() {
     let error = cache.clone().truncate_lens(&[1]).unwrap_err().to_string();
     assert!(error.contains("1 lens for a batch of 2"), "{error}");
 
-    let offset = KeyOffset::Given(vec![vec![0.0; 31]; 2]);
-    let mut other = Int8KvCache::new(KvCacheConfig { key_offset: offset, ..Default::default() });
+    let offset = KeySmoothing::Given(vec![vec![0.0; 31]; 2]);
+    let mut other = Int8KvCache::new(KvCacheConfig { key_smoothing: offset, ..Default::default() });
     let error = other.append(&k, &v).unwrap_err().to_string();
     assert!(error.contains("2 vectors of 31 elements, expected 2 of 32"), "{error}");
     assert!(other.is_empty());

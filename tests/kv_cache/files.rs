@@ -14,14 +14,14 @@ fn what_is_saved_is_loaded_bit_for_bit() {
         Tensor::cat(&[&v, &spoiled.narrow(3, 0, 24).unwrap()], 2).unwrap(),
     );
     let q = randn((2, 4, 3, 40));
-    let given = KeyOffset::calibrated(&tokens(&k, 0, 700)).unwrap();
+    let given = KeySmoothing::calibrated(&tokens(&k, 0, 700)).unwrap();
     for config in [
         KvCacheConfig::default(),
         KvCacheConfig::int8_values(),
-        KvCacheConfig { values: CacheValues::Bf16, key_offset: given, ..Default::default() },
+        KvCacheConfig { values: CacheValues::Bf16, key_smoothing: given, ..Default::default() },
         KvCacheConfig { sinks: 300, recent: 33, capacity: Some(9000), ..Default::default() },
         KvCacheConfig { window: Some(100), sinks: 3, ..KvCacheConfig::int8_values() },
-        KvCacheConfig { key_offset: KeyOffset::FirstTokens(5000), ..Default::default() },
+        KvCacheConfig { key_smoothing: KeySmoothing::FirstTokens(5000), ..Default::default() },
     ] {
         let mut cache = Int8KvCache::new(config.clone());
         for (start, len) in [(0, 650), (650, 51)] {

@@ -5,15 +5,15 @@ mod attend;
 mod common;
 mod errors;
 mod files;
-mod offset;
+mod smoothing;
 mod storage;
 mod window;
 
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
 use candle_int8_attention::{
-    AttentionCall, AttentionConfig, AttnMask, CacheValues, Causal, Error, Int8KvCache, KeyOffset,
-    KvCacheConfig, PvPrecision, attention,
+    AttentionCall, AttentionConfig, AttnMask, CacheValues, Causal, Error, Int8KvCache,
+    KeySmoothing, KvCacheConfig, PvPrecision, attention,
 };
 use common::randn;
 
@@ -67,6 +67,7 @@ fn as_stored(k: &Tensor, v: &Tensor, config: &KvCacheConfig, offset: &Tensor) ->
         CacheValues::F16 => round(DType::F16),
         CacheValues::Bf16 => round(DType::BF16),
         CacheValues::Int8 => per_token(v),
+        other => panic!("values in {other:?} are not tested"),
     };
     let n = k.dim(2).unwrap();
     let (sinks, recent) = (config.sinks.min(n), config.recent.min(n));

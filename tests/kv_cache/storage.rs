@@ -11,14 +11,17 @@ fn chunks_do_not_change_a_bit() {
         KvCacheConfig::default(),
         KvCacheConfig::int8_values(),
         KvCacheConfig {
-            key_offset: KeyOffset::None,
+            key_smoothing: KeySmoothing::None,
             values: CacheValues::Bf16,
             ..Default::default()
         },
-        KvCacheConfig { key_offset: KeyOffset::calibrated(&k).unwrap(), ..Default::default() },
+        KvCacheConfig {
+            key_smoothing: KeySmoothing::calibrated(&k).unwrap(),
+            ..Default::default()
+        },
         KvCacheConfig { sinks: 5, recent: 33, ..Default::default() },
-        KvCacheConfig { key_offset: KeyOffset::FirstTokens(600), ..Default::default() },
-        KvCacheConfig { key_offset: KeyOffset::FirstTokens(900), ..Default::default() },
+        KvCacheConfig { key_smoothing: KeySmoothing::FirstTokens(600), ..Default::default() },
+        KvCacheConfig { key_smoothing: KeySmoothing::FirstTokens(900), ..Default::default() },
     ] {
         let at_once = filled(config.clone(), &k, &v);
         let expected = at_once.attention(&q, AttentionCall::causal(), &INT8()).unwrap();

@@ -6,8 +6,8 @@ use super::*;
 fn a_window_drops_what_nobody_sees() {
     let (h, h_kv, n, d, window, sinks) = (4, 2, 2400, 32, 300, 4);
     let (k, v) = (keys((1, h_kv, n, d)), randn((1, h_kv, n, d)));
-    let key_offset = KeyOffset::FirstTokens(64);
-    let config = KvCacheConfig { key_offset, window: Some(window), sinks, ..Default::default() };
+    let key_smoothing = KeySmoothing::FirstTokens(64);
+    let config = KvCacheConfig { key_smoothing, window: Some(window), sinks, ..Default::default() };
     let mut cache = Int8KvCache::new(config.clone());
     let (stored_k, stored_v) = as_stored(&k, &v, &config, &mean_of(&k, sinks, 64));
     let mut largest = 0;

@@ -158,7 +158,7 @@ fn safetensors_equal_gguf() -> Result<()> {
         let path = tiny.gguf(GgmlDType::F32)?.write(folder.path())?;
         let gguf = LlamaModel::load(&path, WeightFormat::Auto, &Device::Cpu)?;
         let folder = folder_model(&tiny, folder.path())?;
-        assert_eq!(gguf.config().num_kv_heads, KV_HEADS);
+        assert_eq!(gguf.config().num_key_value_heads, KV_HEADS);
         let difference = relative_difference(&logits_of(&folder)?, &logits_of(&gguf)?)?;
         assert!(difference <= ROUNDING, "{difference}");
     }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::llama::{LayerCache, LlamaCache, LlamaModel};
 use candle_int8_attention::{
-    AttentionConfig, CacheValues, Error, KeyOffset, KvCacheConfig, PvPrecision,
+    AttentionConfig, CacheValues, Error, KeySmoothing, KvCacheConfig, PvPrecision,
 };
 
 /// Sums in another order.
@@ -71,7 +71,7 @@ fn pieces_of_any_length_give_the_same() -> Result<()> {
 /// Caches of all kinds. What waits for no offset and is not kept in f32 has the same codes for
 /// every query, however the tokens came: only sums differ.
 fn kv_caches() -> Vec<(KvCacheConfig, f32)> {
-    let at_once = KvCacheConfig { key_offset: KeyOffset::None, ..Default::default() };
+    let at_once = KvCacheConfig { key_smoothing: KeySmoothing::None, ..Default::default() };
     let int8 = KvCacheConfig { values: CacheValues::Int8, ..at_once.clone() };
     vec![
         (KvCacheConfig { sinks: 4, ..at_once.clone() }, SUMS),
@@ -262,7 +262,8 @@ fn memory_is_that_of_keys_and_values_and_grows_with_them() -> Result<()> {
     let (model, ids) = (model()?, tokens());
     let mut cache = model.new_cache(1, CONTEXT)?;
     let config = model.config();
-    let bytes_a_token = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim;
+    let bytes_a_token =
+        2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim;
     assert!(cache.memory_bytes() <= 256 * bytes_a_token);
     model.forward(&batch(&ids)?, &mut cache)?;
     assert!(

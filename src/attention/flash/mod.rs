@@ -10,8 +10,8 @@ mod varlen;
 pub use varlen::flash_attn_varlen_cpu;
 
 use super::mask::{attended, keep};
-use super::tensor_ops::repeat_heads;
 use super::{AttentionCall, AttentionConfig, AttentionSpec, Causal, attention};
+use crate::reference::tensor_ops::repeat_heads;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, WithDType};
 use candle_nn::attention::AttnMask;

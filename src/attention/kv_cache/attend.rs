@@ -1,8 +1,8 @@
 //! Attention over a cache: what belongs to the call, and the engine over its heads.
 
+use super::Int8KvCache;
 use super::head::Head;
 use super::source::CacheHead;
-use super::{Int8KvCache, cpu};
 use crate::attention::AttentionCall;
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
 use crate::attention::engine::{Element, Engine, MaskView, Modifiers, Queries};
@@ -13,7 +13,7 @@ use crate::cpu::Level;
 use crate::cpu::contracts::Format;
 use crate::memory::written;
 use crate::parallel::Work;
-use crate::view::View;
+use crate::view::{View, cpu};
 use crate::{Error, Result};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Storage, Tensor};

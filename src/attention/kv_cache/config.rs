@@ -5,10 +5,12 @@ use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// How an [`Int8KvCache`](super::Int8KvCache) stores what is appended.
+///
+/// More fields may be added: end an expression in `..KvCacheConfig::default()`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCacheConfig {
     /// What is subtracted from keys before they are quantized.
-    pub key_offset: KeyOffset,
+    pub key_smoothing: KeySmoothing,
     /// How values are stored.
     pub values: CacheValues,
     /// The first tokens of every sequence, kept in f32. Some models give their first tokens huge
@@ -25,11 +27,11 @@ pub struct KvCacheConfig {
 }
 
 impl Default for KvCacheConfig {
-    /// A moving offset, values in f16, nothing kept in f32 beyond the first 64 tokens while they
-    /// wait for their offset, no limits.
+    /// Smoothing that moves along, values in f16, nothing kept in f32 beyond the first 64 tokens
+    /// while they wait for their mean, no limits.
     fn default() -> Self {
         Self {
-            key_offset: KeyOffset::default(),
+            key_smoothing: KeySmoothing::default(),
             values: CacheValues::default(),
             sinks: 0,
             recent: 0,
@@ -53,7 +55,8 @@ impl KvCacheConfig {
 /// That of a key is known before the key is quantized, and stays: no key is ever quantized twice, and
 /// codes do not depend on how tokens were cut into chunks.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub enum KeyOffset {
+#[non_exhaustive]
+pub enum KeySmoothing {
     /// Nothing.
     None,
     /// The mean over this many tokens, the first ones after the sinks. They wait in f32 until all
@@ -68,7 +71,7 @@ pub enum KeyOffset {
     Given(Vec<Vec<f32>>),
 }
 
-impl KeyOffset {
+impl KeySmoothing {
     /// The mean over batch and tokens of keys `[B, H_kv, S, D]` seen in calibration. Tokens that
     /// hold NaN or infinity do not count.
     ///
@@ -78,24 +81,24 @@ impl KeyOffset {
         let (_, _, _, depth) = keys.dims4()?;
         // `[H_kv, B * S * D]`
         let heads = keys.transpose(0, 1)?.flatten_from(1)?.to_dtype(DType::F32)?.to_vec2()?;
-        Ok(KeyOffset::Given(heads.iter().map(|head| token_mean(head, depth)).collect()))
+        Ok(KeySmoothing::Given(heads.iter().map(|head| token_mean(head, depth)).collect()))
     }
 
     /// # Errors
-    /// [`Error::Mismatch`] unless a given offset has one vector of `depth` elements for each head,
+    /// [`Error::Mismatch`] unless given smoothing has one vector of `depth` elements for each head,
     /// [`Error::InvalidArgument`] unless all of them are finite.
     pub(super) fn check(&self, heads: usize, depth: usize) -> Result<()> {
-        let KeyOffset::Given(given) = self else { return Ok(()) };
+        let KeySmoothing::Given(given) = self else { return Ok(()) };
         let fits = given.len() == heads && given.iter().all(|offset| offset.len() == depth);
         if !fits {
             let found = (given.len(), given.first().map_or(0, Vec::len));
             return Err(Error::Mismatch(format!(
-                "key offset of {} vectors of {} elements, expected {heads} of {depth}",
+                "key smoothing of {} vectors of {} elements, expected {heads} of {depth}",
                 found.0, found.1
             )));
         }
         match given.iter().flatten().find(|x| !x.is_finite()) {
-            Some(x) => Err(Error::InvalidArgument(format!("key offset {x}, expected finite"))),
+            Some(x) => Err(Error::InvalidArgument(format!("key smoothing {x}, expected finite"))),
             None => Ok(()),
         }
     }
@@ -105,6 +108,7 @@ impl KeyOffset {
 /// not at all, is kept in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum CacheValues {
     /// f16: 11 bits, 2 bytes.
     #[default]

@@ -12,10 +12,10 @@
 //!           "<b>.offsets"      F32  [H_kv, G, D]     of the groups in pages, where they move
 //!           "<b>.exceptions"   F32  [E, Dv]          values that their format cannot hold,
 //!           "<b>.exceptions_at" U32 [E, 2]           with their heads and tokens
-//!           "key_offset"       F32  [H_kv, D]        if the configuration gives one
+//!           "key_smoothing"       F32  [H_kv, D]        if the configuration gives one
 //! ```
 
-use super::config::{CacheValues, KeyOffset, KvCacheConfig};
+use super::config::{CacheValues, KeySmoothing, KvCacheConfig};
 use super::head::{Dims, Head};
 use super::stored::Stored;
 use super::{Int8KvCache, Sequence};
@@ -45,7 +45,7 @@ const MAX_VALUE_DIM: usize = 1 << 20;
 #[derive(Serialize, Deserialize)]
 struct Header {
     version: u32,
-    key_offset: OffsetKind,
+    key_smoothing: SmoothingKind,
     values: CacheValues,
     sinks: usize,
     recent: usize,
@@ -58,7 +58,7 @@ struct Header {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum OffsetKind {
+enum SmoothingKind {
     None,
     FirstTokens(usize),
     Moving,
@@ -104,11 +104,11 @@ impl Int8KvCache {
         };
         Header {
             version: VERSION,
-            key_offset: match config.key_offset {
-                KeyOffset::None => OffsetKind::None,
-                KeyOffset::FirstTokens(tokens) => OffsetKind::FirstTokens(tokens),
-                KeyOffset::Moving => OffsetKind::Moving,
-                KeyOffset::Given(_) => OffsetKind::Given,
+            key_smoothing: match config.key_smoothing {
+                KeySmoothing::None => SmoothingKind::None,
+                KeySmoothing::FirstTokens(tokens) => SmoothingKind::FirstTokens(tokens),
+                KeySmoothing::Moving => SmoothingKind::Moving,
+                KeySmoothing::Given(_) => SmoothingKind::Given,
             },
             values: config.values,
             sinks: config.sinks,
@@ -125,9 +125,9 @@ impl Int8KvCache {
     fn to_bytes(&self) -> Result<Vec<u8>> {
         let header = self.header();
         let mut writer = Writer::default();
-        if let KeyOffset::Given(vectors) = &self.config.key_offset {
+        if let KeySmoothing::Given(vectors) = &self.config.key_smoothing {
             let depth = vectors.first().map_or(0, Vec::len);
-            writer.f32("key_offset", &[vectors.len(), depth], vectors.concat());
+            writer.f32("key_smoothing", &[vectors.len(), depth], vectors.concat());
         }
         for (b, (sequence, place)) in self.sequences.iter().zip(&header.sequences).enumerate() {
             let stored = sequence.heads.iter().map(|head| Stored::of(head, place.first));
@@ -236,14 +236,14 @@ impl<'a> Reader<'a> {
             return Err(format!("format version {}, expected {VERSION}", header.version));
         }
         let reader = Self { tensors: SafeTensors::deserialize(bytes).map_err(text)? };
-        let key_offset = match header.key_offset {
-            OffsetKind::None => KeyOffset::None,
-            OffsetKind::FirstTokens(tokens) => KeyOffset::FirstTokens(tokens),
-            OffsetKind::Moving => KeyOffset::Moving,
-            OffsetKind::Given => KeyOffset::Given(reader.key_offset()?),
+        let key_smoothing = match header.key_smoothing {
+            SmoothingKind::None => KeySmoothing::None,
+            SmoothingKind::FirstTokens(tokens) => KeySmoothing::FirstTokens(tokens),
+            SmoothingKind::Moving => KeySmoothing::Moving,
+            SmoothingKind::Given => KeySmoothing::Given(reader.key_smoothing()?),
         };
         let Header { values, sinks, recent, window, capacity, .. } = header;
-        let config = KvCacheConfig { key_offset, values, sinks, recent, window, capacity };
+        let config = KvCacheConfig { key_smoothing, values, sinks, recent, window, capacity };
         let Some([batch, heads, depth, value_dim]) = header.dims else {
             return Ok(Int8KvCache::new(config));
         };
@@ -258,7 +258,7 @@ impl<'a> Reader<'a> {
             let found = header.sequences.len();
             return Err(format!("{found} sequences of {heads} heads for a batch of {batch}"));
         }
-        config.key_offset.check(heads, depth).map_err(|e| e.to_string())?;
+        config.key_smoothing.check(heads, depth).map_err(|e| e.to_string())?;
         let dims = Dims { depth, value_dim };
         let mut sequences = Vec::new();
         for (b, place) in header.sequences.iter().enumerate() {
@@ -291,9 +291,9 @@ impl<'a> Reader<'a> {
         self.tensors.tensor(name).ok().map(|tensor| tensor.shape().to_vec())
     }
 
-    fn key_offset(&self) -> Checked<Vec<Vec<f32>>> {
-        let shape = self.shape("key_offset").ok_or("no tensor \"key_offset\"")?;
-        let all = self.f32("key_offset", &shape)?;
+    fn key_smoothing(&self) -> Checked<Vec<Vec<f32>>> {
+        let shape = self.shape("key_smoothing").ok_or("no tensor \"key_smoothing\"")?;
+        let all = self.f32("key_smoothing", &shape)?;
         let depth = shape.last().copied().unwrap_or(0).max(1);
         Ok(all.chunks(depth).map(<[f32]>::to_vec).collect())
     }
@@ -351,7 +351,7 @@ impl<'a> Reader<'a> {
         } else if tokens > 0 {
             return Err(format!("sequence {b}: quantized keys without their offset"));
         }
-        if config.key_offset == KeyOffset::Moving && tokens > 0 && depth > 0 {
+        if config.key_smoothing == KeySmoothing::Moving && tokens > 0 && depth > 0 {
             let groups = Stored::groups(first..packed).len();
             let offsets = self.f32(&name("offsets"), &[heads, groups, depth])?;
             all.iter_mut().enumerate().for_each(|(h, head)| {

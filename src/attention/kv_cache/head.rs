@@ -8,7 +8,7 @@
 //!
 //! A token never moves back to the left: once its key is quantized it stays as it is.
 
-use super::config::{CacheValues, KeyOffset, KvCacheConfig};
+use super::config::{CacheValues, KeySmoothing, KvCacheConfig};
 use super::values::Values;
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes};
@@ -151,12 +151,12 @@ impl Head {
             first_page: config.sinks / PAGE,
             packed: config.sinks,
             recent: Rows::default(),
-            offset: match &config.key_offset {
-                KeyOffset::None => Some(vec![0.0; dims.depth]),
-                KeyOffset::FirstTokens(_) | KeyOffset::Moving => None,
-                KeyOffset::Given(offsets) => Some(offsets[head].clone()),
+            offset: match &config.key_smoothing {
+                KeySmoothing::None => Some(vec![0.0; dims.depth]),
+                KeySmoothing::FirstTokens(_) | KeySmoothing::Moving => None,
+                KeySmoothing::Given(offsets) => Some(offsets[head].clone()),
             },
-            moving: config.key_offset == KeyOffset::Moving,
+            moving: config.key_smoothing == KeySmoothing::Moving,
         }
     }
 
@@ -193,7 +193,7 @@ impl Head {
         self.sinks.extend(sinks);
         self.recent.extend(rows);
         if self.offset.is_none() {
-            self.offset = self.first_mean(&config.key_offset);
+            self.offset = self.first_mean(&config.key_smoothing);
         }
         if let Some(offset) = self.offset.take() {
             self.pack(self.recent.tokens.saturating_sub(config.recent), offset);
@@ -201,11 +201,11 @@ impl Head {
     }
 
     /// The mean of the first tokens, once they are there. Until then nothing is packed.
-    fn first_mean(&self, offset: &KeyOffset) -> Option<Vec<f32>> {
+    fn first_mean(&self, offset: &KeySmoothing) -> Option<Vec<f32>> {
         let tokens = match *offset {
-            KeyOffset::FirstTokens(tokens) => tokens,
-            KeyOffset::Moving => GROUP,
-            KeyOffset::None | KeyOffset::Given(_) => return None,
+            KeySmoothing::FirstTokens(tokens) => tokens,
+            KeySmoothing::Moving => GROUP,
+            KeySmoothing::None | KeySmoothing::Given(_) => return None,
         };
         let depth = self.dims.depth;
         let complete = self.recent.tokens >= tokens;

@@ -13,18 +13,17 @@ mod source;
 mod stored;
 mod values;
 
-pub use config::{CacheValues, KeyOffset, KvCacheConfig};
+pub use config::{CacheValues, KeySmoothing, KvCacheConfig};
 
 use super::engine::blocks;
 use super::shapes::{check_cpu, check_float};
 use crate::cpu::Level;
 use crate::parallel::Work;
 use crate::product;
-use crate::view::View;
+use crate::view::{View, cpu};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::Tensor;
 use head::{Dims, Head, PAGE, RowsRef};
-use std::ops::Deref;
 
 /// A cache of keys and values with int8 keys, for one layer of a model.
 ///
@@ -123,7 +122,7 @@ impl Int8KvCache {
     /// # Errors
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for tensors that do not fit each
     /// other or what is in the cache, [`Error::Device`] unless they are on the CPU,
-    /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Mismatch`] for a key offset that
+    /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Mismatch`] for a key smoothing that
     /// does not fit, [`Error::InvalidArgument`] for one that is not finite, [`Error::Depth`] beyond the depth limit, [`Error::Level`] if
     /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used. The
     /// cache is then as it was before.
@@ -217,7 +216,7 @@ impl Int8KvCache {
             }
             return Ok(Vec::new());
         }
-        self.config.key_offset.check(h, depth)?;
+        self.config.key_smoothing.check(h, depth)?;
         let level = Level::active()?;
         let head = |head| Head::new(&self.config, head, dims, level);
         let sequence = || Sequence { heads: (0..h).map(head).collect(), len: 0 };
@@ -225,7 +224,7 @@ impl Int8KvCache {
     }
 
     /// Shortens every sequence to at most `len` tokens, for example to take back tokens that a
-    /// speculation got wrong. A key offset that is frozen stays so.
+    /// speculation got wrong. What is subtracted from keys stays as it is.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a window has dropped tokens that a query after `len` tokens would see.
@@ -273,17 +272,9 @@ impl Int8KvCache {
         Ok(())
     }
 
-    /// Forgets everything but the configuration: batch, heads, dims and key offset are open again.
+    /// Forgets everything but the configuration: batch, heads, dims and means of keys are open again.
     pub fn reset(&mut self) {
         self.shape = None;
         self.sequences.clear();
-    }
-}
-
-/// The storage of a tensor on the CPU.
-fn cpu(storage: &impl Deref<Target = Storage>) -> Result<&CpuStorage> {
-    match &**storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => Err(Error::Mismatch("a tensor on another device, expected the CPU".into())),
     }
 }

@@ -1,23 +1,26 @@
 //! One call of a layer's attention: what went in, and what fp32 makes of it.
 
 use crate::attention::attention_probs;
-use crate::drift::Attend;
+use crate::drift::Candidate;
 use crate::drift::metrics::entropy;
+use crate::models::Attend;
 use crate::quant::{QuantConfig, QuantizedTensor, token_mean};
-use crate::{AttentionConfig, AttnMask, Backend, Error, Result, attention, attention_scores};
-use crate::{Int8Config, ScoreConfig, ScoreOutput};
+use crate::{AttentionCall, AttentionConfig, Backend, Error, Result, attention};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::time::Instant;
 
-/// The arguments of one call.
+/// The arguments of one call, and the configuration of the layer that makes it.
 pub(crate) struct Call {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
-    pub mask: AttnMask,
+    pub call: AttentionCall,
     pub config: AttentionConfig,
 }
+
+/// Who computes attention: fp32, or a candidate.
+pub(crate) type Path<'a> = Option<&'a Candidate>;
 
 /// `H`, `H_kv`, `M`, `N`, `D` and `Dv` of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,20 +50,22 @@ pub(crate) struct Ran {
     pub seconds: f64,
 }
 
-/// Runs a layer with attention by `backend`, and keeps what it called attention with.
+/// Runs a layer that is configured as `config` with attention by `path`, and keeps what it called
+/// attention with.
 pub(crate) fn run(
     index: usize,
-    backend: &Backend,
+    path: Path<'_>,
+    config: &AttentionConfig,
     layer: &mut dyn FnMut(&mut Attend<'_>) -> Result<Tensor>,
 ) -> Result<Ran> {
     let mut calls = Vec::new();
-    let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttnMask, c: &AttentionConfig| {
-        let config = c.with_backend(backend.clone());
+    let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, call: &AttentionCall| {
+        let (q, k, v, call) = (q.clone(), k.clone(), v.clone(), call.clone());
+        let call = Call { q, k, v, call, config: config.clone() };
         let start = Instant::now();
-        let out = attention(q, k, v, mask, &config)?;
+        let out = call.attention(path, &call.q, &call.k)?;
         let seconds = start.elapsed().as_secs_f64();
-        let (q, k, v, mask) = (q.clone(), k.clone(), v.clone(), mask.clone());
-        calls.push((Call { q, k, v, mask, config }, out.clone(), seconds));
+        calls.push((call, out.clone(), seconds));
         Ok(out)
     };
     let hidden = layer(&mut attend)?;
@@ -90,18 +95,25 @@ impl Call {
         Ok(Dims { heads, kv_heads, queries, keys, depth, value_dim })
     }
 
-    fn with(&self, backend: Backend) -> AttentionConfig {
-        self.config.with_backend(backend)
+    fn attention(&self, path: Path<'_>, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        match path {
+            Some(candidate) => candidate.attention((q, k, &self.v), &self.call, &self.config),
+            None => attention(q, k, &self.v, &self.call, &self.config.with_backend(Backend::Fp32)),
+        }
     }
 
-    /// The probabilities of a backend, `[H, M, N]` flat.
-    pub fn probabilities(&self, backend: Backend) -> Result<Vec<f32>> {
-        flat(&attention_probs(&self.q, &self.k, &self.mask, &self.with(backend))?)
+    /// The probabilities, `[H, M, N]` flat.
+    pub fn probabilities(&self, path: Path<'_>) -> Result<Vec<f32>> {
+        let (q, k) = (&self.q, &self.k);
+        flat(&match path {
+            Some(candidate) => candidate.probabilities((q, k), &self.call, &self.config)?,
+            None => attention_probs(q, k, &self.call, &self.config.with_backend(Backend::Fp32))?,
+        })
     }
 
-    /// The attention output of a backend with other queries, keys, or both.
-    pub fn output_of(&self, q: &Tensor, k: &Tensor, backend: Backend) -> Result<Vec<f32>> {
-        flat(&attention(q, k, &self.v, &self.mask, &self.with(backend))?)
+    /// The attention output with other queries, keys, or both.
+    pub fn output_of(&self, q: &Tensor, k: &Tensor, path: Path<'_>) -> Result<Vec<f32>> {
+        flat(&self.attention(path, q, k)?)
     }
 
     /// The raw scores `q·k^T` in fp32, `[H, M, N]` flat.
@@ -113,11 +125,6 @@ impl Call {
         let q = self.q.to_dtype(DType::F32)?.contiguous()?.reshape(rows)?;
         let k = self.k.to_dtype(DType::F32)?.squeeze(0)?.contiguous()?;
         flat(&q.matmul(&k.t()?)?)
-    }
-
-    /// The raw scores of a configuration; those that went through int8 if it says so.
-    pub fn int8_scores(&self, config: &ScoreConfig) -> Result<Vec<f32>> {
-        flat(&attention_scores(&self.q, &self.k, config)?)
     }
 }
 
@@ -135,7 +142,7 @@ pub(crate) struct Reference {
 impl Reference {
     pub fn of(call: &Call) -> Result<Self> {
         let dims = call.dims()?;
-        let probabilities = call.probabilities(Backend::Fp32)?;
+        let probabilities = call.probabilities(None)?;
         let entropies = probabilities.par_chunks(dims.keys.max(1)).map(entropy).collect();
         Ok(Self {
             dims,
@@ -157,13 +164,13 @@ pub(crate) struct Int8Stages {
 }
 
 impl Int8Stages {
-    pub fn of(call: &Call, config: &Int8Config) -> Result<Self> {
-        let scores = &config.scores;
+    pub fn of(call: &Call, candidate: &Candidate) -> Result<Self> {
+        let scores = &candidate.config.scores;
         Ok(Self {
             q: Rounded::of(&call.q, &scores.q, scores.smooth_q)?,
             k: Rounded::of(&call.k, &scores.k, scores.smooth_k)?,
-            scores: call.int8_scores(scores)?,
-            probabilities: call.probabilities(Backend::Int8(config.clone()))?,
+            scores: flat(&candidate.scores(&call.q, &call.k)?)?,
+            probabilities: call.probabilities(Some(candidate))?,
         })
     }
 }
@@ -213,11 +220,6 @@ fn shift(values: &mut [f32], means: &[Vec<f32>], matrix: usize, f: fn(f32, f32) 
             row.iter_mut().zip(mean).for_each(|(x, &mean)| *x = f(*x, mean));
         }
     }
-}
-
-/// Whether the scores of a configuration go through int8.
-pub(crate) fn is_requantized(config: &ScoreConfig) -> bool {
-    matches!(config.output, ScoreOutput::Requantized(_))
 }
 
 /// The numbers of a tensor in row-major order.

@@ -1,9 +1,9 @@
 //! What one configuration changes in one call of attention.
 
-use super::call::{Dims, Int8Stages, Ran, Reference, Rounded, is_requantized};
+use super::call::{Dims, Int8Stages, Ran, Reference, Rounded};
 use super::state::{HeadStages, HeadState};
-use crate::drift::ErrorSums;
-use crate::{Backend, Int8Config, PvPrecision, Result, ScoreConfig, ScoreOutput};
+use crate::drift::{Candidate, ErrorSums};
+use crate::{Int8Config, PvPrecision, Result};
 use rayon::prelude::*;
 
 /// The fp32 run of a layer that configurations are compared with.
@@ -29,9 +29,9 @@ impl Compared<'_> {
         heads: &mut [HeadState],
         input: Input,
         ran: &Ran,
-        config: &Int8Config,
+        candidate: &Candidate,
     ) -> Result<(Vec<Vec<f64>>, Int8Stages)> {
-        let stages = Int8Stages::of(&ran.call, config)?;
+        let stages = Int8Stages::of(&ran.call, candidate)?;
         let rows = heads.par_iter_mut().enumerate().map(|(head, state)| {
             let into = match input {
                 Input::Same => &mut state.alone,
@@ -96,26 +96,26 @@ impl Compared<'_> {
         &self,
         heads: &mut [HeadState],
         stages: &Int8Stages,
-        config: &Int8Config,
+        candidate: &Candidate,
     ) -> Result<()> {
         let call = &self.fp32.call;
         let exact = &self.fp32.output;
         let rounded = |q: &Rounded| q.tensor();
-        let only_q = call.output_of(&rounded(&stages.q)?, &call.k, Backend::Fp32)?;
-        let only_k = call.output_of(&call.q, &rounded(&stages.k)?, Backend::Fp32)?;
-        let int8 = |scores: ScoreConfig, pv| {
-            call.output_of(&call.q, &call.k, Backend::Int8(Int8Config { scores, pv }))
+        let only_q = call.output_of(&rounded(&stages.q)?, &call.k, None)?;
+        let only_k = call.output_of(&call.q, &rounded(&stages.k)?, None)?;
+        let straight = |pv| {
+            let config = Int8Config { pv, ..candidate.config.clone() };
+            call.output_of(&call.q, &call.k, Some(&Candidate::new("", config)))
         };
-        let straight = ScoreConfig { output: ScoreOutput::Dequantized, ..config.scores.clone() };
-        let in_f32 = int8(straight.clone(), PvPrecision::F32)?;
-        let requantized = match is_requantized(&config.scores) {
-            true => Some(int8(config.scores.clone(), PvPrecision::F32)?),
-            false => None,
+        let in_f32 = straight(PvPrecision::F32)?;
+        let requantized = match &candidate.requant {
+            Some(_) => Some(call.output_of(&call.q, &call.k, Some(candidate))?),
+            None => None,
         };
         // Requantized scores leave the fused op, and P·V is f32 there.
-        let in_pv = match (config.pv, &requantized) {
+        let in_pv = match (candidate.config.pv, &requantized) {
             (PvPrecision::F32, _) | (_, Some(_)) => None,
-            (pv, None) => Some(int8(straight, pv)?),
+            (pv, None) => Some(straight(pv)?),
         };
         let size = self.reference.dims.queries * self.reference.dims.value_dim;
         let energy = |a: &[f32], b: &[f32], head: usize| {

@@ -9,9 +9,10 @@ pub use words::{MovedSentence, MovedWord, Target};
 
 use super::explain::HeadShape;
 use super::subject::Subject;
-use super::{Candidate, Distribution, ErrorSums, LayeredModel};
-use crate::{Backend, Error, Result};
-use call::{Ran, Reference, flat};
+use super::{Candidate, Distribution, ErrorSums};
+use crate::models::LayeredModel;
+use crate::{AttentionConfig, Error, Result};
+use call::{Path, Ran, Reference, flat};
 use candle_core::Tensor;
 use measure::{Compared, Input};
 use rayon::prelude::*;
@@ -30,8 +31,21 @@ use words::{Passage, Worst};
 /// Recorders that saw different passages can be merged, also after a way through JSON: the figures
 /// are those of one recorder that saw all, whatever the order.
 ///
-/// A passage of `N` tokens takes memory for a few `[H, N, N]` matrices while it is measured. See
-/// [`LayeredModel`] for an example.
+/// A passage of `N` tokens takes memory for a few `[H, N, N]` matrices while it is measured.
+///
+/// ```no_run
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::drift::{Candidate, Recorder};
+/// use candle_int8_attention::models::{BertModel, ModelFiles};
+///
+/// let files = ModelFiles::from_dir("models/paraphrase-MiniLM-L3-v2")?;
+/// let model = BertModel::load(&files, &Device::Cpu)?; // or a model of your own
+/// let mut recorder = Recorder::new(vec![Candidate::default()])?;
+/// let (ids, words) = (Tensor::new(&[[101u32, 7592, 102]], &Device::Cpu)?, ["", "hello", ""]);
+/// recorder.record(&model, &ids, &words.map(String::from), 0)?;
+/// println!("{}", recorder.report().to_text());
+/// # Ok::<(), candle_int8_attention::Error>(())
+/// ```
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Recorder {
     #[serde(skip)]
@@ -49,6 +63,7 @@ pub struct Recorder {
 
 /// Embeddings of one passage, flat.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Embeddings {
     /// Of the fp32 path.
     pub fp32: Vec<f32>,
@@ -137,7 +152,7 @@ impl Recorder {
         let mut passage = Passage::new(index, words);
         let mut fp32 = hidden.clone();
         let mut own = vec![hidden; self.configs.len()];
-        for layer in 0..model.layers() {
+        for layer in 0..model.attention().len() {
             fp32 = self.record_layer(model, layer, &fp32, &mut own, &mut passage)?;
         }
         passage.finish(&mut self.worst);
@@ -163,10 +178,11 @@ impl Recorder {
         own: &mut [Tensor],
         passage: &mut Passage<'_>,
     ) -> Result<Tensor> {
-        let run = |backend: &Backend, hidden: &Tensor| {
-            call::run(layer, backend, &mut |attend| model.layer(layer, hidden, attend))
+        let config: AttentionConfig = model.attention()[layer].config().clone();
+        let run = |path: Path<'_>, hidden: &Tensor| {
+            call::run(layer, path, &config, &mut |attend| model.layer(layer, hidden, attend))
         };
-        let fp32 = run(&Backend::Fp32, hidden)?;
+        let fp32 = run(None, hidden)?;
         self.fp32_seconds.push(fp32.seconds);
         let reference = Reference::of(&fp32.call)?;
         self.make_room(layer, reference.dims.heads)?;
@@ -177,21 +193,20 @@ impl Recorder {
         let exact = flat(&fp32.hidden)?;
         for (i, candidate) in self.configs.iter().enumerate() {
             let state = &mut self.candidates[i];
-            let backend = Backend::Int8(candidate.config.clone());
             let LayerState { heads, alone, accumulated } = &mut state.layers[layer];
 
-            let ran = run(&backend, hidden)?;
+            let ran = run(Some(candidate), hidden)?;
             state.seconds.push(ran.seconds);
-            let (kl, stages) = compared.add(heads, Input::Same, &ran, &candidate.config)?;
+            let (kl, stages) = compared.add(heads, Input::Same, &ran, candidate)?;
             alone.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?));
             if i == 0 {
                 passage.add(layer, &kl, &reference, &stages.probabilities);
-                compared.add_sources(heads, &stages, &candidate.config)?;
+                compared.add_sources(heads, &stages, candidate)?;
             }
 
-            let ran: Ran = run(&backend, &own[i])?;
+            let ran: Ran = run(Some(candidate), &own[i])?;
             state.seconds.push(ran.seconds);
-            compared.add(heads, Input::Own, &ran, &candidate.config)?;
+            compared.add(heads, Input::Own, &ran, candidate)?;
             accumulated.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?));
             own[i] = ran.hidden;
         }

@@ -13,6 +13,7 @@ const CONTEXT: usize = 60;
 
 /// A key that a word attends to, and how much.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Target {
     /// Position of the key in its passage.
     pub position: usize,
@@ -26,6 +27,7 @@ pub struct Target {
 
 /// A word whose attention moved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct MovedWord {
     /// Which passage, counted from 0.
     pub passage: u64,
@@ -51,6 +53,7 @@ pub struct MovedWord {
 
 /// A sentence whose words' attention moved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct MovedSentence {
     /// Which passage, counted from 0.
     pub passage: u64,

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 /// One number over passages or tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Stat {
     /// Mean of the finite ones.
     pub mean: f64,
@@ -41,6 +42,7 @@ impl From<&Summary> for Stat {
 
 /// A stage of a head, or what leaves a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct StageFigures {
     /// Signal-to-noise ratio, one value a passage.
     pub sqnr_db: Stat,
@@ -62,6 +64,7 @@ impl From<&Stage> for StageFigures {
 
 /// The attention probabilities, one value a query.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ProbabilityFigures {
     /// KL divergence in nats.
     pub kl: Stat,
@@ -95,6 +98,7 @@ impl From<&Probabilities> for ProbabilityFigures {
 
 /// The error of the attention output relative to its length, one value a query.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct TokenError {
     /// Mean and extremes.
     #[serde(flatten)]
@@ -120,6 +124,7 @@ impl From<&Distribution> for TokenError {
 
 /// All stages of a head.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct HeadFigures {
     /// Queries as their codes have them.
     pub q: StageFigures,
@@ -151,6 +156,7 @@ impl From<&HeadStages> for HeadFigures {
 /// Where the error of the attention output comes from, as shares of 1; only of the main
 /// configuration. Each source is measured with the others exact.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Shares {
     /// Rounding of the queries.
     pub q: f64,
@@ -178,6 +184,7 @@ impl Shares {
 
 /// One head.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct HeadReport {
     /// Its number.
     pub head: usize,
@@ -214,6 +221,7 @@ impl HeadReport {
 
 /// One layer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct LayerReport {
     /// Its number.
     pub layer: usize,
@@ -246,6 +254,7 @@ impl LayerReport {
 
 /// A head with a value.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Place {
     /// Its layer.
     pub layer: usize,
@@ -257,6 +266,7 @@ pub struct Place {
 
 /// The attention output of all heads of all layers, fp32 input to both paths.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct OutputFigures {
     /// Signal-to-noise ratio, mean over everything.
     pub mean_sqnr_db: f64,
@@ -281,6 +291,7 @@ pub struct OutputFigures {
 /// Time of one layer's attention: the lower quartile over layers and passages, which what else the
 /// machine does disturbs less than the median.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Timing {
     /// Candle's fp32 operations, in milliseconds.
     pub fp32_ms: f64,
@@ -292,6 +303,7 @@ pub struct Timing {
 
 /// One configuration.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct ConfigReport {
     /// Its name.
     pub name: String,

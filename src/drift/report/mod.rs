@@ -21,6 +21,7 @@ use serde::Serialize;
 
 /// Everything that is known about the drift of a model on its texts.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// What was measured.
     #[serde(flatten)]
@@ -47,6 +48,7 @@ pub struct Report {
 
 /// The heads of a layer.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct LayerFacts {
     /// Its number.
     pub layer: usize,

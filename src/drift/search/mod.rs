@@ -18,11 +18,10 @@ mod speed;
 
 use super::layers::{LayerErrors, attention_errors, embedding_error, embeddings, fp32};
 use super::metrics::lowest;
-use crate::attention::{AttentionConfig, PvPrecision};
-use crate::models::{AttentionLayers, Int8Setting, LayerSetting, LayerSettings};
+use crate::attention::{AttentionConfig, Backend, Int8Config, PvPrecision, ScoreConfig};
+use crate::models::{LayerSettings, LayeredModel};
 use crate::quant::{Granularity, Scheme};
 use crate::{Error, Result};
-use candle_core::Tensor;
 use choose::{Choice, Menu};
 use serde::Serialize;
 
@@ -32,7 +31,7 @@ use serde::Serialize;
 pub enum Budget {
     /// Of the attention output of every layer, mean over heads, with fp32 input to the layer.
     AttentionOutput(f64),
-    /// Of the embedding of a passage: the mean of the last hidden states, all layers switched.
+    /// Of the [embedding](LayeredModel::embedding) of a passage, all layers switched.
     Embedding(f64),
 }
 
@@ -46,14 +45,16 @@ impl Budget {
 }
 
 /// What is searched, and for what.
+///
+/// More fields may be added: end an expression in `..SearchConfig::new(budget)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SearchConfig {
     /// The drift that is accepted.
     pub budget: Budget,
     /// The search aims this many dB above the budget, because other text drifts a little more.
     pub margin_db: f64,
-    /// The settings to choose from; fp32 is always one of them.
-    pub candidates: Vec<LayerSetting>,
+    /// The configurations to choose from; fp32 is always one of them.
+    pub candidates: Vec<Int8Config>,
     /// How often every attention is timed; the fastest counts.
     pub rounds: usize,
 }
@@ -81,27 +82,23 @@ impl SearchConfig {
 
 /// Per tensor, head and token without smoothing, with smooth-K and with both, symmetric; per token
 /// with both, affine; each with P·V in every precision: f32, the default of this machine, int8.
-pub fn candidates() -> Vec<LayerSetting> {
+pub fn candidates() -> Vec<Int8Config> {
     use Granularity::{PerHead, PerTensor, PerToken};
     let smoothing = [(false, false), (true, false), (true, true)];
     let symmetric = [PerTensor, PerHead, PerToken].into_iter().flat_map(|granularity| {
-        smoothing.map(|(smooth_k, smooth_q)| Int8Setting {
-            q: granularity,
-            k: granularity,
-            smooth_k,
-            smooth_q,
-            ..Int8Setting::default()
-        })
+        let plain = move || ScoreConfig::plain(Scheme::Symmetric, granularity);
+        smoothing.map(|(smooth_k, smooth_q)| ScoreConfig { smooth_k, smooth_q, ..plain() })
     });
-    let affine = Int8Setting { scheme: Scheme::Affine, ..Int8Setting::default() };
+    let affine = ScoreConfig::plain(Scheme::Affine, PerToken);
+    let affine = ScoreConfig { smooth_k: true, smooth_q: true, ..affine };
     let precisions = [PvPrecision::Int8, PvPrecision::Auto, PvPrecision::F32];
     let all = symmetric.chain([affine]);
-    all.flat_map(|int8| precisions.map(|pv| LayerSetting::Int8(Int8Setting { pv, ..int8 })))
-        .collect()
+    all.flat_map(|scores| precisions.map(|pv| Int8Config { scores: scores.clone(), pv })).collect()
 }
 
 /// What the search found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Found {
     /// The budget that was asked for.
     pub budget: Budget,
@@ -121,10 +118,11 @@ pub struct Found {
 }
 
 /// The choice for one layer.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct FoundLayer {
     /// What was chosen.
-    pub setting: LayerSetting,
+    pub setting: Backend,
     /// Time of its attention for a passage, in seconds.
     pub seconds: f64,
     /// The same in fp32.
@@ -133,6 +131,7 @@ pub struct FoundLayer {
 
 /// The drift of a choice.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Figures {
     /// Signal-to-noise ratio of the embedding, in dB; in JSON `null` if there is no difference.
     pub embedding_sqnr_db: f64,
@@ -163,29 +162,26 @@ impl Found {
     /// # Errors
     /// [`Error::Unsupported`] if the figures cannot be written as JSON, which they have no reason for.
     pub fn settings(&self) -> Result<LayerSettings> {
-        let mut settings =
-            LayerSettings::new(self.layers.iter().map(|layer| layer.setting).collect());
-        settings.about =
-            serde_json::to_value(self).map_err(|e| Error::Unsupported(e.to_string()))?;
-        Ok(settings)
+        let layers = self.layers.iter().map(|layer| layer.setting.clone()).collect();
+        LayerSettings::new(layers).with_about(self)
     }
 }
 
-/// Searches on `passages`, token ids `[B, N]` each, and verifies on `unseen` ones. `progress` is
+/// Searches on `passages` and verifies on `unseen` ones. `progress` is
 /// told what goes on. The model has its own attention again afterwards; what it says about scale,
 /// softcap and windows is kept in every setting.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a budget that is not a number or without passages; those of the model.
-pub fn search<M: AttentionLayers>(
+pub fn search<M: LayeredModel<Input: Sized>>(
     model: &mut M,
-    (passages, unseen): (&[Tensor], &[Tensor]),
+    (passages, unseen): (&[M::Input], &[M::Input]),
     config: &SearchConfig,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Found> {
     config.check()?;
-    for (what, passages) in [("to search", passages), ("to verify", unseen)] {
-        if passages.is_empty() {
+    for (what, count) in [("to search", passages.len()), ("to verify", unseen.len())] {
+        if count == 0 {
             return Err(Error::InvalidArgument(format!(
                 "no passage {what}, expected at least one"
             )));
@@ -199,25 +195,25 @@ pub fn search<M: AttentionLayers>(
     found
 }
 
-fn set(model: &mut impl AttentionLayers, configs: &[AttentionConfig]) {
+fn set(model: &mut impl LayeredModel, configs: &[AttentionConfig]) {
     for (layer, config) in model.attention_mut().into_iter().zip(configs) {
         layer.set_config(config.clone());
     }
 }
 
-struct Searcher<'a, M> {
+struct Searcher<'a, M: LayeredModel<Input: Sized>> {
     model: &'a mut M,
     /// What each layer was configured with.
     bases: &'a [AttentionConfig],
-    passages: &'a [Tensor],
+    passages: &'a [M::Input],
     config: &'a SearchConfig,
     progress: &'a mut dyn FnMut(&str),
 }
 
-impl<M: AttentionLayers> Searcher<'_, M> {
-    fn run(&mut self, unseen: &[Tensor]) -> Result<Found> {
-        let mut candidates = self.config.candidates.clone();
-        candidates.push(LayerSetting::Fp32);
+impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
+    fn run(&mut self, unseen: &[M::Input]) -> Result<Found> {
+        let int8 = self.config.candidates.iter().cloned().map(Backend::Int8);
+        let mut candidates: Vec<Backend> = int8.chain([Backend::Fp32]).collect();
         candidates.dedup();
         let (layers, passages) = (self.bases.len(), self.passages.len());
         (self.progress)(&format!(
@@ -250,13 +246,13 @@ impl<M: AttentionLayers> Searcher<'_, M> {
         let layers = (0..layers).map(|layer| {
             let choice = menus[layer].get(chosen[layer]);
             FoundLayer {
-                setting: candidates[choice.candidate],
+                setting: candidates[choice.candidate].clone(),
                 seconds: choice.seconds,
                 fp32_seconds: seconds[layer][exact],
             }
         });
         let layers: Vec<FoundLayer> = layers.collect();
-        let settings: Vec<LayerSetting> = layers.iter().map(|layer| layer.setting).collect();
+        let settings: Vec<Backend> = layers.iter().map(|layer| layer.setting.clone()).collect();
         (self.progress)("verifying on text that was not searched");
         Ok(Found {
             budget: self.config.budget,
@@ -273,13 +269,13 @@ impl<M: AttentionLayers> Searcher<'_, M> {
     fn by_embedding(
         &mut self,
         menus: &[Menu],
-        candidates: &[LayerSetting],
+        candidates: &[Backend],
         target: f64,
     ) -> Result<Vec<usize>> {
         let reference = embeddings(&*self.model, self.passages)?;
         let mut measure = |chosen: &[usize]| {
-            let settings: Vec<LayerSetting> = (menus.iter().zip(chosen))
-                .map(|(menu, &choice)| candidates[menu.get(choice).candidate])
+            let settings: Vec<Backend> = (menus.iter().zip(chosen))
+                .map(|(menu, &choice)| candidates[menu.get(choice).candidate].clone())
                 .collect();
             self.set_layers(&settings);
             let found = embeddings(&*self.model, self.passages)?;
@@ -299,21 +295,19 @@ impl<M: AttentionLayers> Searcher<'_, M> {
     /// `[candidate][layer]`
     fn errors(
         &self,
-        passages: &[Tensor],
-        candidates: &[LayerSetting],
+        passages: &[M::Input],
+        candidates: &[Backend],
     ) -> Result<Vec<Vec<LayerErrors>>> {
-        let configs: Vec<Vec<AttentionConfig>> = (candidates.iter())
-            .map(|setting| self.bases.iter().map(|base| setting.config(base)).collect())
-            .collect();
+        let everywhere = |setting: &Backend| self.configs(&vec![setting.clone(); self.bases.len()]);
+        let configs: Vec<Vec<AttentionConfig>> = candidates.iter().map(everywhere).collect();
         attention_errors(&*self.model, passages, &configs)
     }
 
     /// What a choice does to passages.
-    fn figures(&mut self, passages: &[Tensor], settings: &[LayerSetting]) -> Result<Figures> {
+    fn figures(&mut self, passages: &[M::Input], settings: &[Backend]) -> Result<Figures> {
         self.set_fp32();
         let reference = embeddings(&*self.model, passages)?;
-        let configs = settings.iter().zip(self.bases).map(|(setting, base)| setting.config(base));
-        let layers = attention_errors(&*self.model, passages, &[configs.collect()])?.remove(0);
+        let layers = attention_errors(&*self.model, passages, &[self.configs(settings)])?.remove(0);
         self.set_layers(settings);
         let found = embeddings(&*self.model, passages)?;
         Ok(Figures {
@@ -328,9 +322,15 @@ impl<M: AttentionLayers> Searcher<'_, M> {
         set(self.model, &configs);
     }
 
-    fn set_layers(&mut self, settings: &[LayerSetting]) {
-        let configs = settings.iter().zip(self.bases).map(|(setting, base)| setting.config(base));
-        let configs: Vec<AttentionConfig> = configs.collect();
+    fn set_layers(&mut self, settings: &[Backend]) {
+        let configs = self.configs(settings);
         set(self.model, &configs);
+    }
+
+    /// What each layer was configured with, by these backends.
+    fn configs(&self, settings: &[Backend]) -> Vec<AttentionConfig> {
+        let of_layer =
+            |(base, setting): (&AttentionConfig, &Backend)| base.with_backend(setting.clone());
+        self.bases.iter().zip(settings).map(of_layer).collect()
     }
 }

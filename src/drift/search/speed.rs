@@ -1,10 +1,9 @@
 //! How long the attention of every layer takes in every setting.
 
 use crate::Result;
-use crate::attention::{AttentionConfig, attention};
-use crate::models::{AttentionLayers, LayerSetting};
+use crate::attention::{AttentionCall, AttentionConfig, Backend, attention};
+use crate::models::{LayeredModel, run_layers};
 use candle_core::Tensor;
-use candle_nn::attention::AttnMask;
 use std::time::Instant;
 
 /// Passages whose attention is timed; time depends on shapes, not on words.
@@ -16,7 +15,7 @@ struct Kept {
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: AttnMask,
+    call: AttentionCall,
     base: AttentionConfig,
 }
 
@@ -30,21 +29,21 @@ impl Kept {
 
 /// Seconds for a passage, `[layer][setting]`. Settings take turns in every round, so that what else
 /// the machine does falls on all of them; the fastest of the rounds counts.
-pub(super) fn attention_seconds(
-    model: &impl AttentionLayers,
-    passages: &[Tensor],
-    settings: &[LayerSetting],
+pub(super) fn attention_seconds<M: LayeredModel<Input: Sized>>(
+    model: &M,
+    passages: &[M::Input],
+    settings: &[Backend],
     rounds: usize,
 ) -> Result<Vec<Vec<f64>>> {
     let bases = model.attention();
     let mut seconds = vec![vec![0.0; settings.len()]; bases.len()];
     let timed = &passages[..passages.len().min(PASSAGES)];
-    for ids in timed {
+    for passage in timed {
         let mut kept: Vec<Kept> = Vec::new();
-        model.run(ids, &mut |layer, input| {
+        run_layers(model, passage, &mut |layer, input| {
             let (q, k, v) = (input.q.clone(), input.k.clone(), input.v.clone());
             let base = bases[layer].config().clone();
-            kept.push(Kept { layer, q, k, v, mask: input.mask.clone(), base });
+            kept.push(Kept { layer, q, k, v, call: input.call.clone(), base });
             Ok(())
         })?;
         while let Some(first) = kept.first() {
@@ -63,16 +62,18 @@ pub(super) fn attention_seconds(
 }
 
 /// Seconds for one layer, one entry a setting.
-fn time(layers: &[Kept], settings: &[LayerSetting], rounds: usize) -> Result<Vec<f64>> {
+fn time(layers: &[Kept], settings: &[Backend], rounds: usize) -> Result<Vec<f64>> {
     let mut fastest = vec![f64::INFINITY; settings.len()];
     let configs: Vec<Vec<AttentionConfig>> = (settings.iter())
-        .map(|setting| layers.iter().map(|layer| setting.config(&layer.base)).collect())
+        .map(|setting| {
+            layers.iter().map(|layer| layer.base.with_backend(setting.clone())).collect()
+        })
         .collect();
     for _ in 0..rounds {
         for (fastest, configs) in fastest.iter_mut().zip(&configs) {
             let start = Instant::now();
             for (layer, config) in layers.iter().zip(configs) {
-                attention(&layer.q, &layer.k, &layer.v, &layer.mask, config)?;
+                attention(&layer.q, &layer.k, &layer.v, &layer.call, config)?;
             }
             *fastest = fastest.min(start.elapsed().as_secs_f64() / layers.len() as f64);
         }

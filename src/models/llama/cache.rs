@@ -61,15 +61,15 @@ impl LlamaCache {
         context: usize,
         layer: impl Fn(usize, [usize; 3]) -> Result<LayerCache>,
     ) -> Result<Self> {
-        let longest = config.context_length;
+        let longest = config.max_position_embeddings;
         if context == 0 || context > longest {
             return Err(Error::InvalidArgument(format!(
                 "context of {context} tokens, expected 1 to {longest}, which the model was trained \
                  for"
             )));
         }
-        let shape = [batch, config.num_kv_heads, config.head_dim];
-        let layers = (0..config.num_layers).map(|index| layer(index, shape));
+        let shape = [batch, config.num_key_value_heads, config.head_dim];
+        let layers = (0..config.num_hidden_layers).map(|index| layer(index, shape));
         let layers = layers.collect::<Result<_>>()?;
         Ok(Self { layers, shape, context })
     }
@@ -103,7 +103,7 @@ impl LlamaCache {
     ///
     /// What comes next is then the same as if no more tokens had been there, bit for bit, but for
     /// two things in int8 layers: tokens that were quantized, because they were no longer among the
-    /// [recent](crate::KvCacheConfig::recent) ones, stay so, and so does a key offset that came
+    /// [recent](crate::KvCacheConfig::recent) ones, stay so, and so does a mean of keys that came
     /// from tokens which are forgotten.
     ///
     /// # Errors
@@ -135,13 +135,13 @@ impl LlamaCache {
         layers: &[LlamaLayer],
         ids: &[usize],
     ) -> Result<()> {
-        let shape = [self.shape[0], config.num_kv_heads, config.head_dim];
-        if self.layers.len() != config.num_layers || self.shape != shape {
+        let shape = [self.shape[0], config.num_key_value_heads, config.head_dim];
+        if self.layers.len() != config.num_hidden_layers || self.shape != shape {
             return Err(Error::Mismatch(format!(
                 "a cache of {} layers of [B, H_kv, D] {:?}, expected {} of {shape:?}",
                 self.layers.len(),
                 self.shape,
-                config.num_layers
+                config.num_hidden_layers
             )));
         }
         if ids[0] != self.shape[0] {
@@ -222,7 +222,7 @@ impl LayerCache {
                  that is made after the attention was switched"
             ))),
             Self::Int8(_) => {
-                Int8KvCache::check_config(config.num_heads, config.head_dim, attention)
+                Int8KvCache::check_config(config.num_attention_heads, config.head_dim, attention)
             }
         }
     }

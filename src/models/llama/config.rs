@@ -15,21 +15,21 @@ pub struct LlamaConfig {
     /// Width between the feed-forward layers.
     pub intermediate_size: usize,
     /// Number of layers.
-    pub num_layers: usize,
+    pub num_hidden_layers: usize,
     /// Query heads.
-    pub num_heads: usize,
+    pub num_attention_heads: usize,
     /// Key and value heads; they divide the query heads.
-    pub num_kv_heads: usize,
+    pub num_key_value_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
     /// The longest sequence the model was trained for.
-    pub context_length: usize,
+    pub max_position_embeddings: usize,
     /// Added to the mean square by RMSNorm.
     pub rms_norm_eps: f64,
     /// How positions enter.
     pub rope: RopeConfig,
     /// Whether the token embeddings are the output matrix, too.
-    pub tie_embeddings: bool,
+    pub tie_word_embeddings: bool,
 }
 
 /// Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): elements of queries and keys are
@@ -47,6 +47,7 @@ pub struct RopeConfig {
 /// Which elements of a head are rotated together. The files of a format have the rows of their
 /// query and key weights in the order that fits, so this is not a choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RopePairs {
     /// `(2i, 2i + 1)`: GGUF files of the `llama` architecture.
     Interleaved,
@@ -56,6 +57,7 @@ pub enum RopePairs {
 
 /// How the frequencies of rotary embeddings differ from `theta^(-2i / head_dim)`.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum RopeScaling {
     /// Not at all.
     None,
@@ -104,19 +106,19 @@ impl LlamaConfig {
             ("vocabulary size", self.vocab_size),
             ("hidden size", self.hidden_size),
             ("intermediate size", self.intermediate_size),
-            ("number of layers", self.num_layers),
-            ("number of heads", self.num_heads),
-            ("number of key and value heads", self.num_kv_heads),
+            ("number of layers", self.num_hidden_layers),
+            ("number of heads", self.num_attention_heads),
+            ("number of key and value heads", self.num_key_value_heads),
             ("head dim", self.head_dim),
-            ("context length", self.context_length),
+            ("context length", self.max_position_embeddings),
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return Err(Error::InvalidArgument(format!("{name} 0, expected at least 1")));
         }
-        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(Error::Contradiction(format!(
                 "{} query heads for {} key and value heads, expected a multiple",
-                self.num_heads, self.num_kv_heads
+                self.num_attention_heads, self.num_key_value_heads
             )));
         }
         if !self.head_dim.is_multiple_of(2) {
@@ -231,18 +233,18 @@ impl Json {
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,
-            num_layers: self.num_hidden_layers,
-            num_heads: self.num_attention_heads,
-            num_kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            num_key_value_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
             head_dim,
-            context_length: self.max_position_embeddings,
+            max_position_embeddings: self.max_position_embeddings,
             rms_norm_eps: self.rms_norm_eps,
             rope: RopeConfig {
                 theta: theta.unwrap_or(10_000.0),
                 pairs: RopePairs::HalfSplit,
                 scaling: rope.map_or(Ok(RopeScaling::None), JsonRope::into_scaling)?,
             },
-            tie_embeddings: self.tie_word_embeddings,
+            tie_word_embeddings: self.tie_word_embeddings,
         })
     }
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// use candle_int8_attention::models::llama::Gguf;
 ///
 /// let file = Gguf::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
-/// println!("{} layers", file.llama_config()?.num_layers);
+/// println!("{} layers", file.llama_config()?.num_hidden_layers);
 /// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
 pub struct Gguf {
@@ -90,17 +90,17 @@ impl Gguf {
             vocab_size: self.vocab_size()?,
             hidden_size: hidden,
             intermediate_size: need("llama.feed_forward_length")?,
-            num_layers: need("llama.block_count")?,
-            num_heads: heads,
-            num_kv_heads: self.size("llama.attention.head_count_kv")?.unwrap_or(heads),
+            num_hidden_layers: need("llama.block_count")?,
+            num_attention_heads: heads,
+            num_key_value_heads: self.size("llama.attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
-            context_length: need("llama.context_length")?,
+            max_position_embeddings: need("llama.context_length")?,
             rms_norm_eps: {
                 let key = "llama.attention.layer_norm_rms_epsilon";
                 f64::from(self.float(key)?.ok_or_else(|| self.missing(key, "a number"))?)
             },
             rope: self.rope()?,
-            tie_embeddings: !self.has("output.weight"),
+            tie_word_embeddings: !self.has("output.weight"),
         };
         config.check()?;
         let key = "llama.rope.dimension_count";

@@ -33,13 +33,13 @@ pub struct LlamaLayer {
 impl LlamaLayer {
     pub(super) fn load(from: &Loader<'_>, config: &LlamaConfig) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let width = config.num_heads * config.head_dim;
-        let kv_width = config.num_kv_heads * config.head_dim;
+        let width = config.num_attention_heads * config.head_dim;
+        let kv_width = config.num_key_value_heads * config.head_dim;
         Ok(Self {
             attention: QuantizedAttention::new(AttentionConfig::fp32()),
             kv_cache: KvCacheConfig::default(),
-            heads: config.num_heads,
-            kv_heads: config.num_kv_heads,
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
             attention_norm: from.norm(Part::ATTENTION_NORM, hidden)?,
             query: from.linear(Part::QUERY, width, hidden)?,
             key: from.linear(Part::KEY, kv_width, hidden)?,

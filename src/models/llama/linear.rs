@@ -16,6 +16,7 @@ use std::sync::Arc;
 /// with AVX-512, 64 tokens times a `[1536, 576]` matrix took 21 ms in Q4_1, 7.1 ms in Q8_0, and
 /// 0.8 ms in f32, to which dequantizing adds 1.3 to 1.9 ms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum WeightFormat {
     /// What is fastest: types for which Candle has scalar code only (Q4_1, Q5_0, Q5_1) become f32
     /// when the model is loaded; of the others, those whose product is slower than that of f32 are

@@ -81,14 +81,14 @@ impl LlamaModel {
 
     fn new(mut from: Loader<'_>, config: LlamaConfig, device: &Device) -> Result<Self> {
         let (rows, hidden) = (config.vocab_size, config.hidden_size);
-        if from.has_layer(config.num_layers) {
+        if from.has_layer(config.num_hidden_layers) {
             return Err(Error::Mismatch(format!(
                 "{} layers by the configuration, but the weights hold more",
-                config.num_layers
+                config.num_hidden_layers
             )));
         }
         let embeddings = from.matrix(Part::EMBEDDINGS, rows, hidden)?;
-        let output = match config.tie_embeddings {
+        let output = match config.tie_word_embeddings {
             true => embeddings.clone(),
             false => from.matrix(Part::OUTPUT, rows, hidden)?,
         };
@@ -97,7 +97,7 @@ impl LlamaModel {
             output,
             norm: from.norm(Part::OUTPUT_NORM, hidden)?,
             rope: Rope::new(&config.rope, config.head_dim),
-            layers: (0..config.num_layers)
+            layers: (0..config.num_hidden_layers)
                 .map(|index| LlamaLayer::load(from.layer(index), &config))
                 .collect::<Result<_>>()?,
             config,
@@ -141,7 +141,7 @@ impl LlamaModel {
 
     /// Bytes of all matrices, as they are held.
     pub fn weight_bytes(&self) -> usize {
-        let own = if self.config.tie_embeddings { 0 } else { self.output.bytes() };
+        let own = if self.config.tie_word_embeddings { 0 } else { self.output.bytes() };
         let layers: usize = self.layers.iter().map(LlamaLayer::bytes).sum();
         self.embeddings.bytes() + own + layers
     }

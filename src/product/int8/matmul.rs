@@ -202,7 +202,7 @@ fn row_sums(codes: &[i8], rows: usize, depth: usize) -> Vec<i32> {
 mod tests {
     use super::*;
     use crate::cpu::runnable;
-    use crate::reference::int_product as reference;
+    use crate::reference::int_product;
     use proptest::prelude::*;
 
     struct Case {
@@ -228,7 +228,7 @@ mod tests {
         fn check(&self) {
             let (m, n, depth) = self.dims;
             let (za, zb) = (|i: usize| self.lhs_zeros[i], |j: usize| self.rhs_zeros[j]);
-            let expected = reference::matmul_nt(&self.lhs, &self.rhs, depth, (m, n), za, zb);
+            let expected = int_product(&self.lhs, &self.rhs, depth, (m, n), za, zb);
             for level in runnable() {
                 let out = self.run(level).unwrap();
                 let differs = out.iter().zip(&expected).position(|(&a, &b)| i64::from(a) != b);

@@ -1,7 +1,7 @@
 //! Counts of values in bins of equal width, for a stream whose range nobody knows beforehand.
 
 use super::finite_range;
-use crate::quant::{Range, Scheme};
+use crate::quant::{Scheme, ValueRange};
 
 /// Bins on each side of zero.
 pub(super) const SIDE: usize = 2048;
@@ -19,7 +19,7 @@ pub struct Histogram {
     /// `2 * SIDE` counts, lowest values first.
     counts: Vec<u64>,
     exponent: i32,
-    extremes: Range,
+    extremes: ValueRange,
 }
 
 /// Small enough that the first value decides.
@@ -27,7 +27,7 @@ const SMALLEST_EXPONENT: i32 = -149;
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { counts: vec![0; 2 * SIDE], exponent: SMALLEST_EXPONENT, extremes: Range::EMPTY }
+        Self { counts: vec![0; 2 * SIDE], exponent: SMALLEST_EXPONENT, extremes: ValueRange::EMPTY }
     }
 }
 
@@ -54,8 +54,8 @@ impl Histogram {
         }
     }
 
-    /// The smallest and largest value; [`Range::EMPTY`] if nothing was seen.
-    pub fn extremes(&self) -> Range {
+    /// The smallest and largest value; [`ValueRange::EMPTY`] if nothing was seen.
+    pub fn extremes(&self) -> ValueRange {
         self.extremes
     }
 
@@ -68,11 +68,11 @@ impl Histogram {
     /// with half of the others below and half above.
     ///
     /// Source: Wu et al. 2020, arXiv:2004.09602, section 3.2 (percentile calibration).
-    pub fn percentile_range(&self, scheme: Scheme, percent: f64) -> Range {
+    pub fn percentile_range(&self, scheme: Scheme, percent: f64) -> ValueRange {
         let share = percent / 100.0;
         let total = self.count() as f64;
         match scheme {
-            _ if total == 0.0 => Range::EMPTY,
+            _ if total == 0.0 => ValueRange::EMPTY,
             Scheme::Symmetric => {
                 let above = self.above_zero().zip(self.below_zero());
                 let top = self.distance_of(share * total, above.map(|(a, b)| a + b));
@@ -109,16 +109,16 @@ impl Histogram {
     }
 
     /// `[-bound, bound]`, not wider than what was seen (bins are).
-    pub(super) fn symmetric(&self, bound: f64) -> Range {
-        let Range { min, max } = self.extremes;
+    pub(super) fn symmetric(&self, bound: f64) -> ValueRange {
+        let ValueRange { min, max } = self.extremes;
         let bound = (bound as f32).min(min.abs().max(max.abs()));
-        Range { min: -bound, max: bound }
+        ValueRange { min: -bound, max: bound }
     }
 
     /// From `below` under zero to `above` over it, not wider than what was seen on either side.
-    pub(super) fn affine(&self, below: f64, above: f64) -> Range {
-        let Range { min, max } = self.extremes;
-        Range { min: (-below as f32).max(min.min(0.0)), max: (above as f32).min(max.max(0.0)) }
+    pub(super) fn affine(&self, below: f64, above: f64) -> ValueRange {
+        let ValueRange { min, max } = self.extremes;
+        ValueRange { min: (-below as f32).max(min.min(0.0)), max: (above as f32).min(max.max(0.0)) }
     }
 
     /// How far from zero `target` values lie inside, of those counted in `outwards`.
@@ -216,7 +216,7 @@ mod tests {
         let affine = |percent| histogram.percentile_range(Scheme::Affine, percent);
         // 5 % on either side: 75 values.
         assert!(close(affine(90.0).max, 925.0) && close(affine(90.0).min, -425.0));
-        assert_eq!(affine(100.0), Range { min: -500.0, max: 1000.0 });
+        assert_eq!(affine(100.0), ValueRange { min: -500.0, max: 1000.0 });
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::str::FromStr;
 /// How a range is chosen from the values that were seen.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[non_exhaustive]
 pub enum ObserverKind {
     /// Everything that was seen: [`MinMax`](super::MinMax).
     #[default]

@@ -31,7 +31,7 @@ pub use histogram::Histogram;
 pub use kind::ObserverKind;
 pub use moving_average::MovingAverage;
 
-use super::{QuantParams, Range, Scheme};
+use super::{QuantParams, Scheme, ValueRange};
 use crate::{Error, Result};
 
 /// The extremes of all values, `[min(x), max(x)]`.
@@ -39,12 +39,12 @@ use crate::{Error, Result};
 /// Source: textbook definition; `MinMaxObserver` of PyTorch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MinMax {
-    range: Range,
+    range: ValueRange,
 }
 
 impl Default for MinMax {
     fn default() -> Self {
-        Self { range: Range::EMPTY }
+        Self { range: ValueRange::EMPTY }
     }
 }
 
@@ -59,8 +59,8 @@ impl MinMax {
         self.range = self.range.union(other.range);
     }
 
-    /// The extremes; [`Range::EMPTY`] if nothing was seen.
-    pub fn range(&self) -> Range {
+    /// The extremes; [`ValueRange::EMPTY`] if nothing was seen.
+    pub fn range(&self) -> ValueRange {
         self.range
     }
 }
@@ -136,8 +136,8 @@ impl Observer {
         }
     }
 
-    /// The range that codes of this scheme should cover; [`Range::EMPTY`] if nothing was seen.
-    pub fn range(&self, scheme: Scheme) -> Range {
+    /// The range that codes of this scheme should cover; [`ValueRange::EMPTY`] if nothing was seen.
+    pub fn range(&self, scheme: Scheme) -> ValueRange {
         match (&self.state, self.kind) {
             (State::MinMax(state), _) => state.range(),
             (State::MovingAverage(state), _) => state.range(),
@@ -158,9 +158,12 @@ impl Observer {
 }
 
 /// The range of the finite values.
-fn finite_range(values: &[f32]) -> Range {
+fn finite_range(values: &[f32]) -> ValueRange {
     let finite = values.iter().copied().filter(|x| x.is_finite());
-    finite.fold(Range::EMPTY, |range, x| Range { min: range.min.min(x), max: range.max.max(x) })
+    finite.fold(ValueRange::EMPTY, |range, x| ValueRange {
+        min: range.min.min(x),
+        max: range.max.max(x),
+    })
 }
 
 #[cfg(test)]
@@ -212,8 +215,8 @@ mod tests {
         for kind in KINDS {
             for scheme in [Scheme::Symmetric, Scheme::Affine] {
                 let range = |values: &[f32]| after(kind, &[values]).range(scheme);
-                assert_eq!(range(&[]), Range::EMPTY, "{kind}");
-                assert_eq!(range(&[f32::NAN, f32::INFINITY]), Range::EMPTY, "{kind}");
+                assert_eq!(range(&[]), ValueRange::EMPTY, "{kind}");
+                assert_eq!(range(&[f32::NAN, f32::INFINITY]), ValueRange::EMPTY, "{kind}");
                 assert_eq!(range(&[0.0, -0.0]).max_abs(), 0.0, "{kind}");
                 assert_eq!(after(kind, &[&[0.0]]).params(scheme).unwrap().scale(), 1.0, "{kind}");
                 let bad = range(&[f32::NAN, 1.0, -1.0, f32::NEG_INFINITY]);

@@ -1,7 +1,7 @@
 //! Extremes that follow the data.
 
 use super::finite_range;
-use crate::quant::Range;
+use crate::quant::ValueRange;
 use crate::{Error, Result};
 
 /// Exponential moving average of the extremes of each call:
@@ -38,7 +38,7 @@ impl MovingAverage {
     /// One more observation.
     pub fn observe(&mut self, values: &[f32]) {
         let range = finite_range(values);
-        if range == Range::EMPTY {
+        if range == ValueRange::EMPTY {
             return;
         }
         let new = Extremes { min: range.min.into(), max: range.max.into() };
@@ -78,11 +78,11 @@ impl MovingAverage {
         Ok(())
     }
 
-    /// The averages; [`Range::EMPTY`] if nothing was seen.
-    pub fn range(&self) -> Range {
+    /// The averages; [`ValueRange::EMPTY`] if nothing was seen.
+    pub fn range(&self) -> ValueRange {
         match self.seen {
-            None => Range::EMPTY,
-            Some((_, Extremes { min, max })) => Range { min: min as f32, max: max as f32 },
+            None => ValueRange::EMPTY,
+            Some((_, Extremes { min, max })) => ValueRange { min: min as f32, max: max as f32 },
         }
     }
 }
@@ -95,12 +95,12 @@ mod tests {
     fn the_formula_by_hand() {
         let mut observer = MovingAverage::new(0.5);
         observer.observe(&[-1.0, 2.0]);
-        assert_eq!(observer.range(), Range { min: -1.0, max: 2.0 });
+        assert_eq!(observer.range(), ValueRange { min: -1.0, max: 2.0 });
         observer.observe(&[-3.0, 4.0, 0.0]);
-        assert_eq!(observer.range(), Range { min: -2.0, max: 3.0 });
+        assert_eq!(observer.range(), ValueRange { min: -2.0, max: 3.0 });
         observer.observe(&[f32::NAN]);
         observer.observe(&[1.0]);
-        assert_eq!(observer.range(), Range { min: -0.5, max: 2.0 });
+        assert_eq!(observer.range(), ValueRange { min: -0.5, max: 2.0 });
     }
 
     #[test]

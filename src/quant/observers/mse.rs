@@ -1,7 +1,7 @@
 //! The range with the smallest mean squared error.
 
 use super::histogram::{Histogram, SIDE};
-use crate::quant::{Range, Scheme};
+use crate::quant::{Scheme, ValueRange};
 
 impl Histogram {
     /// The range `[min, max]`, containing 0, with the smallest error of rounding inside and
@@ -17,10 +17,10 @@ impl Histogram {
     ///
     /// Source: Nagel et al. 2021, arXiv:2106.08295, section 3.1 (MSE range setting); the two parts
     /// of the error: Banner et al. 2019, arXiv:1810.05723, section 4.
-    pub fn mse_range(&self, scheme: Scheme) -> Range {
+    pub fn mse_range(&self, scheme: Scheme) -> ValueRange {
         let total = self.count();
         if total == 0 {
-            return Range::EMPTY;
+            return ValueRange::EMPTY;
         }
         let width = self.width();
         match scheme {
@@ -122,7 +122,7 @@ mod tests {
         (0..count as u32).map(quantile).collect()
     }
 
-    fn error(values: &[f32], scheme: Scheme, range: Range) -> f64 {
+    fn error(values: &[f32], scheme: Scheme, range: ValueRange) -> f64 {
         let params = QuantParams::from_range(scheme, range).unwrap();
         let square = |&x: &f32| f64::from(x - params.dequantize(params.quantize(x))).powi(2);
         values.iter().map(square).sum()
@@ -141,7 +141,7 @@ mod tests {
                 let extremes = histogram.extremes();
                 assert!(least < error(&values, scheme, extremes), "{scheme} {best:?}");
                 for (low, high) in [(0.9, 0.9), (1.1, 1.1), (0.9, 1.0), (1.0, 0.9), (1.0, 1.1)] {
-                    let other = Range { min: low * best.min, max: high * best.max };
+                    let other = ValueRange { min: low * best.min, max: high * best.max };
                     // The formula takes the error of rounding as evenly spread.
                     let found = error(&values, scheme, other);
                     assert!(found > 0.99 * least, "{scheme} {other:?}: {found} < {least}");

@@ -8,12 +8,12 @@ fn a_calibrated_offset_and_the_default_take_the_bias_out() {
     // A bias that is much larger than what differs between the keys.
     let k = (k * 0.2).unwrap().broadcast_add(&(randn((1, 2, 1, 64)) * 5.0).unwrap()).unwrap();
     let exact = attention(&q, &k, &v, &AttnMask::None, &FP32()).unwrap();
-    let error = |key_offset| {
-        let cache = filled(KvCacheConfig { key_offset, ..Default::default() }, &k, &v);
+    let error = |key_smoothing| {
+        let cache = filled(KvCacheConfig { key_smoothing, ..Default::default() }, &k, &v);
         largest_difference(&cache.attention(&q, AttentionCall::default(), &INT8()).unwrap(), &exact)
     };
-    let (none, first) = (error(KeyOffset::None), error(KeyOffset::default()));
-    let calibrated = error(KeyOffset::calibrated(&k).unwrap());
+    let (none, first) = (error(KeySmoothing::None), error(KeySmoothing::default()));
+    let calibrated = error(KeySmoothing::calibrated(&k).unwrap());
     assert!(first < 0.3 * none && calibrated < 0.3 * none, "{none} {first} {calibrated}");
 }
 
@@ -33,14 +33,16 @@ fn a_moving_offset_follows_a_bias_that_turns() {
     let k = (noise + Tensor::from_vec(bias, (1, 1, n, d), &Device::Cpu).unwrap()).unwrap();
     let (v, q) = (randn((1, 1, n, d)), randn((1, 4, 1, d)));
     let exact = attention(&q, &k, &v, &AttnMask::None, &FP32()).unwrap();
-    let error = |key_offset| {
-        let cache = filled(KvCacheConfig { key_offset, ..Default::default() }, &k, &v);
+    let error = |key_smoothing| {
+        let cache = filled(KvCacheConfig { key_smoothing, ..Default::default() }, &k, &v);
         let out = cache.attention(&q, AttentionCall::causal(), &INT8()).unwrap();
         let square = (out - &exact).unwrap().sqr().unwrap().sum_all().unwrap();
         square.to_scalar::<f32>().unwrap().sqrt()
     };
-    let moving = error(KeyOffset::Moving);
-    for other in [KeyOffset::None, KeyOffset::FirstTokens(64), KeyOffset::FirstTokens(4096)] {
+    let moving = error(KeySmoothing::Moving);
+    for other in
+        [KeySmoothing::None, KeySmoothing::FirstTokens(64), KeySmoothing::FirstTokens(4096)]
+    {
         let other = (error(other.clone()), other);
         assert!(moving < 0.6 * other.0, "{moving}, {other:?}");
     }

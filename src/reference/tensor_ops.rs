@@ -6,12 +6,11 @@
 //! by itself where its tensors are not on a CPU. Codes are held as integers in floating point,
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
-use super::AttentionCall;
-use super::config::{AttentionConfig, RequantConfig, ScoreConfig, ScoreOutput};
-use super::shapes::check_scores;
 use super::unfused::{attention_with, fp32_scores};
-use crate::Result;
+use crate::attention::shapes::check_scores;
+use crate::attention::{AttentionCall, AttentionConfig, RequantConfig, RequantMode, ScoreConfig};
 use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
+use crate::{Error, Result};
 use candle_core::{D, DType, Tensor};
 
 /// Adding and subtracting `1.5 * 2^23` rounds a small f32 to an integer, ties to even
@@ -24,8 +23,6 @@ struct Codes {
     steps: Tensor,
     /// `[B, H, S, 1]`.
     scales: Tensor,
-    /// `[B, H, S, 1]`.
-    zeros: Tensor,
     /// The smoothed f32 rows.
     values: Tensor,
     /// `[B, H, 1, D]`, what smoothing took away.
@@ -37,8 +34,8 @@ struct Codes {
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_int8_attention::attention::{attention, tensor_ops};
-/// use candle_int8_attention::{AttentionConfig, AttnMask};
+/// use candle_int8_attention::reference::tensor_ops;
+/// use candle_int8_attention::{AttentionConfig, AttnMask, attention};
 ///
 /// let q = Tensor::randn(0f32, 1., (1, 4, 32, 64), &Device::Cpu)?;
 /// let config = AttentionConfig::int8();
@@ -57,19 +54,90 @@ pub fn attention(
     call: impl Into<AttentionCall>,
     config: &AttentionConfig,
 ) -> Result<Tensor> {
-    attention_with(attention_scores, q, k, v, &call.into(), config)
+    attention_with(&attention_scores, q, k, v, &call.into(), config)
 }
 
-/// `attention_scores` with Candle's tensor operations, on any device. f32 scores have the gradient
-/// of `q·k^T`, straight through the rounding.
+/// `attention_scores` with Candle's tensor operations, on any device, with the gradient of `q·k^T`,
+/// straight through the rounding.
 ///
 /// # Errors
-/// As for [`attention_scores`](super::attention_scores), without those for devices and kernels.
+/// As for [`attention_scores`](crate::attention::attention_scores), without those for devices and kernels.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
+    let scores = |q: Codes, k: Codes| q.dequantize(&k, &q.product(&k)?.to_dtype(DType::F32)?);
+    straight_through(q, k, of_codes(q, k, config, DType::F32, scores)?)
+}
+
+/// `attention_scores_int32` with Candle's tensor operations, on any device.
+///
+/// # Errors
+/// As for [`attention_scores_int32`](crate::attention::attention_scores_int32), without those for devices and
+/// kernels.
+#[doc(hidden)]
+pub fn attention_scores_int32(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
+    config.check_int32()?;
+    of_codes(q, k, config, DType::I32, |q, k| Ok(q.product(&k)?.to_dtype(DType::I32)?))
+}
+
+/// `attention_scores_requantized` with Candle's tensor operations, on any device, with the gradient
+/// of [`attention_scores`].
+///
+/// # Errors
+/// As for [`attention_scores_requantized`](crate::attention::attention_scores_requantized), without those for
+/// devices and kernels, and [`Error::Unsupported`] for the fixed-point mode. Scores that are not
+/// finite are no error, but NaN.
+pub fn attention_scores_requantized(
+    q: &Tensor,
+    k: &Tensor,
+    config: &ScoreConfig,
+    to: &RequantConfig,
+) -> Result<Tensor> {
+    to.check(config)?;
+    if to.mode != RequantMode::Fp32 {
+        let problem = format!("requantization in mode {:?} by tensor operations", to.mode);
+        return Err(Error::Unsupported(problem));
+    }
+    let scores = |q: Codes, k: Codes| {
+        let sums = q.product(&k)?.to_dtype(DType::F32)?;
+        let real = q.dequantize(&k, &sums)?;
+        let to = to.to_quant_config();
+        if config.is_smoothed() {
+            let codes = Codes::quantize(&real, &to, false)?;
+            return Ok(codes.steps.broadcast_mul(&codes.scales)?);
+        }
+        let (_, clean) = without_bad_rows(&real)?;
+        let (scales, zeros) = params(&clean, &to)?;
+        let multiplier = q.scales.broadcast_mul(&k.scales.t()?)?.broadcast_div(&scales)?;
+        let steps = round(&(sums * multiplier)?, &zeros, to.scheme)?;
+        Ok(steps.broadcast_mul(&scales)?)
+    };
+    straight_through(q, k, of_codes(q, k, config, DType::F32, scores)?)
+}
+
+/// What `scores` makes of the codes of `q` and `k`, `[B, H, M, N]`; zeros of `dtype` where there is
+/// nothing to multiply.
+fn of_codes(
+    q: &Tensor,
+    k: &Tensor,
+    config: &ScoreConfig,
+    dtype: DType,
+    scores: impl FnOnce(Codes, Codes) -> Result<Tensor>,
+) -> Result<Tensor> {
     check_scores("tensor_ops::attention_scores", q.dims(), k.dims())?;
-    config.check()?;
-    let scores = scores(&q.detach(), &k.detach(), config)?;
-    if scores.dtype() != DType::F32 || !(q.track_op() || k.track_op()) {
+    let (q, k) = (q.detach(), repeat_heads(&k.detach(), q.dim(1)?)?);
+    let (b, h, m, d) = q.dims4()?;
+    let n = k.dim(2)?;
+    if b * h * m * n * d == 0 {
+        return Ok(Tensor::zeros((b, h, m, n), dtype, q.device())?);
+    }
+    scores(
+        Codes::quantize(&q, &config.q, config.smooth_q)?,
+        Codes::quantize(&k, &config.k, config.smooth_k)?,
+    )
+}
+
+/// `scores` with the gradient of `q·k^T`.
+fn straight_through(q: &Tensor, k: &Tensor, scores: Tensor) -> Result<Tensor> {
+    if !(q.track_op() || k.track_op()) {
         return Ok(scores);
     }
     // Zero, with the gradient of the exact scores.
@@ -78,44 +146,8 @@ pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<
     Ok((scores + zero)?)
 }
 
-fn scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
-    let k = repeat_heads(k, q.dim(1)?)?;
-    let (b, h, m, d) = q.dims4()?;
-    let n = k.dim(2)?;
-    if b * h * m * n * d == 0 {
-        let dtype = match config.output {
-            ScoreOutput::Int32 => DType::I32,
-            ScoreOutput::Int8(_) => DType::U8,
-            _ => DType::F32,
-        };
-        return Ok(Tensor::zeros((b, h, m, n), dtype, q.device())?);
-    }
-    let q = Codes::quantize(q, &config.q, config.smooth_q)?;
-    let k = Codes::quantize(&k, &config.k, config.smooth_k)?;
-    let sums = q.product(&k)?;
-    if config.output == ScoreOutput::Int32 {
-        return Ok(sums.to_dtype(DType::I32)?);
-    }
-    let scores = q.dequantize(&k, &sums.to_dtype(DType::F32)?)?;
-    match config.output {
-        ScoreOutput::Requantized(to) => {
-            let codes = Codes::quantize(&scores, &to.as_quant_config(), false)?;
-            Ok(codes.steps.broadcast_mul(&codes.scales)?)
-        }
-        ScoreOutput::Int8(to) => requantized_codes(&scores, to),
-        _ => Ok(scores),
-    }
-}
-
-/// `code + 128`, U8.
-fn requantized_codes(scores: &Tensor, to: RequantConfig) -> Result<Tensor> {
-    let codes = Codes::quantize(scores, &to.as_quant_config(), false)?;
-    let codes = (codes.steps.broadcast_add(&codes.zeros)? + 128.0)?;
-    Ok(codes.to_dtype(DType::U8)?)
-}
-
 /// Repeats every head of `x` `[B, H_kv, S, D]` for the query heads that share it.
-pub(super) fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+pub(crate) fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, h_kv, s, d) = x.dims4()?;
     if h_kv == heads {
         return Ok(x.clone());
@@ -135,18 +167,11 @@ impl Codes {
             None => x,
         };
         let (finite, clean) = without_bad_rows(&values)?;
-        let (scales, zeros) = match &config.range {
-            RangeSource::Dynamic => dynamic_params(&clean, config)?,
-            RangeSource::Static(given) => static_params(&clean, given, config.granularity)?,
-        };
-        let low = (zeros.neg()? + f64::from(config.scheme.qmin()))?;
-        let high = (zeros.neg()? + 127.0)?;
-        let steps = clean.broadcast_div(&scales)?;
-        let steps = steps.broadcast_maximum(&low)?.broadcast_minimum(&high)?;
-        let steps = ((steps + ROUND)? - ROUND)?;
+        let (scales, zeros) = params(&clean, config)?;
+        let steps = round(&clean.broadcast_div(&scales)?, &zeros, config.scheme)?;
         let nan = Tensor::new(f32::NAN, clean.device())?.broadcast_as(scales.shape())?;
         let scales = finite.where_cond(&scales, &nan)?;
-        Ok(Self { steps, scales, zeros, values, mean })
+        Ok(Self { steps, scales, values, mean })
     }
 
     /// The exact integer product, in f32 where that is exact and in f64 elsewhere.
@@ -214,6 +239,22 @@ fn reduce_groups(
         }
     };
     Ok(grouped.contiguous()?)
+}
+
+/// Scale and zero point of each row, `[B, H, S, 1]` each.
+fn params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tensor)> {
+    match &config.range {
+        RangeSource::Dynamic => dynamic_params(clean, config),
+        RangeSource::Static(given) => static_params(clean, given, config.granularity),
+    }
+}
+
+/// The nearest steps from the zero point that have a code, ties to even.
+fn round(steps: &Tensor, zeros: &Tensor, scheme: Scheme) -> Result<Tensor> {
+    let low = (zeros.neg()? + f64::from(scheme.qmin()))?;
+    let high = (zeros.neg()? + f64::from(scheme.qmax()))?;
+    let steps = steps.broadcast_maximum(&low)?.broadcast_minimum(&high)?;
+    Ok(((steps + ROUND)? - ROUND)?)
 }
 
 /// Scale and zero point of each row from the data, `[B, H, S, 1]` each.

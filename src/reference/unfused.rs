@@ -1,31 +1,32 @@
 //! Attention from the score op and Candle's tensor operations, with all `M * N` probabilities in
 //! memory: the check of the fused op, the fp32 backend, and what gives probabilities to look at.
 
-use super::AttentionCall;
-use super::config::{AttentionConfig, Backend, ScoreConfig, ScoreOutput};
-use super::mask::{apply_tensor, keep, masked_softmax};
-use super::scores::attention_scores;
-use super::shapes::{check_attention, check_float, check_scores};
 use super::tensor_ops::{self, repeat_heads};
-use super::visible::Visible;
+use crate::attention::mask::{apply_tensor, keep, masked_softmax};
+use crate::attention::shapes::{check_attention, check_float, check_scores};
+use crate::attention::visible::Visible;
+use crate::attention::{
+    AttentionCall, AttentionConfig, Backend, RequantConfig, ScoreConfig, attention_scores,
+    attention_scores_requantized,
+};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
 const OP: &str = "attention";
 
 /// What computes int8 scores.
-pub(super) type Scores = fn(&Tensor, &Tensor, &ScoreConfig) -> Result<Tensor>;
+pub(super) type Scores<'a> = &'a dyn Fn(&Tensor, &Tensor, &ScoreConfig) -> Result<Tensor>;
 
 /// The kernels are on the CPU.
-fn scores_of(device: &Device) -> Scores {
-    if device.is_cpu() { attention_scores } else { tensor_ops::attention_scores }
+fn scores_of(device: &Device) -> Scores<'static> {
+    if device.is_cpu() { &attention_scores } else { &tensor_ops::attention_scores }
 }
 
-/// [`attention`](super::attention) without the fused op, in both backends, on any device.
+/// [`attention`](crate::attention()) without the fused op, in both backends, on any device.
 /// Probabilities and values are f32 here whatever the P·V precision.
 ///
 /// # Errors
-/// Those of [`attention`](super::attention).
+/// Those of [`attention`](crate::attention()).
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -36,9 +37,71 @@ pub fn attention(
     attention_with(scores_of(q.device()), q, k, v, &call.into(), config)
 }
 
+/// [`attention`] in int8 with scores that went through int8 themselves:
+/// [`attention_scores_requantized`](crate::attention::attention_scores_requantized).
+///
+/// # Errors
+/// Those of [`attention`] and of
+/// [`attention_scores_int8`](crate::attention::attention_scores_int8), and [`Error::Contradiction`] for an fp32
+/// configuration.
+pub fn attention_requantized(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    call: impl Into<AttentionCall>,
+    config: &AttentionConfig,
+    to: &RequantConfig,
+) -> Result<Tensor> {
+    check_int8(config)?;
+    attention_with(&requantized(to), q, k, v, &call.into(), config)
+}
+
+/// The attention probabilities `softmax(scale * q·k^T + mask)`, f32 `[B, H, M, N]`; arguments as
+/// for [`attention`].
+///
+/// # Errors
+/// Those of [`attention`].
+pub fn attention_probs(
+    q: &Tensor,
+    k: &Tensor,
+    call: impl Into<AttentionCall>,
+    config: &AttentionConfig,
+) -> Result<Tensor> {
+    probs_with(scores_of(q.device()), q, k, &call.into(), config)
+}
+
+/// The probabilities of [`attention_requantized`].
+///
+/// # Errors
+/// Those of [`attention_requantized`].
+pub fn attention_probs_requantized(
+    q: &Tensor,
+    k: &Tensor,
+    call: impl Into<AttentionCall>,
+    config: &AttentionConfig,
+    to: &RequantConfig,
+) -> Result<Tensor> {
+    check_int8(config)?;
+    probs_with(&requantized(to), q, k, &call.into(), config)
+}
+
+fn check_int8(config: &AttentionConfig) -> Result<()> {
+    match &config.backend {
+        Backend::Int8(_) => Ok(()),
+        Backend::Fp32 => Err(Error::Contradiction("requantized scores in fp32 attention".into())),
+    }
+}
+
+fn requantized(to: &RequantConfig) -> impl Fn(&Tensor, &Tensor, &ScoreConfig) -> Result<Tensor> {
+    move |q, k, config| match q.device().is_cpu() {
+        true => attention_scores_requantized(q, k, config, to),
+        false => tensor_ops::attention_scores_requantized(q, k, config, to),
+    }
+}
+
 /// [`attention`] with int8 scores from `scores`.
 pub(super) fn attention_with(
-    scores: Scores,
+    scores: Scores<'_>,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -56,22 +119,8 @@ pub(super) fn attention_with(
     Ok(probs.matmul(&v)?.to_dtype(q.dtype())?)
 }
 
-/// The attention probabilities `softmax(scale * q·k^T + mask)`, f32 `[B, H, M, N]`; arguments as
-/// for [`attention`].
-///
-/// # Errors
-/// Those of [`attention`].
-pub fn attention_probs(
-    q: &Tensor,
-    k: &Tensor,
-    call: impl Into<AttentionCall>,
-    config: &AttentionConfig,
-) -> Result<Tensor> {
-    probs_with(scores_of(q.device()), q, k, &call.into(), config)
-}
-
 fn probs_with(
-    int8_scores: Scores,
+    int8_scores: Scores<'_>,
     q: &Tensor,
     k: &Tensor,
     call: &AttentionCall,
@@ -81,17 +130,7 @@ fn probs_with(
     check_float(OP, &[("q", q), ("k", k)])?;
     let scores = match &config.backend {
         Backend::Fp32 => fp32_scores(q, k)?,
-        Backend::Int8(int8) => match int8.scores.output {
-            ScoreOutput::Dequantized | ScoreOutput::Requantized(_) => {
-                int8_scores(q, k, &int8.scores)?
-            }
-            ScoreOutput::Int32 | ScoreOutput::Int8(_) => {
-                return Err(Error::Contradiction(format!(
-                    "score output {:?} inside attention, expected Dequantized or Requantized",
-                    int8.scores.output
-                )));
-            }
-        },
+        Backend::Int8(int8) => int8_scores(q, k, &int8.scores)?,
     };
     let (b, h, m, d) = q.dims4()?;
     let n = k.dim(2)?;
