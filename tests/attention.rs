@@ -103,7 +103,7 @@ fn a_fully_masked_row_gives_zeros() -> TestResult {
     ];
     for (config, _) in BOUNDS {
         for mask in &masks {
-            let out = attention(&q, &q, &q, &AttnMask::Mask(mask.clone()), &config())?;
+            let out = attention(&q, &q, &q, AttnMask::Mask(mask.clone()), &config())?;
             for (i, row) in
                 out.permute((2, 0, 1, 3))?.flatten_from(1)?.to_vec2::<f32>()?.iter().enumerate()
             {
@@ -119,7 +119,7 @@ fn a_fully_masked_row_gives_zeros() -> TestResult {
 fn probabilities_sum_to_one() -> TestResult {
     let q = randn((1, 2, 6, 8));
     for (config, _) in BOUNDS {
-        let probs = attention_probs(&q, &q, &AttnMask::causal(), &config())?;
+        let probs = attention_probs(&q, &q, AttnMask::causal(), &config())?;
         assert_eq!(probs.dims(), [1, 2, 6, 6]);
         for sum in values(&probs.sum(D::Minus1)?) {
             assert!((sum - 1.0).abs() < 1e-6);
@@ -366,13 +366,13 @@ fn with_pv(pv: PvPrecision) -> AttentionConfig {
 
 fn does_not_depend_on_strides_or_threads(config: &AttentionConfig) -> TestResult {
     let (q, k, v) = (randn((2, 4, 130, 40)), randn((2, 2, 200, 40)), randn((2, 2, 200, 24)));
-    let expected = attention(&q, &k, &v, &AttnMask::causal(), config)?;
+    let expected = attention(&q, &k, &v, AttnMask::causal(), config)?;
     let bshd = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
-    let strided = attention(&bshd(&q)?, &bshd(&k)?, &bshd(&v)?, &AttnMask::causal(), config)?;
+    let strided = attention(&bshd(&q)?, &bshd(&k)?, &bshd(&v)?, AttnMask::causal(), config)?;
     assert_eq!(largest_difference(&strided, &expected), 0.0);
     for threads in [1, 2, 5] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-        let out = pool.install(|| attention(&q, &k, &v, &AttnMask::causal(), config))?;
+        let out = pool.install(|| attention(&q, &k, &v, AttnMask::causal(), config))?;
         assert_eq!(largest_difference(&out, &expected), 0.0, "{threads} threads");
     }
     Ok(())

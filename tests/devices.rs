@@ -55,8 +55,8 @@ fn half_precision_and_empty_tensors() -> Result<()> {
     let config = AttentionConfig::int8();
     for dtype in [DType::F16, DType::BF16] {
         let q = randn((1, 4, 12, 32)).to_dtype(dtype)?;
-        let anywhere = tensor_ops::attention(&q, &q, &q, &AttnMask::causal(), &config)?;
-        let fused = attention(&q, &q, &q, &AttnMask::causal(), &config)?;
+        let anywhere = tensor_ops::attention(&q, &q, &q, AttnMask::causal(), &config)?;
+        let fused = attention(&q, &q, &q, AttnMask::causal(), &config)?;
         assert!(largest_difference(&anywhere, &fused)? < 0.02);
     }
     let (q, kv) = (randn((1, 2, 3, 8)), randn((1, 2, 0, 8)));

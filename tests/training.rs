@@ -114,7 +114,7 @@ fn gradients_are_those_of_candles_unfused_attention() -> TestResult {
 fn a_query_that_sees_nothing_has_no_gradient() -> TestResult {
     let q = Var::from_tensor(&randn(&[1, 2, 4, 8]))?;
     let keep = Tensor::new(&[[1u8, 1, 0, 1], [0; 4], [1; 4], [0, 0, 0, 1]], &Device::Cpu)?;
-    let out = attention(&q, &q, &q, &AttnMask::Mask(keep), &AttentionConfig::int8())?;
+    let out = attention(&q, &q, &q, AttnMask::Mask(keep), &AttentionConfig::int8())?;
     let grads = out.sqr()?.sum_all()?.backward()?;
     let grad = grads.get(&q).unwrap().flatten_all()?.to_vec1::<f32>()?;
     assert!(grad.iter().all(|x| x.is_finite()), "{grad:?}");
@@ -125,7 +125,7 @@ fn a_query_that_sees_nothing_has_no_gradient() -> TestResult {
 fn half_precision_gradients_keep_their_dtype() -> TestResult {
     let half = |shape: &[usize]| Var::from_tensor(&randn(shape).to_dtype(DType::BF16)?);
     let (q, kv) = (half(&[1, 4, 5, 8])?, half(&[1, 2, 5, 8])?);
-    let out = attention(&q, &kv, &kv, &AttnMask::causal(), &AttentionConfig::int8())?;
+    let out = attention(&q, &kv, &kv, AttnMask::causal(), &AttentionConfig::int8())?;
     let grads = out.sum_all()?.backward()?;
     for var in [&q, &kv] {
         assert_eq!(grads.get(var).unwrap().dtype(), DType::BF16);
@@ -161,7 +161,7 @@ impl Block {
         let [q, k, v] = self.projections.each_ref().map(|projection| {
             projection.forward(x)?.reshape((b, n, self.heads, ()))?.transpose(1, 2)
         });
-        let mixed = attention(&q?, &k?, &v?, &AttnMask::causal(), &self.attention)?;
+        let mixed = attention(&q?, &k?, &v?, AttnMask::causal(), &self.attention)?;
         let mixed = mixed.transpose(1, 2)?.reshape((b, n, width))?;
         self.head.forward(&(self.out.forward(&mixed)? + x)?)
     }

@@ -38,7 +38,7 @@ pub fn attention(
 }
 
 /// [`attention`] in int8 with scores that went through int8 themselves:
-/// [`attention_scores_requantized`](crate::attention::attention_scores_requantized).
+/// [`attention_scores_requantized`].
 ///
 /// # Errors
 /// Those of [`attention`] and of
