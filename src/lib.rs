@@ -68,8 +68,9 @@ pub mod quant;
 pub mod recipes {}
 mod share;
 mod simd;
+// Integration tests draw from it too, and see of this crate only what is public.
 #[cfg(test)]
-#[path = "../tests/common/mod.rs"]
+#[path = "../tests/common/numbers.rs"]
 mod testing;
 mod uninit;
 

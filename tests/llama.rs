@@ -1,21 +1,19 @@
-//! The Llama decoder: against candle-transformers, between formats, its cache, its drift, its
-//! tokenizers, the examples that take it, and files that are wrong.
+//! The Llama decoder: between formats, its cache, its drift, its tokenizers, and files that are wrong.
 
-mod agreement;
-mod cache;
-// The examples' part that cuts passages, whose tests run here.
-#[path = "../../examples/common/mod.rs"]
 mod common;
-#[cfg(feature = "drift")]
-mod drift;
-mod errors;
-mod examples;
-mod passages;
-#[path = "../common/mod.rs"]
-mod testing;
-mod tiny;
-mod tokenizers;
-mod tools;
+
+// Named, so that the files are in a folder of their own.
+mod llama {
+    mod agreement;
+    mod cache;
+    #[cfg(feature = "drift")]
+    mod drift;
+    mod errors;
+    mod tokenizers;
+
+    use super::*;
+    use common::tiny;
+}
 
 use candle_core::{Device, Result, Tensor};
 
@@ -26,6 +24,6 @@ fn batch(ids: &[u32]) -> Result<Tensor> {
 
 /// The largest difference, relative to the largest of `expected`.
 fn relative_difference(found: &Tensor, expected: &Tensor) -> Result<f32> {
-    let difference = testing::largest_difference(found, expected);
-    Ok((difference / testing::largest(expected)) as f32)
+    let difference = common::largest_difference(found, expected);
+    Ok((difference / common::largest(expected)) as f32)
 }

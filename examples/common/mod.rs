@@ -6,11 +6,13 @@
 
 pub mod cache;
 pub mod config;
+pub mod correlation;
 pub mod cutter;
 pub mod llama;
 pub mod model;
 pub mod output;
 pub mod passages;
+pub mod pieces;
 pub mod print;
 pub mod text_model;
 pub mod windows;

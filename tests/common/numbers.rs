@@ -1,6 +1,6 @@
-//! What several test programs need.
+//! Random tensors and the one comparison of tensors.
 
-#![allow(dead_code, reason = "not all of it in each of them")]
+#![allow(dead_code, reason = "not all of it in each test program")]
 
 use candle_core::{DType, Device, Shape, Tensor};
 use rand::{SeedableRng, rngs::StdRng};

@@ -1,0 +1,11 @@
+//! What several test programs need.
+
+#![allow(dead_code, unused_imports, reason = "not all of it in each of them")]
+
+#[cfg(feature = "hub")]
+pub mod hub_server;
+pub mod numbers;
+pub mod tiny;
+pub mod tiny_bert;
+
+pub use numbers::{largest, largest_difference, randn};
