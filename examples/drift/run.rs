@@ -4,7 +4,7 @@ use crate::args::RunArgs;
 use crate::common::cutter::{Cutter, Passage};
 use crate::common::llama::Weights;
 use crate::common::model::shown;
-use crate::common::pieces::Pieces;
+use crate::common::text::Pieces;
 use crate::common::text_model::{Loaded, TextModel};
 use crate::pairs::{self, Judged, Pair, Sentences};
 use crate::results::Results;
