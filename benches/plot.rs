@@ -2,8 +2,8 @@
 //! peers.
 //!
 //! ```sh
-//! python benches/peers/compare.py --json benches/figures/attention.json
-//! cargo run --release -p benches -- benches/figures/attention.json
+//! python benches/peers/compare.py --json docs/figures/attention.json
+//! cargo run --release -p benches -- docs/figures/attention.json
 //! ```
 
 use anyhow::{Context, Result, bail};
