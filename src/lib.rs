@@ -68,8 +68,9 @@ pub mod quant;
 #[doc = include_str!("../docs/recipes.md")]
 pub mod recipes {}
 pub mod reference;
+// Integration tests draw from it too, and see of this crate only what is public.
 #[cfg(test)]
-#[path = "../tests/common/mod.rs"]
+#[path = "../tests/common/numbers.rs"]
 mod testing;
 mod view;
 
@@ -81,7 +82,8 @@ pub use attention::{
 pub use candle_nn::attention::AttnMask;
 pub use error::{Error, Result};
 
-/// The README's examples, compiled and run as tests.
+/// The examples of the README and of `docs`, compiled and run as tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
-struct Readme;
+#[doc = include_str!("../docs/int8.md")]
+struct Documents;

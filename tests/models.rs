@@ -1,4 +1,4 @@
-//! The models: agreement with candle-transformers, and every way in which files can be wrong.
+//! The models: what int8 changes in them, and every way in which files can be wrong.
 
 mod common;
 
@@ -7,9 +7,8 @@ use candle_int8_attention::models::{
     BertConfig, BertModel, ModelFiles, TextEncoder, Weights, WordEmbeddings, mean_pool, run_layers,
 };
 use candle_int8_attention::{AttentionConfig, AttnMask, Error};
-use candle_nn::VarBuilder;
-use candle_transformers::models::bert;
 use common::randn;
+use common::tiny_bert::{TINY_CONFIG, tiny_folder};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -21,49 +20,8 @@ fn shipped(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name)
 }
 
-/// The shipped encoder, and any other that `CANDLE_INT8_TEST_MODEL` names.
-fn encoder_folders() -> Vec<PathBuf> {
-    let mut folders = vec![shipped("paraphrase-MiniLM-L3-v2")];
-    match std::env::var_os("CANDLE_INT8_TEST_MODEL") {
-        Some(folder) => folders.push(folder.into()),
-        None => eprintln!("NOT RUN: a second encoder (CANDLE_INT8_TEST_MODEL names no folder)"),
-    }
-    folders
-}
-
 fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
     common::largest_difference(a, b) as f32
-}
-
-fn reference(files: &ModelFiles) -> Result<bert::BertModel, Box<dyn std::error::Error>> {
-    let config = serde_json::from_str(&std::fs::read_to_string(&files.config)?)?;
-    let bytes = std::fs::read(&files.weights)?;
-    let vb = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &CPU)?;
-    Ok(bert::BertModel::load(vb, &config)?)
-}
-
-#[test]
-fn fp32_agrees_with_candle_transformers_padded_batches_included() -> TestResult {
-    let texts = [
-        "It is a truth universally acknowledged.",
-        "You want to tell me, and I have no objection to hearing it. This was invitation enough.",
-        "Bingley.",
-    ];
-    for folder in encoder_folders() {
-        let files = ModelFiles::from_dir(&folder)?;
-        let (encoder, reference) = (TextEncoder::load(&files, &CPU)?, reference(&files)?);
-        let batch = encoder.tokenize(&texts)?;
-        let types = batch.input_ids.zeros_like()?;
-        let ours = encoder.model.forward(&batch.input_ids, Some(&batch.attention_mask))?;
-        let theirs = reference.forward(&batch.input_ids, &types, Some(&batch.attention_mask))?;
-        let tokens = batch.attention_mask.to_dtype(DType::F32)?.unsqueeze(2)?;
-        let (ours, theirs) = (ours.broadcast_mul(&tokens)?, theirs.broadcast_mul(&tokens)?);
-        let difference = largest_difference(&ours, &theirs);
-        eprintln!("{}: largest difference {difference:e}", folder.display());
-        assert!(difference < 1e-4, "{difference}");
-        assert!(largest_difference(&ours, &ours.zeros_like()?) > 0.5, "not all zeros");
-    }
-    Ok(())
 }
 
 #[test]
@@ -95,97 +53,6 @@ fn linear_layers_round_to_bf16_where_the_processor_multiplies_it() -> TestResult
     }
     assert_eq!(encoder.model.round_linear_to_bf16()?, all, "a second time changes nothing");
     assert_eq!(largest_difference(&rounded, &encoder.embed_sentences(&texts)?), 0.0);
-    Ok(())
-}
-
-/// A BERT of one layer with random weights, as named tensors.
-fn tiny(prefix: &str, dtype: DType) -> HashMap<String, Tensor> {
-    let (hidden, inner) = (6, 8);
-    let mut tensors = HashMap::new();
-    let mut add = |name: String, shape: &[usize]| {
-        let tensor = (randn(shape) * 0.5).unwrap().to_dtype(dtype).unwrap();
-        tensors.insert(format!("{prefix}{name}"), tensor);
-    };
-    add("embeddings.word_embeddings.weight".into(), &[11, hidden]);
-    add("embeddings.position_embeddings.weight".into(), &[7, hidden]);
-    add("embeddings.token_type_embeddings.weight".into(), &[2, hidden]);
-    let norm = ["embeddings", "encoder.layer.0.attention.output", "encoder.layer.0.output"];
-    for name in norm {
-        add(format!("{name}.LayerNorm.weight"), &[hidden]);
-        add(format!("{name}.LayerNorm.bias"), &[hidden]);
-    }
-    for (name, rows, columns) in [
-        ("attention.self.query", hidden, hidden),
-        ("attention.self.key", hidden, hidden),
-        ("attention.self.value", hidden, hidden),
-        ("attention.output.dense", hidden, hidden),
-        ("intermediate.dense", inner, hidden),
-        ("output.dense", hidden, inner),
-    ] {
-        add(format!("encoder.layer.0.{name}.weight"), &[rows, columns]);
-        add(format!("encoder.layer.0.{name}.bias"), &[rows]);
-    }
-    add("pooler.dense.weight".into(), &[hidden, hidden]);
-    tensors
-}
-
-const TINY_CONFIG: &str = r#"{
-    "vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 8, "hidden_act": "gelu", "max_position_embeddings": 7,
-    "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1,
-    "initializer_range": 0.02, "pad_token_id": 0, "model_type": "bert"
-}"#;
-
-/// A folder with the tiny model; `change` may spoil it first.
-fn tiny_folder(
-    prefix: &str,
-    dtype: DType,
-    change: impl Fn(&mut HashMap<String, Tensor>),
-) -> Result<(tempfile::TempDir, ModelFiles), Box<dyn std::error::Error>> {
-    let folder = tempfile::tempdir()?;
-    let mut tensors = tiny(prefix, dtype);
-    change(&mut tensors);
-    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
-    std::fs::write(folder.path().join("config.json"), TINY_CONFIG)?;
-    let tokenizer = shipped("paraphrase-MiniLM-L3-v2").join("tokenizer.json");
-    std::fs::copy(tokenizer, folder.path().join("tokenizer.json"))?;
-    let files = ModelFiles::from_dir(folder.path())?;
-    Ok((folder, files))
-}
-
-#[test]
-fn prefixes_poolers_and_half_precision_load() -> TestResult {
-    let ids = Tensor::new(&[[1u32, 5, 10, 0], [2, 2, 3, 4]], &CPU)?;
-    for prefix in ["", "bert."] {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let (_folder, files) = tiny_folder(prefix, dtype, |_| {})?;
-            let ours = BertModel::load(&files, &CPU)?.forward(&ids, None)?;
-            let theirs = reference(&files)?.forward(&ids, &ids.zeros_like()?, None)?;
-            let difference = largest_difference(&ours, &theirs);
-            assert!(difference < 1e-4, "{prefix:?} {dtype:?}: {difference}");
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn every_activation_agrees() -> TestResult {
-    let ids = Tensor::new(&[[1u32, 5, 10, 0], [2, 2, 3, 4]], &CPU)?;
-    for (ours, theirs) in [
-        ("gelu", "gelu"),
-        ("gelu_new", "geluapproximate"),
-        ("gelu_pytorch_tanh", "geluapproximate"),
-        ("relu", "relu"),
-    ] {
-        let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
-        let config = |act| TINY_CONFIG.replace("\"gelu\"", &format!("\"{act}\""));
-        std::fs::write(&files.config, config(ours))?;
-        let found = BertModel::load(&files, &CPU)?.forward(&ids, None)?;
-        std::fs::write(&files.config, config(theirs))?;
-        let expected = reference(&files)?.forward(&ids, &ids.zeros_like()?, None)?;
-        let difference = largest_difference(&found, &expected);
-        assert!(difference < 1e-4, "{ours}: {difference}");
-    }
     Ok(())
 }
 

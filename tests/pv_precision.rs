@@ -59,7 +59,7 @@ fn errors(blocks: &[[Tensor; 3]], pv: PvPrecision) -> TestResult<Vec<f64>> {
 fn ratios(errors: &[f64], scores: &[f64]) -> (f64, f64) {
     let ratios: Vec<f64> = errors.iter().zip(scores).map(|(e, s)| e / s).collect();
     let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
-    (mean, ratios.iter().copied().fold(0.0, f64::max))
+    (mean, ratios.iter().copied().max_by(f64::total_cmp).unwrap_or(f64::NAN))
 }
 
 fn has_bf16() -> bool {

@@ -11,7 +11,7 @@ use candle_int8_attention::quant::{
 };
 use candle_int8_attention::reference::tensor_ops;
 use candle_int8_attention::{Error, RequantConfig, RequantMode, ScoreConfig, attention_scores};
-use common::randn;
+use common::{largest, largest_difference, randn};
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
@@ -50,11 +50,6 @@ fn sqnr(reference: &Tensor, candidate: &Tensor) -> f64 {
     let (a, b) = (values(reference), values(candidate));
     let noise: f64 = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum();
     10.0 * (a.iter().map(|a| a * a).sum::<f64>() / noise).log10()
-}
-
-fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.dims(), b.dims());
-    values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
 fn requantizations() -> Vec<RequantConfig> {
@@ -148,12 +143,11 @@ fn codes_come_straight_from_the_sums() -> TestResult {
 fn equals_tensor_ops_within_float_rounding_with_smoothing() -> TestResult {
     for (q_shape, k_shape) in [((2, 4, 49, 50), (2, 2, 65, 50)), ((1, 2, 1, 64), (1, 2, 300, 64))] {
         let (q, k) = (data(q_shape)?, data(k_shape)?);
-        let largest = |x: &[f64]| x.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
         // The dot products with the means are summed in another order: f32 epsilon times a
         // generous number of terms.
-        let rounding = largest(&values(&fp32(&q, &k)?)) * f64::from(f32::EPSILON) * 100.0;
+        let rounding = largest(&fp32(&q, &k)?) * f64::from(f32::EPSILON) * 100.0;
         // The means too, so that an element near a tie may get the next code, on both sides.
-        let one_code = 2.0 * 2.0 / 255.0 * largest(&values(&q)) * largest(&values(&k));
+        let one_code = 2.0 * 2.0 / 255.0 * largest(&q) * largest(&k);
         for scheme in [Scheme::Symmetric, Scheme::Affine] {
             for granularity in GRANULARITIES {
                 for (smooth_q, smooth_k) in [(true, false), (false, true), (true, true)] {

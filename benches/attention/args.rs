@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 /// Time this crate's attention and raw scores beside Candle and rten-gemm, in turns within one run
 #[derive(Debug, Parser)]
-#[command(bin_name = "cargo bench --bench attention --")]
+#[command(bin_name = "cargo bench -p benches --bench attention --")]
 pub struct Args {
     /// Shape of queries, keys and values; can be given several times [default: the README's seven]
     #[arg(long, value_name = "B,H,N,D")]

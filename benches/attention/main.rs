@@ -1,6 +1,6 @@
 //! Attention and raw scores against their peers, in turns within one run.
 //!
-//! * `cargo bench --bench attention` prints tables: for every shape the median time of each
+//! * `cargo bench -p benches --bench attention` prints tables: for every shape the median time of each
 //!   contender, how many times as long as this crate it takes, and which fraction of the machine's
 //!   limit this crate reaches.
 //! * `-- --scaling` shows how time grows with the number of keys and shrinks with threads.
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    benches::start_in_project()?;
     machine::set_threads(args.threads)?;
     let machine = machine::Machine::find()?;
     if args.mode.serve {

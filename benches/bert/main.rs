@@ -1,15 +1,13 @@
 //! The forward pass of a BERT encoder beside candle-transformers' on the same weights, in turns
 //! within one run.
 //!
-//! `cargo bench --bench bert` prints the median time of this crate's encoder with int8 and with
+//! `cargo bench -p benches --bench bert` prints the median time of this crate's encoder with int8 and with
 //! fp32 attention, with int8 attention and linear layers in bf16 where the processor multiplies
 //! it, and of candle-transformers' `BertModel`, how many times as long that one takes, and how far
 //! the results are apart.
 
-#[path = "../common/turns.rs"]
-mod turns;
-
 use anyhow::{Context, Result};
+use benches::turns::{Contender, Timing, in_turns};
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::{BertModel, ModelFiles};
@@ -20,7 +18,6 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use turns::{Contender, Timing, in_turns};
 
 /// `[B, N]`: sequences, tokens of each.
 type Shape = [usize; 2];
@@ -164,10 +161,11 @@ impl Outcome {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    benches::start_in_project()?;
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
-    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/paraphrase-MiniLM-L3-v2");
+    let shipped = benches::project().join("models/paraphrase-MiniLM-L3-v2");
     let folder = args.model.clone().unwrap_or(shipped);
     let encoders = Encoders::load(&folder).context("the encoder to measure (--model DIR)")?;
     let shapes = match (args.shape.is_empty(), args.short) {

@@ -1,6 +1,6 @@
 //! One query against a long cache, beside Candle's fp32 decode, in turns within one run.
 //!
-//! `cargo bench --bench decode` prints for each shape the median time of each contender, how many
+//! `cargo bench -p benches --bench decode` prints for each shape the median time of each contender, how many
 //! times as long as the first it takes, the memory of its keys and values, and how fast it reads
 //! them.
 
@@ -97,6 +97,7 @@ struct Outcome {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    benches::start_in_project()?;
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }

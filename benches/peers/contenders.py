@@ -127,14 +127,15 @@ def install(requirements):
 
 def build():
     """Builds the bench with cargo; returns its path."""
-    command = ["cargo", "bench", "--bench", "attention", "--no-run", "--message-format", "json"]
+    bench = ["cargo", "bench", "-p", "benches", "--bench", "attention"]
+    command = [*bench, "--no-run", "--message-format", "json"]
     try:
         done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     except FileNotFoundError:
         message = "cargo is not there to build the bench: install Rust, or give --binary"
         raise Problem(message) from None
     if done.returncode != 0:
-        raise Problem(f"`{' '.join(command[:5])}` failed: its messages are above")
+        raise Problem(f"`{' '.join(bench)}` failed: its messages are above")
     messages = map(json.loads, filter(lambda line: line.startswith("{"), done.stdout.splitlines()))
     for message in messages:
         if message.get("executable") and message["target"]["name"] == "attention":

@@ -6,12 +6,14 @@
 
 pub mod cache;
 pub mod config;
+pub mod correlation;
 pub mod cutter;
 pub mod llama;
 pub mod model;
 pub mod output;
 pub mod passages;
 pub mod print;
+pub mod text;
 pub mod text_model;
 pub mod windows;
 pub mod words;

@@ -35,15 +35,10 @@
 mod args;
 #[path = "../common/mod.rs"]
 mod common;
-// Pearson's correlation is for the other example alone.
-#[allow(dead_code)]
-#[path = "../sentence_similarity/correlation.rs"]
-mod correlation;
 mod output;
 mod pairs;
 mod results;
 mod run;
-mod text;
 
 use anyhow::ensure;
 use args::{Args, Command};

@@ -1,7 +1,7 @@
 //! Pairs of sentences with scores, and what each path says about them.
 
+use crate::common::correlation::Correlation;
 use crate::common::windows::UNKNOWN;
-use crate::correlation::Correlation;
 use anyhow::{Context, Result, bail, ensure};
 use candle_int8_attention::drift::metrics::cosine;
 use candle_int8_attention::drift::report::Similarity;

@@ -2,9 +2,9 @@
 
 use crate::common::cache::CacheArgs;
 use crate::common::llama::LlamaArgs;
+use crate::sampler::Sampler;
 use anyhow::{Result, bail};
 use candle_int8_attention::AttentionConfig;
-use candle_transformers::generation::LogitsProcessor;
 use clap::builder::RangedU64ValueParser;
 
 /// Text from a Llama-family decoder, with attention in fp32 or in int8.
@@ -118,7 +118,7 @@ impl Args {
     }
 
     /// How the next token is chosen.
-    pub fn sampler(&self) -> Result<LogitsProcessor> {
+    pub fn sampler(&self) -> Result<Sampler> {
         let temperature = self.temperature;
         if !(temperature.is_finite() && temperature >= 0.0) {
             bail!("--temperature is {temperature}, expected 0 or more");
@@ -127,7 +127,6 @@ impl Args {
         if let Some(p) = self.top_p.filter(|p| !(*p as f32 > 0.0 && *p <= 1.0)) {
             bail!("--top-p is {p:?}, expected more than 0 (in f32) and at most 1");
         }
-        let temperature = Some(temperature).filter(|&t| t > 0.0);
-        Ok(LogitsProcessor::new(self.seed, temperature, self.top_p))
+        Ok(Sampler::new(self.seed, temperature, self.top_p))
     }
 }

@@ -6,7 +6,7 @@ use crate::common::llama::Decoder;
 use crate::common::print::tell;
 use crate::figures::{Pace, megabytes, resident_bytes};
 use anyhow::{Result, anyhow, bail};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use candle_int8_attention::models::llama::LlamaCache;
 use std::io::{ErrorKind, Write};
 
@@ -65,7 +65,7 @@ pub fn run(decoder: &Decoder, prompt: &str, args: &Args) -> Result<()> {
     let mut end = "--max-tokens";
     let mut made = 0;
     while made < args.max_tokens {
-        let next = sampler.sample(&Tensor::new(logits.as_slice(), &Device::Cpu)?)?;
+        let next = sampler.sample(&logits)?;
         if tokenizer.stops_at(next) && !args.ignore_stop {
             end = "a stop token";
             break;

@@ -16,6 +16,7 @@ mod common;
 mod compare;
 mod figures;
 mod generation;
+mod sampler;
 
 use anyhow::Result;
 use args::{Args, Attention};

@@ -15,7 +15,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod correlation;
 mod embed;
 mod pairs;
 mod report;

@@ -1,7 +1,7 @@
 //! What both paths say about the pairs, and how that reads in a terminal.
 
+use crate::common::correlation::Correlation;
 use crate::common::print::{count, signed, table};
-use crate::correlation::Correlation;
 use crate::pairs::Pair;
 use serde::Serialize;
 use std::fmt::Write;

@@ -1,7 +1,6 @@
 //! Decoders: in several files, in one, and as GGUF.
 
-use super::server::Hub;
-use super::{FILES, ID, client, closed_endpoint, hub_error, offline};
+use super::{FILES, Hub, ID, client, closed_endpoint, hub_error, offline};
 use anyhow::Result;
 use candle_int8_attention::hub::HubModel;
 use std::collections::HashMap;

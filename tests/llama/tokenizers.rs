@@ -1,6 +1,6 @@
 //! Tokenizers from GGUF metadata and from a folder, stop tokens, chat templates.
 
-use super::tiny::{GgufFile, Tiny, VOCAB, strings, tokens};
+use super::tiny::{GgufFile, Tiny, VOCAB, sentence_piece, strings, tokens};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
@@ -87,32 +87,6 @@ fn a_start_token_is_added_where_the_model_expects_one() -> Result<()> {
     let llama_3 = file()?.set("tokenizer.ggml.pre", Value::String("llama-bpe".into()));
     assert_eq!(encode(&llama_3)?[0], START);
     Ok(())
-}
-
-/// SentencePiece: the best score first, unknown characters as bytes, spaces as `▁`.
-pub fn sentence_piece() -> Result<LlamaTokenizer> {
-    let mut words: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
-    words.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
-    let text = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁abc"];
-    // "bc" is made before "ab", so "abc" is a + bc.
-    let scores = [-20.0, -21.0, -22.0, -23.0, -2.0, -1.0, -3.0, -4.0];
-    words.extend(text.map(String::from));
-    let score = |id: usize| if id < 259 { 0.0 } else { scores[id - 259] };
-    let kind = |id: usize| match id {
-        0 => 2,
-        1 | 2 => 3,
-        3..259 => 6,
-        _ => 1,
-    };
-    let values = |f: &dyn Fn(usize) -> Value| Value::Array((0..words.len()).map(f).collect());
-    let file = file()?
-        .set("tokenizer.ggml.model", Value::String("llama".into()))
-        .set("tokenizer.ggml.tokens", strings(&words))
-        .set("tokenizer.ggml.scores", values(&|id| Value::F32(score(id))))
-        .set("tokenizer.ggml.token_type", values(&|id| Value::I32(kind(id))))
-        .set("tokenizer.ggml.bos_token_id", Value::U32(1))
-        .set("tokenizer.ggml.eos_token_id", Value::U32(2));
-    tokenizer(&file)
 }
 
 #[test]

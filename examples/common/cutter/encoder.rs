@@ -1,7 +1,7 @@
 //! Passages for a BERT encoder.
 
+use super::super::words::split_long;
 use super::{Cutter, Passage};
-use crate::common::words::split_long;
 use anyhow::{Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::TextEncoder;

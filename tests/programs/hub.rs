@@ -1,14 +1,14 @@
 //! The examples with models of a hub, run as a user runs them.
 
-use super::server::Hub;
-use super::{COMMIT, ID, closed_endpoint};
-use crate::tiny::Tiny;
+use super::start::{command, expect_failure, texts};
+use crate::common::hub_server::{COMMIT, Hub, ID, closed_endpoint};
+use crate::common::tiny::Tiny;
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_int8_attention::models::llama::LlamaTokenizer;
 use std::collections::HashMap;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
 /// The examples that take a BERT encoder, with what keeps them short.
 const ENCODERS: [(&str, &[&str]); 6] = [
@@ -41,13 +41,8 @@ fn decoders() -> impl Iterator<Item = (&'static str, &'static [&'static str], bo
     DECODERS.into_iter().filter(|(name, ..)| is_built(name))
 }
 
-/// `cargo test` builds the examples next to the folder of this test's own executable.
 fn run(name: &str, args: &[&str], endpoint: &str, home: &Path) -> Output {
-    let own = std::env::current_exe().unwrap();
-    let path = own.ancestors().nth(2).unwrap().join("examples").join(name);
-    let path = path.with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
-    let mut command = Command::new(path);
+    let mut command = command(name);
     for variable in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH"] {
         command.env_remove(variable);
     }
@@ -58,20 +53,14 @@ fn run(name: &str, args: &[&str], endpoint: &str, home: &Path) -> Output {
 /// What it prints.
 fn succeed(name: &str, args: &[&str], endpoint: &str, home: &Path) -> String {
     let output = run(name, args, endpoint, home);
-    let stderr = String::from_utf8_lossy(&output.stderr);
+    let (stdout, stderr) = texts(&output);
     assert!(output.status.success(), "{name} {args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
+    stdout
 }
 
 /// Fails with a message that contains all of `words`.
 fn fail(name: &str, args: &[&str], endpoint: &str, home: &Path, words: &[&str]) {
-    let output = run(name, args, endpoint, home);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
-    for word in words {
-        assert!(stderr.contains(word), "{name} {args:?}: {word:?} is not in: {stderr}");
-    }
-    assert!(!stderr.contains("panicked") && output.stdout.is_empty(), "{stderr}");
+    expect_failure(&run(name, args, endpoint, home), words);
 }
 
 #[test]

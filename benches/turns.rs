@@ -6,18 +6,22 @@ use std::time::{Duration, Instant};
 
 /// One way to compute, by name.
 pub struct Contender<'a> {
+    /// For people.
     pub name: &'static str,
+    /// Computes once.
     pub run: Box<dyn FnMut() -> Result<()> + 'a>,
 }
 
 /// How long a contender takes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Timing {
+    /// Of the contender.
     pub name: &'static str,
     /// Median seconds.
     pub seconds: f64,
     /// The fastest round: what a busy machine hides.
     pub best: f64,
+    /// How often it ran.
     pub rounds: usize,
 }
 

@@ -1,6 +1,5 @@
 //! A hub on the loopback interface that speaks the download protocol of the real one.
 
-use super::{COMMIT, FILES, ID};
 use anyhow::Result;
 use candle_int8_attention::models::ModelFiles;
 use sha2::Digest;
@@ -8,6 +7,17 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
+
+/// The model that the hub has, its commit, and its files.
+pub const ID: &str = "someone/some-model";
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+pub const FILES: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
+
+/// A port on which nobody listens.
+pub fn closed_endpoint() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
 
 /// What goes wrong with the content of a file.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,44 +1,9 @@
-//! The examples, run as a user runs them: on good input, on bad input, into a closed pipe.
+//! The examples `word_embeddings` and `sentence_similarity`, and flags that all examples have.
 
+use super::start::{assert_narrow, fail, json, leave_early, run, succeed};
 use serde_json::Value;
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
-
-/// `cargo test` builds the examples next to the folder of this test's own executable.
-fn example(name: &str) -> Command {
-    let own = std::env::current_exe().unwrap();
-    let profile = own.ancestors().nth(2).unwrap();
-    let path = profile.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
-    Command::new(path)
-}
-
-fn run(name: &str, args: &[&str]) -> Output {
-    example(name).args(args).output().unwrap()
-}
-
-fn succeed(name: &str, args: &[&str]) -> String {
-    let output = run(name, args);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{name} {args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn json(name: &str, args: &[&str]) -> Value {
-    let args = [args, &["--json"]].concat();
-    serde_json::from_str(&succeed(name, &args)).unwrap()
-}
-
-/// Fails with a message that contains `expected`, and not with a panic.
-fn fail(name: &str, args: &[&str], expected: &str) {
-    let output = run(name, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
-    assert!(stderr.contains(expected), "{name} {args:?}: no {expected:?} in {stderr:?}");
-    assert!(!stderr.contains("panicked"), "{name} {args:?}: {stderr}");
-    assert!(output.stdout.is_empty(), "{name} {args:?} printed a report all the same");
-}
 
 /// A file in a folder of its own, which goes away with the first of the pair.
 fn file(content: &[u8]) -> (tempfile::TempDir, String) {
@@ -47,12 +12,6 @@ fn file(content: &[u8]) -> (tempfile::TempDir, String) {
     std::fs::File::create(&path).unwrap().write_all(content).unwrap();
     let path = path.to_str().unwrap().to_string();
     (folder, path)
-}
-
-fn assert_narrow(report: &str) {
-    for line in report.lines() {
-        assert!(line.chars().count() <= 100, "wider than 100 columns: {line}");
-    }
 }
 
 /// Enough tokens to tell configurations apart, few enough for a build without optimization.
@@ -72,7 +31,6 @@ fn wrong_flags_are_errors_like_any_other() {
         "calibrate",
         "generate",
         "perplexity",
-        "plot_attention",
         "search",
         SIMILARITY,
         WORDS,
@@ -256,12 +214,7 @@ fn bad_arguments_of_the_word_report_are_errors() {
 #[test]
 fn a_reader_that_leaves_early_is_no_error() {
     for name in [WORDS, SIMILARITY] {
-        let mut child =
-            example(name).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        drop(child.stdout.take());
-        let output = child.wait_with_output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() && stderr.is_empty(), "{name}: {stderr}");
+        leave_early(name, &[]);
     }
 }
 

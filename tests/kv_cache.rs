@@ -1,13 +1,18 @@
 //! The int8 cache: what is stored, what attention makes of it, and what goes wrong.
 
-mod attend;
-#[path = "../common/mod.rs"]
 mod common;
-mod errors;
-mod files;
-mod smoothing;
-mod storage;
-mod window;
+
+// Named, so that the files are in a folder of their own.
+mod kv_cache {
+    mod attend;
+    mod errors;
+    mod files;
+    mod smoothing;
+    mod storage;
+    mod window;
+
+    use super::*;
+}
 
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
@@ -35,9 +40,7 @@ fn bits(x: &Tensor) -> Vec<u32> {
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
-    assert_eq!(a.dims(), b.dims());
-    let differences = values(a).into_iter().zip(values(b)).map(|(a, b)| (a - b).abs());
-    differences.fold(0.0, |largest, x| if x <= largest { largest } else { x })
+    common::largest_difference(a, b) as f32
 }
 
 fn tokens(x: &Tensor, start: usize, len: usize) -> Tensor {

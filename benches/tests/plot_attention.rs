@@ -1,16 +1,11 @@
-//! The example `plot_attention`: a figure from the results of benches/peers, and its errors.
+//! The program `plot_attention`: a figure from the results of benches/peers, and its errors.
 
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// `cargo test` builds the examples next to the folder of this test's own executable.
 fn plot(results: &Path) -> Output {
-    let own = std::env::current_exe().unwrap();
-    let path = own.ancestors().nth(2).unwrap().join("examples").join("plot_attention");
-    let path = path.with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(path.exists(), "run `cargo test` or `cargo build --examples`");
-    Command::new(path).arg(results).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_plot_attention")).arg(results).output().unwrap()
 }
 
 /// Results as compare.py writes them; the peer stops before this crate does, and is off any scale.

@@ -1,41 +1,19 @@
 //! The examples `calibrate` and `search`, run as a user runs them.
 
+use super::start;
+use super::start::{assert_narrow, fail};
 use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, Output};
-
-fn run(name: &str, args: &[&str]) -> Output {
-    // `cargo test` builds the examples next to the folder of this test's own executable.
-    let own = std::env::current_exe().unwrap();
-    let path = own.ancestors().nth(2).unwrap().join("examples").join(name);
-    let path = path.with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(path.exists(), "{name} is not built: run `cargo test` or `cargo build --examples`");
-    Command::new(path).args(args).output().unwrap()
-}
 
 /// What it prints; the exit status is `status`, and nothing is on stderr.
 fn report(name: &str, args: &[&str], status: i32) -> String {
-    let output = run(name, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{name} {args:?}: {stderr}");
-    assert!(stderr.is_empty(), "{name} {args:?}: {stderr}");
-    let report = String::from_utf8(output.stdout).unwrap();
-    assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
+    let report = start::report(name, args, status);
+    assert_narrow(&report);
     report
 }
 
 fn json(name: &str, args: &[&str]) -> Value {
     serde_json::from_str(&report(name, &[args, &["--json"]].concat(), 0)).unwrap()
-}
-
-/// Status 1, a message that contains `expected`, and no report.
-fn fail(name: &str, args: &[&str], expected: &str) {
-    let output = run(name, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
-    assert!(stderr.contains(expected), "{name} {args:?}: no {expected:?} in {stderr:?}");
-    assert!(!stderr.contains("panicked") && output.stdout.is_empty(), "{stderr}");
-    assert!(stderr.matches("os error").count() <= 1, "a cause is told twice: {stderr}");
 }
 
 #[test]

@@ -1,34 +1,25 @@
 //! The Hugging Face Hub: unreachable, offline, and a small one on the loopback interface.
 
-mod decoders;
-mod examples;
-mod server;
-#[path = "../llama/tiny.rs"]
-#[allow(dead_code, reason = "its own tests use the rest of it")]
-mod tiny;
+mod common;
+
+// Named, so that the files are in a folder of their own.
+mod hub {
+    mod decoders;
+
+    use super::*;
+}
 
 use anyhow::Result;
 use candle_int8_attention::Error;
 use candle_int8_attention::hub::{HubClient, HubModel, HubOptions};
+use common::hub_server::{COMMIT, FILES, Fault, Hub, ID, NO_HASH, WEIGHTS, closed_endpoint};
 use hf_hub::{HFClient, HFClientSync};
-use server::{Fault, Hub, NO_HASH, WEIGHTS};
 use std::collections::HashMap;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-const ID: &str = "someone/some-model";
-const FILES: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
 
 fn client(endpoint: &str, cache: &Path) -> Result<HubClient> {
     let (endpoint, cache) = (Some(endpoint.to_string()), Some(cache.to_path_buf()));
     Ok(HubClient::new(HubOptions { endpoint, cache, retries: Some(0), ..HubOptions::default() })?)
-}
-
-/// A port on which nobody listens.
-fn closed_endpoint() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    format!("http://{}", listener.local_addr().unwrap())
 }
 
 fn offline() -> HubModel {

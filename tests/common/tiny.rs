@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use candle_int8_attention::models::llama::LlamaTokenizer;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -234,4 +235,32 @@ impl GgufFile {
         gguf_file::write(&mut std::fs::File::create(&path)?, &metadata, &tensors)?;
         Ok(path)
     }
+}
+
+/// SentencePiece: the best score first, unknown characters as bytes, spaces as `▁`.
+pub fn sentence_piece() -> Result<LlamaTokenizer> {
+    let mut words: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
+    words.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
+    let text = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁abc"];
+    // "bc" is made before "ab", so "abc" is a + bc.
+    let scores = [-20.0, -21.0, -22.0, -23.0, -2.0, -1.0, -3.0, -4.0];
+    words.extend(text.map(String::from));
+    let score = |id: usize| if id < 259 { 0.0 } else { scores[id - 259] };
+    let kind = |id: usize| match id {
+        0 => 2,
+        1 | 2 => 3,
+        3..259 => 6,
+        _ => 1,
+    };
+    let values = |f: &dyn Fn(usize) -> Value| Value::Array((0..words.len()).map(f).collect());
+    let file = Tiny::new(true)?
+        .gguf(GgmlDType::F32)?
+        .set("tokenizer.ggml.model", Value::String("llama".into()))
+        .set("tokenizer.ggml.tokens", strings(&words))
+        .set("tokenizer.ggml.scores", values(&|id| Value::F32(score(id))))
+        .set("tokenizer.ggml.token_type", values(&|id| Value::I32(kind(id))))
+        .set("tokenizer.ggml.bos_token_id", Value::U32(1))
+        .set("tokenizer.ggml.eos_token_id", Value::U32(2));
+    let folder = tempfile::tempdir()?;
+    Ok(LlamaTokenizer::load(file.write(folder.path())?)?)
 }

@@ -1,9 +1,8 @@
 //! How the examples cut a text into passages for a decoder.
 
-use super::common::cutter::decoder::DecoderCutter;
-use super::common::cutter::{Cutter, Passage};
-use super::tiny::{CONTEXT, GgufFile, Tiny};
-use super::tokenizers::sentence_piece;
+use crate::common::tiny::{CONTEXT, GgufFile, Tiny, sentence_piece};
+use crate::parts::cutter::decoder::DecoderCutter;
+use crate::parts::cutter::{Cutter, Passage};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;

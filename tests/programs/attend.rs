@@ -1,6 +1,7 @@
 //! The example `attend`: ONNX's own cases of its Attention operator, and everything that can be
 //! wrong with dumped tensors.
 
+use super::start::{self, assert_narrow};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -97,12 +98,7 @@ impl Dump {
     }
 
     fn command(&self) -> Command {
-        // `cargo test` builds the examples next to the folder of this test's own executable.
-        let own = std::env::current_exe().unwrap();
-        let profile = own.ancestors().nth(2).unwrap();
-        let path = profile.join("examples/attend").with_extension(std::env::consts::EXE_EXTENSION);
-        assert!(path.exists(), "attend is not built: run `cargo test` or `cargo build --examples`");
-        let mut command = Command::new(path);
+        let mut command = start::command("attend");
         command.arg("--input").arg(self.path("in.safetensors"));
         command
     }
@@ -127,10 +123,7 @@ impl Dump {
         let before = self.files();
         let out = self.path("out.safetensors");
         let output = self.run(&[&["--output", out.to_str().unwrap()], flags].concat());
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{expected}: {stderr}");
-        assert!(stderr.contains(expected), "no {expected:?} in {stderr:?}");
-        assert!(!stderr.contains("panicked") && output.stdout.is_empty(), "{stderr}");
+        start::expect_failure(&output, &[expected]);
         assert_eq!(self.files(), before, "{expected}");
     }
 }
@@ -448,7 +441,7 @@ fn the_report_says_what_was_done_and_is_narrow() {
     tensors.insert("past_v".into(), Stored::waves(&[2, 2, 3, 6], 4.0));
     let run = |tensors: &Tensors, flags: &[&str]| {
         let report = String::from_utf8(Dump::of(tensors).run(flags).stdout).unwrap();
-        assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
+        assert_narrow(&report);
         report
     };
     let report = run(&tensors, &["--causal"]);

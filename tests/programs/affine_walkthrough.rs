@@ -1,32 +1,16 @@
 //! The example `affine_walkthrough`: its figures, its errors, a closed pipe.
 
+use super::start::{self, assert_narrow};
 use serde_json::Value;
-use std::io::Read;
-use std::process::{Command, Output, Stdio};
 
-/// `cargo test` builds the examples next to the folder of this test's own executable.
-fn example(args: &[&str]) -> Command {
-    let own = std::env::current_exe().unwrap();
-    let path = own.ancestors().nth(2).unwrap().join("examples").join("affine_walkthrough");
-    let path = path.with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(path.exists(), "run `cargo test` or `cargo build --examples`");
-    let mut command = Command::new(path);
-    command.args(args);
-    command
-}
-
-fn run(args: &[&str]) -> Output {
-    example(args).output().unwrap()
-}
+const NAME: &str = "affine_walkthrough";
 
 fn succeed(args: &[&str]) -> String {
-    let output = run(args);
-    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    start::succeed(NAME, args)
 }
 
 fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&succeed(&[args, &["--json"]].concat())).unwrap()
+    start::json(NAME, args)
 }
 
 /// The dB of the stages of a list.
@@ -74,9 +58,7 @@ fn the_report_is_narrow_and_depends_on_the_seed_alone() {
     for args in [&["--data", "glove", "--heads", "2"][..], &["--heads", "1", "--seed", "7"]] {
         let report = succeed(args);
         assert_eq!(report, succeed(args));
-        for line in report.lines() {
-            assert!(line.chars().count() <= 100, "wider than 100 columns: {line}");
-        }
+        assert_narrow(&report);
         for part in ["FIRST TRIED", "Stage 4", "Offset?", "Scale?", "Dequantize?"] {
             assert!(report.contains(part), "{part}: {report}");
         }
@@ -119,27 +101,13 @@ fn bad_values_are_errors_with_a_reason() {
         (&["--data", "glove", "--model", corrupt], "model-f16.safetensors"),
     ];
     for (args, expected) in cases {
-        let output = run(args);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success(), "{args:?} succeeded");
-        assert!(stderr.contains(expected), "{args:?}: no {expected:?} in {stderr:?}");
-        assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
-        assert!(output.stdout.is_empty(), "{args:?} printed a report all the same");
+        start::fail(NAME, args, expected);
     }
-    let missing = run(&["--data", "glove", "--model", "no/such/folder"]);
-    assert!(String::from_utf8_lossy(&missing.stderr).contains("no folder no/such/folder"));
+    let missing = ["--data", "glove", "--model", "no/such/folder"];
+    start::fail(NAME, &missing, "no folder no/such/folder");
 }
 
 #[test]
 fn a_closed_pipe_is_no_error() {
-    let mut child = example(&["--heads", "1", "--tokens", "64"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(child.stdout.take());
-    let mut stderr = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
-    assert!(child.wait().unwrap().success(), "{stderr}");
-    assert_eq!(stderr, "");
+    start::leave_early(NAME, &["--heads", "1", "--tokens", "64"]);
 }

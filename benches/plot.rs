@@ -2,13 +2,9 @@
 //! peers.
 //!
 //! ```sh
-//! python benches/peers/compare.py --json benches/figures/attention.json
-//! cargo run --release --example plot_attention -- benches/figures/attention.json
+//! python benches/peers/compare.py --json docs/figures/attention.json
+//! cargo run --release -p benches -- docs/figures/attention.json
 //! ```
-
-#[path = "../../examples/common/print.rs"]
-#[allow(dead_code, reason = "the other examples use the rest of it")]
-mod print;
 
 use anyhow::{Context, Result, bail};
 use plotters::coord::Shift;
@@ -109,7 +105,7 @@ const COLOURS: [RGBColor; 6] = [
 ];
 
 fn main() -> Result<()> {
-    let args: Args = print::parse();
+    let args: Args = clap::Parser::parse();
     let path = &args.results;
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

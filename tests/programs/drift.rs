@@ -1,45 +1,26 @@
 //! The example `drift`, run as a user and as a CI job run it.
 
-// The parts of the example that have tests of their own, which run here.
-#[path = "../examples/common/mod.rs"]
-mod common;
-#[allow(dead_code)]
-#[path = "../examples/drift/text.rs"]
-mod text;
-
+use super::start::{self, assert_narrow};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 
-/// `cargo test` builds the examples next to the folder of this test's own executable.
+const NAME: &str = "drift";
+
 fn drift(args: &[&str]) -> Output {
-    let own = std::env::current_exe().unwrap();
-    let profile = own.ancestors().nth(2).unwrap();
-    let path = profile.join("examples/drift").with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(path.exists(), "drift is not built: run `cargo test` or `cargo build --examples`");
-    Command::new(path).args(args).output().unwrap()
+    start::run(NAME, args)
 }
 
 fn succeed(args: &[&str]) -> String {
-    let output = drift(args);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{args:?}: {stderr}");
-    assert!(stderr.is_empty(), "a progress bar or a warning where nobody looks: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
+    start::succeed(NAME, args)
 }
 
 fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&succeed(&[args, &["--json"]].concat())).unwrap()
+    start::json(NAME, args)
 }
 
-/// Fails with status 1 and a message that contains `expected`, prints no report and does not panic.
 fn fail(args: &[&str], expected: &str) {
-    let output = drift(args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
-    assert!(stderr.contains(expected), "{args:?}: no {expected:?} in {stderr:?}");
-    assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
-    assert!(output.stdout.is_empty(), "{args:?} printed a report all the same");
+    start::fail(NAME, args, expected);
 }
 
 /// A folder for files, which goes away with the test.
@@ -125,9 +106,7 @@ fn the_report_is_complete_and_narrow() {
     assert!(main["output"]["worst_head"]["value"].as_f64().unwrap() > 35.0, "{main}");
     assert_eq!(report["words"].as_array().unwrap().len(), 10);
     let text = succeed(&[]);
-    for line in text.lines() {
-        assert!(line.chars().count() <= 100, "wider than 100 columns: {line}");
-    }
+    assert_narrow(&text);
     for part in ["## Layers", "worst head is head", "## Where attention moved most"] {
         assert!(text.contains(part), "no {part:?}");
     }
@@ -136,7 +115,7 @@ fn the_report_is_complete_and_narrow() {
 #[test]
 fn parts_that_are_merged_give_the_figures_of_one_run() {
     let folder = Folder::new();
-    let text = folder.file("text.txt", include_str!("../examples/data/pride-and-prejudice.txt"));
+    let text = folder.file("text.txt", include_str!("../../examples/data/pride-and-prejudice.txt"));
     let base = [&["--file", &text, "--compare", "token", "--json"][..], &SHORT].concat();
     let mut parts = Vec::new();
     for shard in ["3/3", "1/3", "2/3"] {
@@ -315,7 +294,7 @@ fn pairs_are_correlated_with_their_scores() {
     for expected in ["the model's limit cuts the end of 1", "in 1 every token is [UNK]"] {
         assert!(report.contains(expected), "no {expected:?} in {report}");
     }
-    assert!(report.lines().all(|line| line.chars().count() <= 100), "{report}");
+    assert_narrow(&report);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The examples `drift`, `calibrate` and `search`, run on a decoder as a user runs them.
 
-use super::examples::{Model, expect_failure, run, texts};
-use super::tiny::{HEADS, KV_HEADS, LAYERS, Tiny};
+use super::generate_and_perplexity::Model;
+use super::start::{assert_narrow, expect_failure, run, texts};
+use crate::common::tiny::{HEADS, KV_HEADS, LAYERS, Tiny};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_int8_attention::models::llama::LlamaTokenizer;
@@ -172,7 +173,7 @@ mod drift {
 
         let (text, _) = model.succeed("drift", &[]);
         assert!(text.contains("2 layers of 4 heads"), "{text}");
-        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        assert_narrow(&text);
         Ok(())
     }
 
