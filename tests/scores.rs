@@ -228,6 +228,9 @@ fn int8_codes_come_with_their_scales() -> TestResult {
     assert_eq!(codes.shape(), [2, 2, 20, 30]);
     assert_eq!(codes.all_params().len(), 2 * 2 * 20);
     assert_eq!(largest_difference(&codes.dequantize(&Device::Cpu)?, &real), 0.0);
+    let shifted = codes.to_u8_tensor(&Device::Cpu)?.flatten_all()?.to_vec1::<u8>()?;
+    let signed = shifted.iter().map(|code| (i16::from(*code) - 128) as i8);
+    assert!(signed.eq(codes.values().iter().copied()));
     // What smoothing adds is in f32, so codes are those of the f32 scores.
     let scores = attention_scores(&q, &k, &config)?;
     assert_eq!(codes, QuantizedTensor::quantize(&scores, &to.to_quant_config())?);

@@ -169,7 +169,8 @@ impl PvPrecision {
     }
 }
 
-/// Numeric choices of the int8 backend.
+/// Numeric choices of the int8 backend. They are written in words on command lines and in reports,
+/// and as JSON in files: see its `FromStr`.
 ///
 /// More fields may be added: end an expression in `..Int8Config::default()`.
 #[derive(Debug, Clone, PartialEq, Default)]

@@ -237,14 +237,7 @@ impl BertLayer {
     }
 
     /// `norm(hidden + projection(attention))`, `[B, N, hidden_size]`.
-    ///
-    /// # Errors
-    /// Those of [`attention`](crate::attention()).
-    pub fn attention_block(&self, hidden: &Tensor, mask: &AttnMask) -> Result<Tensor> {
-        self.attention_block_with(hidden, |q, k, v| self.attention.forward(q, k, v, mask))
-    }
-
-    fn attention_block_with(
+    fn attention_block(
         &self,
         hidden: &Tensor,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
@@ -273,7 +266,7 @@ impl BertLayer {
         hidden: &Tensor,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let hidden = self.attention_block_with(hidden, attend)?;
+        let hidden = self.attention_block(hidden, attend)?;
         let inner = self.up.forward_activated(&hidden, self.act)?;
         self.down.forward_add_norm(&inner, &hidden, &self.down_norm)
     }

@@ -72,7 +72,9 @@ fn a_budget_is_kept_and_written_or_neither() {
     assert_eq!(found["holds"], true);
     for figures in ["promised", "verified"] {
         let layers = found[figures]["layer_sqnr_db"].as_array().unwrap();
-        assert!(layers.iter().all(|x| x.as_f64().unwrap() >= 40.0), "{found}");
+        // A layer in fp32 differs in nothing, which is null.
+        let kept = |x: &Value| x.is_null() || x.as_f64().unwrap() >= 40.0;
+        assert!(layers.iter().all(kept), "{found}");
     }
     let written: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     assert_eq!(written["layers"].as_array().unwrap().len(), 3);

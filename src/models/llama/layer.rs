@@ -83,13 +83,6 @@ impl LlamaLayer {
         let inner = (self.gate.forward(&x)?.silu()? * self.up.forward(&x)?)?;
         Ok((self.down.forward(&inner)? + hidden)?)
     }
-
-    /// Bytes of its matrices.
-    pub(super) fn bytes(&self) -> usize {
-        let linears = [&self.query, &self.key, &self.value, &self.output];
-        let ffn = [&self.gate, &self.up, &self.down];
-        linears.into_iter().chain(ffn).map(Linear::bytes).sum()
-    }
 }
 
 /// `[B, N, H * D]` as a view `[B, H, N, D]`.

@@ -81,14 +81,6 @@ impl Matrix {
             Self::Quantized { weight, .. } => weight.embedding(ids)?,
         })
     }
-
-    /// Bytes held.
-    pub(super) fn bytes(&self) -> usize {
-        match self {
-            Self::Dense(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
-            Self::Quantized { weight, .. } => weight.storage_size_in_bytes(),
-        }
-    }
 }
 
 /// Whether Candle multiplies many tokens with this type as fast as f32: where it repacks blocks of
@@ -163,9 +155,5 @@ impl Linear {
             Some(bias) => Ok(y.broadcast_add(bias)?),
             None => Ok(y),
         }
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.weight.bytes()
     }
 }

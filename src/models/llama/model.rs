@@ -139,13 +139,6 @@ impl LlamaModel {
         }
     }
 
-    /// Bytes of all matrices, as they are held.
-    pub fn weight_bytes(&self) -> usize {
-        let own = if self.config.tie_word_embeddings { 0 } else { self.output.bytes() };
-        let layers: usize = self.layers.iter().map(LlamaLayer::bytes).sum();
-        self.embeddings.bytes() + own + layers
-    }
-
     /// An empty cache for `batch` sequences of at most `context` tokens: on the CPU an
     /// [`Int8KvCache`](crate::Int8KvCache) with the layer's own
     /// [`kv_cache`](LlamaLayer::kv_cache) where attention is int8, f32 elsewhere.
