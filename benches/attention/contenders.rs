@@ -92,8 +92,11 @@ pub fn all(what: What, inputs: &Inputs, args: &Args) -> Result<Vec<Contender>> {
             Ok(vec![our_scores(inputs), candle_scores(inputs), rten(inputs)?])
         }
         What::Attention => {
-            let ours = our_attention(inputs, args.attention());
-            Ok(vec![ours, candle_unfused(inputs), candle_flash(inputs)?])
+            let ours = our_attention("ours", "this crate", inputs, args.attention());
+            // int8 is always seen beside the best fp32 of this crate.
+            let fp32 = AttentionConfig::fp32();
+            let fp32 = our_attention("ours-fp32", "this crate in fp32", inputs, fp32);
+            Ok(vec![ours, fp32, candle_unfused(inputs), candle_flash(inputs)?])
         }
     }
 }
@@ -108,9 +111,14 @@ fn candle_scores(inputs: &Inputs) -> Contender {
     Contender::new("candle", "Candle matmul", move || q.matmul(&k.t()?))
 }
 
-fn our_attention(inputs: &Inputs, config: AttentionConfig) -> Contender {
+fn our_attention(
+    id: &'static str,
+    name: &'static str,
+    inputs: &Inputs,
+    config: AttentionConfig,
+) -> Contender {
     let inputs = inputs.clone();
-    Contender::new("ours", "this crate", move || inputs.attend(&config))
+    Contender::new(id, name, move || inputs.attend(&config))
 }
 
 fn candle_unfused(inputs: &Inputs) -> Contender {

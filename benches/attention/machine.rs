@@ -33,7 +33,7 @@ impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { processor, cores, threads, kernel } = self;
         let noun = if *threads == 1 { "thread" } else { "threads" };
-        write!(f, "{processor}, {cores} cores; {threads} {noun}, int8 kernel {kernel}")?;
+        write!(f, "{processor}, {cores} cores; {threads} {noun}, level {kernel}")?;
         if threads > cores {
             write!(f, "\nMore threads than cores: they take turns, and times are not comparable.")?;
         }

@@ -1,37 +1,16 @@
 //! The keys of one head of a tensor in int8, ready for its queries, with its values.
 
 use super::engine::{KeyValues, QueryBlock, Rows, Running, Tile, blocks};
-use super::operand::{Mean, QuantizedRows};
+use super::keys::{PackedKeys, SmoothQ};
+use super::operand::QuantizedRows;
 use super::scorer::Scorer;
 use super::tensor_values::{accumulate, tiles};
-use crate::cpu::Level;
 use crate::cpu::contracts::Format;
 use crate::memory::overwrite;
 use crate::parallel::Pace;
-use crate::product::{PackedMatrix, PackedRhs, RhsChunk};
+use crate::product::{PackedMatrix, RhsChunk};
 use std::cell::RefCell;
 use std::ops::Range;
-
-/// The keys of one head, quantized, packed and shared by its query heads. All vectors are padded
-/// to whole panels of the kernel; what stands in the padding does not matter.
-pub(super) struct PackedKeys {
-    pub head: usize,
-    pub rhs: PackedRhs,
-    pub scales: Vec<f32>,
-    pub zeros: Vec<i32>,
-    pub sums: Vec<i32>,
-    /// What smooth-K subtracted.
-    pub mean: Mean,
-    /// Smooth-Q, for each query head that shares these keys.
-    pub smooth_q: Vec<SmoothQ>,
-}
-
-/// What smooth-Q subtracts from the queries of one head, and the score of that with every key.
-#[derive(Default)]
-pub(super) struct SmoothQ {
-    pub mean: Mean,
-    pub biases: Vec<f32>,
-}
 
 /// Keys `tokens` of a head, and where they go.
 struct KeyChunk<'a> {
@@ -44,29 +23,6 @@ struct KeyChunk<'a> {
 
 /// Keys that one thread packs at a time, where a head is shared by several.
 const CHUNK: usize = 128;
-
-impl PackedKeys {
-    /// Bytes that a thread may keep for the next head.
-    pub(super) const KEPT: usize = 512 << 10;
-
-    /// No keys yet.
-    pub(super) fn new(level: Level) -> Self {
-        Self {
-            head: 0,
-            rhs: PackedRhs::new(level, 0, 0),
-            scales: Vec::new(),
-            zeros: Vec::new(),
-            sums: Vec::new(),
-            mean: Mean::default(),
-            smooth_q: Vec::new(),
-        }
-    }
-
-    /// Bytes of memory in use.
-    pub(super) fn memory(&self) -> usize {
-        self.rhs.memory() + size_of::<f32>() * (3 + self.smooth_q.len()) * self.scales.len()
-    }
-}
 
 impl Scorer<'_> {
     /// Quantizes and packs the keys of `head` in the place of those that are there.

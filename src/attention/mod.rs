@@ -17,6 +17,7 @@ mod engine;
 mod flash;
 mod float_head;
 mod int8_head;
+mod keys;
 mod kv_cache;
 pub(crate) mod mask;
 mod module;

@@ -3,7 +3,8 @@
 use super::config::{AttentionConfig, Backend, Int8Config};
 use super::engine::{Element, Engine, MaskView, Modifiers, Queries};
 use super::float_head::{FEW, Float, FloatHead, in_place};
-use super::int8_head::{Int8Head, PackedKeys};
+use super::int8_head::Int8Head;
+use super::keys::PackedKeys;
 use super::mask::broadcast_mask;
 use super::scorer::{ScoreScale, Scorer, check_product};
 use super::tensor_values::pack_values;

@@ -2,7 +2,7 @@
 
 use super::ScoreConfig;
 use super::engine::{BLOCK, QueryBlock, Rows, blocks};
-use super::int8_head::PackedKeys;
+use super::keys::PackedKeys;
 use super::operand::Operand;
 use crate::cpu::Level;
 use crate::memory::written;

@@ -1,35 +1,7 @@
-//! The choices of a quantization: scheme, granularity, source of the range.
+//! The choices of a quantization: granularity, source of the range, and with the scheme all of them.
 
-use super::QuantParams;
+use super::{QuantParams, Scheme};
 use crate::{Error, Result};
-
-/// Where the integer zero lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Scheme {
-    /// `zero_point = 0`, `q` in `[-127, 127]`, `scale = max|x| / 127`. For signed data around
-    /// zero, as queries and keys are; the int8 product then needs no correction.
-    #[default]
-    Symmetric,
-    /// Any zero point, `q` in `[-128, 127]`, `scale = (max(0, max) - min(0, min)) / 255`. Spends
-    /// all 256 codes on one-sided data; the int8 product is corrected from row sums.
-    Affine,
-}
-
-impl Scheme {
-    /// The smallest code: -127 for [`Scheme::Symmetric`], -128 for [`Scheme::Affine`].
-    pub const fn qmin(self) -> i8 {
-        match self {
-            Scheme::Symmetric => -127,
-            Scheme::Affine => -128,
-        }
-    }
-
-    /// The largest code, 127 in both schemes.
-    pub const fn qmax(self) -> i8 {
-        127
-    }
-}
 
 /// What shares one scale (and zero point), for a tensor `[.., S, D]` of `S` tokens.
 ///
@@ -107,30 +79,6 @@ impl std::fmt::Display for Granularity {
             Granularity::PerToken => f.write_str("per-token"),
             Granularity::PerBlock(n) => write!(f, "per-block:{n}"),
         }
-    }
-}
-
-impl std::str::FromStr for Scheme {
-    type Err = Error;
-
-    /// `symmetric` or `affine`.
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "symmetric" => Ok(Scheme::Symmetric),
-            "affine" => Ok(Scheme::Affine),
-            _ => Err(Error::InvalidArgument(format!(
-                "scheme {text:?}, expected symmetric or affine"
-            ))),
-        }
-    }
-}
-
-impl std::fmt::Display for Scheme {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Scheme::Symmetric => "symmetric",
-            Scheme::Affine => "affine",
-        })
     }
 }
 

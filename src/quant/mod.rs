@@ -17,13 +17,15 @@ mod observers;
 mod params;
 mod requantize;
 pub(crate) mod rows;
+mod scheme;
 mod smooth;
 mod tensor;
 
-pub use config::{Granularity, QuantConfig, RangeSource, Scheme};
+pub use config::{Granularity, QuantConfig, RangeSource};
 pub use observers::{Histogram, MinMax, MovingAverage, Observer, ObserverKind};
 pub use params::{QuantParams, ValueRange};
 pub use requantize::{FixedPointMultiplier, Requantizer};
+pub use scheme::Scheme;
 pub(crate) use smooth::MeanSums;
 pub use smooth::token_mean;
 pub(crate) use tensor::static_params;

@@ -8,8 +8,12 @@
 //! ```
 
 mod int_product;
+mod steps;
+
 pub mod tensor_ops;
 pub mod unfused;
 
 #[doc(hidden)]
 pub use int_product::int_product;
+
+pub(crate) use steps::repeat_heads;

@@ -6,7 +6,7 @@
 //! by itself where its tensors are not on a CPU. Codes are held as integers in floating point,
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
-use super::unfused::{attention_with, fp32_scores};
+use super::steps::{attention_with, fp32_scores, repeat_heads};
 use crate::attention::shapes::check_scores;
 use crate::attention::{AttentionCall, AttentionConfig, RequantConfig, RequantMode, ScoreConfig};
 use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
@@ -144,17 +144,6 @@ fn straight_through(q: &Tensor, k: &Tensor, scores: Tensor) -> Result<Tensor> {
     let exact = fp32_scores(q, k)?;
     let zero = (&exact - exact.detach())?;
     Ok((scores + zero)?)
-}
-
-/// Repeats every head of `x` `[B, H_kv, S, D]` for the query heads that share it.
-pub(crate) fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
-    let (b, h_kv, s, d) = x.dims4()?;
-    if h_kv == heads {
-        return Ok(x.clone());
-    }
-    let group = heads / h_kv;
-    let grouped = x.unsqueeze(2)?.expand((b, h_kv, group, s, d))?;
-    Ok(grouped.reshape((b, heads, s, d))?)
 }
 
 impl Codes {

@@ -1,22 +1,12 @@
 //! What the engine asks of keys and values.
 
-use super::run::Queries;
+use super::queries::Rows;
 use super::softmax::{Running, Tile};
 use crate::attention::operand::QuantizedRows;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
 use crate::product::PackedLhs;
-use crate::view::View;
 use std::ops::Range;
-
-/// Some rows of the queries that share a head of keys: row `i` is query `i % M` of query head `i / M`,
-/// counted among those.
-#[derive(Debug, Clone)]
-pub(in crate::attention) struct Rows {
-    /// The head of keys, counted over the batch.
-    pub head: usize,
-    pub range: Range<usize>,
-}
 
 /// Rows in the form in which they are multiplied with keys. The memory is kept from one block to the
 /// next, whoever holds the keys.
@@ -89,23 +79,4 @@ pub(in crate::attention) trait KeyValues: Sync {
         running: &[Running],
         sums: &mut [f32],
     );
-}
-
-/// Copies rows of queries, which the heads that share keys have at different places, to `values`.
-pub(in crate::attention) fn gather(
-    queries: &View<'_>,
-    shape: &Queries,
-    rows: &Rows,
-    values: &mut Vec<f32>,
-    buffer: &mut Vec<f32>,
-) {
-    values.clear();
-    let mut row = rows.range.start;
-    while row < rows.range.end {
-        let [batch, head, token] = shape.at(rows.head, row);
-        let count = (shape.tokens - token).min(rows.range.end - row);
-        let found = queries.rows(batch * shape.heads + head, token..token + count, buffer);
-        found.iter().for_each(|row| values.extend_from_slice(row));
-        row += count;
-    }
 }

@@ -20,12 +20,14 @@ mod mask;
 mod modifiers;
 mod output;
 mod partial;
+mod queries;
 mod run;
 mod softmax;
 
-pub(super) use key_values::{KeyValues, QueryBlock, Rows, gather};
+pub(super) use key_values::{KeyValues, QueryBlock};
 pub(super) use mask::MaskView;
 pub(super) use modifiers::Modifiers;
 pub(super) use output::Element;
-pub(super) use run::{BLOCK, Engine, Queries, TILE, blocks};
+pub(super) use queries::{BLOCK, Queries, Rows, blocks, gather};
+pub(super) use run::{Engine, TILE};
 pub(super) use softmax::{Probs, Running, Tile};

@@ -1,9 +1,10 @@
 //! The loops of the engine.
 
-use super::key_values::{KeyValues, QueryBlock, Rows};
+use super::key_values::{KeyValues, QueryBlock};
 use super::modifiers::Modifiers;
 use super::output::Element;
 use super::partial::Partial;
+use super::queries::{Queries, Rows};
 use super::softmax::{Probs, Tile, softmax_tile};
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
@@ -17,20 +18,12 @@ use std::ops::Range;
 /// in a 1 MiB L2; smaller tiles rescale the sums more often.
 pub(in crate::attention) const TILE: usize = 512;
 
-/// Rows that are prepared and multiplied at a time; they fit L1 and L2 at any head dim.
-pub(in crate::attention) const BLOCK: usize = 48;
-
 /// Up to this many rows, the keys are computed in spans that threads share. The cut depends on shapes
 /// alone, never on threads, so neither does the result.
 const FEW: usize = 8;
 
 /// Tiles of a span.
 const SPAN: usize = 2;
-
-/// `0..count` in runs of [`BLOCK`].
-pub(in crate::attention) fn blocks(count: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..count).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(count))
-}
 
 /// The queries of a call, and what lies between their scores and their probabilities.
 pub(in crate::attention) struct Engine<'a> {
@@ -46,17 +39,6 @@ pub(in crate::attention) struct Engine<'a> {
     /// Keys to the left of its position that a query sees at most, the sinks apart.
     pub window: Option<usize>,
     pub modifiers: Modifiers<'a>,
-}
-
-/// Their shape, `[B, H, M, ..]`, and how they become blocks.
-#[derive(Debug, Clone, Copy)]
-pub(in crate::attention) struct Queries {
-    pub heads: usize,
-    pub tokens: usize,
-    /// Query heads that share a head of keys.
-    pub group: usize,
-    /// Whether all rows of a block are of one query head.
-    pub apart: bool,
 }
 
 /// A row of a block.
@@ -97,28 +79,6 @@ thread_local! {
 
 /// Bytes of scores that a thread keeps for the next block.
 const KEPT: usize = 4 << 20;
-
-impl Queries {
-    /// Rows that share a head of keys.
-    fn rows(&self) -> usize {
-        self.group * self.tokens
-    }
-
-    /// Those in blocks.
-    fn blocks(self) -> impl Iterator<Item = Range<usize>> {
-        let (parts, rows) = if self.apart { (self.group, self.tokens) } else { (1, self.rows()) };
-        (0..parts).flat_map(move |part| {
-            blocks(rows).map(move |block| part * rows + block.start..part * rows + block.end)
-        })
-    }
-
-    /// The sequence and the query head of a row of a key head, and its token.
-    pub(in crate::attention) fn at(&self, head: usize, row: usize) -> [usize; 3] {
-        let key_heads = (self.heads / self.group.max(1)).max(1);
-        let (batch, key_head) = (head / key_heads, head % key_heads);
-        [batch, key_head * self.group + row / self.tokens, row % self.tokens]
-    }
-}
 
 impl Engine<'_> {
     /// Fills the output, `[B, H, M, Dv]`, of all key heads. `with_head` brings the keys and values of a

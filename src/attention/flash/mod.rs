@@ -11,7 +11,7 @@ pub use varlen::flash_attn_varlen_cpu;
 
 use super::mask::{attended, keep};
 use super::{AttentionCall, AttentionConfig, AttentionSpec, Causal, attention};
-use crate::reference::tensor_ops::repeat_heads;
+use crate::reference::repeat_heads;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, WithDType};
 use candle_nn::attention::AttnMask;

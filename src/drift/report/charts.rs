@@ -129,8 +129,6 @@ pub(super) struct Histogram {
     x_ticks: Vec<Tick>,
 }
 
-/// Shares of the tokens for which a percentile is looked up.
-const STEPS: usize = 200;
 const BARS: usize = 40;
 
 impl Histogram {
@@ -173,11 +171,6 @@ impl Histogram {
             x_ticks: x.ticks(),
         }
     }
-}
-
-/// Shares from the smallest to the largest, in the middles of equal steps.
-pub(super) fn shares() -> impl Iterator<Item = f64> {
-    (0..STEPS).map(|i| (i as f64 + 0.5) / STEPS as f64)
 }
 
 #[cfg(test)]

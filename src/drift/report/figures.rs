@@ -1,6 +1,5 @@
 //! The figures of a report, computed from what a recorder holds.
 
-use super::charts::shares;
 use crate::drift::recorder::state::{
     CandidateState, Clipped, HeadStages, HeadState, LayerState, Probabilities, Sources, Stage,
 };
@@ -389,4 +388,12 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     let mut all = Summary::default();
     values.for_each(|value| all.push(value));
     all.mean()
+}
+
+/// Shares of the tokens for which a percentile is looked up.
+const STEPS: usize = 200;
+
+/// Shares from the smallest to the largest, in the middles of equal steps.
+pub(super) fn shares() -> impl Iterator<Item = f64> {
+    (0..STEPS).map(|i| (i as f64 + 0.5) / STEPS as f64)
 }

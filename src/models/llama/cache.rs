@@ -1,8 +1,9 @@
 //! Keys and values of the tokens so far.
 
 use super::LlamaConfig;
-use super::layer::LlamaLayer;
-use crate::{AttentionCall, AttentionConfig, Backend, Error, Int8KvCache, Result, attention};
+use crate::{
+    AttentionCall, AttentionConfig, Backend, Error, Int8KvCache, KvCacheConfig, Result, attention,
+};
 use candle_core::{DType, Device, Tensor};
 
 /// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.
@@ -37,17 +38,17 @@ impl LlamaCache {
     /// # Errors
     /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
     pub(super) fn of_layers(
-        layers: &[LlamaLayer],
+        layers: &[(&AttentionConfig, &KvCacheConfig)],
         config: &LlamaConfig,
         batch: usize,
         context: usize,
         device: &Device,
     ) -> Result<Self> {
         Self::build(config, batch, context, |layer, shape| {
-            let layer = &layers[layer];
-            Ok(match layer.attention.config().backend {
+            let (attention, kv_cache) = layers[layer];
+            Ok(match attention.backend {
                 Backend::Int8(_) if device.is_cpu() => {
-                    LayerCache::Int8(Int8KvCache::new(layer.kv_cache.clone()))
+                    LayerCache::Int8(Int8KvCache::new(kv_cache.clone()))
                 }
                 _ => LayerCache::Full(FullCache::new(shape, context, device)?),
             })
@@ -132,7 +133,7 @@ impl LlamaCache {
     pub(super) fn check(
         &self,
         config: &LlamaConfig,
-        layers: &[LlamaLayer],
+        layers: &[&AttentionConfig],
         ids: &[usize],
     ) -> Result<()> {
         let shape = [self.shape[0], config.num_key_value_heads, config.head_dim];
@@ -152,8 +153,8 @@ impl LlamaCache {
                 expected: format!("[{}, N] like the cache", self.shape[0]),
             });
         }
-        for (index, (cache, layer)) in self.layers.iter().zip(layers).enumerate() {
-            cache.check(index, layer.attention.config(), config)?;
+        for (index, (cache, attention)) in self.layers.iter().zip(layers).enumerate() {
+            cache.check(index, attention, config)?;
         }
         let (tokens, used, context) = (ids[1], self.len(), self.context);
         match tokens <= context - used {

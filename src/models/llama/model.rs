@@ -151,7 +151,9 @@ impl LlamaModel {
     /// # Errors
     /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
     pub fn new_cache(&self, batch: usize, context: usize) -> Result<LlamaCache> {
-        LlamaCache::of_layers(&self.layers, &self.config, batch, context, &self.device)
+        let layers = self.layers.iter().map(|layer| (layer.attention.config(), &layer.kv_cache));
+        let layers: Vec<_> = layers.collect();
+        LlamaCache::of_layers(&layers, &self.config, batch, context, &self.device)
     }
 
     /// Logits of the token that follows: `input_ids` `[B, N]` U32, which come after the tokens in
@@ -227,7 +229,8 @@ impl LlamaModel {
 
     fn run_layers(&self, input_ids: &Tensor, cache: &mut LlamaCache) -> Result<Tensor> {
         let tokens = self.check_ids(input_ids)?;
-        cache.check(&self.config, &self.layers, input_ids.dims())?;
+        let layers: Vec<_> = self.layers.iter().map(|layer| layer.attention.config()).collect();
+        cache.check(&self.config, &layers, input_ids.dims())?;
         let rotation = self.rope.at(cache.len(), tokens, &self.device)?;
         let mut hidden = self.embeddings.rows(input_ids)?;
         for (layer, cache) in self.layers.iter().zip(cache.layers_mut()) {

@@ -1,0 +1,73 @@
+//! The queries of a call as rows: one query of one head each, in blocks.
+
+use crate::view::View;
+use std::ops::Range;
+
+/// Rows that are prepared and multiplied at a time; they fit L1 and L2 at any head dim.
+pub(in crate::attention) const BLOCK: usize = 48;
+
+/// `0..count` in runs of [`BLOCK`].
+pub(in crate::attention) fn blocks(count: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..count).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(count))
+}
+
+/// Their shape, `[B, H, M, ..]`, and how they become blocks.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::attention) struct Queries {
+    pub heads: usize,
+    pub tokens: usize,
+    /// Query heads that share a head of keys.
+    pub group: usize,
+    /// Whether all rows of a block are of one query head.
+    pub apart: bool,
+}
+
+/// Some rows of the queries that share a head of keys: row `i` is query `i % M` of query head `i / M`,
+/// counted among those.
+#[derive(Debug, Clone)]
+pub(in crate::attention) struct Rows {
+    /// The head of keys, counted over the batch.
+    pub head: usize,
+    pub range: Range<usize>,
+}
+
+impl Queries {
+    /// Rows that share a head of keys.
+    pub(super) fn rows(&self) -> usize {
+        self.group * self.tokens
+    }
+
+    /// Those in blocks.
+    pub(super) fn blocks(self) -> impl Iterator<Item = Range<usize>> {
+        let (parts, rows) = if self.apart { (self.group, self.tokens) } else { (1, self.rows()) };
+        (0..parts).flat_map(move |part| {
+            blocks(rows).map(move |block| part * rows + block.start..part * rows + block.end)
+        })
+    }
+
+    /// The sequence and the query head of a row of a key head, and its token.
+    pub(in crate::attention) fn at(&self, head: usize, row: usize) -> [usize; 3] {
+        let key_heads = (self.heads / self.group.max(1)).max(1);
+        let (batch, key_head) = (head / key_heads, head % key_heads);
+        [batch, key_head * self.group + row / self.tokens, row % self.tokens]
+    }
+}
+
+/// Copies rows of queries, which the heads that share keys have at different places, to `values`.
+pub(in crate::attention) fn gather(
+    queries: &View<'_>,
+    shape: &Queries,
+    rows: &Rows,
+    values: &mut Vec<f32>,
+    buffer: &mut Vec<f32>,
+) {
+    values.clear();
+    let mut row = rows.range.start;
+    while row < rows.range.end {
+        let [batch, head, token] = shape.at(rows.head, row);
+        let count = (shape.tokens - token).min(rows.range.end - row);
+        let found = queries.rows(batch * shape.heads + head, token..token + count, buffer);
+        found.iter().for_each(|row| values.extend_from_slice(row));
+        row += count;
+    }
+}
