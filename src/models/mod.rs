@@ -17,6 +17,7 @@ mod layer_settings;
 mod layered;
 pub mod llama;
 mod text_encoder;
+mod tokenizer_file;
 mod word_embeddings;
 
 pub use bert::{BertLayer, BertModel, mean_pool, padding_mask};

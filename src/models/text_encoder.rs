@@ -1,7 +1,7 @@
 //! A BERT encoder with its tokenizer: text in, embeddings out.
 
-use super::{BertModel, ModelFiles, mean_pool};
-use crate::files::{corrupt, read};
+use super::{BertModel, ModelFiles, mean_pool, tokenizer_file};
+use crate::files::corrupt;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use tokenizers::Tokenizer;
@@ -37,10 +37,7 @@ impl TextEncoder {
     /// more words than the model.
     pub fn load(files: &ModelFiles, device: &Device) -> Result<Self> {
         let model = BertModel::load(files, device)?;
-        let mut tokenizer = Tokenizer::from_bytes(read("tokenizer", &files.tokenizer)?)
-            .map_err(|e| corrupt(&files.tokenizer, format!("not a tokenizer: {e}")))?;
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| corrupt(&files.tokenizer, e))?;
+        let tokenizer = tokenizer_file::load(&files.tokenizer)?;
         let (words, rows) = (tokenizer.get_vocab_size(true), model.config().vocab_size);
         if words > rows {
             let problem = format!("{words} words, but the model embeds {rows}");
@@ -64,10 +61,7 @@ impl TextEncoder {
         let mut ids: Vec<Vec<u32>> = Vec::with_capacity(texts.len());
         let (mut tokens, mut truncated) = (Vec::new(), Vec::new());
         for text in texts {
-            let encoding = self
-                .tokenizer
-                .encode(text.as_ref(), true)
-                .map_err(|e| Error::InvalidArgument(format!("the tokenizer failed: {e}")))?;
+            let encoding = tokenizer_file::run(|| self.tokenizer.encode(text.as_ref(), true))?;
             ids.push(cut(encoding.get_ids(), longest));
             tokens.push(cut(encoding.get_tokens(), longest));
             truncated.push(encoding.len().saturating_sub(longest));

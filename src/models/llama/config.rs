@@ -115,6 +115,21 @@ impl LlamaConfig {
         if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return Err(Error::InvalidArgument(format!("{name} 0, expected at least 1")));
         }
+        // The elements of the largest matrices: what the weights are compared with.
+        let heads = self.num_attention_heads.max(self.num_key_value_heads);
+        let widest = heads.checked_mul(self.head_dim);
+        let rows = widest.map(|width| width.max(self.vocab_size).max(self.intermediate_size));
+        let elements = rows.and_then(|rows| rows.checked_mul(self.hidden_size));
+        if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
+            return Err(Error::InvalidArgument(format!(
+                "{heads} heads of {} elements, vocabulary size {}, intermediate size {} and hidden size \
+                 {}, expected matrices that fit into memory",
+                self.head_dim,
+                self.vocab_size,
+                self.intermediate_size,
+                self.hidden_size
+            )));
+        }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(Error::Contradiction(format!(
                 "{} query heads for {} key and value heads, expected a multiple",

@@ -92,14 +92,17 @@ impl LlamaModel {
             true => embeddings.clone(),
             false => from.matrix(Part::OUTPUT, rows, hidden)?,
         };
+        let norm = from.norm(Part::OUTPUT_NORM, hidden)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| LlamaLayer::load(from.layer(index), &config))
+            .collect::<Result<_>>()?;
         Ok(Self {
             embeddings,
             output,
-            norm: from.norm(Part::OUTPUT_NORM, hidden)?,
+            norm,
+            layers,
+            // After the weights, whose shapes bound the head dim.
             rope: Rope::new(&config.rope, config.head_dim),
-            layers: (0..config.num_hidden_layers)
-                .map(|index| LlamaLayer::load(from.layer(index), &config))
-                .collect::<Result<_>>()?,
             config,
             device: device.clone(),
         })
@@ -205,15 +208,19 @@ impl LlamaModel {
     /// attention, and returns `[B, H, N, head_dim]`.
     ///
     /// # Errors
-    /// Those of `attend`; Candle's own.
+    /// [`Error::InvalidArgument`] if there is no such layer; those of `attend`; Candle's own.
     pub fn layer_with(
         &self,
         index: usize,
         hidden: &Tensor,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        let Some(layer) = self.layers.get(index) else {
+            let layers = self.layers.len();
+            return Err(Error::InvalidArgument(format!("layer {index}, expected less than {layers}")));
+        };
         let rotation = self.rope.at(0, hidden.dim(1)?, &self.device)?;
-        self.layers[index].forward_with(hidden, &rotation, attend)
+        layer.forward_with(hidden, &rotation, attend)
     }
 
     /// What follows the last layer: `[B, N, hidden_size]`, normalized.

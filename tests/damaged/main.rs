@@ -1,0 +1,23 @@
+//! Files that are damaged or made to do harm, through the library: each is an error that names the
+//! file, in bounded time and memory, or means what a whole file means.
+
+mod gguf;
+#[path = "../llama/tiny.rs"]
+#[allow(dead_code, reason = "other tests use the rest of it")]
+mod tiny;
+mod tokenizer_files;
+
+use candle_int8_attention::Error;
+use std::path::Path;
+
+/// The message of the `Error::Corrupt` that `result` must be, which names the file.
+fn corrupt<T>(path: &Path, result: Result<T, Error>) -> String {
+    match result {
+        Ok(_) => panic!("{} was loaded", path.display()),
+        Err(Error::Corrupt { path: named, problem }) => {
+            assert_eq!(named, path, "{problem}");
+            problem
+        }
+        Err(other) => panic!("{other:?} is not Error::Corrupt"),
+    }
+}
