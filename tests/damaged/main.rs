@@ -1,7 +1,12 @@
 //! Files that are damaged or made to do harm, through the library: each is an error that names the
 //! file, in bounded time and memory, or means what a whole file means.
 
+mod caches;
 mod gguf;
+#[cfg(feature = "drift")]
+mod mutations;
+#[cfg(feature = "drift")]
+mod results;
 #[path = "../llama/tiny.rs"]
 #[allow(dead_code, reason = "other tests use the rest of it")]
 mod tiny;
@@ -20,4 +25,9 @@ fn corrupt<T>(path: &Path, result: Result<T, Error>) -> String {
         }
         Err(other) => panic!("{other:?} is not Error::Corrupt"),
     }
+}
+
+/// Numbers between -1 and 1 that differ from each other.
+fn numbers(len: usize, seed: usize) -> Vec<f32> {
+    (0..len).map(|i| ((i * 7919 + seed) % 1009) as f32 / 505.0 - 1.0).collect()
 }

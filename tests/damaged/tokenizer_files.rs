@@ -8,7 +8,7 @@ use candle_int8_attention::models::{ModelFiles, TextEncoder};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-fn bundled() -> PathBuf {
+pub fn bundled() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/paraphrase-MiniLM-L3-v2/tokenizer.json")
 }
 
@@ -21,7 +21,7 @@ fn error_of(content: &[u8]) -> Result<String> {
 }
 
 /// A tokenizer of byte pairs that works.
-fn byte_pairs() -> Value {
+pub fn byte_pairs() -> Value {
     json!({
         "version": "1.0",
         "added_tokens": [],
@@ -40,6 +40,35 @@ fn byte_pairs() -> Value {
             "merges": ["a ##b"],
             "continuing_subword_prefix": "##",
         },
+    })
+}
+
+/// One of word pieces, with every other part that encoders have.
+pub fn word_pieces() -> Value {
+    json!({
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": null,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"},
+        "added_tokens": [
+            {"id": 0, "content": "[PAD]", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true},
+            {"id": 1, "content": "[CLS]", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true},
+        ],
+        "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+            "strip_accents": null, "lowercase": true},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"]}},
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {"[PAD]": 0, "[CLS]": 1, "[UNK]": 2, "a": 3, "##b": 4, "hello": 5}},
     })
 }
 
