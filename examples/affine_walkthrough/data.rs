@@ -85,9 +85,7 @@ fn glove(args: &Args) -> Result<Input> {
         folder.display()
     );
     let table = embeddings(&folder.join("model-f16.safetensors"), &["embedding.weight"])?;
-    let path = folder.join("vocab.txt");
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let text = text::read(&folder.join("vocab.txt"))?;
     let words = text.lines().map(str::to_string).enumerate().take(table.rows).collect();
     chosen(args, &table, words, &shown(&folder))
 }
