@@ -16,6 +16,7 @@ mod files;
 mod layer_settings;
 mod layered;
 pub mod llama;
+mod pooling;
 mod text_encoder;
 mod tokenizer_file;
 mod word_embeddings;

@@ -1,6 +1,6 @@
 //! A BERT encoder with its tokenizer: text in, embeddings out.
 
-use super::{BertModel, ModelFiles, mean_pool, tokenizer_file};
+use super::{BertModel, ModelFiles, mean_pool, pooling, tokenizer_file};
 use crate::files::corrupt;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -12,6 +12,7 @@ pub struct TextEncoder {
     pub model: BertModel,
     tokenizer: Tokenizer,
     device: Device,
+    warnings: Vec<String>,
 }
 
 /// Some texts as ids, padded to the longest.
@@ -43,7 +44,16 @@ impl TextEncoder {
             let problem = format!("{words} words, but the model embeds {rows}");
             return Err(corrupt(&files.tokenizer, problem));
         }
-        Ok(Self { model, tokenizer, device: device.clone() })
+        let mut warnings = model.warnings().to_vec();
+        warnings.extend(pooling::warnings(&files.config)?);
+        Ok(Self { model, tokenizer, device: device.clone(), warnings })
+    }
+
+    /// What the files ask for and is not done, those of [`BertModel::warnings`] included: a head,
+    /// another pooling than [`TextEncoder::embed_sentences`] does (`1_Pooling/config.json` beside
+    /// the configuration), layers behind it (`modules.json`). In sentences, for people.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Texts to ids, with the model's special tokens. A text longer than the model's input is cut;

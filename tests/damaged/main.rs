@@ -11,6 +11,7 @@ mod results;
 #[allow(dead_code, reason = "other tests use the rest of it")]
 mod tiny;
 mod tokenizer_files;
+mod weights;
 
 use candle_int8_attention::Error;
 use std::path::Path;

@@ -111,7 +111,7 @@ fn sums_that_nothing_adds_up_to_are_refused() -> Result<()> {
         (&sum("pooled/error_squares"), json!([-1.0, 0.0]), "a sum of squares or sizes of -1"),
         (&sum("pooled/count"), json!(u64::MAX), "sums of 18446744073709551615"),
         ("/candidates/0/layers/0/heads/0/q_clipped/clipped", json!(1u64 << 40), "codes"),
-        ("/candidates/0/layers/0/heads/0/alone/probabilities/top1/count", json!(3), "same queries"),
+        ("/candidates/0/layers/0/heads/0/alone/probabilities/top1/nan", json!(3), "same queries"),
     ])
 }
 

@@ -1,6 +1,7 @@
 //! What a Llama model computes, read from a `config.json`.
 
 use crate::files::{corrupt, read_text};
+use crate::models::files::refuse_quantized;
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;
@@ -87,10 +88,11 @@ impl LlamaConfig {
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
-    /// configuration, and those of its `check`.
+    /// configuration, [`Error::Unsupported`] for a `quantization_config`, and those of its `check`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = read_text("config", path)?;
+        refuse_quantized(path, &text)?;
         let json: Json = serde_json::from_str(&text)
             .map_err(|e| corrupt(path, format!("not a Llama configuration: {e}")))?;
         let config = json.into_config()?;
