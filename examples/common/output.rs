@@ -100,3 +100,47 @@ fn target<'a>(path: &Path, inputs: impl IntoIterator<Item = &'a PathBuf>) -> Res
 fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn write(path: &Path) -> Result<()> {
+        let file = NewFile::create(path, [])?;
+        file.write(|file| Ok(file.write_all(b"new")?))
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_is_replaced_hands_its_permissions_on() {
+        use std::fs::Permissions;
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        for mode in [0o600, 0o640] {
+            std::fs::write(&path, b"old").unwrap();
+            std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            write(&path).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), b"new");
+            assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, mode);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_what_does_not_exist_is_refused_and_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let (nothing, link) = (folder.path().join("nothing"), folder.path().join("link"));
+        std::os::unix::fs::symlink(&nothing, &link).unwrap();
+        let error = write(&link).unwrap_err().to_string();
+        assert!(error.contains("it is a link to what does not exist"), "{error}");
+        assert!(link.is_symlink() && !nothing.exists());
+    }
+
+    #[test]
+    fn a_target_that_cannot_be_renamed_onto_says_so() {
+        let text = not_replaced(ErrorKind::ResourceBusy.into()).to_string();
+        assert!(text.contains("mounted by itself"), "{text}");
+    }
+}
