@@ -71,8 +71,8 @@ fn a_chat_template_cannot_run_for_ever() -> Result<()> {
     let deep = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}";
     for template in [loops.as_str(), deep] {
         let file = Tiny::new(true)?.gguf(GgmlDType::Q8_0)?;
-        let template = gguf_file::Value::String(template.to_string());
-        let model = Model::of(&file.set("tokenizer.chat_template", template))?;
+        let program = gguf_file::Value::String(template.to_string());
+        let model = Model::of(&file.set("tokenizer.chat_template", program))?;
         let start = std::time::Instant::now();
         let args = ["--chat", "--prompt", "the", "--max-tokens", "4"];
         model.fail(GENERATE, &args, &["the model's chat template cannot be used"]);
