@@ -101,7 +101,9 @@ impl Calibrator {
     /// then.
     pub fn observe(&mut self, layer: usize, q: &Tensor, k: &Tensor) -> Result<()> {
         if layer >= MAX_LAYERS {
-            return Err(Error::InvalidArgument(format!("layer {layer}, expected less than {MAX_LAYERS}")));
+            return Err(Error::InvalidArgument(format!(
+                "layer {layer}, expected less than {MAX_LAYERS}"
+            )));
         }
         let known = self.layers.get(layer);
         // Both sides are read before either is counted.

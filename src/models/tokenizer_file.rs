@@ -81,7 +81,8 @@ pub(crate) fn contained<T>(
 pub(crate) fn run<T>(
     work: impl FnOnce() -> std::result::Result<T, tokenizers::Error>,
 ) -> Result<T> {
-    contained(work).map_err(|problem| Error::InvalidArgument(format!("the tokenizer failed: {problem}")))
+    contained(work)
+        .map_err(|problem| Error::InvalidArgument(format!("the tokenizer failed: {problem}")))
 }
 
 /// The parts of the file that its reader does not check. The vocabulary, which is most of it, is

@@ -3,8 +3,9 @@
 use super::{corrupt, numbers};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use candle_int8_attention::attention::AttentionCall;
 use candle_int8_attention::{
-    AttentionConfig, CacheMask, CacheValues, Int8KvCache, KeySmoothing, KvCacheConfig,
+    AttentionConfig, CacheValues, Int8KvCache, KeySmoothing, KvCacheConfig,
 };
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
@@ -329,7 +330,7 @@ fn what_loads_can_be_used() -> Result<()> {
     let k = tensor((1, 2, 70, 16), 3)?;
     cache.append(&k, &k)?;
     let q = tensor((1, 4, 3, 16), 4)?;
-    let out = cache.attention(&q, &CacheMask::Causal, &AttentionConfig::int8())?;
+    let out = cache.attention(&q, AttentionCall::causal(), &AttentionConfig::int8())?;
     assert_eq!(out.dims(), [1, 4, 3, 16]);
     Ok(())
 }

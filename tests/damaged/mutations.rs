@@ -3,19 +3,20 @@
 //! The damage is the same with every run. `CANDLE_INT8_FUZZ_SEED` chooses another, and
 //! `CANDLE_INT8_FUZZ_ROUNDS` how many times as many files are tried.
 
-use super::results::{SOUND, recorder, state, words};
+use super::results::{recorder, sound, state, words};
 use super::tiny::{self, Tiny};
 use super::{caches, numbers, tokenizer_files};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
+use candle_int8_attention::attention::{AttentionCall, Backend};
 use candle_int8_attention::drift::{Gate, Recorder};
 use candle_int8_attention::models::llama::{LlamaModel, LlamaTokenizer, WeightFormat};
 use candle_int8_attention::models::{
     BertConfig, Calibration, CalibrationConfig, Calibrator, LayerSettings, StaticScales, Weights,
 };
 use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
-use candle_int8_attention::{AttentionConfig, CacheMask, Int8KvCache, KeyOffset, KvCacheConfig};
+use candle_int8_attention::{AttentionConfig, Int8KvCache, KeySmoothing, KvCacheConfig};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -180,7 +181,11 @@ fn caches_with_random_damage() -> Result<()> {
     let configs = [
         KvCacheConfig::default(),
         KvCacheConfig { window: Some(40), sinks: 3, ..KvCacheConfig::int8_values() },
-        KvCacheConfig { recent: 9, key_offset: KeyOffset::FirstTokens(5), ..Default::default() },
+        KvCacheConfig {
+            recent: 9,
+            key_smoothing: KeySmoothing::FirstTokens(5),
+            ..Default::default()
+        },
     ];
     for config in configs {
         let whole = caches::bytes(config, folder.path())?;
@@ -192,9 +197,9 @@ fn caches_with_random_damage() -> Result<()> {
             let again = folder.join("again");
             cache.save(&again)?;
             assert_eq!(Int8KvCache::load(&again)?.lens(), cache.lens());
-            cache.attention(&q, &CacheMask::Causal, &AttentionConfig::int8()).ok();
+            cache.attention(&q, AttentionCall::causal(), &AttentionConfig::int8()).ok();
             cache.append(&k, &k).ok();
-            cache.attention(&q, &CacheMask::Causal, &AttentionConfig::int8()).ok();
+            cache.attention(&q, AttentionCall::causal(), &AttentionConfig::int8()).ok();
             cache.truncate(100).ok();
             cache.memory_bytes();
             Ok(())
@@ -216,7 +221,7 @@ fn gguf_files_with_random_damage() -> Result<()> {
                 tokenizer.decode(&ids)?;
             }
             let model = LlamaModel::load(path, WeightFormat::Auto, &Device::Cpu)?;
-            let mut cache = model.new_cache(1, model.config().context_length.min(8))?;
+            let mut cache = model.new_cache(1, model.config().max_position_embeddings.min(8))?;
             model.forward(&Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?, &mut cache)?;
             Ok(())
         })?;
@@ -234,7 +239,7 @@ fn folders_with_random_damage() -> Result<()> {
             std::fs::write(folder.join("config.json"), tiny::config(true).to_string())?;
         }
         let model = LlamaModel::load(folder, WeightFormat::Auto, &Device::Cpu)?;
-        let mut cache = model.new_cache(1, model.config().context_length.min(8))?;
+        let mut cache = model.new_cache(1, model.config().max_position_embeddings.min(8))?;
         model.forward(&Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?, &mut cache)?;
         Ok(())
     };
@@ -326,10 +331,9 @@ fn settings_with_random_damage() -> Result<()> {
         Ok(())
     })?;
 
-    let settings = vec![Default::default(); tiny::LAYERS];
-    let settings = settings.into_iter().map(candle_int8_attention::models::LayerSetting::Int8);
+    let settings = vec![Backend::default(); tiny::LAYERS];
     let file = folder.path().join("settings");
-    LayerSettings::new(settings.collect()).save(&file)?;
+    LayerSettings::new(settings).save(&file)?;
     let whole = std::fs::read(&file)?;
     try_all("layer settings", 2000, "settings", (&whole, 0..whole.len()), |path, _| {
         let settings = LayerSettings::load(path)?;
@@ -373,7 +377,7 @@ fn gates_with_random_damage() -> Result<()> {
 fn shard_results_with_random_damage() -> Result<()> {
     let whole = state()?.to_string().into_bytes();
     let mut other = recorder()?;
-    other.record(&SOUND, &9, &words(), 9)?;
+    other.record(&sound(), &9, &words(), 9)?;
     try_all("shard results", 400, "shard.json", (&whole, 0..whole.len()), |path, _| {
         let read: Recorder = serde_json::from_str(&std::fs::read_to_string(path)?)?;
         for (a, b) in [(&other, &read), (&read, &other), (&read, &read)] {

@@ -3,8 +3,10 @@
 use super::numbers;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
-use candle_int8_attention::drift::{Attend, Candidate, Gate, LayeredModel, Recorder};
-use candle_int8_attention::{AttentionConfig, AttnMask, Error};
+use candle_int8_attention::attention::AttentionCall;
+use candle_int8_attention::drift::{Candidate, Gate, Recorder};
+use candle_int8_attention::models::{Attend, LayeredModel};
+use candle_int8_attention::{AttentionConfig, Error, QuantizedAttention};
 use serde_json::{Value, json};
 
 pub const LAYERS: usize = 2;
@@ -12,15 +14,26 @@ const TOKENS: usize = 12;
 
 /// Self-attention of two heads over its input, layer after layer; one of them may fail.
 pub struct Chain {
-    pub layers: usize,
-    pub fails_in: Option<usize>,
+    layers: Vec<QuantizedAttention>,
+    fails_in: Option<usize>,
+}
+
+impl Chain {
+    fn new(layers: usize, fails_in: Option<usize>) -> Self {
+        let attention = || QuantizedAttention::new(AttentionConfig::fp32());
+        Self { layers: (0..layers).map(|_| attention()).collect(), fails_in }
+    }
 }
 
 impl LayeredModel for Chain {
     type Input = usize;
 
-    fn layers(&self) -> usize {
-        self.layers
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        self.layers.iter().collect()
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        self.layers.iter_mut().collect()
     }
 
     fn embed(&self, seed: &usize) -> Result<Tensor, Error> {
@@ -34,15 +47,17 @@ impl LayeredModel for Chain {
         attend: &mut Attend<'_>,
     ) -> Result<Tensor, Error> {
         let x = hidden.reshape((1, TOKENS, 2, 8))?.transpose(1, 2)?;
-        let out = attend(&x, &x, &x, &AttnMask::None, &AttentionConfig::default())?;
+        let out = attend(&x, &x, &x, &AttentionCall::default())?;
         if self.fails_in == Some(index) {
-            return Err(Error::Config(format!("layer {index} fails")));
+            return Err(Error::Mismatch(format!("layer {index} fails")));
         }
         Ok((out.transpose(1, 2)?.reshape((1, TOKENS, 16))? + hidden)?)
     }
 }
 
-pub const SOUND: Chain = Chain { layers: LAYERS, fails_in: None };
+pub fn sound() -> Chain {
+    Chain::new(LAYERS, None)
+}
 
 pub fn words() -> Vec<String> {
     (0..TOKENS).map(|i| format!(" word{i}")).collect()
@@ -56,7 +71,7 @@ pub fn recorder() -> Result<Recorder> {
 pub fn state() -> Result<Value> {
     let mut recorder = recorder()?;
     for seed in [1, 2] {
-        recorder.record(&SOUND, &seed, &words(), seed as u64)?;
+        recorder.record(&sound(), &seed, &words(), seed as u64)?;
     }
     Ok(serde_json::to_value(&recorder)?)
 }
@@ -197,17 +212,17 @@ fn a_gate_over_nothing_is_not_held() -> Result<()> {
 #[test]
 fn a_passage_that_fails_half_way_has_counted_nothing() -> Result<()> {
     let mut recorder = recorder()?;
-    let broken = Chain { layers: LAYERS, fails_in: Some(1) };
+    let broken = Chain::new(LAYERS, Some(1));
     for passages in 0..2 {
         let before = serde_json::to_string(&recorder)?;
-        let other = Chain { layers: LAYERS + 1, fails_in: None };
+        let other = Chain::new(LAYERS + 1, None);
         assert!(recorder.record(&broken, &7, &words(), 7).is_err());
         assert!(passages == 0 || recorder.record(&other, &7, &words(), 7).is_err());
         assert_eq!(serde_json::to_string(&recorder)?, before);
-        recorder.record(&SOUND, &7, &words(), passages)?;
+        recorder.record(&sound(), &7, &words(), passages)?;
         assert_eq!(recorder.passages(), passages + 1);
     }
-    let error = recorder.record(&Chain { layers: 0, fails_in: None }, &1, &words(), 1).unwrap_err();
+    let error = recorder.record(&Chain::new(0, None), &1, &words(), 1).unwrap_err();
     assert!(error.to_string().contains("no layers"), "{error}");
     Ok(())
 }

@@ -126,10 +126,7 @@ impl LlamaConfig {
             return Err(Error::InvalidArgument(format!(
                 "{heads} heads of {} elements, vocabulary size {}, intermediate size {} and hidden size \
                  {}, expected matrices that fit into memory",
-                self.head_dim,
-                self.vocab_size,
-                self.intermediate_size,
-                self.hidden_size
+                self.head_dim, self.vocab_size, self.intermediate_size, self.hidden_size
             )));
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {

@@ -242,7 +242,9 @@ impl LlamaModel {
     ) -> Result<Tensor> {
         let Some(layer) = self.layers.get(index) else {
             let layers = self.layers.len();
-            return Err(Error::InvalidArgument(format!("layer {index}, expected less than {layers}")));
+            return Err(Error::InvalidArgument(format!(
+                "layer {index}, expected less than {layers}"
+            )));
         };
         let rotation = self.rope.at(0, hidden.dim(1)?, &self.device)?;
         layer.forward_with(hidden, &rotation, attend)

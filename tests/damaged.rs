@@ -1,17 +1,22 @@
 //! Files that are damaged or made to do harm, through the library: each is an error that names the
 //! file, in bounded time and memory, or means what a whole file means.
 
-mod caches;
-mod gguf;
-#[cfg(feature = "drift")]
-mod mutations;
-#[cfg(feature = "drift")]
-mod results;
-#[path = "../llama/tiny.rs"]
-#[allow(dead_code, reason = "other tests use the rest of it")]
-mod tiny;
-mod tokenizer_files;
-mod weights;
+mod common;
+
+// Named, so that the files are in a folder of their own.
+mod damaged {
+    mod caches;
+    mod gguf;
+    #[cfg(feature = "drift")]
+    mod mutations;
+    #[cfg(feature = "drift")]
+    mod results;
+    mod tokenizer_files;
+    mod weights;
+
+    use super::*;
+    use common::tiny;
+}
 
 use candle_int8_attention::Error;
 use std::path::Path;
