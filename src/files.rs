@@ -1,17 +1,27 @@
 //! Files that are read and written whole.
 
 use crate::{Error, Result};
+use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 /// Reads a file; `what` says what it is for, should it be missing.
 pub(crate) fn read(what: &'static str, path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|problem| unreadable(what, path, problem))
 }
 
-/// [`read`] for text.
+/// [`read`] for text, without the mark of its encoding that some editors put in front.
 pub(crate) fn read_text(what: &'static str, path: &Path) -> Result<String> {
-    String::from_utf8(read(what, path)?).map_err(|e| corrupt(path, format!("not UTF-8: {e}")))
+    let text = String::from_utf8(read(what, path)?).map_err(|error| {
+        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = 1 + good.iter().filter(|&&byte| byte == b'\n').count();
+        corrupt(path, format!("not UTF-8 in line {line} (byte {})", good.len()))
+    })?;
+    match text.strip_prefix('\u{feff}') {
+        Some(rest) => Ok(rest.to_string()),
+        None => Ok(text),
+    }
 }
 
 /// Tells a file that is missing from one that cannot be read.
@@ -26,28 +36,94 @@ pub(crate) fn corrupt(path: &Path, problem: impl ToString) -> Error {
     Error::Corrupt { path: path.to_path_buf(), problem: problem.to_string() }
 }
 
-/// Writes a file that takes its name when all of it is written: whatever goes wrong, what was there
-/// before, or nothing, is there after.
+/// Writes a file that takes its name when all of it is on the disk: whatever goes wrong, a power cut
+/// included, what was there before, or nothing, is there after. A file that is replaced hands its
+/// permissions on.
 pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
     let failed = |problem| Error::Io { path: path.to_path_buf(), problem };
-    // A link keeps pointing where it points.
-    let target = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let target = target(path).map_err(failed)?;
     if target.exists() && !target.is_file() {
         // A device or a pipe is written to, not replaced.
         return std::fs::write(path, content).map_err(failed);
     }
-    let folder = target.parent().filter(|folder| *folder != Path::new(""));
+    let mut file = beside(&target).map_err(failed)?;
+    file.write_all(content).map_err(failed)?;
+    persist(file, &target).map_err(failed)
+}
+
+/// Where the content of `path` is: a link keeps pointing where it points. A link to what does not
+/// exist is refused, because nobody can tell whether the link or what it names is meant.
+fn target(path: &Path) -> std::io::Result<PathBuf> {
+    match path.canonicalize() {
+        Ok(target) => Ok(target),
+        Err(_) if path.is_symlink() => {
+            Err(std::io::Error::new(ErrorKind::NotFound, "it is a link to what does not exist"))
+        }
+        Err(_) => Ok(path.to_path_buf()),
+    }
+}
+
+/// A file without a name of its own in the folder of `target`, with its permissions if it exists.
+fn beside(target: &Path) -> std::io::Result<NamedTempFile> {
+    let folder = folder(target);
+    let Ok(replaced) = target.metadata() else { return new_file(folder) };
+    // Readable for nobody else until it has the permissions that it is to have.
+    let file = NamedTempFile::new_in(folder)?;
+    keep_mode(file.as_file(), &replaced)?;
+    Ok(file)
+}
+
+/// A file with the permissions of any other new file; the umask takes its part.
+pub(crate) fn new_file(folder: &Path) -> std::io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // As for any other new file; the umask takes its part.
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    let mut file = builder.tempfile_in(folder.unwrap_or(Path::new("."))).map_err(failed)?;
-    file.write_all(content).map_err(failed)?;
-    file.persist(&target).map_err(|e| failed(e.error))?;
+    builder.tempfile_in(folder)
+}
+
+#[cfg(unix)]
+fn keep_mode(file: &File, replaced: &Metadata) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    // Who may read, write and run it. Its owner is whoever writes it now, so no set-user-id.
+    let mode = replaced.permissions().mode() & 0o777;
+    file.set_permissions(std::fs::Permissions::from_mode(mode))
+}
+
+#[cfg(not(unix))]
+fn keep_mode(_file: &File, _replaced: &Metadata) -> std::io::Result<()> {
     Ok(())
+}
+
+/// Gives a file its name, once its content is on the disk.
+pub(crate) fn persist(file: NamedTempFile, target: &Path) -> std::io::Result<()> {
+    file.as_file().sync_all()?;
+    file.persist(target).map_err(|error| not_replaced(error.error))?;
+    // The name is in the folder, which some systems cannot sync; the content is safe all the same.
+    #[cfg(unix)]
+    File::open(folder(target)).and_then(|folder| folder.sync_all()).ok();
+    Ok(())
+}
+
+/// Says why a file cannot be renamed onto another, where the system's word for it does not.
+fn not_replaced(error: std::io::Error) -> std::io::Error {
+    match error.kind() {
+        ErrorKind::ResourceBusy | ErrorKind::CrossesDevices => std::io::Error::new(
+            error.kind(),
+            format!(
+                "it cannot be replaced ({error}), as a file that is mounted by itself cannot; \
+                 mount its folder, or write to another file"
+            ),
+        ),
+        _ => error,
+    }
+}
+
+/// The folder in which a file lies.
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -93,5 +169,58 @@ mod tests {
         let mut old = String::new();
         reader.read_to_string(&mut old).unwrap();
         assert_eq!(old, "first");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_is_replaced_hands_its_permissions_on() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("file"), folder.path().join("link"));
+        write(&path, b"first").unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let mode = || path.metadata().unwrap().permissions().mode() & 0o7777;
+        for private in [0o600, 0o640, 0o400, 0o755] {
+            for name in [&path, &link] {
+                let permissions = std::fs::Permissions::from_mode(private);
+                std::fs::set_permissions(&path, permissions).unwrap();
+                write(name, b"second").unwrap();
+                assert_eq!(mode(), private, "{private:o}");
+            }
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_what_does_not_exist_is_refused_and_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let (nothing, link) = (folder.path().join("nothing"), folder.path().join("link"));
+        std::os::unix::fs::symlink(&nothing, &link).unwrap();
+        let error = write(&link, b"content").unwrap_err().to_string();
+        assert!(error.contains("link: it is a link to what does not exist"), "{error}");
+        assert!(link.is_symlink() && !nothing.exists());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing is left over");
+    }
+
+    #[test]
+    fn a_target_that_cannot_be_renamed_onto_says_so() {
+        for kind in [ErrorKind::ResourceBusy, ErrorKind::CrossesDevices] {
+            let text = not_replaced(kind.into()).to_string();
+            assert!(text.contains("mounted") && text.contains("mount its folder"), "{text}");
+        }
+        let text = not_replaced(ErrorKind::PermissionDenied.into()).to_string();
+        assert!(!text.contains("mounted"), "{text}");
+    }
+
+    #[test]
+    fn text_has_no_mark_of_its_encoding_and_bytes_that_are_no_text_have_a_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("text");
+        write(&path, "\u{feff}a \u{feff}b".as_bytes()).unwrap();
+        assert_eq!(read_text("text", &path).unwrap(), "a \u{feff}b");
+        write(&path, b"first\nsec\xffond").unwrap();
+        let error = read_text("text", &path).unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error:?}");
+        assert!(error.to_string().contains("text: not UTF-8 in line 2 (byte 9)"), "{error}");
     }
 }

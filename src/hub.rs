@@ -2,13 +2,32 @@
 //!
 //! Files land in the cache that other Hugging Face tools use (`HF_HUB_CACHE`, or `hub` in
 //! `HF_HOME`), and what is there already is not fetched again. `HF_ENDPOINT` names another hub,
-//! `HF_TOKEN` opens private models.
+//! `HF_TOKEN` opens private models. A download that breaks off starts anew the next time.
 //!
-//! What arrives is compared with the hash that the hub names, SHA-256 or git's, or with the size if
-//! it names none, and a file that is another does not stay in the cache. A download that breaks off
-//! starts anew the next time. Where the cache holds copies instead of links (Windows), only the
-//! size is compared.
+//! # What is trusted
+//!
+//! - The hub, over https: which commit a branch names, which hash a file has. Whoever answers in its
+//!   place, over plain http or with a certificate that the system trusts, decides what is loaded. A
+//!   redirect from https to http is refused. Name a commit as the revision to depend on less: what
+//!   the cache has of a commit is used without asking.
+//! - What is in the cache. It belongs to the user; files that other tools put there are taken as
+//!   those tools left them.
+//!
+//! Not trusted:
+//!
+//! - What arrives. It takes its name in the cache only when its hash is the one that the hub named
+//!   (SHA-256, or git's), or, where a hub names none, its size. Until then it is a file without a
+//!   name, which no other process finds; processes that download the same file end with a good one,
+//!   each of them, also if one of them is killed.
+//! - The names that a hub answers with. A commit that is not 40 hexadecimal digits, or an ETag that
+//!   is not a plain name, is refused before anything is written: nothing is written outside of the
+//!   cache.
+//! - The files' contents. They are read as any other file is, see `SECURITY.md`. A chat template is a
+//!   program; this crate hands it out and does not run it.
+//!
+//! How much a hub sends is not bounded but by the disk.
 
+mod cache;
 mod client;
 mod download;
 
@@ -17,12 +36,12 @@ pub use client::{HubClient, HubOptions};
 use crate::models::ModelFiles;
 use crate::models::llama::shard_files;
 use crate::{Error, Result};
-use download::Download;
-use hf_hub::repository::RepoTypeModel;
-use hf_hub::{HFError, HFRepositorySync, split_id};
-use std::io::ErrorKind;
+use cache::{Cache, Known};
+use client::{Failure, RemoteFile};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+
+/// The revision that is taken where none is named.
+const MAIN: &str = "main";
 
 /// The index of weights that are in several files.
 const SHARDS: &str = "model.safetensors.index.json";
@@ -59,8 +78,7 @@ impl HubModel {
     /// # Errors
     /// Those of [`Self::fetch`].
     pub fn fetch_config(&self) -> Result<PathBuf> {
-        let client = HubClient::new(HubOptions::default())?;
-        self.fetch_config_from(&client)
+        self.fetch_config_from(&HubClient::new(HubOptions::default())?)
     }
 
     /// [`Self::fetch_config`] with a client of one's own.
@@ -69,8 +87,7 @@ impl HubModel {
     /// Those of [`Self::fetch`].
     pub fn fetch_config_from(&self, client: &HubClient) -> Result<PathBuf> {
         self.check_names()?;
-        let (owner, name) = split_id(&self.id);
-        self.file(&client.0.model(owner, name), "config.json", self.revision.as_deref())
+        self.file(client, "config.json", self.revision.as_deref())
     }
 
     /// The model's files, downloaded if the cache lacks them. A download shows a progress bar on
@@ -80,8 +97,7 @@ impl HubModel {
     /// [`Error::Hub`] that says what to do: the hub cannot be reached, the model, the revision or a
     /// file does not exist or needs a token, or, offline, is not in the cache.
     pub fn fetch(&self) -> Result<ModelFiles> {
-        let client = HubClient::new(HubOptions::default())?;
-        self.fetch_from(&client)
+        self.fetch_from(&HubClient::new(HubOptions::default())?)
     }
 
     /// [`Self::fetch`] with a client of one's own: another endpoint, cache folder, or token than
@@ -91,14 +107,20 @@ impl HubModel {
     /// Those of [`Self::fetch`].
     pub fn fetch_from(&self, client: &HubClient) -> Result<ModelFiles> {
         self.check_names()?;
-        let (owner, name) = split_id(&self.id);
-        let repository = client.0.model(owner, name);
         // Small files first: what is wrong with a model shows before its weights are downloaded.
-        let config = self.file(&repository, "config.json", self.revision.as_deref())?;
+        let config = self.file(client, "config.json", self.revision.as_deref())?;
         // All from the commit of the first file, even if the branch moves meanwhile.
         let commit = commit_of(&config).or(self.revision.as_deref());
-        let tokenizer = self.file(&repository, "tokenizer.json", commit)?;
-        let weights = self.file(&repository, "model.safetensors", commit)?;
+        let tokenizer = self.file(client, "tokenizer.json", commit)?;
+        // How its embeddings are meant, where the authors say so. A model that is in the cache is not
+        // asked for again.
+        let cache = Cache::new(client.cache_folder(), &self.id);
+        if let Known::Nothing = cache.find(commit.unwrap_or(MAIN), "model.safetensors") {
+            for name in ["modules.json", "1_Pooling/config.json"] {
+                self.optional_file(client, name, commit)?;
+            }
+        }
+        let weights = self.file(client, "model.safetensors", commit)?;
         Ok(ModelFiles { weights, config, tokenizer })
     }
 
@@ -110,8 +132,7 @@ impl HubModel {
     /// # Errors
     /// Those of [`Self::fetch`]; [`Error::Corrupt`] for an index that is none.
     pub fn fetch_llama(&self, gguf: Option<&str>) -> Result<PathBuf> {
-        let client = HubClient::new(HubOptions::default())?;
-        self.fetch_llama_from(&client, gguf)
+        self.fetch_llama_from(&HubClient::new(HubOptions::default())?, gguf)
     }
 
     /// [`Self::fetch_llama`] with a client of one's own.
@@ -120,25 +141,23 @@ impl HubModel {
     /// Those of [`Self::fetch_llama`].
     pub fn fetch_llama_from(&self, client: &HubClient, gguf: Option<&str>) -> Result<PathBuf> {
         self.check_names()?;
-        let (owner, name) = split_id(&self.id);
-        let repository = client.0.model(owner, name);
         if let Some(file) = gguf {
             if !file.split('/').all(is_name) {
                 return Err(self.problem(format!("{file:?}, expected a file of the repository")));
             }
-            return self.file(&repository, file, self.revision.as_deref());
+            return self.file(client, file, self.revision.as_deref());
         }
-        let config = self.file(&repository, "config.json", self.revision.as_deref())?;
+        let config = self.file(client, "config.json", self.revision.as_deref())?;
         let commit = commit_of(&config).or(self.revision.as_deref());
-        self.file(&repository, "tokenizer.json", commit)?;
+        self.file(client, "tokenizer.json", commit)?;
         for name in ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
-            self.optional_file(&repository, name, commit)?;
+            self.optional_file(client, name, commit)?;
         }
-        match self.optional_file(&repository, SHARDS, commit)? {
-            None => drop(self.file(&repository, "model.safetensors", commit)?),
+        match self.optional_file(client, SHARDS, commit)? {
+            None => drop(self.file(client, "model.safetensors", commit)?),
             Some(index) => {
                 for shard in shard_files(&index)? {
-                    self.file(&repository, &shard, commit)?;
+                    self.file(client, &shard, commit)?;
                 }
             }
         }
@@ -149,51 +168,37 @@ impl HubModel {
     /// the cache knows of a commit stays true, also that it lacks a file: the hub is not asked.
     fn optional_file(
         &self,
-        repository: &HFRepositorySync<RepoTypeModel>,
+        client: &HubClient,
         name: &str,
         revision: Option<&str>,
     ) -> Result<Option<PathBuf>> {
-        let cached = self.get(repository, name, revision, true);
-        let found = match cached {
-            Err(HFError::LocalEntryNotFound { .. }) if !self.offline => {
-                self.get(repository, name, revision, false)
-            }
-            _ => cached,
-        };
-        match found {
+        let cache = Cache::new(client.cache_folder(), &self.id);
+        match cache.find(revision.unwrap_or(MAIN), name) {
+            Known::File(path) => return Ok(Some(path)),
+            Known::Missing => return Ok(None),
+            Known::Nothing if self.offline => return Ok(None),
+            Known::Nothing => {}
+        }
+        match self.get(client, name, revision) {
             Ok(path) => Ok(Some(path)),
-            Err(HFError::EntryNotFound { .. } | HFError::LocalEntryNotFound { .. }) => Ok(None),
-            Err(error) => Err(self.error(&error, name)),
+            Err(Failure::Status { status: 404, .. }) => Ok(None),
+            Err(failure) => Err(self.error(failure, name)),
         }
     }
 
-    fn file(
-        &self,
-        repository: &HFRepositorySync<RepoTypeModel>,
-        name: &str,
-        revision: Option<&str>,
-    ) -> Result<PathBuf> {
-        let file = self.get(repository, name, revision, self.offline);
-        file.map_err(|error| self.error(&error, name))
+    fn file(&self, client: &HubClient, name: &str, revision: Option<&str>) -> Result<PathBuf> {
+        self.get(client, name, revision).map_err(|failure| self.error(failure, name))
     }
 
     fn get(
         &self,
-        repository: &HFRepositorySync<RepoTypeModel>,
+        client: &HubClient,
         name: &str,
         revision: Option<&str>,
-        offline: bool,
-    ) -> std::result::Result<PathBuf, HFError> {
-        let download = Arc::new(Download::new(name));
-        let path = repository
-            .download_file()
-            .filename(name)
-            .maybe_revision(revision)
-            .local_files_only(offline)
-            .progress(Arc::clone(&download))
-            .send()?;
-        download.verify(&path)?;
-        Ok(path)
+    ) -> std::result::Result<PathBuf, Failure> {
+        let cache = Cache::new(client.cache_folder(), &self.id);
+        let file = RemoteFile { id: &self.id, revision: revision.unwrap_or(MAIN), name };
+        download::fetch(client, &cache, &file, self.offline)
     }
 
     /// Id and revision become parts of paths and addresses.
@@ -207,60 +212,57 @@ impl HubModel {
         Ok(())
     }
 
-    fn error(&self, error: &HFError, file: &str) -> Error {
-        self.problem(match error {
-            HFError::LocalEntryNotFound { .. } => {
+    fn error(&self, failure: Failure, file: &str) -> Error {
+        self.problem(match failure {
+            Failure::NotCached => {
                 format!("{file} is not in the local cache; fetch it once without offline mode")
             }
-            // hf-hub does not tell these apart when it asks for a file.
-            HFError::EntryNotFound { .. } => {
-                format!(
-                    "no {file}: this model or revision does not exist, or lacks the file; check \
-                     how both are written"
-                )
-            }
-            HFError::RepoNotFound { .. } => "no such model on the hub; check its name".into(),
-            HFError::RevisionNotFound { .. } => {
-                "no such revision of this model; check its name".into()
-            }
-            HFError::AuthRequired { .. } | HFError::Forbidden { .. } => format!(
+            // A hub does not tell these apart when it is asked for a file.
+            Failure::Status { status: 404, .. } => format!(
+                "no {file}: this model or revision does not exist, or lacks the file; check how both \
+                 are written"
+            ),
+            Failure::Status { status: status @ (401 | 403), .. } => format!(
                 "{file} may not be read: the model does not exist, or it is private or gated and \
-                 HF_TOKEN is not set to a token that opens it ({})",
-                causes(error)
+                 HF_TOKEN is not set to a token that opens it (status {status})"
             ),
-            HFError::Request { source, .. } if source.is_body() || source.is_decode() => format!(
-                "the download of {file} broke off; run it again, it starts anew ({})",
-                causes(error)
+            Failure::Status { status: 429, .. } => {
+                "the hub refuses so many requests; try again later".to_string()
+            }
+            Failure::Status { status: status @ 500.., .. } => format!(
+                "the hub has a problem (status {status}); try again later, or use offline mode if \
+                 the model is in the cache"
             ),
-            HFError::Request { .. } => format!(
+            Failure::Status { status, .. } => {
+                format!("{file} could not be fetched: status {status}")
+            }
+            Failure::Unreachable(problem) => format!(
                 "the hub cannot be reached for {file}; check the network and HF_ENDPOINT, or use \
-                 offline mode if the model is in the cache ({})",
-                causes(error)
+                 offline mode if the model is in the cache ({problem})"
             ),
-            // See Download::verify.
-            HFError::Io(problem) if problem.kind() == ErrorKind::InvalidData => format!(
+            Failure::BrokeOff(problem) => {
+                format!("the download of {file} broke off; run it again, it starts anew ({problem})")
+            }
+            Failure::Damaged(problem) => format!(
                 "{file} arrived damaged and was not kept: it {problem}; run it again, and if that \
                  does not help, check HF_ENDPOINT and proxies"
             ),
-            HFError::Http { context } if context.status.is_server_error() => format!(
-                "the hub has a problem ({}); try again later, or use offline mode if the model is \
-                 in the cache",
-                causes(error)
+            Failure::NoHub(problem) => format!(
+                "{file} could not be fetched: what answers is no hub; check HF_ENDPOINT and proxies \
+                 ({problem})"
             ),
-            HFError::MalformedResponse { .. } => format!(
-                "{file} could not be fetched: what answers is no hub; check HF_ENDPOINT and \
-                 proxies ({})",
-                causes(error)
+            Failure::Refused(problem) => format!(
+                "{file} was not fetched: the hub answers with {problem}; nothing was written, check \
+                 HF_ENDPOINT and proxies"
             ),
-            HFError::RateLimited { .. } => {
-                format!("the hub refuses so many requests; try again later ({})", causes(error))
+            Failure::Cache(path, problem) => {
+                format!("{file} cannot be kept in the cache: {}: {problem}", path.display())
             }
-            _ => format!("{file} could not be fetched: {}", causes(error)),
         })
     }
 
     fn problem(&self, problem: String) -> Error {
-        let revision = self.revision.as_deref().unwrap_or("main");
+        let revision = self.revision.as_deref().unwrap_or(MAIN);
         Error::Hub { model: format!("{}@{revision}", self.id), problem }
     }
 }
@@ -268,21 +270,7 @@ impl HubModel {
 /// The folder of a file in the cache is named after its commit.
 fn commit_of(path: &Path) -> Option<&str> {
     let folder = path.parent()?.file_name()?.to_str()?;
-    (folder.len() == 40 && folder.bytes().all(|b| b.is_ascii_hexdigit())).then_some(folder)
-}
-
-/// An error with what lies below it, which alone says "connection refused".
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
+    client::is_commit(folder).then_some(folder)
 }
 
 /// Whether a part of an id, a revision or a file's path is a plain name: it becomes part of a path.

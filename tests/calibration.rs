@@ -148,6 +148,35 @@ fn what_cannot_be_calibrated_is_said() {
 }
 
 #[test]
+fn what_fails_half_way_has_counted_nothing() {
+    let mut calibrator = Calibrator::new(CalibrationConfig::default()).unwrap();
+    let (q, k) = (randn((1, 4, 10, 8)), randn((1, 2, 10, 8)));
+    calibrator.observe(0, &q, &k).unwrap();
+    let before = calibrator.clone();
+    let flat = randn((10, 8));
+    let integers = k.to_dtype(candle_core::DType::U32).unwrap();
+    let other_heads = randn((1, 3, 10, 8));
+    let cases = [
+        (0, &q, &flat),
+        (0, &flat, &k),
+        (0, &q, &integers),
+        (0, &q, &other_heads),
+        (0, &other_heads, &k),
+        // Of a layer that was not seen before.
+        (1, &q, &flat),
+        (5, &flat, &k),
+        // No model has such layers, and memory for them would not either.
+        (1 << 40, &q, &k),
+        (usize::MAX, &q, &k),
+    ];
+    for (layer, q, k) in cases {
+        let error = calibrator.observe(layer, q, k).unwrap_err();
+        assert!(!matches!(error, Error::Candle(_)), "{error:?}");
+        assert_eq!(calibrator, before, "{error}");
+    }
+}
+
+#[test]
 fn calibrations_of_other_models_are_refused() {
     let mut model = model();
     let x = randn((1, 4, 8, 16));

@@ -2,10 +2,11 @@
 
 use crate::Args;
 use crate::model::{project_file, shown};
+use crate::text;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
+use candle_int8_attention::models::llama::LlamaTokenizer;
 use std::path::Path;
-use tokenizers::Tokenizer;
 
 /// The word embeddings that come with this project.
 const BUNDLED: &str = "models/glove-6b-50d-top20k";
@@ -85,9 +86,7 @@ fn glove(args: &Args) -> Result<Input> {
         folder.display()
     );
     let table = embeddings(&folder.join("model-f16.safetensors"), &["embedding.weight"])?;
-    let path = folder.join("vocab.txt");
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let text = text::read(&folder.join("vocab.txt"))?;
     let words = text.lines().map(str::to_string).enumerate().take(table.rows).collect();
     chosen(args, &table, words, &shown(&folder))
 }
@@ -96,8 +95,10 @@ fn bert(args: &Args) -> Result<Input> {
     let (files, name) = args.model.files()?;
     let names = ["embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"];
     let table = embeddings(&files.weights, &names)?;
-    let tokenizer = Tokenizer::from_file(&files.tokenizer)
-        .map_err(|error| anyhow::anyhow!("{}: {error}", files.tokenizer.display()))?;
+    // Any model's: a tokenizer is read in one way, which is safe with damaged files.
+    let tokenizer =
+        LlamaTokenizer::from_folder(files.tokenizer.parent().unwrap_or(Path::new(".")))?;
+    let tokenizer = tokenizer.tokenizer();
     // Whole words: no special tokens, no pieces, no punctuation.
     let is_word = |word: &str| word.len() > 1 && word.chars().all(char::is_alphabetic);
     let word = |row: usize| Some((row, tokenizer.id_to_token(row as u32)?));

@@ -23,6 +23,9 @@ mod print;
 mod report;
 mod right_way;
 mod scores;
+#[path = "../common/text.rs"]
+#[allow(dead_code)]
+mod text;
 
 use anyhow::{Result, ensure};
 use data::Input;

@@ -1,6 +1,7 @@
 //! Flags that say where a decoder's files are.
 
 use super::model::{HubArgs, shown};
+use super::print::tell;
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use candle_int8_attention::models::llama::{LlamaModel, LlamaTokenizer, WeightFormat};
@@ -103,6 +104,7 @@ impl LlamaArgs {
         };
         let cannot = || format!("cannot load the model {name}");
         let model = LlamaModel::load(&path, format, &Device::Cpu).with_context(cannot)?;
+        model.warnings().iter().for_each(|warning| tell(&format!("warning: {warning}")));
         let tokenizer = LlamaTokenizer::load(&path).with_context(cannot)?;
         let (words, rows) = (tokenizer.tokenizer().get_vocab_size(true), model.config().vocab_size);
         if words > rows {

@@ -1,5 +1,6 @@
 //! Flags that say where the model's files are.
 
+use super::print::tell;
 use anyhow::{Context, Result};
 use candle_core::Device;
 use candle_int8_attention::models::{ModelFiles, TextEncoder};
@@ -61,6 +62,7 @@ impl ModelArgs {
         let (files, name) = self.files()?;
         let encoder = TextEncoder::load(&files, &Device::Cpu)
             .with_context(|| format!("cannot load the model {name}"))?;
+        encoder.warnings().iter().for_each(|warning| tell(&format!("warning: {warning}")));
         Ok((encoder, name, files))
     }
 

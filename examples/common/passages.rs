@@ -2,11 +2,12 @@
 
 use super::cutter::Cutter;
 use super::print::count;
+use super::text::read;
 use super::text_model::TextModel;
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const BUILT_IN: &str = include_str!("../data/pride-and-prejudice.txt");
 
@@ -128,9 +129,4 @@ fn cut(cutter: &mut dyn Cutter, text: &str) -> Result<Vec<Tensor>> {
         passages.push(passage.ids);
     }
     Ok(passages)
-}
-
-fn read(file: &Path) -> Result<String> {
-    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    String::from_utf8(bytes).with_context(|| format!("{}: not UTF-8", file.display()))
 }

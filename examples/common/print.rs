@@ -1,7 +1,8 @@
 //! Tables, numbers and the end of the program.
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use std::io::{ErrorKind, Write};
+use std::borrow::Cow;
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 
 /// No line is wider, so that a terminal of 100 columns does not fold them.
@@ -79,17 +80,65 @@ pub fn finish(report: anyhow::Result<String>) -> ExitCode {
 
 fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", text.trim_end())?;
+    writeln!(out, "{}", for_terminal(text.trim_end(), &out))?;
     out.flush()
 }
 
 /// Prints a line on stderr. If that is closed, there is nobody to tell, which is no error.
 pub fn tell(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let mut out = std::io::stderr().lock();
+    let line = for_terminal(line, &out);
+    let _ = writeln!(out, "{line}");
+}
+
+/// A text as it is for a file or a pipe, and [`escaped`] for a terminal.
+pub fn for_terminal<'a>(text: &'a str, out: &impl IsTerminal) -> Cow<'a, str> {
+    if out.is_terminal() { escaped(text) } else { Cow::Borrowed(text) }
+}
+
+/// Text of models and files with those characters shown that a terminal would obey: control
+/// characters but for new lines and tabs, and marks that turn the direction of what follows.
+pub fn escaped(text: &str) -> Cow<'_, str> {
+    let obeyed = |c: char| {
+        let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}'
+            | '\u{2066}'..='\u{2069}');
+        turns || (c.is_control() && !['\n', '\t'].contains(&c))
+    };
+    if !text.chars().any(obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if obeyed(c) {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
 }
 
 /// Prints an error, and gives the exit code.
 pub fn failure(message: &str) -> ExitCode {
     tell(&format!("error: {message}"));
     ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown_and_all_else_stays() {
+        for (text, expected) in [
+            ("\u{1b}]0;title\u{7}\u{1b}[2J", "\\u{1b}]0;title\\u{7}\\u{1b}[2J"),
+            ("a\rb\u{8}\u{7f}\0", "a\\rb\\u{8}\\u{7f}\\u{0}"),
+            ("\u{9b}31m", "\\u{9b}31m"),
+            ("\u{202e}drow", "\\u{202e}drow"),
+        ] {
+            assert_eq!(escaped(text), expected);
+        }
+        let plain = "a line\n\twith naïve, 日本 and \u{1d11e}";
+        assert!(matches!(escaped(plain), Cow::Borrowed(same) if same == plain));
+    }
 }

@@ -1,12 +1,35 @@
-//! A text, piece by piece, however large it is.
+//! Text files: the one way in which all examples read them, whole or piece by piece.
+//!
+//! The mark of their encoding that some editors put in front is no part of a text, and bytes that
+//! are no UTF-8 are an error that names the file and the line.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 /// More than any word has.
 const LONGEST: usize = 1 << 16;
+
+/// The byte order mark.
+const MARK: char = '\u{feff}';
+
+/// The text of a file.
+pub fn read(path: &Path) -> Result<String> {
+    let name = path.display().to_string();
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
+    let text = decoded(&bytes, &name, 1)?;
+    Ok(text.strip_prefix(MARK).unwrap_or(text).to_string())
+}
+
+/// Bytes of the text `name` as text; they start in the line with this number.
+fn decoded<'a>(bytes: &'a [u8], name: &str, line: usize) -> Result<&'a str> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let good = &bytes[..error.valid_up_to()];
+        let line = line + good.iter().filter(|&&byte| byte == b'\n').count();
+        anyhow!("{name}:{line}: not UTF-8")
+    })
+}
 
 /// Reads a text that need not fit in memory.
 pub struct Pieces<R> {
@@ -50,16 +73,11 @@ impl<R: BufRead> Pieces<R> {
         if self.pending.len() > LONGEST {
             bail!("{}:{}: a word of more than {LONGEST} bytes", self.name, self.line);
         }
-        let piece = match std::str::from_utf8(&bytes) {
-            Ok(piece) => piece,
-            Err(error) => {
-                let good = &bytes[..error.valid_up_to()];
-                let line = self.line + good.iter().filter(|&&b| b == b'\n').count();
-                bail!("{}:{line}: not UTF-8", self.name);
-            }
+        let piece = decoded(&bytes, &self.name, self.line)?;
+        let piece = match piece.strip_prefix(MARK) {
+            Some(rest) if self.first => rest,
+            _ => piece,
         };
-        let mark = if self.first { "\u{feff}" } else { "" };
-        let piece = piece.strip_prefix(mark).unwrap_or(piece);
         self.first = false;
         self.line += piece.bytes().filter(|&b| b == b'\n').count();
         text.push_str(piece);
@@ -84,6 +102,19 @@ mod tests {
         assert_eq!(all(b" \n ").unwrap(), " \n ");
         let lines = "word\n".repeat(20_000);
         assert_eq!(all(lines.as_bytes()).unwrap(), lines);
+    }
+
+    #[test]
+    fn whole_files_are_read_as_pieces_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("text.txt");
+        std::fs::write(&path, "\u{feff}a \u{feff}b\n").unwrap();
+        assert_eq!(read(&path).unwrap(), "a \u{feff}b\n");
+        std::fs::write(&path, b"a\nb\nc \xff").unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.ends_with("text.txt:3: not UTF-8"), "{error}");
+        let error = format!("{:#}", read(&folder.path().join("none")).unwrap_err());
+        assert!(error.contains("cannot read") && error.contains("none"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::cutter::decoder::DecoderCutter;
 use super::cutter::encoder::EncoderCutter;
 use super::llama::{Decoder, GgufArgs, LlamaArgs};
 use super::model::{HubArgs, ModelArgs};
+use super::text;
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 use candle_int8_attention::models::{Attend, LayeredModel, TextEncoder};
@@ -91,7 +92,7 @@ impl Kind {
         struct Config {
             model_type: Option<String>,
         }
-        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let text = text::read(path).unwrap_or_default();
         let config: Config = serde_json::from_str(&text).unwrap_or_default();
         match config.model_type.as_deref() {
             None | Some("bert") => Ok(Kind::Encoder),

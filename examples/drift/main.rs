@@ -44,7 +44,7 @@ use anyhow::ensure;
 use args::{Args, Command};
 use candle_int8_attention::drift::{Gate, Report};
 use common::output::NewFile;
-use common::print::{finish, parse};
+use common::print::{finish, parse, tell};
 use output::render;
 use std::io::Write;
 use std::process::ExitCode;
@@ -61,8 +61,7 @@ fn main() -> ExitCode {
                 return printed;
             }
             for violation in violations {
-                // stderr may be closed; the status says it all the same.
-                let _ = writeln!(std::io::stderr(), "gate: {violation}");
+                tell(&format!("gate: {violation}"));
             }
             ExitCode::from(VIOLATED)
         }

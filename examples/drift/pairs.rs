@@ -1,6 +1,7 @@
 //! Pairs of sentences with scores, and what each path says about them.
 
 use crate::common::correlation::Correlation;
+use crate::common::text;
 use crate::common::windows::UNKNOWN;
 use anyhow::{Context, Result, bail, ensure};
 use candle_int8_attention::drift::metrics::cosine;
@@ -19,12 +20,7 @@ pub struct Pair {
 /// Reads lines `score<TAB>sentence<TAB>sentence`; empty lines are skipped.
 pub fn read(path: &Path) -> Result<Vec<Pair>> {
     let name = path.display();
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
-    let text = std::str::from_utf8(&bytes).map_err(|error| {
-        let line = 1 + bytes[..error.valid_up_to()].iter().filter(|&&b| b == b'\n').count();
-        anyhow::anyhow!("{name}:{line}: not UTF-8")
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let text = text::read(path)?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.is_empty());
     let pairs = lines
         .map(|(i, line)| parse(line).with_context(|| format!("{name}:{}", i + 1)))
@@ -111,6 +107,13 @@ impl Judged {
             fp32: cosine(&a.fp32, &b.fp32),
             int8: a.int8.iter().zip(&b.int8).map(|(a, b)| cosine(a, b)).collect(),
         }
+    }
+}
+
+impl Judged {
+    /// Whether it has what the report of so many configurations needs.
+    pub fn is_of(&self, configs: usize) -> bool {
+        self.score.is_finite() && self.int8.len() == configs
     }
 }
 

@@ -1,5 +1,6 @@
 //! Results that can be written, read back and merged.
 
+use crate::common::text;
 use crate::pairs::{Judged, similarity};
 use anyhow::{Context, Result, ensure};
 use candle_int8_attention::drift::{Recorder, Report};
@@ -45,7 +46,7 @@ impl Results {
             format: String,
             state: Box<RawValue>,
         }
-        let text = std::fs::read_to_string(path).context("cannot be read")?;
+        let text = text::read(path)?;
         ensure!(!text.trim().is_empty(), "is empty; the run that should have written it failed");
         let read: Read = serde_json::from_str(&text).context("no result of drift --json")?;
         ensure!(
@@ -53,7 +54,12 @@ impl Results {
             "written in the format {:?}, expected {FORMAT:?}",
             read.format
         );
-        serde_json::from_str(read.state.get()).context("its state is damaged")
+        let results: Self =
+            serde_json::from_str(read.state.get()).context("its state is damaged")?;
+        let configs = results.recorder.configs().count();
+        let damaged = results.pairs.iter().find(|pair| !pair.is_of(configs));
+        ensure!(damaged.is_none(), "its state is damaged: a pair without its numbers");
+        Ok(results)
     }
 }
 

@@ -5,6 +5,10 @@ use candle_int8_attention::models::llama::LlamaTokenizer;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value, context};
 
+/// Instructions of a template: those of long chats take some thousands, and one that loops without
+/// end is stopped within seconds.
+const FUEL: u64 = 10_000_000;
+
 /// The text of a chat in which it is the model's turn to answer `user`.
 pub fn render(tokenizer: &LlamaTokenizer, system: Option<&str>, user: &str) -> Result<String> {
     let template = tokenizer.chat_template().ok_or_else(|| {
@@ -30,6 +34,7 @@ pub fn render(tokenizer: &LlamaTokenizer, system: Option<&str>, user: &str) -> R
 /// block, and a function with which a template refuses messages.
 fn environment() -> Result<Environment<'static>> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(FUEL));
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function(

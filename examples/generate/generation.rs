@@ -3,7 +3,7 @@
 use crate::args::{Args, Attention};
 use crate::chat;
 use crate::common::llama::Decoder;
-use crate::common::print::tell;
+use crate::common::print::{for_terminal, tell};
 use crate::figures::{Pace, megabytes, resident_bytes};
 use anyhow::{Result, anyhow, bail};
 use candle_core::Tensor;
@@ -109,10 +109,10 @@ fn memory(cache: &LlamaCache) -> String {
     }
 }
 
-/// Writes to stdout at once.
+/// Writes to stdout at once; on a terminal without what it would obey.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    out.write_all(for_terminal(text, &out).as_bytes())?;
     Ok(out.flush()?)
 }
 

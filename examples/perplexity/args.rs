@@ -4,7 +4,8 @@ use crate::common::cache::{CacheArgs, Keys};
 use crate::common::config::{QuantArgs, describe};
 use crate::common::llama::LlamaArgs;
 use crate::common::model::{project_file, shown};
-use anyhow::{Context, Result, bail};
+use crate::common::text;
+use anyhow::{Result, bail};
 use candle_int8_attention::models::llama::LlamaModel;
 use candle_int8_attention::{Int8Config, ScoreConfig};
 use std::path::PathBuf;
@@ -48,9 +49,7 @@ impl Args {
     pub fn text(&self) -> Result<(String, String)> {
         let path = self.file.clone().unwrap_or_else(|| project_file(BUILT_IN));
         let name = shown(&path);
-        let bytes = std::fs::read(&path).with_context(|| format!("cannot read {name}"))?;
-        let text = String::from_utf8(bytes).with_context(|| format!("{name} is not UTF-8"))?;
-        Ok((text, name))
+        Ok((text::read(&path)?, name))
     }
 
     /// Switches all layers to int8.

@@ -29,10 +29,10 @@ use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
 use clap::{ArgGroup, Parser};
 use common::output::check_writable;
 use common::passages::PassageArgs;
-use common::print::{finish, parse};
+use common::print::{finish, parse, tell};
 use common::text_model::{Loaded, TextModelArgs};
 use report::Report;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -106,8 +106,7 @@ fn run(args: &Args) -> Result<(Report, String)> {
     let waiting = std::io::stderr().is_terminal();
     let mut progress = |what: &str| {
         if waiting {
-            // Nobody to tell is no error.
-            let _ = writeln!(std::io::stderr(), "{what}");
+            tell(what);
         }
     };
     let texts = (passages.seen.as_slice(), passages.unseen.as_slice());

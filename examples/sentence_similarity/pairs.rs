@@ -1,5 +1,6 @@
 //! Pairs of sentences, built in or from a file.
 
+use crate::common::text;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::Path;
 
@@ -41,12 +42,7 @@ pub fn built_in() -> Vec<Pair> {
 /// are skipped.
 pub fn read(path: &Path) -> Result<Vec<Pair>> {
     let name = path.display();
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
-    let text = std::str::from_utf8(&bytes).map_err(|error| {
-        let line = 1 + bytes[..error.valid_up_to()].iter().filter(|&&b| b == b'\n').count();
-        anyhow::anyhow!("{name}:{line}: not UTF-8")
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let text = text::read(path)?;
     let pairs = text
         .lines()
         .enumerate()

@@ -2,7 +2,8 @@
 
 use crate::common::config::Int8Args;
 use crate::common::model::ModelArgs;
-use anyhow::{Context, Result, ensure};
+use crate::common::text::read;
+use anyhow::{Result, ensure};
 use candle_int8_attention::PvPrecision;
 use candle_int8_attention::drift::Candidate;
 use clap::Parser;
@@ -87,9 +88,4 @@ impl Args {
         ensure!(!text.trim().is_empty(), "the text is empty ({name})");
         Ok(Source { name, text })
     }
-}
-
-fn read(file: &std::path::Path) -> Result<String> {
-    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    String::from_utf8(bytes).with_context(|| format!("{}: not UTF-8", file.display()))
 }

@@ -1,7 +1,9 @@
 //! Mean and percentiles of a stream of numbers.
 
 use super::Summary;
-use serde::{Deserialize, Serialize};
+use super::sums::LARGEST_COUNT;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use sketches_ddsketch::{Config, DDSketch};
 
 /// A [`Summary`] with percentiles from a DDSketch (Masson et al. 2019, arXiv:1908.10693).
@@ -11,6 +13,7 @@ use sketches_ddsketch::{Config, DDSketch};
 /// parts are exactly those of one run, which a t-digest does not promise. Memory is bounded by the
 /// range of the numbers, not by how many there are.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked")]
 pub struct Distribution {
     summary: Summary,
     /// None before the first finite number (the bounds of an empty sketch are infinite, which JSON
@@ -18,9 +21,110 @@ pub struct Distribution {
     sketch: Option<Sketch>,
 }
 
-#[derive(Clone, Serialize, Deserialize)]
+/// A distribution that was read. The two parts of a whole one count the same numbers.
+#[derive(Deserialize)]
+struct Unchecked {
+    summary: Summary,
+    sketch: Option<Sketch>,
+}
+
+impl TryFrom<Unchecked> for Distribution {
+    type Error = String;
+
+    fn try_from(Unchecked { summary, sketch }: Unchecked) -> Result<Self, String> {
+        summary.check()?;
+        let counted = sketch.as_ref().map_or(0, |Sketch(sketch)| sketch.count() as u64);
+        match summary.finite() == counted {
+            true => Ok(Self { summary, sketch }),
+            false => Err(format!("percentiles of {counted} numbers, sums of {}", summary.finite())),
+        }
+    }
+}
+
+#[derive(Clone, Serialize)]
 #[serde(transparent)]
 struct Sketch(DDSketch);
+
+impl<'de> Deserialize<'de> for Sketch {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = serde_json::Value::deserialize(deserializer)?;
+        let outline = Outline::deserialize(&value).map_err(D::Error::custom)?;
+        outline.check().map_err(D::Error::custom)?;
+        Ok(Self(serde_json::from_value(value).map_err(D::Error::custom)?))
+    }
+}
+
+/// What a sketch writes. Its own reader takes anything, and merging then reads beyond its buckets.
+#[derive(Deserialize)]
+struct Outline {
+    config: Config,
+    store: Buckets,
+    negative_store: Buckets,
+    min: f64,
+    max: f64,
+    zero_count: u64,
+}
+
+/// Counts of the keys from `offset` on; those outside of `min_key..=max_key` are 0.
+#[derive(Deserialize)]
+struct Buckets {
+    bins: Vec<u64>,
+    count: u64,
+    min_key: i32,
+    max_key: i32,
+    offset: i32,
+    bin_limit: usize,
+}
+
+/// Beyond the key of any f64: the logarithm of the largest, in steps of 2 %, is 35,500.
+const LARGEST_KEY: i32 = 40_000;
+
+impl Outline {
+    fn check(&self) -> Result<(), String> {
+        if self.config != Config::new(RELATIVE_ERROR, BUCKETS, SMALLEST) {
+            return Err("percentiles of another precision".into());
+        }
+        if self.min > self.max || !self.min.is_finite() || !self.max.is_finite() {
+            return Err(format!("percentiles from {} to {}", self.min, self.max));
+        }
+        let counts = [self.store.count, self.negative_store.count, self.zero_count];
+        if counts.iter().any(|count| *count > LARGEST_COUNT) {
+            return Err(format!("percentiles of {counts:?} numbers"));
+        }
+        self.store.check().and(self.negative_store.check())
+    }
+}
+
+impl Buckets {
+    fn check(&self) -> Result<(), String> {
+        let Self { bins, count, min_key, max_key, offset, bin_limit } = self;
+        let sum = bins.iter().try_fold(0u64, |sum, bin| sum.checked_add(*bin));
+        if *bin_limit != BUCKETS as usize || bins.len() > *bin_limit || sum != Some(*count) {
+            return Err(format!("{} buckets of {count} numbers", bins.len()));
+        }
+        if *count == 0 {
+            // As they are made, without any bucket.
+            return match (bins.len(), *min_key, *max_key, *offset) {
+                (0, i32::MAX, i32::MIN, 0) => Ok(()),
+                _ => Err("buckets without a number".into()),
+            };
+        }
+        let keys = [min_key, max_key, offset];
+        let in_range = keys.into_iter().all(|key| (-LARGEST_KEY..=LARGEST_KEY).contains(key));
+        let of = |key: i32| usize::try_from(key - offset).ok().filter(|place| *place < bins.len());
+        let places = (of(*min_key), of(*max_key));
+        match places {
+            (Some(low), Some(high)) if in_range && low <= high => {
+                let outside = bins[..low].iter().chain(&bins[high + 1..]);
+                match outside.sum::<u64>() {
+                    0 => Ok(()),
+                    lost => Err(format!("{lost} numbers beyond the buckets")),
+                }
+            }
+            _ => Err(format!("buckets from {min_key} to {max_key} at {offset}")),
+        }
+    }
+}
 
 impl std::fmt::Debug for Sketch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -54,7 +158,8 @@ impl Distribution {
         self.summary.merge(&other.summary);
         if let Some(Sketch(theirs)) = &other.sketch {
             let Sketch(ours) = self.sketch.get_or_insert_default();
-            // Every sketch of this type has the same configuration, the one thing that can differ.
+            // Every sketch of this type has the same configuration, the one thing that can differ;
+            // of those that were read it is checked.
             ours.merge(theirs).expect("sketches of one configuration");
         }
     }

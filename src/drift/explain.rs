@@ -137,6 +137,12 @@ fn median(values: &[f64]) -> f64 {
 }
 
 impl HeadShape {
+    /// Refuses what no queries and keys look like: for what was read from a file.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let sides = [&self.q.values, &self.k.values];
+        sides.into_iter().chain([&self.sink, &self.uniformity]).try_for_each(Summary::check)
+    }
+
     /// Adds one head of a passage.
     pub fn push(&mut self, call: &Reference, head: usize, words: &[String], passage: u64) {
         let dims = call.dims;

@@ -55,11 +55,11 @@ pub struct Gate {
 pub struct Violation {
     /// The threshold's name.
     pub name: &'static str,
-    /// Where: a layer, a head, or neither for the embedding.
+    /// Where: a layer, a head, or neither for the embedding and where nothing was measured.
     pub layer: Option<usize>,
     /// See `layer`.
     pub head: Option<usize>,
-    /// What was found.
+    /// What was found; NaN where nothing was measured.
     pub value: f64,
     /// The threshold.
     pub limit: f64,
@@ -70,7 +70,8 @@ impl std::fmt::Display for Violation {
         match (self.layer, self.head) {
             (Some(layer), Some(head)) => write!(f, "layer {layer} head {head}")?,
             (Some(layer), None) => write!(f, "layer {layer}")?,
-            (None, _) => write!(f, "embedding")?,
+            (None, _) if self.name == EMBEDDING => write!(f, "embedding")?,
+            (None, _) => write!(f, "no layer was measured")?,
         }
         write!(f, ": {} is {}, found {}", self.name, self.limit, rounded(self.value, self.limit))
     }
@@ -119,7 +120,7 @@ impl Gate {
             ("min_head_top1", self.min_head_top1),
             ("min_head_top5", self.min_head_top5),
             ("min_accumulated_sqnr_db", self.min_accumulated_sqnr_db),
-            ("min_embedding_cosine", self.min_embedding_cosine),
+            (EMBEDDING, self.min_embedding_cosine),
         ]
     }
 
@@ -152,13 +153,18 @@ impl Gate {
         }
     }
 
-    /// Every place where a threshold does not hold; none if all hold. NaN holds nothing.
+    /// Every place where a threshold does not hold; none if all hold. NaN holds nothing, and a
+    /// report in which nothing was measured holds no threshold.
     pub fn violations(&self, report: &Report) -> Vec<Violation> {
         let mut found = Vec::new();
-        let Some(config) = report.main() else { return found };
+        let config = report.main().filter(|_| report.passages > 0);
         for (name, limit) in self.limits() {
             let Some(limit) = limit else { continue };
-            for (layer, head, value) in values(name, config) {
+            let mut values = config.map_or_else(Vec::new, |config| values(name, config));
+            if values.is_empty() {
+                values.push((None, None, f64::NAN));
+            }
+            for (layer, head, value) in values {
                 let holds = if name.starts_with("max") { value <= limit } else { value >= limit };
                 if !holds {
                     found.push(Violation { name, layer, head, value, limit });
@@ -169,6 +175,9 @@ impl Gate {
     }
 }
 
+/// The threshold that is of no layer.
+const EMBEDDING: &str = "min_embedding_cosine";
+
 type Measured = (Option<usize>, Option<usize>, f64);
 
 /// Everything that a threshold looks at.
@@ -178,7 +187,9 @@ fn values(name: &str, config: &ConfigReport) -> Vec<Measured> {
         layers
             .flat_map(|layer| {
                 let number = Some(layer.layer);
-                layer.heads.iter().map(move |head| (number, Some(head.head), value(head)))
+                let heads = layer.heads.iter();
+                let none = layer.heads.is_empty().then_some((number, None, f64::NAN));
+                heads.map(move |head| (number, Some(head.head), value(head))).chain(none)
             })
             .collect()
     };

@@ -51,6 +51,20 @@ impl Text {
 }
 
 impl Subject {
+    /// Refuses parts of texts that there cannot be: for what was read from a file.
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        for Text { name, shards, shard_count, .. } in &self.texts {
+            let mut sorted = shards.clone();
+            sorted.sort_unstable();
+            let twice = sorted.windows(2).any(|pair| pair[0] == pair[1]);
+            if twice || shards.is_empty() || !shards.iter().all(|s| (1..=*shard_count).contains(s))
+            {
+                return Err(format!("parts {shards:?} of {shard_count} of {name:?}"));
+            }
+        }
+        Ok(())
+    }
+
     /// Both subjects in one.
     pub(super) fn merged(&self, other: &Self) -> Result<Self> {
         if self.fingerprint != other.fingerprint {

@@ -103,6 +103,10 @@ impl<'de> Deserialize<'de> for Sum {
     }
 }
 
+/// The largest count that is read from a file: up to it counts are exact in f64, and sums of counts
+/// do not overflow.
+pub(super) const LARGEST_COUNT: u64 = 1 << 53;
+
 /// f64 in JSON, with NaN and the infinities as strings; JSON has no numbers for them.
 pub(super) mod extended {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -212,6 +216,18 @@ impl ErrorSums {
         self.max_abs = nan_max(self.max_abs, other.max_abs);
     }
 
+    /// Refuses what no data add up to: for what was read from a file. NaN is what NaN adds up to.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let squares = [self.reference_squares, self.candidate_squares, self.error_squares];
+        let sizes = squares.into_iter().chain([self.reference_abs, self.error_abs]);
+        let sizes = sizes.map(Sum::value).chain([self.max_abs]);
+        match sizes.into_iter().find(|size| *size < 0.0) {
+            _ if self.count > LARGEST_COUNT => Err(format!("sums of {} elements", self.count)),
+            Some(size) => Err(format!("a sum of squares or sizes of {size}")),
+            None => Ok(()),
+        }
+    }
+
     /// How many elements were compared.
     pub fn count(&self) -> u64 {
         self.count
@@ -285,6 +301,33 @@ impl Default for Summary {
 }
 
 impl Summary {
+    /// Refuses what no numbers add up to: for what was read from a file.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let counts = [self.count, self.infinite, self.nan];
+        if counts.iter().any(|count| *count > LARGEST_COUNT) {
+            return Err(format!("a summary of {counts:?} numbers"));
+        }
+        let (min, max) = (self.min, self.max);
+        let none = self.count + self.infinite == 0;
+        let in_order = if none { min > max } else { min <= max };
+        if !in_order || self.sum.value().is_nan() && self.count == 0 {
+            return Err(format!("a summary of {counts:?} numbers from {min} to {max}"));
+        }
+        // Rounding of sums that lose much of their size.
+        let room = 1e-9 * (min.abs() + max.abs());
+        let mean = self.sum.value() / self.count.max(1) as f64;
+        let outside = self.count > 0 && (mean < min - room || mean > max + room);
+        match outside || (self.count == 0 && self.sum != Sum::default()) {
+            true => Err(format!("a summary with the mean {mean} of numbers from {min} to {max}")),
+            false => Ok(()),
+        }
+    }
+
+    /// How many finite numbers were pushed.
+    pub(super) fn finite(&self) -> u64 {
+        self.count
+    }
+
     /// Adds a number.
     pub fn push(&mut self, x: f64) {
         if x.is_nan() {

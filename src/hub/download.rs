@@ -1,120 +1,132 @@
-//! What is seen of a download, and whether what arrived is what the hub has.
-//!
-//! hf-hub 1.0 checks neither: a body of any status and content would stay in the cache under the
-//! name of the file that was asked for.
+//! The bytes of a file on their way into the cache: shown, and compared with what the hub says that
+//! they are before they get a name there.
 
-use hf_hub::progress::{DownloadEvent, FileStatus, ProgressEvent, ProgressHandler};
+use super::cache::{Cache, Known};
+use super::client::{Answer, Failure, HubClient, RemoteFile};
 use indicatif::{ProgressBar, ProgressStyle};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
-use std::io::{ErrorKind, Read};
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
-/// The download of one file. Nothing is drawn before bytes arrive, nor if stderr is no terminal.
-pub(super) struct Download {
-    bar: ProgressBar,
-    /// Whether bytes were asked for, and not found in the cache.
-    started: AtomicBool,
-    /// The size that the hub names; 0 if it names none.
-    size: AtomicU64,
-}
-
-impl Download {
-    pub(super) fn new(name: &str) -> Self {
-        let style = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-        let style =
-            ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
-        Self {
-            bar: ProgressBar::new(0).with_style(style).with_message(name.to_string()),
-            started: AtomicBool::new(false),
-            size: AtomicU64::new(0),
-        }
-    }
-
-    /// Compares a file that was downloaded with the hash and the size that the hub named, and
-    /// removes it from the cache if it is another. A file that was in the cache already is not
-    /// read.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidData`] with what the file is instead, or why it cannot be read.
-    pub(super) fn verify(&self, path: &Path) -> std::io::Result<()> {
-        if !self.started.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let blob = std::fs::canonicalize(path)?;
-        let Some(problem) = problem(&blob, self.size.load(Ordering::Relaxed))? else {
-            return Ok(());
-        };
-        // The content before its link: without content the link counts as no file, but content
-        // without a link would be linked again, unseen.
-        std::fs::remove_file(&blob)?;
-        match std::fs::remove_file(path) {
-            // Where the cache has no links, they are the same.
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => Err(std::io::Error::new(ErrorKind::InvalidData, problem)),
-        }
-    }
-}
-
-impl ProgressHandler for Download {
-    fn on_progress(&self, event: &ProgressEvent) {
-        let ProgressEvent::Download(event) = event else { return };
-        match event {
-            DownloadEvent::Start { total_bytes, .. } => {
-                self.size.store(*total_bytes, Ordering::Relaxed);
-                self.bar.set_length(*total_bytes);
-            }
-            DownloadEvent::Progress { files } => {
-                for file in files {
-                    // What is in the cache is complete without having started.
-                    if file.status != FileStatus::Complete {
-                        self.started.store(true, Ordering::Relaxed);
-                    }
-                    self.bar.set_position(file.bytes_completed);
-                }
-            }
-            DownloadEvent::AggregateProgress { bytes_completed, .. } => {
-                self.started.store(true, Ordering::Relaxed);
-                self.bar.set_position(*bytes_completed);
-            }
-            DownloadEvent::Complete => self.bar.finish_and_clear(),
-        }
-    }
-}
-
-impl Drop for Download {
-    fn drop(&mut self) {
-        // A failed download sends no Complete.
-        self.bar.finish_and_clear();
-    }
-}
-
-/// In what a file of the cache is not what the hub has; `expected` is its size there, 0 if unknown.
-/// A hash decides alone if there is one: a proxy that compresses names other sizes.
-fn problem(blob: &Path, expected: u64) -> std::io::Result<Option<String>> {
-    let size = std::fs::metadata(blob)?.len();
-    let wrong_size = (expected != 0 && size != expected)
-        .then(|| format!("has {size} bytes, expected {expected}"));
-    let Some(name) = hash_in_name(blob) else { return Ok(wrong_size) };
-    let (kind, found) = match name.len() {
-        64 => ("SHA-256", hash(Sha256::new(), blob)?),
-        _ => {
-            let prefix = format!("blob {size}\0");
-            ("git id", hash(Sha1::new().chain_update(prefix), blob)?)
-        }
+/// The path of a file in the cache, after it was downloaded if it must be.
+pub(super) fn fetch(
+    client: &HubClient,
+    cache: &Cache,
+    file: &RemoteFile<'_>,
+    offline: bool,
+) -> Result<PathBuf, Failure> {
+    let known = |otherwise: Failure| match cache.find(file.revision, file.name) {
+        Known::File(path) => Ok(path),
+        Known::Missing => Err(Failure::Status { status: 404, commit: None }),
+        Known::Nothing => Err(otherwise),
     };
-    let wrong_hash = (found != name).then(|| format!("has the {kind} {found}, expected {name}"));
-    Ok(wrong_hash.map(|wrong_hash| wrong_size.unwrap_or(wrong_hash)))
+    // What a commit has stays so.
+    if offline || super::client::is_commit(file.revision) {
+        match known(Failure::NotCached) {
+            Err(Failure::NotCached) if !offline => {}
+            done => return done,
+        }
+    }
+    match client.ask(file) {
+        Ok(answer) => {
+            if !cache.blob(&answer.etag).is_file() {
+                download(client, cache, file, &answer)?;
+            }
+            cache.link(&answer, file.revision, file.name)
+        }
+        Err(Failure::Status { status: 404, commit }) => {
+            if let Some(commit) = commit.as_ref().filter(|commit| super::client::is_commit(commit))
+            {
+                cache.mark_missing(file.revision, commit, file.name)?;
+            }
+            Err(Failure::Status { status: 404, commit })
+        }
+        Err(failure) if failure.is_transient() => known(failure),
+        Err(failure) => Err(failure),
+    }
 }
 
-/// The cache names contents by the ETag of the hub: the SHA-256 of a large file, and of others the
-/// id that git gives to their content. Other hubs may have ETags that are no hash.
-fn hash_in_name(blob: &Path) -> Option<String> {
-    let in_blobs = blob.parent()?.file_name()? == "blobs";
-    let name = blob.file_name()?.to_str()?.to_lowercase();
-    let is_hash = [40, 64].contains(&name.len()) && name.bytes().all(|b| b.is_ascii_hexdigit());
-    (in_blobs && is_hash).then_some(name)
+/// Brings the content that `answer` names into the cache.
+fn download(
+    client: &HubClient,
+    cache: &Cache,
+    file: &RemoteFile<'_>,
+    answer: &Answer,
+) -> Result<(), Failure> {
+    let _lock = cache.lock(&answer.etag);
+    // Another process may have brought it meanwhile.
+    if cache.blob(&answer.etag).is_file() {
+        return Ok(());
+    }
+    // Of this very commit, even if the branch has moved since it was asked.
+    let body = client.get(&RemoteFile { revision: &answer.commit, ..*file })?;
+    let mut content = cache.new_blob()?;
+    copy(body, &mut content, file.name, answer)?;
+    let failed = |error| Failure::Cache(content.path().to_path_buf(), error);
+    match problem(content.path(), answer).map_err(failed)? {
+        Some(problem) => Err(Failure::Damaged(problem)),
+        None => cache.keep(content, &answer.etag),
+    }
+}
+
+/// Writes what arrives, with a progress bar on stderr if that is a terminal.
+fn copy(
+    mut from: impl Read,
+    to: &mut NamedTempFile,
+    name: &str,
+    answer: &Answer,
+) -> Result<(), Failure> {
+    let style = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    let style =
+        ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(answer.size.unwrap_or(0)).with_style(style);
+    let bar = Shown(bar.with_message(name.to_string()));
+    let mut buffer = vec![0u8; 1 << 18];
+    loop {
+        let read = from.read(&mut buffer).map_err(Failure::of_reading)?;
+        if read == 0 {
+            return Ok(());
+        }
+        let written = to.as_file_mut().write_all(&buffer[..read]);
+        written.map_err(|error| Failure::Cache(to.path().to_path_buf(), error))?;
+        bar.0.inc(read as u64);
+    }
+}
+
+/// Goes away however a download ends.
+struct Shown(ProgressBar);
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// In what a content is not what the hub has. A hash decides alone if there is one: a proxy that
+/// compresses names other sizes.
+fn problem(content: &Path, answer: &Answer) -> std::io::Result<Option<String>> {
+    let size = std::fs::metadata(content)?.len();
+    let wrong_size = match answer.size {
+        Some(expected) if expected != size => {
+            Some(format!("has {size} bytes, expected {expected}"))
+        }
+        _ => None,
+    };
+    let expected = answer.etag.to_lowercase();
+    let (kind, found) = match expected.len() {
+        _ if !expected.bytes().all(|byte| byte.is_ascii_hexdigit()) => return Ok(wrong_size),
+        64 => ("SHA-256", hash(Sha256::new(), content)?),
+        40 => {
+            let prefix = format!("blob {size}\0");
+            ("git id", hash(Sha1::new().chain_update(prefix), content)?)
+        }
+        _ => return Ok(wrong_size),
+    };
+    let wrong_hash =
+        (found != expected).then(|| format!("has the {kind} {found}, expected {expected}"));
+    Ok(wrong_hash.map(|wrong_hash| wrong_size.unwrap_or(wrong_hash)))
 }
 
 /// The hash of what is in `hasher` already and a file's content, in hexadecimal.

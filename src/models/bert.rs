@@ -1,6 +1,6 @@
 //! A BERT encoder (Devlin et al. 2018, arXiv:1810.04805) with a switchable attention per layer.
 
-use super::files::{ModelFiles, Weights};
+use super::files::{ModelFiles, Weights, unused_head};
 use super::{BertConfig, HiddenAct};
 use crate::nn::{Activation, LayerNorm, Linear};
 use crate::{AttentionConfig, AttnMask, Error, QuantizedAttention, Result};
@@ -14,6 +14,7 @@ pub struct BertModel {
     token_types: Tensor,
     norm: LayerNorm,
     layers: Vec<BertLayer>,
+    warnings: Vec<String>,
 }
 
 impl BertModel {
@@ -54,8 +55,15 @@ impl BertModel {
             layers: (0..config.num_hidden_layers)
                 .map(|index| BertLayer::load(&from, index, &config))
                 .collect::<Result<_>>()?,
+            warnings: weights.unused_head().map(unused_head).into_iter().collect(),
             config,
         })
+    }
+
+    /// What of the files is not computed with, and changes what the model is: in sentences, for
+    /// people.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The configuration it was loaded with.

@@ -1,5 +1,6 @@
 //! The part of a BERT `config.json` that decides what is computed.
 
+use super::files::refuse_quantized;
 use crate::files::{corrupt, read_text};
 use crate::{Error, Result};
 use std::path::Path;
@@ -55,10 +56,11 @@ impl BertConfig {
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
-    /// configuration, and those of its `check`.
+    /// configuration, [`Error::Unsupported`] for a `quantization_config`, and those of its `check`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = read_text("config", path)?;
+        refuse_quantized(path, &text)?;
         let config: Self = serde_json::from_str(&text)
             .map_err(|e| corrupt(path, format!("not a BERT configuration: {e}")))?;
         config.check()?;

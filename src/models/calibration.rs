@@ -96,16 +96,27 @@ impl Calibrator {
     /// sequence of the batch is one observation; leave padding out, its numbers would count.
     ///
     /// # Errors
-    /// [`Error::Rank`]; [`Error::Shape`] for another number of heads than before.
+    /// [`Error::Rank`]; [`Error::Shape`] for another number of heads than before; [`Error::DType`]
+    /// unless both are floats; [`Error::InvalidArgument`] for a layer that no model has. Nothing is counted
+    /// then.
     pub fn observe(&mut self, layer: usize, q: &Tensor, k: &Tensor) -> Result<()> {
+        if layer >= MAX_LAYERS {
+            return Err(Error::InvalidArgument(format!(
+                "layer {layer}, expected less than {MAX_LAYERS}"
+            )));
+        }
+        let known = self.layers.get(layer);
+        // Both sides are read before either is counted.
+        let q = Side::read("q", q, known.map_or(0, |layer| layer.q.len()), self.config.smooth_q)?;
+        let k = Side::read("k", k, known.map_or(0, |layer| layer.k.len()), self.config.smooth_k)?;
         if self.layers.len() <= layer {
             self.layers.resize_with(layer + 1, LayerObservers::default);
         }
-        let CalibrationConfig { observer, smooth_k, smooth_q, .. } = self.config;
         let layer = &mut self.layers[layer];
-        let tokens = observe_heads(&mut layer.q, ("q", q), observer, smooth_q)?;
-        observe_heads(&mut layer.k, ("k", k), observer, smooth_k)?;
-        layer.tokens += tokens as u64;
+        // A kind that a calibrator was made with is a good one.
+        q.count(&mut layer.q, self.config.observer)?;
+        k.count(&mut layer.k, self.config.observer)?;
+        layer.tokens += q.tokens as u64;
         Ok(())
     }
 
@@ -177,39 +188,60 @@ impl Calibrator {
     }
 }
 
-/// Feeds one side of a layer, `[B, H, S, D]`, to its observers; returns `B * S`.
-fn observe_heads(
-    observers: &mut Vec<Observer>,
-    (name, tensor): (&'static str, &Tensor),
-    kind: ObserverKind,
-    smooth: bool,
-) -> Result<usize> {
-    const OP: &str = "Calibrator::observe";
-    let shape = tensor.dims().to_vec();
-    let &[batch, heads, tokens, depth] = tensor.dims() else {
-        return Err(Error::Rank { op: OP, tensor: name, shape, expected: "[B, H, S, D]" });
-    };
-    if observers.is_empty() {
-        *observers = (0..heads).map(|_| Observer::new(kind)).collect::<Result<_>>()?;
-    }
-    if observers.len() != heads {
-        let expected = format!("the {} heads seen before", observers.len());
-        return Err(Error::Shape { op: OP, tensor: name, shape, expected });
-    }
-    let mut values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    if values.is_empty() {
-        return Ok(0);
-    }
-    for (head, matrix) in values.chunks_exact_mut(tokens * depth).enumerate() {
-        if smooth {
+/// More layers than any model has: a number beyond is a mistake, and would only take memory.
+const MAX_LAYERS: usize = 1 << 16;
+
+/// Queries or keys of a layer, `[B, H, S, D]`, smoothed.
+struct Side {
+    values: Vec<f32>,
+    heads: usize,
+    /// `S * D`
+    matrix: usize,
+    /// `B * S`
+    tokens: usize,
+}
+
+impl Side {
+    /// Of a layer that has had `known` heads so far, if it has had any.
+    fn read(name: &'static str, tensor: &Tensor, known: usize, smooth: bool) -> Result<Self> {
+        const OP: &str = "Calibrator::observe";
+        let shape = tensor.dims().to_vec();
+        let &[batch, heads, tokens, depth] = tensor.dims() else {
+            return Err(Error::Rank { op: OP, tensor: name, shape, expected: "[B, H, S, D]" });
+        };
+        if known != 0 && known != heads {
+            let expected = format!("the {known} heads seen before");
+            return Err(Error::Shape { op: OP, tensor: name, shape, expected });
+        }
+        if !tensor.dtype().is_float() {
+            let (dtype, expected) = (tensor.dtype(), "F32, F16, BF16 or F64");
+            return Err(Error::DType { op: OP, tensor: name, dtype, expected });
+        }
+        let mut values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let side = |values| Self { values, heads, matrix: tokens * depth, tokens: batch * tokens };
+        if values.is_empty() {
+            return Ok(Self { tokens: 0, ..side(values) });
+        }
+        for matrix in values.chunks_exact_mut(tokens * depth).filter(|_| smooth) {
             let mean = token_mean(matrix, depth);
             for row in matrix.chunks_exact_mut(depth) {
                 row.iter_mut().zip(&mean).for_each(|(x, mean)| *x -= mean);
             }
         }
-        observers[head % heads].observe(matrix);
+        Ok(side(values))
     }
-    Ok(batch * tokens)
+
+    /// Feeds the heads to their observers.
+    fn count(&self, observers: &mut Vec<Observer>, kind: ObserverKind) -> Result<()> {
+        if observers.is_empty() {
+            *observers = (0..self.heads).map(|_| Observer::new(kind)).collect::<Result<_>>()?;
+        }
+        let matrices = self.values.chunks_exact(self.matrix.max(1));
+        for (matrix, head) in matrices.zip((0..self.heads).cycle()) {
+            observers[head].observe(matrix);
+        }
+        Ok(())
+    }
 }
 
 /// The ranges of one layer, one a head.

@@ -4,6 +4,7 @@ use crate::files::{corrupt, read};
 use crate::{Error, Result};
 use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 use std::path::{Path, PathBuf};
 
 /// The three files of an encoder.
@@ -41,6 +42,35 @@ impl ModelFiles {
             tokenizer: find("tokenizer", &["tokenizer.json"])?,
         })
     }
+}
+
+/// A warning about the tensors of a head, whose names begin like this.
+pub(super) fn unused_head(start: &str) -> String {
+    format!(
+        "the weights hold a head ({start}*), as of a classifier, which is ignored: what comes out are \
+         hidden states"
+    )
+}
+
+/// Refuses the `config.json` at `path` of weights that are quantized in a way of their own.
+///
+/// # Errors
+/// [`Error::Unsupported`] with the name of the method.
+pub(super) fn refuse_quantized(path: &Path, text: &str) -> Result<()> {
+    #[derive(serde::Deserialize)]
+    struct Config {
+        #[serde(alias = "compression_config")]
+        quantization_config: Option<serde_json::Value>,
+    }
+    // What is no configuration at all is told by whoever reads the rest of it.
+    let config: Option<Config> = serde_json::from_str(text).ok();
+    let Some(found) = config.and_then(|config| config.quantization_config) else { return Ok(()) };
+    let method = found.get("quant_method").or(found.get("quant_algo")).unwrap_or(&found);
+    Err(Error::Unsupported(format!(
+        "{}: quantization_config with the method {method}, which is not supported; expected weights \
+         in f32, f16, bf16 or f64",
+        path.display()
+    )))
 }
 
 /// A safetensors file whose tensors are asked for by name and shape.
@@ -99,7 +129,8 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::MissingTensor`] if there is none, [`Error::ModelShape`] if its shape is not
-    /// `shape`, [`Error::Corrupt`] if it does not hold floats.
+    /// `shape`, [`Error::Corrupt`] if it is stored as anything else: integers, or floats of 8 bits
+    /// and less, whose values mean nothing without a scale.
     pub fn get(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
         let name = format!("{}{name}", self.prefix);
         let Ok(view) = self.file.get(&name) else {
@@ -113,12 +144,32 @@ impl Weights {
                 name,
             });
         }
-        let tensor = self.file.load(&name, device).map_err(|e| corrupt(&self.path, e))?;
-        if !tensor.dtype().is_float() {
-            let problem = format!("tensor {name:?} is {:?}, expected floats", tensor.dtype());
-            return Err(corrupt(&self.path, problem));
+        if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
+            let scale = match self.scale_of(&name) {
+                Some(scale) => format!("; it is quantized, and {scale:?} would be its scale"),
+                None => String::new(),
+            };
+            let found = view.dtype();
+            let problem = format!("tensor {name:?} is {found}, expected F32, F16, BF16 or F64");
+            return Err(corrupt(&self.path, problem + &scale));
         }
+        let tensor = self.file.load(&name, device).map_err(|e| corrupt(&self.path, e))?;
         Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    /// The name of the tensor that scales this one, in files of quantized weights.
+    fn scale_of(&self, name: &str) -> Option<String> {
+        let names = ["_scale", "_scale_inv", ".scale", "_qscale"];
+        let names = names.map(|ending| format!("{name}{ending}"));
+        names.into_iter().find(|scale| self.file.get(scale).is_ok())
+    }
+
+    /// Where the tensors of a head that nothing here computes begin, such as that of a classifier.
+    /// They have no prefix.
+    pub(super) fn unused_head(&self) -> Option<&'static str> {
+        let heads = ["classifier.", "pre_classifier.", "qa_outputs.", "score."];
+        let names = self.file.tensors();
+        heads.into_iter().find(|head| names.iter().any(|(name, _)| name.starts_with(head)))
     }
 
     fn missing(&self, name: String) -> Error {

@@ -4,7 +4,7 @@
 use super::llama::LlamaModel;
 use super::{BertModel, WordEmbeddings, mean_pool};
 use crate::attention::{AttentionCall, Causal};
-use crate::{QuantizedAttention, Result};
+use crate::{Error, QuantizedAttention, Result};
 use candle_core::{DType, Tensor};
 
 /// The attention that a layer is handed: queries `[B, H, M, D]`, keys `[B, H_kv, N, D]`, values
@@ -168,7 +168,13 @@ impl LayeredModel for BertModel {
 
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
         let everything = AttentionCall::default();
-        self.layers()[index].forward_with(hidden, |q, k, v| attend(q, k, v, &everything))
+        let Some(layer) = self.layers().get(index) else {
+            let layers = self.layers().len();
+            return Err(Error::InvalidArgument(format!(
+                "layer {index}, expected less than {layers}"
+            )));
+        };
+        layer.forward_with(hidden, |q, k, v| attend(q, k, v, &everything))
     }
 
     fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {

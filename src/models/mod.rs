@@ -16,7 +16,9 @@ mod files;
 mod layer_settings;
 mod layered;
 pub mod llama;
+mod pooling;
 mod text_encoder;
+mod tokenizer_file;
 mod word_embeddings;
 
 pub use bert::{BertLayer, BertModel, mean_pool, padding_mask};

@@ -1,7 +1,7 @@
 //! A BERT encoder with its tokenizer: text in, embeddings out.
 
-use super::{BertModel, ModelFiles, mean_pool};
-use crate::files::{corrupt, read};
+use super::{BertModel, ModelFiles, mean_pool, pooling, tokenizer_file};
+use crate::files::corrupt;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use tokenizers::Tokenizer;
@@ -12,6 +12,7 @@ pub struct TextEncoder {
     pub model: BertModel,
     tokenizer: Tokenizer,
     device: Device,
+    warnings: Vec<String>,
 }
 
 /// Some texts as ids, padded to the longest.
@@ -37,16 +38,22 @@ impl TextEncoder {
     /// more words than the model.
     pub fn load(files: &ModelFiles, device: &Device) -> Result<Self> {
         let model = BertModel::load(files, device)?;
-        let mut tokenizer = Tokenizer::from_bytes(read("tokenizer", &files.tokenizer)?)
-            .map_err(|e| corrupt(&files.tokenizer, format!("not a tokenizer: {e}")))?;
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| corrupt(&files.tokenizer, e))?;
+        let tokenizer = tokenizer_file::load(&files.tokenizer)?;
         let (words, rows) = (tokenizer.get_vocab_size(true), model.config().vocab_size);
         if words > rows {
             let problem = format!("{words} words, but the model embeds {rows}");
             return Err(corrupt(&files.tokenizer, problem));
         }
-        Ok(Self { model, tokenizer, device: device.clone() })
+        let mut warnings = model.warnings().to_vec();
+        warnings.extend(pooling::warnings(&files.config)?);
+        Ok(Self { model, tokenizer, device: device.clone(), warnings })
+    }
+
+    /// What the files ask for and is not done, those of [`BertModel::warnings`] included: a head,
+    /// another pooling than [`TextEncoder::embed_sentences`] does (`1_Pooling/config.json` beside
+    /// the configuration), layers behind it (`modules.json`). In sentences, for people.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Texts to ids, with the model's special tokens. A text longer than the model's input is cut;
@@ -64,10 +71,7 @@ impl TextEncoder {
         let mut ids: Vec<Vec<u32>> = Vec::with_capacity(texts.len());
         let (mut tokens, mut truncated) = (Vec::new(), Vec::new());
         for text in texts {
-            let encoding = self
-                .tokenizer
-                .encode(text.as_ref(), true)
-                .map_err(|e| Error::InvalidArgument(format!("the tokenizer failed: {e}")))?;
+            let encoding = tokenizer_file::run(|| self.tokenizer.encode(text.as_ref(), true))?;
             ids.push(cut(encoding.get_ids(), longest));
             tokens.push(cut(encoding.get_tokens(), longest));
             truncated.push(encoding.len().saturating_sub(longest));

@@ -6,7 +6,9 @@ use sha2::Digest;
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// The model that the hub has, its commit, and its files.
 pub const ID: &str = "someone/some-model";
@@ -43,6 +45,9 @@ pub struct Hub {
     /// What is answered for everything else.
     missing: &'static str,
     fault: Arc<Mutex<Option<(&'static str, Fault)>>>,
+    /// Said in the place of the ETag and of the commit of every file.
+    names: Arc<Mutex<[Option<String>; 2]>>,
+    slow: Arc<AtomicBool>,
     requests: Arc<Mutex<Vec<String>>>,
 }
 
@@ -91,6 +96,8 @@ impl Hub {
             files: Arc::new(files),
             missing,
             fault: Arc::default(),
+            names: Arc::default(),
+            slow: Arc::default(),
             requests: Arc::default(),
         };
         let serving = hub.clone();
@@ -111,6 +118,21 @@ impl Hub {
 
     pub fn set_fault(&self, fault: Option<(&'static str, Fault)>) {
         *self.fault.lock().unwrap() = fault;
+    }
+
+    /// From now on, every file has this ETag or is of this commit.
+    pub fn set_names(&self, etag: Option<&str>, commit: Option<&str>) {
+        *self.names.lock().unwrap() = [etag, commit].map(|name| name.map(str::to_string));
+    }
+
+    /// Whether contents come in pieces, with time between them.
+    pub fn set_slow(&self, slow: bool) {
+        self.slow.store(slow, Ordering::Relaxed);
+    }
+
+    fn names(&self, etag: &str) -> [String; 2] {
+        let [other_etag, commit] = self.names.lock().unwrap().clone();
+        [other_etag.unwrap_or_else(|| etag.into()), commit.unwrap_or_else(|| COMMIT.into())]
     }
 
     /// The requests since the last call, as `METHOD path`.
@@ -136,7 +158,10 @@ impl Hub {
             // Of a model that exists, it is told which commit lacks the file.
             let commit = match self.files.is_empty() {
                 true => String::new(),
-                false => format!("X-Repo-Commit: {COMMIT}\r\nX-Error-Code: EntryNotFound\r\n"),
+                false => {
+                    let [_, commit] = self.names("");
+                    format!("X-Repo-Commit: {commit}\r\nX-Error-Code: EntryNotFound\r\n")
+                }
             };
             write!(
                 stream,
@@ -146,12 +171,12 @@ impl Hub {
         };
         match request.path.strip_prefix("/store/") {
             None if name == WEIGHTS => {
-                let sha256 = hex(sha2::Sha256::digest(content));
+                let [sha256, commit] = self.names(&hex(sha2::Sha256::digest(content)));
                 write!(
                     stream,
                     "HTTP/1.1 302 Found\r\nLocation: {}/store/{name}\r\n\
                      ETag: \"of the redirect\"\r\nX-Linked-Etag: \"{sha256}\"\r\n\
-                     X-Linked-Size: {}\r\nX-Repo-Commit: {COMMIT}\r\nContent-Length: 0\r\n\
+                     X-Linked-Size: {}\r\nX-Repo-Commit: {commit}\r\nContent-Length: 0\r\n\
                      Connection: close\r\n\r\n",
                     self.endpoint,
                     content.len()
@@ -171,10 +196,12 @@ impl Hub {
         content: &[u8],
     ) -> Result<()> {
         let etag = match name {
-            NO_HASH => "\"version 1\"".to_string(),
-            _ => format!("\"{}\"", git_id(content)),
+            NO_HASH => "version 1".to_string(),
+            _ => git_id(content),
         };
-        let common = format!("ETag: {etag}\r\nX-Repo-Commit: {COMMIT}\r\nConnection: close\r\n");
+        let [etag, commit] = self.names(&etag);
+        let etag = format!("\"{etag}\"");
+        let common = format!("ETag: {etag}\r\nX-Repo-Commit: {commit}\r\nConnection: close\r\n");
         if request.headers.get("if-none-match") == Some(&etag) {
             write!(stream, "HTTP/1.1 304 Not Modified\r\n{common}\r\n")?;
             return Ok(());
@@ -224,7 +251,12 @@ impl Hub {
             };
             write!(stream, "HTTP/1.1 200 OK\r\n{common}{length}\r\n")?;
         }
-        if get {
+        if get && self.slow.load(Ordering::Relaxed) {
+            for piece in body.chunks(body.len() / 8 + 1) {
+                stream.write_all(piece)?;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        } else if get {
             stream.write_all(&body)?;
         }
         Ok(())

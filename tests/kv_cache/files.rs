@@ -89,7 +89,7 @@ fn damaged_files_are_refused() {
         (r#"[1,2,16,16]"#, r#"[1,4,16,16]"#, "expected (I8, [4, 300, 16])"),
         (r#"[1,2,16,16]"#, r#"[2,2,16,16]"#, "1 sequences"),
         (r#"values\":\"int8"#, r#"values\":\"bf16"#, "expected (BF16"),
-        ("0.offset", "9.offset", "without their offset"),
+        ("0.offset", "9.offset", "300 tokens without a key offset"),
         ("0.key_scales", "0.kex_scales", "0.key_scales"),
     ] {
         let text = message(&replaced(from, to));

@@ -6,6 +6,7 @@ use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::Error;
+use candle_int8_attention::models::LayeredModel;
 use candle_int8_attention::models::llama::{LlamaModel, LlamaTokenizer, WeightFormat};
 use std::path::Path;
 
@@ -188,6 +189,22 @@ fn tokenizers_that_are_wrong() -> Result<()> {
         .set("tokenizer.ggml.add_bos_token", Value::Bool(true))
         .set("tokenizer.ggml.bos_token_id", Value::U32(VOCAB as u32));
     expect(&tokenizer_error_of(&beyond)?, &["bos_token_id is 261", "less than 261"]);
+    Ok(())
+}
+
+#[test]
+fn a_layer_that_is_not_there_is_an_error() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = file()?.write(folder.path())?;
+    let model = LlamaModel::load(&path, WeightFormat::Auto, &Device::Cpu)?;
+    let hidden = model.embed(&Tensor::new(&[[1u32, 2]], &Device::Cpu)?)?;
+    for index in [tiny::LAYERS, usize::MAX] {
+        let error = model.layer_with(index, &hidden, |q, _, _| Ok(q.clone())).unwrap_err();
+        expect(&error, &[&format!("layer {index}"), "less than 2"]);
+        let mut attend = |q: &Tensor, _: &Tensor, _: &Tensor, _: &_| Ok(q.clone());
+        let error = LayeredModel::layer(&model, index, &hidden, &mut attend).unwrap_err();
+        expect(&error, &[&format!("layer {index}"), "less than 2"]);
+    }
     Ok(())
 }
 

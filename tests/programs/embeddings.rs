@@ -163,6 +163,19 @@ fn the_word_report_follows_its_options() {
 }
 
 #[test]
+fn a_byte_order_mark_is_no_part_of_a_text() {
+    let (_one, plain) = file(SENTENCE.as_bytes());
+    let (_two, marked) = file(("\u{feff}".to_string() + SENTENCE).as_bytes());
+    let tokens = |path: &str| {
+        let report = json("word_embeddings", &["--file", path]);
+        report.to_string().replace(path, "FILE")
+    };
+    assert_eq!(tokens(&plain), tokens(&marked));
+    let (_three, bad) = file(b"a man\nand \xff");
+    fail("word_embeddings", &["--file", &bad], "input.txt:2: not UTF-8");
+}
+
+#[test]
 fn long_texts_are_cut_and_said_so() {
     let (_folder, path) = file("many words ".repeat(600).as_bytes());
     let report = json(WORDS, &["--file", &path]);

@@ -3,7 +3,7 @@
 use super::start::{assert_narrow, command, expect_failure, run, texts};
 use crate::common::tiny::{GgufFile, Tiny};
 use anyhow::Result;
-use candle_core::quantized::GgmlDType;
+use candle_core::quantized::{GgmlDType, gguf_file};
 use serde_json::Value;
 use std::process::Output;
 
@@ -58,6 +58,53 @@ fn text_goes_to_stdout_and_figures_to_stderr() -> Result<()> {
         // After 8 and after 16 tokens, and at the end.
         assert_eq!(figures.matches("tokens, process").count(), 3, "{figures}");
         assert_eq!(model.succeed(GENERATE, &args).0, text, "the same again");
+    }
+    Ok(())
+}
+
+/// A template is a program in the model's file.
+#[test]
+fn a_chat_template_cannot_run_for_ever() -> Result<()> {
+    let numbers = "range(90000)";
+    let loops =
+        format!("{{% for a in {numbers} %}}{{% for b in {numbers} %}}{{% endfor %}}{{% endfor %}}");
+    let deep = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}";
+    for template in [loops.as_str(), deep] {
+        let file = Tiny::new(true)?.gguf(GgmlDType::Q8_0)?;
+        let program = gguf_file::Value::String(template.to_string());
+        let model = Model::of(&file.set("tokenizer.chat_template", program))?;
+        let start = std::time::Instant::now();
+        let args = ["--chat", "--prompt", "the", "--max-tokens", "4"];
+        model.fail(GENERATE, &args, &["the model's chat template cannot be used"]);
+        assert!(start.elapsed() < std::time::Duration::from_secs(60), "{template:?}");
+    }
+    Ok(())
+}
+
+/// The mark of an encoding is no part of a text.
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_text() -> Result<()> {
+    let model = Model::new()?;
+    let folder = tempfile::tempdir()?;
+    let text = "the thethe he the ".repeat(30);
+    let of = |name: &str, content: &[u8]| -> Result<String> {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content)?;
+        Ok(path.to_string_lossy().into_owned())
+    };
+    let (plain, marked) =
+        (of("plain", text.as_bytes())?, of("marked", ("\u{feff}".to_string() + &text).as_bytes())?);
+    let bad = of("bad", b"the\nthe \xff")?;
+    for (name, args) in [
+        (PERPLEXITY, &["--context", "32", "--chunks", "2", "--json"][..]),
+        ("calibrate", &["--observer", "min-max", "--json"]),
+    ] {
+        let report = |file: &str| {
+            model.succeed(name, &[args, &["--file", file]].concat()).0.replace(file, "FILE")
+        };
+        assert_eq!(report(&plain), report(&marked), "{name}");
+        let args = [args, &["--file", &bad]].concat();
+        model.fail(name, &args, &["bad:2: not UTF-8"]);
     }
     Ok(())
 }

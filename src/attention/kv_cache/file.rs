@@ -25,7 +25,8 @@ use crate::product;
 use crate::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -41,8 +42,15 @@ const MAX_HEADS: usize = 1 << 16;
 /// Likewise, elements of a value.
 const MAX_VALUE_DIM: usize = 1 << 20;
 
+/// Likewise, tokens of a sequence: their numbers fit into 32 bits.
+const MAX_TOKENS: usize = 1 << 32;
+
+/// The same where a token has no bytes in the file that would bear it out.
+const MAX_TOKENS_WITHOUT_BYTES: usize = 1 << 20;
+
 /// What is not in the tensors.
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Header {
     version: u32,
     key_smoothing: SmoothingKind,
@@ -66,6 +74,7 @@ enum SmoothingKind {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct SequenceHeader {
     len: usize,
     /// The first token in pages.
@@ -221,6 +230,8 @@ impl Writer {
 /// A file that is read. Problems are sentences without the path.
 struct Reader<'a> {
     tensors: SafeTensors<'a>,
+    /// The names of tensors that were asked for, and are there.
+    known: RefCell<HashSet<String>>,
 }
 
 type Checked<T> = std::result::Result<T, String>;
@@ -235,7 +246,8 @@ impl<'a> Reader<'a> {
         if header.version != VERSION {
             return Err(format!("format version {}, expected {VERSION}", header.version));
         }
-        let reader = Self { tensors: SafeTensors::deserialize(bytes).map_err(text)? };
+        let tensors = SafeTensors::deserialize(bytes).map_err(text)?;
+        let reader = Self { tensors, known: RefCell::default() };
         let key_smoothing = match header.key_smoothing {
             SmoothingKind::None => KeySmoothing::None,
             SmoothingKind::FirstTokens(tokens) => KeySmoothing::FirstTokens(tokens),
@@ -245,6 +257,10 @@ impl<'a> Reader<'a> {
         let Header { values, sinks, recent, window, capacity, .. } = header;
         let config = KvCacheConfig { key_smoothing, values, sinks, recent, window, capacity };
         let Some([batch, heads, depth, value_dim]) = header.dims else {
+            if !header.sequences.is_empty() {
+                return Err(format!("{} sequences without dims", header.sequences.len()));
+            }
+            reader.check_names()?;
             return Ok(Int8KvCache::new(config));
         };
         let limit = product::max_depth(false);
@@ -268,12 +284,24 @@ impl<'a> Reader<'a> {
             let heads = stored.into_iter().enumerate().map(restore).collect();
             sequences.push(Sequence { heads, len: place.len });
         }
+        reader.check_names()?;
         Ok(Int8KvCache { config, shape: Some((heads, dims)), sequences })
+    }
+
+    /// Refuses a tensor that nothing asked for: it may be one that is not there, under a damaged
+    /// name.
+    fn check_names(&self) -> Checked<()> {
+        let known = self.known.borrow();
+        match self.tensors.names().into_iter().find(|name| !known.contains(*name)) {
+            Some(name) => Err(format!("a tensor {name:?}, which no cache has")),
+            None => Ok(()),
+        }
     }
 
     /// The bytes of a tensor that has this dtype and shape.
     fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Checked<&'a [u8]> {
         let tensor = self.tensors.tensor(name).map_err(|e| e.to_string())?;
+        self.known.borrow_mut().insert(name.to_string());
         if tensor.dtype() != dtype || tensor.shape() != shape {
             let found = (tensor.dtype(), tensor.shape());
             return Err(format!("tensor {name:?} is {found:?}, expected {:?}", (dtype, shape)));
@@ -308,12 +336,26 @@ impl<'a> Reader<'a> {
         config: &KvCacheConfig,
     ) -> Checked<Vec<Stored>> {
         let &SequenceHeader { len, first, packed } = place;
-        let tokens = packed.wrapping_sub(first);
-        if !Stored::fits(len, first..packed, config.sinks) {
-            return Err(format!("sequence {b}: {len} tokens with {first}..{packed} in pages"));
-        }
-        let name = |of: &str| format!("{b}.{of}");
         let Dims { depth, value_dim } = dims;
+        let wrong = |what| Err(format!("sequence {b}: {len} tokens{what}"));
+        let limit = match heads * (depth + value_dim) {
+            0 => MAX_TOKENS_WITHOUT_BYTES,
+            _ => MAX_TOKENS,
+        };
+        if len > limit.min(config.capacity.unwrap_or(limit)) {
+            return wrong(", expected fewer".to_string());
+        }
+        if heads == 0 {
+            return match (first, packed) {
+                (0, 0) => Ok(Vec::new()),
+                _ => wrong(format!(" with {first}..{packed} in pages of no head")),
+            };
+        }
+        if !Stored::fits(len, first..packed, config) {
+            return wrong(format!(" with {first}..{packed} in pages"));
+        }
+        let tokens = packed - first;
+        let name = |of: &str| format!("{b}.{of}");
         let format = config.values;
         let mut all: Vec<Stored> = (0..heads).map(|_| Stored::empty(dims, tokens)).collect();
 
@@ -348,8 +390,6 @@ impl<'a> Reader<'a> {
             all.iter_mut().enumerate().for_each(|(h, head)| {
                 head.offset = Some(part(&offsets, heads, h).to_vec());
             });
-        } else if tokens > 0 {
-            return Err(format!("sequence {b}: quantized keys without their offset"));
         }
         if config.key_smoothing == KeySmoothing::Moving && tokens > 0 && depth > 0 {
             let groups = Stored::groups(first..packed).len();
@@ -359,6 +399,10 @@ impl<'a> Reader<'a> {
             });
         }
         self.exceptions(b, &mut all, first..packed)?;
+        for (h, head) in all.iter().enumerate() {
+            head.check(h, first, config)
+                .map_err(|problem| format!("sequence {b}, head {h}: {problem}"))?;
+        }
         Ok(all)
     }
 

@@ -1,7 +1,9 @@
 //! A head as it is written to a file: rows of codes, whatever the panels of this machine's kernel.
 
+use super::config::{CacheValues, KeySmoothing, KvCacheConfig};
 use super::head::{Dims, GROUP, Head, PAGE, Rows};
 use super::values::StoredRows;
+use half::{bf16, f16};
 use std::ops::Range;
 
 /// Everything that a head holds.
@@ -37,13 +39,18 @@ impl Stored {
         }
     }
 
-    /// Whether `len` tokens can have these in pages.
-    pub(super) fn fits(len: usize, pages: Range<usize>, sinks: usize) -> bool {
-        // Pages start with a whole page, or behind the sinks.
-        let start = (pages.start / PAGE * PAGE).max(sinks);
-        let in_order = pages.start <= pages.end && sinks <= pages.end;
-        let starts = pages.start == start || pages.is_empty();
-        in_order && starts && (pages.end <= len || (pages.is_empty() && pages.end == sinks))
+    /// Whether `len` tokens can have these in pages: nothing lies between the sinks and the pages
+    /// but what a window has dropped, and nothing between the pages and the recent tokens.
+    pub(super) fn fits(len: usize, pages: Range<usize>, config: &KvCacheConfig) -> bool {
+        let sinks = config.sinks;
+        if len < sinks {
+            return pages == (sinks..sinks);
+        }
+        // The window drops whole pages, of tokens that no later query sees.
+        let unseen = config.window.map_or(0, |window| len.saturating_sub(window));
+        let starts = pages.start == sinks
+            || (pages.start > sinks && pages.start.is_multiple_of(PAGE) && pages.start <= unseen);
+        starts && pages.start <= pages.end && pages.end <= len
     }
 
     /// The groups that tokens in these pages belong to.
@@ -52,6 +59,92 @@ impl Stored {
             true => 0..0,
             false => pages.start / GROUP..pages.end.div_ceil(GROUP),
         }
+    }
+
+    /// Refuses what no head can hold, tokens in pages from `first` on. Shapes are right.
+    pub(super) fn check(
+        &self,
+        head: usize,
+        first: usize,
+        config: &KvCacheConfig,
+    ) -> Result<(), String> {
+        if self.keys.contains(&i8::MIN) {
+            return Err("a key code of -128, expected -127 to 127".into());
+        }
+        // That of a key which holds NaN or infinity is NaN.
+        if let Some(scale) = self.key_scales.iter().find(|x| !(is_scale(**x) || x.is_nan())) {
+            return Err(format!("a key scale of {scale}, expected a positive number"));
+        }
+        self.check_offset(head, config)?;
+        self.check_values(config.values)?;
+        self.check_exceptions(first, config.values)
+    }
+
+    /// Whether the offset of the next key is there where it must be known, and what it must be.
+    fn check_offset(&self, head: usize, config: &KvCacheConfig) -> Result<(), String> {
+        if self.offset.iter().flatten().chain(&self.offsets).any(|x| x.is_nan()) {
+            return Err("a key offset of NaN".into());
+        }
+        let waiting = self.rows[1].tokens;
+        let first = match config.key_smoothing {
+            KeySmoothing::FirstTokens(tokens) => tokens.max(1),
+            KeySmoothing::Moving => GROUP,
+            KeySmoothing::None | KeySmoothing::Given(_) => 0,
+        };
+        let Some(offset) = &self.offset else {
+            return match self.tokens == 0 && waiting < first {
+                true => Ok(()),
+                false => Err(format!("{} tokens without a key offset", self.tokens + waiting)),
+            };
+        };
+        if waiting > config.recent {
+            let recent = config.recent;
+            return Err(format!("{waiting} tokens in f32, expected the {recent} recent ones"));
+        }
+        let as_configured = match &config.key_smoothing {
+            KeySmoothing::None => offset.iter().all(|x| *x == 0.0),
+            KeySmoothing::Given(given) => given.get(head) == Some(offset),
+            KeySmoothing::FirstTokens(_) | KeySmoothing::Moving => true,
+        };
+        match as_configured {
+            true => Ok(()),
+            false => Err("another key offset than the configuration has".into()),
+        }
+    }
+
+    /// Values in pages are what their format holds; all else is an exception.
+    fn check_values(&self, format: CacheValues) -> Result<(), String> {
+        let StoredRows { bytes, scales } = &self.values;
+        let halves = || bytes.as_chunks::<2>().0.iter().copied();
+        let held = match format {
+            CacheValues::F16 => halves().all(|x| f16::from_le_bytes(x).is_finite()),
+            CacheValues::Bf16 => halves().all(|x| bf16::from_le_bytes(x).is_finite()),
+            CacheValues::Int8 => {
+                scales.iter().all(|x| is_scale(*x)) && !bytes.contains(&(i8::MIN as u8))
+            }
+        };
+        match held {
+            true => Ok(()),
+            false => Err(format!("values or scales that {format:?} does not hold")),
+        }
+    }
+
+    /// Each token has one row at most, and zeros in its place.
+    fn check_exceptions(&self, first: usize, format: CacheValues) -> Result<(), String> {
+        if !self.exceptions.is_sorted_by(|(a, _), (b, _)| a < b) {
+            return Err("exceptions that are not in the order of their tokens".into());
+        }
+        let width = self.dims.value_dim * format.size();
+        for (token, row) in &self.exceptions {
+            let place = (token - first) * width;
+            if self.values.bytes[place..place + width].iter().any(|byte| *byte != 0) {
+                return Err(format!("token {token} has a value and an exception"));
+            }
+            if row.iter().all(|x| x.abs() <= format.limit()) {
+                return Err(format!("the exception of token {token} is none"));
+            }
+        }
+        Ok(())
     }
 
     /// What a head holds, tokens in pages from `first` on.
@@ -81,6 +174,10 @@ impl Stored {
         stored.offset = head.offset.clone();
         stored
     }
+}
+
+fn is_scale(x: f32) -> bool {
+    x.is_finite() && x > 0.0
 }
 
 impl Head {

@@ -46,7 +46,7 @@ impl CacheValues {
     }
 
     /// The largest magnitude that it holds.
-    fn limit(self) -> f32 {
+    pub(super) fn limit(self) -> f32 {
         match self {
             // What rounds to infinity is not held.
             CacheValues::F16 => 65_519.0,

@@ -1,6 +1,7 @@
 //! Runs a model in fp32 and in int8 on the same passages, and gathers what differs.
 
 pub(crate) mod call;
+mod check;
 mod measure;
 pub(crate) mod state;
 mod words;
@@ -29,7 +30,8 @@ use words::{Passage, Worst};
 /// the attention output; per layer what leaves it; and at the end the model's embedding.
 ///
 /// Recorders that saw different passages can be merged, also after a way through JSON: the figures
-/// are those of one recorder that saw all, whatever the order.
+/// are those of one recorder that saw all, whatever the order. What is read back is checked: parts
+/// that cannot be of one recorder are an error.
 ///
 /// A passage of `N` tokens takes memory for a few `[H, N, N]` matrices while it is measured.
 ///
@@ -47,6 +49,7 @@ use words::{Passage, Worst};
 /// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked")]
 pub struct Recorder {
     #[serde(skip)]
     configs: Vec<Candidate>,
@@ -59,6 +62,31 @@ pub struct Recorder {
     pub(super) fp32_seconds: Distribution,
     pub(super) passages: u64,
     pub(super) tokens: u64,
+}
+
+/// A recorder that was read, with the fields of [`Recorder`].
+#[derive(Deserialize)]
+struct Unchecked {
+    subject: Subject,
+    candidates: Vec<CandidateState>,
+    shapes: Vec<Vec<HeadShape>>,
+    worst: Worst,
+    fp32_seconds: Distribution,
+    passages: u64,
+    tokens: u64,
+}
+
+impl TryFrom<Unchecked> for Recorder {
+    type Error = String;
+
+    fn try_from(read: Unchecked) -> std::result::Result<Self, String> {
+        let Unchecked { subject, candidates, shapes, worst, fp32_seconds, passages, tokens } = read;
+        let configs = Vec::new();
+        let read =
+            Self { configs, subject, candidates, shapes, worst, fp32_seconds, passages, tokens };
+        read.check()?;
+        Ok(read)
+    }
 }
 
 /// Embeddings of one passage, flat.
@@ -126,10 +154,10 @@ impl Recorder {
     ///
     /// # Errors
     /// Those of the model and of [`attention`](crate::attention()); [`Error::NonFinite`] for NaN
-    /// or infinity in queries or keys; [`Error::Mismatch`] for a layer that does not call
-    /// attention exactly once; [`Error::Unsupported`] for a recorder that came from JSON;
-    /// [`Error::Shape`] for several sequences at once, or a number of words that is not the number
-    /// of tokens.
+    /// or infinity in queries or keys; [`Error::Mismatch`] for a layer that does not call attention
+    /// exactly once, or other layers or heads than before; [`Error::Unsupported`] for a model of no
+    /// layers, or a recorder that came from JSON; [`Error::Shape`] for several sequences at once, or
+    /// a number of words that is not the number of tokens. Nothing of the passage is counted then.
     pub fn record<M: LayeredModel>(
         &mut self,
         model: &M,
@@ -139,6 +167,25 @@ impl Recorder {
     ) -> Result<Embeddings> {
         if self.configs.len() != self.candidates.len() {
             return Err(Error::Unsupported("a recorder that was read back cannot go on".into()));
+        }
+        // On its own, so that an error in a late layer leaves nothing of the first ones behind.
+        let mut passage = Self::new(self.configs.clone())?;
+        let embeddings = passage.record_alone(model, input, words, index)?;
+        self.check_heads(&passage)?;
+        self.add(&passage);
+        Ok(embeddings)
+    }
+
+    /// [`Recorder::record`] of the first passage.
+    fn record_alone<M: LayeredModel>(
+        &mut self,
+        model: &M,
+        input: &M::Input,
+        words: &[String],
+        index: u64,
+    ) -> Result<Embeddings> {
+        if model.attention().is_empty() {
+            return Err(Error::Unsupported("a model of no layers, expected at least one".into()));
         }
         let hidden = model.embed(input)?;
         if *hidden.dims() != [1, words.len(), hidden.elem_count() / words.len().max(1)] {
@@ -185,7 +232,7 @@ impl Recorder {
         let fp32 = run(None, hidden)?;
         self.fp32_seconds.push(fp32.seconds);
         let reference = Reference::of(&fp32.call)?;
-        self.make_room(layer, reference.dims.heads)?;
+        self.make_room(reference.dims.heads);
         let shapes = self.shapes[layer].par_iter_mut().enumerate();
         shapes.for_each(|(head, shape)| shape.push(&reference, head, passage.words, passage.index));
 
@@ -213,20 +260,11 @@ impl Recorder {
         Ok(fp32.hidden)
     }
 
-    /// Makes the accumulators of a layer, or checks that it still has as many heads.
-    fn make_room(&mut self, layer: usize, heads: usize) -> Result<()> {
-        if self.shapes.len() == layer {
-            self.shapes.push(vec![HeadShape::default(); heads]);
-            for state in &mut self.candidates {
-                state.layers.push(LayerState::new(heads));
-            }
-        }
-        let known = self.shapes[layer].len();
-        match known == heads {
-            true => Ok(()),
-            false => {
-                Err(Error::Mismatch(format!("layer {layer} has {heads} heads, it had {known}")))
-            }
+    /// Makes the accumulators of a layer.
+    fn make_room(&mut self, heads: usize) {
+        self.shapes.push(vec![HeadShape::default(); heads]);
+        for state in &mut self.candidates {
+            state.layers.push(LayerState::new(heads));
         }
     }
 
@@ -239,6 +277,12 @@ impl Recorder {
         self.check_same(other)?;
         let subject = self.subject.merged(&other.subject)?;
         self.subject = subject;
+        self.add(other);
+        Ok(())
+    }
+
+    /// Adds what was gathered with the same configurations from layers with the same heads.
+    fn add(&mut self, other: &Self) {
         if self.shapes.is_empty() {
             self.shapes.clone_from(&other.shapes);
             self.candidates.clone_from(&other.candidates);
@@ -251,7 +295,6 @@ impl Recorder {
         self.fp32_seconds.merge(&other.fp32_seconds);
         self.passages += other.passages;
         self.tokens += other.tokens;
-        Ok(())
     }
 
     fn check_same(&self, other: &Self) -> Result<()> {
@@ -265,6 +308,10 @@ impl Recorder {
                 names(other).join("; ")
             )));
         }
+        self.check_heads(other)
+    }
+
+    fn check_heads(&self, other: &Self) -> Result<()> {
         let heads = |r: &Self| r.shapes.iter().map(Vec::len).collect::<Vec<_>>();
         if heads(self) != heads(other) && !self.shapes.is_empty() && !other.shapes.is_empty() {
             return Err(Error::Mismatch(format!(

@@ -5,7 +5,7 @@ use crate::drift::metrics::{top_k, total_variation};
 use serde::{Deserialize, Serialize};
 
 /// How many words, and how many sentences, are kept.
-const KEPT: usize = 10;
+pub(super) const KEPT: usize = 10;
 /// How many of the most attended keys of each path are shown.
 const TARGETS: usize = 3;
 /// Characters of text around a word, on each side.

@@ -1,6 +1,7 @@
 //! What a Llama model computes, read from a `config.json`.
 
 use crate::files::{corrupt, read_text};
+use crate::models::files::refuse_quantized;
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;
@@ -87,10 +88,11 @@ impl LlamaConfig {
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
-    /// configuration, and those of its `check`.
+    /// configuration, [`Error::Unsupported`] for a `quantization_config`, and those of its `check`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = read_text("config", path)?;
+        refuse_quantized(path, &text)?;
         let json: Json = serde_json::from_str(&text)
             .map_err(|e| corrupt(path, format!("not a Llama configuration: {e}")))?;
         let config = json.into_config()?;
@@ -114,6 +116,18 @@ impl LlamaConfig {
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return Err(Error::InvalidArgument(format!("{name} 0, expected at least 1")));
+        }
+        // The elements of the largest matrices: what the weights are compared with.
+        let heads = self.num_attention_heads.max(self.num_key_value_heads);
+        let widest = heads.checked_mul(self.head_dim);
+        let rows = widest.map(|width| width.max(self.vocab_size).max(self.intermediate_size));
+        let elements = rows.and_then(|rows| rows.checked_mul(self.hidden_size));
+        if elements.is_none_or(|elements| elements > isize::MAX as usize / size_of::<f64>()) {
+            return Err(Error::InvalidArgument(format!(
+                "{heads} heads of {} elements, vocabulary size {}, intermediate size {} and hidden size \
+                 {}, expected matrices that fit into memory",
+                self.head_dim, self.vocab_size, self.intermediate_size, self.hidden_size
+            )));
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(Error::Contradiction(format!(

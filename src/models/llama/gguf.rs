@@ -1,16 +1,18 @@
 //! A GGUF file: metadata by key, tensors by name.
 
 use super::config::{LlamaConfig, RopeConfig, RopePairs, RopeScaling};
+use super::gguf_header::{self, Positioned};
 use crate::files::{corrupt, unreadable};
 use crate::{Error, Result};
 use candle_core::Device;
 use candle_core::quantized::QTensor;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use std::fs::File;
-use std::io::{BufReader, Read, Seek};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-/// An opened GGUF file. Tensors are read when they are asked for.
+/// An opened GGUF file. Tensors are read when they are asked for, by several threads at once if they
+/// like.
 ///
 /// ```no_run
 /// use candle_int8_attention::models::llama::Gguf;
@@ -22,6 +24,7 @@ use std::path::{Path, PathBuf};
 pub struct Gguf {
     path: PathBuf,
     file: File,
+    size: u64,
     content: Content,
 }
 
@@ -34,11 +37,14 @@ impl Gguf {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |problem| unreadable("GGUF file", path, problem);
-        let mut file = File::open(path).map_err(io)?;
+        let file = File::open(path).map_err(io)?;
         let size = file.metadata().map_err(io)?.len();
-        check_start(path, &mut file)?;
-        file.rewind().map_err(io)?;
-        let content = Content::read(&mut BufReader::new(&file)).map_err(|e| {
+        check_start(path, Positioned::new(&file, size))?;
+        if let Some(problem) = gguf_header::problem(&file, size) {
+            return Err(corrupt(path, problem));
+        }
+        let mut reader = BufReader::new(Positioned::new(&file, size));
+        let content = Content::read(&mut reader).map_err(|e| {
             corrupt(path, format!("cannot be read as GGUF ({size} bytes): {}", reason(e)))
         })?;
         for (name, tensor) in &content.tensor_infos {
@@ -51,7 +57,7 @@ impl Gguf {
                 ));
             }
         }
-        Ok(Self { path: path.to_path_buf(), file, content })
+        Ok(Self { path: path.to_path_buf(), file, size, content })
     }
 
     /// Where the file is.
@@ -113,26 +119,40 @@ impl Gguf {
     }
 
     fn rope(&self) -> Result<RopeConfig> {
-        let kind = match self.get("llama.rope.scaling.type") {
-            None => "none",
-            Some(_) => self.string("llama.rope.scaling.type")?,
-        };
-        let scaling = match kind {
-            _ if self.has("rope_freqs.weight") => RopeScaling::Divisors(self.rope_divisors()?),
-            "none" => RopeScaling::None,
-            "linear" => {
-                let key = "llama.rope.scaling.factor";
-                let factor = self.float(key)?.ok_or_else(|| self.missing(key, "a number"))?;
-                RopeScaling::Linear { factor }
+        let factor = self.rope_factor()?;
+        let scaling = match factor {
+            _ if self.has("rope_freqs.weight") => {
+                let divisors = self.rope_divisors()?.into_iter();
+                RopeScaling::Divisors(divisors.map(|x| x * factor.unwrap_or(1.0)).collect())
             }
-            other => {
-                return Err(Error::Unsupported(format!(
-                    "llama.rope.scaling.type {other:?}, expected \"none\" or \"linear\""
-                )));
-            }
+            Some(factor) => RopeScaling::Linear { factor },
+            None => RopeScaling::None,
         };
         let theta = self.float("llama.rope.freq_base")?.unwrap_or(10_000.0);
         Ok(RopeConfig { theta, pairs: RopePairs::Interleaved, scaling })
+    }
+
+    /// The factor of linear scaling, under its key or its old one. As in llama.cpp, a factor alone
+    /// means linear scaling, and 0 none.
+    fn rope_factor(&self) -> Result<Option<f32>> {
+        let (kind, key) = ("llama.rope.scaling.type", "llama.rope.scaling.factor");
+        let factor = match self.float(key)? {
+            Some(factor) => Some(factor),
+            None => self.float("llama.rope.scale_linear")?,
+        };
+        let factor = factor.filter(|&factor| factor != 0.0);
+        let kind = match self.get(kind) {
+            None => None,
+            Some(_) => Some(self.string(kind)?),
+        };
+        match kind {
+            None => Ok(factor),
+            Some("none") => Ok(None),
+            Some("linear") => Ok(Some(factor.ok_or_else(|| self.missing(key, "a number"))?)),
+            Some(other) => Err(Error::Unsupported(format!(
+                "llama.rope.scaling.type {other:?}, expected \"none\" or \"linear\""
+            ))),
+        }
     }
 
     fn rope_divisors(&self) -> Result<Vec<f32>> {
@@ -203,6 +223,15 @@ impl Gguf {
         }
     }
 
+    /// The value of a key that must be the number of one of `count` tokens where it is there.
+    pub(super) fn token_id(&self, key: &str, count: usize) -> Result<Option<u32>> {
+        let Some(id) = self.size(key)? else { return Ok(None) };
+        match u32::try_from(id) {
+            Ok(small) if id < count => Ok(Some(small)),
+            _ => Err(corrupt(&self.path, format!("{key} is {id}, expected less than {count}"))),
+        }
+    }
+
     /// The value of a key that must be a number where it is there.
     pub(super) fn float(&self, key: &str) -> Result<Option<f32>> {
         match self.get(key) {
@@ -270,7 +299,8 @@ impl Gguf {
                 expected: shape.to_vec(),
             });
         }
-        info.read(&mut &self.file, self.content.tensor_data_offset, device)
+        let mut reader = Positioned::new(&self.file, self.size);
+        info.read(&mut reader, self.content.tensor_data_offset, device)
             .map_err(|e| corrupt(&self.path, format!("tensor {name:?}: {}", reason(e))))
     }
 
@@ -296,7 +326,7 @@ impl Gguf {
 }
 
 /// Tells what is no GGUF file from one that is damaged.
-fn check_start(path: &Path, file: &mut File) -> Result<()> {
+fn check_start(path: &Path, file: impl Read) -> Result<()> {
     let mut start = Vec::new();
     file.take(32)
         .read_to_end(&mut start)

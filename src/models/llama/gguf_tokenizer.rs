@@ -3,6 +3,7 @@
 use super::gguf::Gguf;
 use crate::Result;
 use crate::files::corrupt;
+use crate::models::tokenizer_file;
 use candle_core::quantized::gguf_file::Value;
 use std::collections::HashMap;
 use tokenizers::decoders::byte_fallback::ByteFallback;
@@ -43,6 +44,7 @@ const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 /// name a kind of tokenizer that is not known.
 pub(super) fn from_gguf(file: &Gguf) -> Result<Tokenizer> {
     let tokens = file.strings(TOKENS)?;
+    check_tokens(file, &tokens)?;
     let mut tokenizer = match file.string(MODEL)? {
         "gpt2" => byte_level_bpe(file, &tokens)?,
         "llama" => sentence_piece(file, &tokens)?,
@@ -53,7 +55,30 @@ pub(super) fn from_gguf(file: &Gguf) -> Result<Tokenizer> {
     };
     add_special_tokens(file, &tokens, &mut tokenizer)?;
     add_start(file, &tokens, &mut tokenizer)?;
+    tokenizer_file::probe(file.path(), &tokenizer)?;
     Ok(tokenizer)
+}
+
+/// The longest token, in bytes. How a SentencePiece token is made is found by trying each of its
+/// cuts, so time grows with the square of its length; the longest of Gemma, 31 spaces, has 93.
+const LONGEST: usize = 512;
+
+/// Each text is one token: of two with the same text, one could never be reached, and ids would not
+/// come back from their text.
+fn check_tokens(file: &Gguf, tokens: &[&str]) -> Result<()> {
+    let mut ids = HashMap::new();
+    for (id, &token) in tokens.iter().enumerate() {
+        let len = token.len();
+        if len > LONGEST {
+            let problem = format!("token {id} of {len} bytes, expected at most {LONGEST}");
+            return Err(corrupt(file.path(), problem));
+        }
+        if let Some(first) = ids.insert(token, id) {
+            let problem = format!("tokens {first} and {id} are both {token:?}, expected one");
+            return Err(corrupt(file.path(), problem));
+        }
+    }
+    Ok(())
 }
 
 /// Byte pair encoding over bytes, as GPT-2 introduced it.
@@ -118,8 +143,8 @@ fn sentence_piece(file: &Gguf, tokens: &[&str]) -> Result<Tokenizer> {
         .vocab_and_merges(vocabulary(tokens), merges_by_score(tokens, &scores(file, tokens)?))
         .byte_fallback(true)
         .fuse_unk(true);
-    let unknown = file.size("tokenizer.ggml.unknown_token_id")?.unwrap_or(0);
-    let model = match tokens.get(unknown) {
+    let unknown = file.token_id("tokenizer.ggml.unknown_token_id", tokens.len())?.unwrap_or(0);
+    let model = match tokens.get(unknown as usize) {
         Some(unknown) => model.unk_token(unknown.to_string()),
         None => model,
     };
@@ -221,14 +246,11 @@ fn add_start(file: &Gguf, tokens: &[&str], tokenizer: &mut Tokenizer) -> Result<
     if !file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(usual) {
         return Ok(());
     }
-    let id = file.size(key)?.ok_or_else(|| file.missing(key, "a token"))?;
-    let Some(&start) = tokens.get(id) else {
-        let problem = format!("{key} is {id}, expected less than {}", tokens.len());
-        return Err(corrupt(file.path(), problem));
-    };
+    let id = file.token_id(key, tokens.len())?.ok_or_else(|| file.missing(key, "a token"))?;
+    let start = tokens[id as usize];
     let template = TemplateProcessing::builder()
         .try_single(vec![start.to_string(), "$A".to_string()])
-        .map(|builder| builder.special_tokens(vec![(start.to_string(), id as u32)]).build());
+        .map(|builder| builder.special_tokens(vec![(start.to_string(), id)]).build());
     match template {
         Ok(Ok(template)) => tokenizer.with_post_processor(Some(template)),
         Ok(Err(e)) => return Err(corrupt(file.path(), e)),

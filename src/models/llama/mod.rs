@@ -15,6 +15,7 @@
 mod cache;
 mod config;
 mod gguf;
+mod gguf_header;
 mod gguf_tokenizer;
 mod layer;
 mod linear;

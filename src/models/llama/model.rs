@@ -7,6 +7,7 @@ use super::layer::LlamaLayer;
 use super::linear::{Matrix, WeightFormat};
 use super::rope::Rope;
 use super::weights::{Loader, Part, Shards, Source};
+use crate::models::files::unused_head;
 use crate::{AttentionConfig, Error, KvCacheConfig, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Module, RmsNorm};
@@ -38,6 +39,23 @@ pub struct LlamaModel {
     layers: Vec<LlamaLayer>,
     norm: RmsNorm,
     output: Matrix,
+    warnings: Vec<String>,
+}
+
+/// Says what to set where the output matrix may be missing on purpose. A `config.json` that does not
+/// say so has one: that is the default of Hugging Face.
+fn untied(error: Error) -> Error {
+    match error {
+        Error::MissingTensor { path, name, hint } => Error::MissingTensor {
+            path,
+            name,
+            hint: format!(
+                "{hint}; if the token embeddings are the output matrix too, set \
+                 \"tie_word_embeddings\": true in config.json"
+            ),
+        },
+        other => other,
+    }
 }
 
 impl LlamaModel {
@@ -90,19 +108,29 @@ impl LlamaModel {
         let embeddings = from.matrix(Part::EMBEDDINGS, rows, hidden)?;
         let output = match config.tie_word_embeddings {
             true => embeddings.clone(),
-            false => from.matrix(Part::OUTPUT, rows, hidden)?,
+            false => from.matrix(Part::OUTPUT, rows, hidden).map_err(untied)?,
         };
+        let norm = from.norm(Part::OUTPUT_NORM, hidden)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| LlamaLayer::load(from.layer(index), &config))
+            .collect::<Result<_>>()?;
         Ok(Self {
             embeddings,
             output,
-            norm: from.norm(Part::OUTPUT_NORM, hidden)?,
+            norm,
+            layers,
+            warnings: from.unused_head().map(unused_head).into_iter().collect(),
+            // After the weights, whose shapes bound the head dim.
             rope: Rope::new(&config.rope, config.head_dim),
-            layers: (0..config.num_hidden_layers)
-                .map(|index| LlamaLayer::load(from.layer(index), &config))
-                .collect::<Result<_>>()?,
             config,
             device: device.clone(),
         })
+    }
+
+    /// What of the files is not computed with, and changes what the model is: in sentences, for
+    /// people.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The configuration it was loaded with.
@@ -200,15 +228,21 @@ impl LlamaModel {
     /// attention, and returns `[B, H, N, head_dim]`.
     ///
     /// # Errors
-    /// Those of `attend`; Candle's own.
+    /// [`Error::InvalidArgument`] if there is no such layer; those of `attend`; Candle's own.
     pub fn layer_with(
         &self,
         index: usize,
         hidden: &Tensor,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        let Some(layer) = self.layers.get(index) else {
+            let layers = self.layers.len();
+            return Err(Error::InvalidArgument(format!(
+                "layer {index}, expected less than {layers}"
+            )));
+        };
         let rotation = self.rope.at(0, hidden.dim(1)?, &self.device)?;
-        self.layers[index].forward_with(hidden, &rotation, attend)
+        layer.forward_with(hidden, &rotation, attend)
     }
 
     /// What follows the last layer: `[B, N, hidden_size]`, normalized.

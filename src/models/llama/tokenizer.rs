@@ -2,8 +2,9 @@
 
 use super::gguf::Gguf;
 use super::gguf_tokenizer;
-use crate::files::{corrupt, read, read_text};
-use crate::{Error, Result};
+use crate::Result;
+use crate::files::{corrupt, read_text};
+use crate::models::tokenizer_file;
 use serde::Deserialize;
 use serde_json::Value as Json;
 use std::path::Path;
@@ -39,25 +40,25 @@ impl LlamaTokenizer {
     /// BPE (`llama`).
     ///
     /// # Errors
-    /// [`Error::Corrupt`] for keys that are missing, contradict each other, or name a kind of
+    /// [`Error::Corrupt`](crate::Error::Corrupt) for keys that are missing, contradict each other, or name a kind of
     /// tokenizer that is not known.
     pub fn from_gguf(file: &Gguf) -> Result<Self> {
         let tokens = file.strings("tokenizer.ggml.tokens")?;
-        let text = |key: &str| -> Result<Option<String>> {
-            let id = file.size(key)?;
-            Ok(id.and_then(|id| tokens.get(id)).map(|token| token.to_string()))
+        let id = |name: &str| file.token_id(&format!("tokenizer.ggml.{name}"), tokens.len());
+        let text = |name: &str| -> Result<Option<String>> {
+            Ok(id(name)?.map(|id| tokens[id as usize].to_string()))
         };
         let key = "tokenizer.chat_template";
         let mut named = Vec::new();
-        for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
-            named.extend(file.size(&format!("tokenizer.ggml.{key}"))?);
+        for name in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+            named.extend(id(name)?);
         }
         let tokenizer = gguf_tokenizer::from_gguf(file)?;
         Ok(Self {
-            stop_tokens: stop_tokens(&tokenizer, named.into_iter().map(|id| id as u32)),
+            stop_tokens: stop_tokens(&tokenizer, named.into_iter()),
             tokenizer,
-            bos_token: text("tokenizer.ggml.bos_token_id")?,
-            eos_token: text("tokenizer.ggml.eos_token_id")?,
+            bos_token: text("bos_token_id")?,
+            eos_token: text("eos_token_id")?,
             chat_template: match file.get(key) {
                 Some(_) => Some(file.string(key)?.to_string()),
                 None => None,
@@ -70,15 +71,12 @@ impl LlamaTokenizer {
     /// stop.
     ///
     /// # Errors
-    /// [`Error::MissingFile`] without `tokenizer.json`, [`Error::Io`], [`Error::Corrupt`] for a
+    /// [`Error::MissingFile`](crate::Error::MissingFile) without `tokenizer.json`,
+    /// [`Error::Io`](crate::Error::Io), [`Error::Corrupt`](crate::Error::Corrupt) for a
     /// file that is not what its name promises.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let path = folder.join("tokenizer.json");
-        let mut tokenizer = Tokenizer::from_bytes(read("tokenizer", &path)?)
-            .map_err(|e| corrupt(&path, format!("not a tokenizer: {e}")))?;
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| corrupt(&path, e))?;
+        let tokenizer = tokenizer_file::load(&folder.join("tokenizer.json"))?;
         let chat: ChatConfig = read_json(&folder.join("tokenizer_config.json"))?;
         let mut named = Vec::new();
         for name in ["generation_config.json", "config.json"] {
@@ -111,22 +109,18 @@ impl LlamaTokenizer {
     /// one; a chat by the model's template has it already.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the tokenizer fails.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the tokenizer fails.
     pub fn encode(&self, text: &str, whole: bool) -> Result<Vec<u32>> {
-        match self.tokenizer.encode_fast(text, whole) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(e) => Err(Error::InvalidArgument(format!("the tokenizer failed: {e}"))),
-        }
+        let encoding = tokenizer_file::run(|| self.tokenizer.encode_fast(text, whole))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// Ids to text, without special tokens.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the tokenizer fails.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer
-            .decode(ids, true)
-            .map_err(|e| Error::InvalidArgument(format!("the tokenizer failed: {e}")))
+        tokenizer_file::run(|| self.tokenizer.decode(ids, true))
     }
 
     /// Whether a text ends with this token.

@@ -70,6 +70,14 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Where the tensors of a head that nothing here computes begin.
+    pub(super) fn unused_head(&self) -> Option<&'static str> {
+        match self.source {
+            Source::Gguf(..) => None,
+            Source::Safetensors(shards) => shards.files.iter().find_map(Weights::unused_head),
+        }
+    }
+
     /// A matrix `[rows, columns]`.
     pub(super) fn matrix(&self, part: Part, rows: usize, columns: usize) -> Result<Matrix> {
         let name = self.name(part, "weight");

@@ -1,0 +1,172 @@
+//! Safetensors models whose numbers would be taken for something else, or whose parts for nothing.
+
+use super::corrupt;
+use super::tiny::{self, Tiny};
+use anyhow::Result;
+use candle_core::Device;
+use candle_int8_attention::Error;
+use candle_int8_attention::models::llama::{LlamaConfig, LlamaModel};
+use candle_int8_attention::models::{BertConfig, ModelFiles, TextEncoder, Weights};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+use std::path::Path;
+
+fn bundled() -> Result<ModelFiles> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/paraphrase-MiniLM-L3-v2");
+    Ok(ModelFiles::from_dir(folder)?)
+}
+
+fn load(folder: &Path) -> Result<LlamaModel, Error> {
+    LlamaModel::from_folder(folder, &Device::Cpu)
+}
+
+/// Floats of 8 bits were loaded as if their scale were 1.
+#[test]
+fn weights_in_a_dtype_that_needs_a_scale_are_refused_by_name() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("weights");
+    let scale = 0.5f32.to_le_bytes();
+    for (dtype, size, name) in [
+        (Dtype::F8_E4M3, 1, "F8_E4M3"),
+        (Dtype::F8_E5M2, 1, "F8_E5M2"),
+        (Dtype::F8_E8M0, 1, "F8_E8M0"),
+        (Dtype::I8, 1, "I8"),
+        (Dtype::U8, 1, "U8"),
+        (Dtype::I32, 4, "I32"),
+        (Dtype::I64, 8, "I64"),
+    ] {
+        let data = vec![0x38; 6 * size];
+        let weight = || TensorView::new(dtype, vec![2, 3], &data);
+        std::fs::write(&path, safetensors::serialize([("w.weight", weight()?)], None)?)?;
+        let get = || Weights::open(&path)?.get("w.weight", &[2, 3], &Device::Cpu);
+        let problem = corrupt(&path, get());
+        assert!(problem.contains(&format!("is {name}, expected F32, F16")), "{problem}");
+        for beside in ["w.weight_scale", "w.weight_scale_inv"] {
+            let scale = TensorView::new(Dtype::F32, vec![1], &scale)?;
+            let both = [("w.weight", weight()?), (beside, scale)];
+            std::fs::write(&path, safetensors::serialize(both, None)?)?;
+            let problem = corrupt(&path, get());
+            assert!(problem.contains(name) && problem.contains(beside), "{problem}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_quantization_that_is_not_implemented_is_refused_by_name() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("config.json");
+    let bert: Value = serde_json::from_slice(&std::fs::read(bundled()?.config)?)?;
+    for (key, config, name) in [
+        ("quantization_config", json!({"quant_method": "fp8"}), "\"fp8\""),
+        ("quantization_config", json!({"quant_method": "bitsandbytes"}), "\"bitsandbytes\""),
+        ("quantization_config", json!({"quant_algo": "FP8"}), "\"FP8\""),
+        ("quantization_config", json!({"bits": 4}), "bits"),
+        ("compression_config", json!({"quant_method": "compressed-tensors"}), "compressed"),
+    ] {
+        let mut llama = tiny::config(true);
+        llama[key] = config.clone();
+        std::fs::write(&path, llama.to_string())?;
+        let errors = [LlamaConfig::load(&path).err().map(|e| e.to_string())];
+        let mut bert = bert.clone();
+        bert[key] = config;
+        std::fs::write(&path, bert.to_string())?;
+        let all = errors.into_iter().chain([BertConfig::load(&path).err().map(|e| e.to_string())]);
+        for error in all {
+            let error = error.expect("a quantized model was loaded");
+            assert!(error.contains("quantization_config") && error.contains(name), "{error}");
+        }
+    }
+    // None is what many files say.
+    let mut llama = tiny::config(true);
+    llama["quantization_config"] = Value::Null;
+    std::fs::write(&path, llama.to_string())?;
+    LlamaConfig::load(&path)?;
+    Ok(())
+}
+
+#[test]
+fn without_an_output_matrix_it_is_said_what_to_set() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    Tiny::new(true)?.write_folder(folder.path())?;
+    let config = folder.path().join("config.json");
+    let mut untied = tiny::config(true);
+    untied.as_object_mut().expect("an object").remove("tie_word_embeddings");
+    for config_json in [untied, tiny::config(false)] {
+        std::fs::write(&config, config_json.to_string())?;
+        let error = load(folder.path()).err().expect("an error");
+        assert!(matches!(error, Error::MissingTensor { .. }), "{error:?}");
+        let error = error.to_string();
+        assert!(error.contains("\"lm_head.weight\""), "{error}");
+        assert!(error.contains("set \"tie_word_embeddings\": true in config.json"), "{error}");
+    }
+    std::fs::write(&config, tiny::config(true).to_string())?;
+    assert!(load(folder.path())?.warnings().is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_head_that_is_ignored_is_said() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let tiny = Tiny::new(true)?;
+    tiny.write_folder(folder.path())?;
+    let mut tensors = tiny.hugging_face();
+    let head = candle_core::Tensor::zeros((2, 64), candle_core::DType::F32, &Device::Cpu)?;
+    tensors.insert("score.weight".into(), head.clone());
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+    let warnings = load(folder.path())?.warnings().to_vec();
+    assert!(warnings.len() == 1 && warnings[0].contains("score."), "{warnings:?}");
+
+    let mut tensors = candle_core::safetensors::load(bundled()?.weights, &Device::Cpu)?;
+    for (name, said) in [("classifier.weight", true), ("qa_outputs.bias", true), ("cls.x", false)] {
+        tensors.insert(name.into(), head.clone());
+        let weights = folder.path().join("encoder");
+        candle_core::safetensors::save(&tensors, &weights)?;
+        let encoder = TextEncoder::load(&ModelFiles { weights, ..bundled()? }, &Device::Cpu)?;
+        let warnings = encoder.warnings();
+        let found = warnings.iter().any(|warning| warning.contains("a head"));
+        assert_eq!(found, said, "{name}: {warnings:?}");
+        tensors.remove(name);
+    }
+    Ok(())
+}
+
+#[test]
+fn pooling_other_than_the_mean_is_said() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let files = bundled()?;
+    let config = folder.path().join("config.json");
+    std::fs::copy(&files.config, &config)?;
+    let files = ModelFiles { config, ..files };
+    let warnings = || -> Result<Vec<String>> {
+        Ok(TextEncoder::load(&files, &Device::Cpu)?.warnings().to_vec())
+    };
+    assert!(warnings()?.is_empty());
+    let pooling = folder.path().join("1_Pooling");
+    std::fs::create_dir(&pooling)?;
+    let mean = json!({"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": false});
+    for (json, said) in [
+        (mean, ""),
+        (json!({"pooling_mode_cls_token": true}), "pooling by cls_token"),
+        (json!({"pooling_mode": "max"}), "pooling by max"),
+        (json!({"pooling_mode": "mean"}), ""),
+    ] {
+        std::fs::write(pooling.join("config.json"), json.to_string())?;
+        let warnings = warnings()?;
+        assert_eq!(warnings.is_empty(), said.is_empty(), "{json}: {warnings:?}");
+        assert!(warnings.iter().all(|warning| warning.contains(said)), "{json}: {warnings:?}");
+    }
+    let modules = json!([
+        {"idx": 0, "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "type": "sentence_transformers.models.Dense"},
+    ]);
+    std::fs::write(folder.path().join("modules.json"), modules.to_string())?;
+    let warnings = warnings()?;
+    assert!(warnings.len() == 1 && warnings[0].contains("models.Dense"), "{warnings:?}");
+    std::fs::write(pooling.join("config.json"), "{")?;
+    let path = pooling.join("config.json");
+    corrupt(&path, TextEncoder::load(&files, &Device::Cpu));
+    Ok(())
+}
