@@ -1,7 +1,7 @@
 //! Flags that say where the model's files are.
 
 use super::print::tell;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use candle_int8_attention::models::{ModelFiles, TextEncoder};
 use std::path::{Path, PathBuf};
@@ -77,6 +77,12 @@ impl ModelArgs {
             return self.hub.encoder(id);
         }
         let folder = self.model.clone().unwrap_or_else(|| project_file(BUNDLED));
+        ensure!(
+            self.model.is_some() || folder.exists(),
+            "the model of this project is not in {}, because the published crate leaves it out: name \
+             another folder with --model",
+            folder.display()
+        );
         let files = ModelFiles::from_dir(&folder)
             .with_context(|| format!("cannot use the model in {}", shown(&folder)))?;
         Ok((files, shown(&folder)))
