@@ -66,7 +66,7 @@ impl KeyValues for FloatHead<'_> {
 
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize) {
         let depth = self.queries.depth();
-        let rows = if depth == 0 { scores.len() / stride } else { queries.values.len() / depth };
+        let rows = queries.values.len().checked_div(depth).unwrap_or(scores.len() / stride);
         match &self.keys {
             Float::Packed(packed) => {
                 // SAFETY: `PackedMatrix::multiply` writes numbers.

@@ -23,7 +23,7 @@ const OP: &str = "linear";
 pub(crate) struct Linear(Form);
 
 enum Form {
-    Fused(Packed),
+    Fused(Box<Packed>),
     Candle(candle_nn::Linear),
 }
 
@@ -103,7 +103,7 @@ impl Linear {
         let depth = weight.dim(D::Minus1)?;
         Ok(Self(if is_plain_f32(&[weight, bias]) {
             let weights = weight.flatten_all()?.to_vec1()?;
-            Form::Fused(Packed::new(Level::active()?, &weights, &bias.to_vec1()?, depth))
+            Form::Fused(Box::new(Packed::new(Level::active()?, &weights, &bias.to_vec1()?, depth)))
         } else {
             Form::Candle(candle_nn::Linear::new(weight.clone(), Some(bias.clone())))
         }))
@@ -118,7 +118,7 @@ impl Linear {
             return Ok(true);
         }
         let Some(rounded) = packed.round()? else { return Ok(false) };
-        self.0 = Form::Fused(rounded);
+        self.0 = Form::Fused(Box::new(rounded));
         Ok(true)
     }
 
@@ -209,8 +209,8 @@ impl Fused<'_> {
         };
         let epilogue = Epilogue { residual, activation: self.activation };
         let len = shape.iter().product();
-        // SAFETY: `multiply` writes every element.
         let Packed { weights, bias, .. } = self.weights;
+        // SAFETY: `multiply` writes every element.
         let mut out = unsafe { written(len, |out| multiply(&x, weights, bias, epilogue, out)) };
         if let Some(norm) = self.norm {
             assert_eq!(norm.width(), self.weights.outputs(), "a norm of the layer's results");
@@ -284,7 +284,7 @@ mod tests {
     fn layer(level: Level, weight: &Tensor, bias: &Tensor) -> Linear {
         let weights = weight.flatten_all().unwrap().to_vec1().unwrap();
         let bias = bias.to_vec1::<f32>().unwrap();
-        Linear(Form::Fused(Packed::new(level, &weights, &bias, weight.dim(1).unwrap())))
+        Linear(Form::Fused(Box::new(Packed::new(level, &weights, &bias, weight.dim(1).unwrap()))))
     }
 
     /// `x·W^T + b` in f64 for `x` `[M, K]`.

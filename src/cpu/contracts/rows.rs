@@ -109,5 +109,8 @@ pub(crate) struct RowKernels {
     /// The dot product of a vector with every row, less an offset if there is one:
     /// `(rows, offset, vector, out)`. Sums of 16 lanes, each product and each addition rounded, that are
     /// added up as [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
-    pub dots: unsafe fn(Rows<'_>, Option<&[f32]>, &[f32], &mut [f32]),
+    pub dots: Dots,
 }
+
+/// `(rows, offset, vector, out)`: see [`RowKernels::dots`].
+pub(crate) type Dots = unsafe fn(Rows<'_>, Option<&[f32]>, &[f32], &mut [f32]);
