@@ -3,7 +3,7 @@
 //! ```text
 //! q, k (f32, f16 or bf16)
 //!   -> quantize    per token, head, block or tensor: int8 codes, scales, zero points    quant
-//!   -> multiply    u8 or i8 x i8 into exact int32 sums, zero points corrected            gemm
+//!   -> multiply    u8 or i8 x i8 into exact int32 sums, zero points corrected            product
 //!   -> f32         scale_q * scale_k * sum, straight from int32                          attention
 //!        or int8   requantized and dequantized, for those who must store int8 scores
 //!   -> softmax     scale, mask, running maximum and sum, tile by tile
@@ -50,7 +50,8 @@
 //! `cudnn`, `metal`, `mkl` and `accelerate` are Candle's, passed on.
 //!
 //! # Rooms
-//! `quant` <- `gemm` <- `attention` <- `models`, which has its other layers from `nn`; [`drift`] measures, `hub` (feature) downloads.
+//! `cpu` <- `quant` <- `product` <- `attention` <- `nn` <- `models`; [`drift`] measures, [`reference`] proves,
+//! `hub` (feature) downloads.
 
 pub mod attention;
 pub mod cpu;

@@ -14,8 +14,8 @@ pub struct Machine {
     pub cores: usize,
     /// Threads of rayon's global pool.
     pub threads: usize,
-    /// This crate's int8 kernel.
-    pub kernel: &'static str,
+    /// The level of the processor that this crate uses.
+    pub level: &'static str,
 }
 
 impl Machine {
@@ -24,16 +24,16 @@ impl Machine {
             processor: processor().unwrap_or_else(|| std::env::consts::ARCH.to_string()),
             cores: std::thread::available_parallelism()?.get(),
             threads: rayon::current_num_threads(),
-            kernel: candle_int8_attention::cpu::active_level()?,
+            level: candle_int8_attention::cpu::active_level()?,
         })
     }
 }
 
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { processor, cores, threads, kernel } = self;
+        let Self { processor, cores, threads, level } = self;
         let noun = if *threads == 1 { "thread" } else { "threads" };
-        write!(f, "{processor}, {cores} cores; {threads} {noun}, level {kernel}")?;
+        write!(f, "{processor}, {cores} cores; {threads} {noun}, level {level}")?;
         if threads > cores {
             write!(f, "\nMore threads than cores: they take turns, and times are not comparable.")?;
         }

@@ -173,9 +173,9 @@ fn main() -> Result<()> {
         (true, true) => vec![[1, 5], [2, 17]],
         (true, false) => SHAPES.to_vec(),
     };
-    let (threads, kernel) =
+    let (threads, level) =
         (rayon::current_num_threads(), candle_int8_attention::cpu::active_level()?);
-    println!("BERT forward, {threads} threads, int8 kernel {kernel}: median ms");
+    println!("BERT forward, {threads} threads, level {level}: median ms");
     let outcomes: Vec<Outcome> = shapes
         .into_iter()
         .map(|shape| Outcome::measure(&encoders, shape, &args))
@@ -183,7 +183,7 @@ fn main() -> Result<()> {
     print(&outcomes);
     if let Some(path) = &args.json {
         let report =
-            serde_json::json!({ "threads": threads, "kernel": kernel, "outcomes": outcomes });
+            serde_json::json!({ "threads": threads, "level": level, "outcomes": outcomes });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)
             .with_context(|| format!("writing {}", path.display()))?;
     }

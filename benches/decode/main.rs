@@ -102,13 +102,13 @@ fn main() -> Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     let threads = rayon::current_num_threads();
-    let kernel = candle_int8_attention::cpu::active_level()?;
+    let level = candle_int8_attention::cpu::active_level()?;
     let shapes = match (args.shape.is_empty(), args.short) {
         (false, _) => args.shape.clone(),
         (true, true) => vec![[4, 2, 300, 32]],
         (true, false) => SHAPES.to_vec(),
     };
-    println!("{threads} threads, int8 kernel {kernel}; {} query: median ms", args.queries);
+    println!("{threads} threads, level {level}; {} query: median ms", args.queries);
     let mut outcomes = Vec::new();
     for &shape in &shapes {
         let outcome = measure(shape, &args)?;
@@ -117,7 +117,7 @@ fn main() -> Result<()> {
     }
     if let Some(path) = &args.json {
         let report =
-            serde_json::json!({ "threads": threads, "kernel": kernel, "outcomes": outcomes });
+            serde_json::json!({ "threads": threads, "level": level, "outcomes": outcomes });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)
             .with_context(|| format!("writing {}", path.display()))?;
     }

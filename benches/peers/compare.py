@@ -239,7 +239,7 @@ def markdown(results):
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
         f"{results['date']}, {machine['processor']}, {machine['cores']} cores, "
-        f"{results['threads']} {noun}; int8 kernel {machine['kernel']}; {libraries}.",
+        f"{results['threads']} {noun}; level {machine['level']}; {libraries}.",
         "Median ms ± half of the interquartile range, and how many times as long as this crate; "
         "f32 in and f32 out.",
     ]

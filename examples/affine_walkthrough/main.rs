@@ -71,7 +71,7 @@ struct Args {
 struct Walkthrough {
     data: String,
     shape: [usize; 4],
-    kernel: &'static str,
+    level: &'static str,
     samples: Vec<scores::Sample>,
     first_tried: FirstTried,
     right_way: RightWay,
@@ -95,14 +95,14 @@ fn run(args: &Args) -> Result<String> {
 
 fn walk(args: &Args) -> Result<Walkthrough> {
     check_sizes(args)?;
-    let kernel = candle_int8_attention::cpu::active_level()?;
+    let level = candle_int8_attention::cpu::active_level()?;
     let Input { name, shape, values, words } = data::load(args)?;
     let scores = Scores::compute(&values, shape)?;
     let samples = scores.samples(&words);
     Ok(Walkthrough {
         data: name,
         shape,
-        kernel,
+        level,
         first_tried: first_tried::run(&scores, &samples)?,
         right_way: right_way::run(&scores, &samples)?,
         samples,

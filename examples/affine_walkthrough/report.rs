@@ -22,10 +22,10 @@ pub fn text(walkthrough: &Walkthrough) -> String {
 }
 
 fn opening(walkthrough: &Walkthrough) -> String {
-    let Walkthrough { data, shape, kernel, .. } = walkthrough;
+    let Walkthrough { data, shape, level, .. } = walkthrough;
     format!(
         "A is {shape:?}: {data}.
-The product is A times A transposed. Kernel: {kernel}.
+The product is A times A transposed. Level: {level}.
 
 Throughout, real = scale * (q - zero_point), with q an int8 code.
 Error is SQNR in dB: signal energy over error energy, as 10 log10. More is better, 6 dB are

@@ -185,8 +185,7 @@ pub struct Int8Config {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Backend {
-    /// In fp32: Candle's own operations, or, in the BERT encoder of [`models`](crate::models), a fused
-    /// fp32 op of this crate.
+    /// In fp32, by the op that has int8 scores too: tile by tile, with memory for `O(N)` numbers.
     Fp32,
     /// Int8 scores.
     Int8(Int8Config),

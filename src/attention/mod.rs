@@ -59,8 +59,9 @@ use candle_core::Tensor;
 /// [`AttnMask`](candle_nn::attention::AttnMask), of which [`Causal`](candle_nn::attention::AttnMask::Causal)
 /// lets query `i` attend to keys `j <= i + kv_offset`. A query with every key masked gives zeros.
 ///
-/// On a CPU the int8 backend is one fused op. On other devices it is [`tensor_ops::attention`](crate::reference::tensor_ops::attention),
-/// which has the same scores and holds all `M * N` of them. Gradients are those of fp32 attention
+/// On a CPU both backends are one fused op. On other devices int8 is
+/// [`tensor_ops::attention`](crate::reference::tensor_ops::attention), which has the same scores and holds
+/// all `M * N` of them. Gradients are those of fp32 attention
 /// on every device.
 ///
 /// ```

@@ -1,12 +1,13 @@
 //! The configurations to be measured, and how they are written in one word.
 
 use crate::attention::attention_scores_requantized;
+use crate::attention::{
+    AttentionCall, AttentionConfig, Int8Config, PvPrecision, RequantConfig, ScoreConfig, attention,
+    attention_scores,
+};
 use crate::quant::{Granularity, RangeSource};
 use crate::reference::unfused;
-use crate::{
-    AttentionCall, AttentionConfig, Error, Int8Config, PvPrecision, RequantConfig, Result,
-    ScoreConfig, attention, attention_scores,
-};
+use crate::{Error, Result};
 use candle_core::Tensor;
 use std::str::FromStr;
 

@@ -2,9 +2,11 @@
 
 use super::files::{ModelFiles, Weights, unused_head};
 use super::{BertConfig, HiddenAct};
+use crate::attention::{AttentionConfig, QuantizedAttention};
 use crate::nn::{Activation, LayerNorm, Linear};
-use crate::{AttentionConfig, AttnMask, Error, QuantizedAttention, Result};
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::attention::AttnMask;
 
 /// Embeddings and layers; see [`mean_pool`] for what makes a sentence embedding of its output.
 pub struct BertModel {

@@ -7,13 +7,14 @@
 //! any text may have.
 
 use super::{LayeredModel, run_layers};
+use crate::attention::AttentionConfig;
 use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig};
 use crate::files::{corrupt, read_text, write};
 use crate::quant::{
     Granularity, Observer, ObserverKind, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange,
     token_mean,
 };
-use crate::{AttentionConfig, Error, Result};
+use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::path::Path;

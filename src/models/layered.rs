@@ -3,8 +3,9 @@
 
 use super::llama::LlamaModel;
 use super::{BertModel, WordEmbeddings, mean_pool};
+use crate::attention::QuantizedAttention;
 use crate::attention::{AttentionCall, Causal};
-use crate::{Error, QuantizedAttention, Result};
+use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// The attention that a layer is handed: queries `[B, H, M, D]`, keys `[B, H_kv, N, D]`, values

@@ -1,8 +1,9 @@
 //! Static word vectors, such as GloVe, with one self-attention block over them.
 
 use super::files::Weights;
+use crate::attention::QuantizedAttention;
 use crate::files::{corrupt, read_text};
-use crate::{Error, QuantizedAttention, Result};
+use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::Path;

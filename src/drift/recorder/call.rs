@@ -1,11 +1,12 @@
 //! One call of a layer's attention: what went in, and what fp32 makes of it.
 
 use crate::attention::attention_probs;
+use crate::attention::{AttentionCall, AttentionConfig, Backend, attention};
 use crate::drift::Candidate;
 use crate::drift::metrics::entropy;
 use crate::models::Attend;
 use crate::quant::{QuantConfig, QuantizedTensor, token_mean};
-use crate::{AttentionCall, AttentionConfig, Backend, Error, Result, attention};
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::time::Instant;

@@ -2,8 +2,9 @@
 
 use super::call::{Dims, Int8Stages, Ran, Reference, Rounded};
 use super::state::{HeadStages, HeadState};
+use crate::Result;
+use crate::attention::{Int8Config, PvPrecision};
 use crate::drift::{Candidate, ErrorSums};
-use crate::{Int8Config, PvPrecision, Result};
 use rayon::prelude::*;
 
 /// The fp32 run of a layer that configurations are compared with.

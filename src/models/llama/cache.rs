@@ -1,9 +1,10 @@
 //! Keys and values of the tokens so far.
 
 use super::LlamaConfig;
-use crate::{
-    AttentionCall, AttentionConfig, Backend, Error, Int8KvCache, KvCacheConfig, Result, attention,
+use crate::attention::{
+    AttentionCall, AttentionConfig, Backend, Int8KvCache, KvCacheConfig, attention,
 };
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
 /// The cache of a whole model: one [`LayerCache`] a layer, all of the same length.

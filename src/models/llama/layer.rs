@@ -5,7 +5,8 @@ use super::config::LlamaConfig;
 use super::linear::Linear;
 use super::rope::Rotation;
 use super::weights::{Loader, Part};
-use crate::{AttentionConfig, KvCacheConfig, QuantizedAttention, Result};
+use crate::Result;
+use crate::attention::{AttentionConfig, KvCacheConfig, QuantizedAttention};
 use candle_core::Tensor;
 use candle_nn::{Module, RmsNorm};
 
