@@ -11,8 +11,10 @@ use candle_int8_attention::{
 
 /// Sums in another order.
 const ROUNDING: f32 = 2e-5;
-/// The same, where a sum may round a value to another int8 code.
+/// The same, where a sum may round a query or a key to another int8 code.
 const SUMS: f32 = 2e-3;
+/// The same for values: a step of their codes, which the first tokens see whole.
+const VALUE_CODE: f32 = 1. / 127.;
 /// Int8 with other means taken from queries and keys, because other tokens are there.
 const INT8: f32 = 0.05;
 /// An int8 cache: token by token, the first queries see keys that wait in f32 for the offset; at
@@ -76,7 +78,7 @@ fn kv_caches() -> Vec<(KvCacheConfig, f32)> {
     vec![
         (KvCacheConfig { sinks: 4, ..at_once.clone() }, SUMS),
         (KvCacheConfig { values: CacheValues::Bf16, ..at_once }, SUMS),
-        (int8, SUMS),
+        (int8, VALUE_CODE),
         (KvCacheConfig::default(), INT8_CACHE),
         (KvCacheConfig { sinks: 4, recent: 32, ..KvCacheConfig::int8_values() }, INT8_CACHE),
     ]
