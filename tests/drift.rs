@@ -1,9 +1,12 @@
 //! The recorder on models with planted faults, split over recorders, and on bad input.
 
+mod common;
+
 use candle_core::{Device, Tensor};
 use candle_int8_attention::drift::{Candidate, Cause, Gate, Recorder, Report};
 use candle_int8_attention::models::{Attend, LayeredModel, WordEmbeddings};
 use candle_int8_attention::{AttentionCall, QuantizedAttention, Result};
+use common::json::assert_same;
 use serde_json::Value;
 use std::sync::LazyLock;
 
@@ -145,36 +148,6 @@ fn figures(report: &Report) -> Value {
         config.as_object_mut().unwrap().remove("timing");
     }
     json
-}
-
-/// Where two JSON values differ.
-fn differences(a: &Value, b: &Value, path: &str, found: &mut Vec<String>) {
-    match (a, b) {
-        (Value::Object(a), Value::Object(b)) if a.len() == b.len() => {
-            for (key, value) in a {
-                let other = b.get(key).unwrap_or(&Value::Null);
-                differences(value, other, &format!("{path}.{key}"), found);
-            }
-        }
-        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            for (i, (a, b)) in a.iter().zip(b).enumerate() {
-                differences(a, b, &format!("{path}[{i}]"), found);
-            }
-        }
-        _ if a == b => {}
-        _ => found.push(format!("{path}: {a} and {b}")),
-    }
-}
-
-fn assert_same(a: &Value, b: &Value) {
-    let mut found = Vec::new();
-    differences(a, b, "", &mut found);
-    assert!(
-        found.is_empty(),
-        "{} differences, the first: {:#?}",
-        found.len(),
-        &found[..found.len().min(5)]
-    );
 }
 
 #[test]

@@ -74,13 +74,8 @@ impl KeyValues for FloatHead<'_> {
                 packed.multiply(keys, (&queries.values, depth, rows), Start::Zero, (out, stride));
             }
             Float::InPlace(all) => {
-                let keys = part(all, keys);
-                for (row, scores) in scores.chunks_mut(stride).take(rows).enumerate() {
-                    let scores = &mut scores[..keys.count()];
-                    let query = &queries.values[row * depth..(row + 1) * depth];
-                    self.level.dots(keys, None, query, scores);
-                    scores.iter_mut().for_each(|score| *score *= self.factor);
-                }
+                let queries = Matrix::new(&queries.values, rows, depth, depth);
+                score_in_place(self.level, (queries, part(all, keys)), self.factor, scores, stride);
             }
         }
     }
@@ -100,6 +95,21 @@ impl KeyValues for FloatHead<'_> {
             Float::Packed(values) => accumulate(values, keys, tile, running, sums),
             Float::InPlace(all) => accumulate_in_place(self.level, part(all, keys), tile, sums),
         }
+    }
+}
+
+/// Scores of f32 queries with f32 keys where they lie, times a factor.
+pub(super) fn score_in_place(
+    level: Level,
+    (queries, keys): (Matrix<'_>, Matrix<'_>),
+    factor: f32,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    for (query, scores) in queries.iter().zip(scores.chunks_mut(stride)) {
+        let scores = &mut scores[..keys.count()];
+        level.dots(keys, None, query, scores);
+        scores.iter_mut().for_each(|score| *score *= factor);
     }
 }
 

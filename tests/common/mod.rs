@@ -4,6 +4,7 @@
 
 #[cfg(feature = "hub")]
 pub mod hub_server;
+pub mod json;
 pub mod numbers;
 pub mod tiny;
 pub mod tiny_bert;

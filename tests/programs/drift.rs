@@ -1,6 +1,7 @@
 //! The example `drift`, run as a user and as a CI job run it.
 
 use super::start::{self, assert_narrow};
+use crate::common::json::assert_same;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -55,36 +56,6 @@ fn figures(mut report: Value) -> Value {
     }
     report.as_object_mut().unwrap().remove("state");
     report
-}
-
-/// Where two JSON values differ.
-fn differences(a: &Value, b: &Value, path: &str, found: &mut Vec<String>) {
-    match (a, b) {
-        (Value::Object(a), Value::Object(b)) if a.len() == b.len() => {
-            for (key, value) in a {
-                let other = b.get(key).unwrap_or(&Value::Null);
-                differences(value, other, &format!("{path}.{key}"), found);
-            }
-        }
-        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            for (i, (a, b)) in a.iter().zip(b).enumerate() {
-                differences(a, b, &format!("{path}[{i}]"), found);
-            }
-        }
-        _ if a == b => {}
-        _ => found.push(format!("{path}: {a} and {b}")),
-    }
-}
-
-fn assert_same(a: &Value, b: &Value) {
-    let mut found = Vec::new();
-    differences(a, b, "", &mut found);
-    assert!(
-        found.is_empty(),
-        "{} differences, the first: {:#?}",
-        found.len(),
-        &found[..found.len().min(5)]
-    );
 }
 
 #[test]

@@ -9,7 +9,7 @@
 
 use super::head::{GROUP, Head, PAGE, Rows as FloatRows};
 use crate::attention::engine::{KeyValues, Queries, QueryBlock, Rows, Running, TILE, Tile, gather};
-use crate::attention::float_head::accumulate_in_place;
+use crate::attention::float_head::{accumulate_in_place, score_in_place};
 use crate::attention::operand::QuantizedRows;
 use crate::attention::tensor_values::accumulate;
 use crate::cpu::Level;
@@ -235,12 +235,8 @@ impl KeyValues for CacheHead<'_> {
         let of_keys = &rows.keys[(keys.start - first) * depth..(keys.end - first) * depth];
         let of_keys = contracts::Rows::new(of_keys, keys.len(), depth, depth);
         let rows = queries.rows.scales.len() / 2;
-        for (row, scores) in scores.chunks_exact_mut(stride).take(rows).enumerate() {
-            let scores = &mut scores[..keys.len()];
-            let query = &queries.values[row * depth..(row + 1) * depth];
-            self.level.dots(of_keys, None, query, scores);
-            scores.iter_mut().for_each(|score| *score *= self.factor);
-        }
+        let queries = contracts::Rows::new(&queries.values, rows, depth, depth);
+        score_in_place(self.level, (queries, of_keys), self.factor, scores, stride);
     }
 
     fn format(&self, rows: usize) -> Format {
