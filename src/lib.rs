@@ -50,7 +50,7 @@
 //! `cudnn`, `metal`, `mkl` and `accelerate` are Candle's, passed on.
 //!
 //! # Rooms
-//! `cpu` <- `quant` <- `product` <- `attention` <- `nn` <- `models`; [`drift`] measures, [`reference`] proves,
+//! `cpu` <- `quant` <- `product` <- `attention` <- `nn` <- `models`; [`drift`] measures, [`mod@reference`] proves,
 //! `hub` (feature) downloads.
 
 pub mod attention;
