@@ -7,6 +7,7 @@ use super::int8_head::Int8Head;
 use super::keys::PackedKeys;
 use super::mask::broadcast_mask;
 use super::scorer::{ScoreScale, Scorer, check_product};
+use super::seen::Seen;
 use super::tensor_values::pack_values;
 use super::visible::Visible;
 use super::{AttentionCall, AttentionSpec, shapes};
@@ -91,32 +92,30 @@ impl Attention {
         let ([b, h, m, d], n) = (inputs.q.dims(), inputs.k.tokens());
         // The guard keeps the mask's storage readable while the engine runs.
         let guard = self.call.mask.as_ref().map(Tensor::storage_and_layout);
-        let mut mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
-        let mut visible = self.visible.clone();
-        if let Some(Ok(seen)) = &mask
-            && let Some(lens) = seen.lens((b, n))
-        {
-            visible.limit(&lens);
-            mask = None;
-        }
+        let mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
+        let mask = mask.transpose()?;
         let group = h.checked_div(inputs.k.dims()[1]).unwrap_or(0);
+        let seen = Seen::of(&self.visible, mask.as_ref(), [b, h, m, n], group);
+        // Keys that it hides from everyone are not there.
+        let mask = mask.filter(|mask| !mask.only_hides_keys());
         let AttentionSpec { softcap, alibi_slopes: slopes, .. } = self.config.spec.clone();
         let engine = Engine {
             level: self.level,
             queries: Queries { heads: h, tokens: m, group, apart: false },
             value_dim: inputs.v.depth(),
-            visible,
+            visible: self.visible.clone(),
             sinks: 0,
             window: None,
-            modifiers: Modifiers { softcap, slopes, mask: mask.transpose()? },
+            modifiers: Modifiers { softcap, slopes, mask },
+            seen: Some(&seen),
         };
         let len = [b, h, m, engine.value_dim].iter().product();
         if len == 0 || n == 0 {
             return Ok(vec![T::default(); len]);
         }
         match &self.config.backend {
-            Backend::Int8(int8) => self.run_int8(inputs, engine, int8, len),
-            Backend::Fp32 => Ok(run_fp32(inputs, engine, self.config.spec.scale(d)?, len)),
+            Backend::Int8(int8) => self.run_int8(inputs, engine, (int8, seen.clone()), len),
+            Backend::Fp32 => Ok(run_fp32(inputs, (engine, &seen), self.config.spec.scale(d)?, len)),
         }
     }
 
@@ -124,7 +123,7 @@ impl Attention {
         &self,
         Inputs { q, k, v }: Inputs<'_>,
         mut engine: Engine<'_>,
-        int8: &Int8Config,
+        (int8, seen): (&Int8Config, Seen),
         len: usize,
     ) -> Result<Vec<T>> {
         let scale = self.config.spec.scale(q.depth())?;
@@ -134,7 +133,7 @@ impl Attention {
             None => ScoreScale { factor: scale * LOG2_E, row_constants: false },
         };
         let format = int8.pv.format(engine.level)?;
-        let scorer = Scorer::prepare(q, k, &int8.scores, scale)?;
+        let scorer = Scorer::prepare(q, k, &int8.scores, scale, seen)?;
         engine.queries.apart = true;
         let scores = scorer.dims().iter().product::<usize>();
         let work = Work {
@@ -156,7 +155,7 @@ impl Attention {
                         values: PackedMatrix::new(level, format, 0, 0),
                     });
                     scorer.pack_keys(head, pace, &mut kept.keys);
-                    pack_values(&v, head, &mut kept.values);
+                    pack_values(&v, head, &scorer.seen, &mut kept.values);
                     let KeptInt8 { keys, values } = &kept;
                     attend(&Int8Head { scorer: &scorer, keys, values });
                     if keys.memory() + values.memory() <= KEPT {
@@ -179,7 +178,7 @@ fn elements(scores: usize, q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
 
 fn run_fp32<T: Element>(
     Inputs { q, k, v }: Inputs<'_>,
-    engine: Engine<'_>,
+    (engine, seen): (Engine<'_>, &Seen),
     scale: f32,
     len: usize,
 ) -> Vec<T> {
@@ -200,19 +199,24 @@ fn run_fp32<T: Element>(
                 let kept = FLOAT.take().filter(|kept| kept.values.level() == level);
                 let new = || PackedMatrix::new(level, Format::F32, 0, 0);
                 let mut kept = kept.unwrap_or_else(|| KeptFloat { keys: new(), values: new() });
-                let [mut key_rows, mut value_rows] = [Vec::new(), Vec::new()];
-                let keys = k.rows(head, 0..tokens, &mut key_rows);
+                let [mut buffer, mut gathered, mut value_buffer, mut value_gathered] =
+                    [const { Vec::new() }; 4];
+                let count = seen.keys(head).len();
+                let all = |view, buffer, gathered| {
+                    seen.keys(head).rows(view, head, 0..count, buffer, gathered)
+                };
+                let keys = all(&k, &mut buffer, &mut gathered);
                 let keys = if rows <= FEW {
                     Float::InPlace(keys)
                 } else {
-                    kept.keys.reset_columns(d, tokens);
+                    kept.keys.reset_columns(d, count);
                     kept.keys.put_columns(0, keys, factor);
                     Float::Packed(&kept.keys)
                 };
                 let values = if in_place(rows, value_dim) {
-                    Float::InPlace(v.rows(head, 0..tokens, &mut value_rows))
+                    Float::InPlace(all(&v, &mut value_buffer, &mut value_gathered))
                 } else {
-                    pack_values(&v, head, &mut kept.values);
+                    pack_values(&v, head, seen, &mut kept.values);
                     Float::Packed(&kept.values)
                 };
                 attend(&FloatHead {

@@ -1,6 +1,7 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
 use super::engine::{Probs, Running, TILE, Tile, blocks};
+use super::seen::Seen;
 use crate::cpu::contracts::{GROUP, RUN};
 use crate::product::PackedMatrix;
 use crate::view::View;
@@ -9,22 +10,22 @@ use std::ops::Range;
 
 thread_local! {
     /// Where values are gathered that do not lie together.
-    static GATHERED: RefCell<(Vec<f32>, Vec<f32>)> = RefCell::default();
+    static GATHERED: RefCell<[Vec<f32>; 3]> = RefCell::default();
 }
 
-/// Packs the values of `head` in the place of those that are there.
-pub(super) fn pack_values(values: &View<'_>, head: usize, packed: &mut PackedMatrix) {
-    packed.reset(values.tokens(), values.depth());
-    GATHERED.with_borrow_mut(|(gathered, buffer)| {
-        let tokens = values.tokens();
+/// Packs the values of `head` that are seen in the place of those that are there.
+pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &mut PackedMatrix) {
+    let seen = seen.keys(head);
+    packed.reset(seen.len(), values.depth());
+    GATHERED.with_borrow_mut(|[buffer, gathered, slice]| {
         if packed.needs_ranges() {
-            for block in blocks(tokens) {
-                packed.observe(values.rows(head, block, gathered).as_slice(buffer));
+            for block in blocks(seen.len()) {
+                packed.observe(seen.rows(values, head, block, buffer, gathered).as_slice(slice));
             }
         }
-        for block in blocks(tokens) {
-            let rows = values.rows(head, block.clone(), gathered);
-            packed.put(block.start, rows.as_slice(buffer));
+        for block in blocks(seen.len()) {
+            let rows = seen.rows(values, head, block.clone(), buffer, gathered);
+            packed.put(block.start, rows.as_slice(slice));
         }
     });
 }

@@ -6,6 +6,7 @@ use super::output::Element;
 use super::partial::Partial;
 use super::queries::{Queries, Rows};
 use super::softmax::{Probs, Tile, softmax_tile};
+use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, GROUP, Int8Run, RUN};
@@ -39,6 +40,8 @@ pub(in crate::attention) struct Engine<'a> {
     /// Keys to the left of its position that a query sees at most, the sinks apart.
     pub window: Option<usize>,
     pub modifiers: Modifiers<'a>,
+    /// The keys that take part, where keys and values are those alone; `None` where they are all.
+    pub seen: Option<&'a Seen>,
 }
 
 /// A row of a block.
@@ -153,7 +156,10 @@ impl Engine<'_> {
     /// What a row sees.
     fn row(&self, head: usize, row: usize) -> Row {
         let at = self.queries.at(head, row);
-        let range = self.visible.range(at[0], at[2]);
+        let mut range = self.visible.range(at[0], at[2]);
+        if let Some(seen) = self.seen {
+            range = seen.keys(head).places(range);
+        }
         let sinks = range.start.min(self.sinks)..range.end.min(self.sinks);
         Row { at, seen: self.behind_sinks(range, at[0], at[2]), sinks }
     }
@@ -190,7 +196,7 @@ impl Engine<'_> {
         from.prepare(rows, queries);
         buffers.start(from, seen.len(), tiles);
         for tile in tiles {
-            self.tile(from, queries, seen, tile.clone(), (buffers, partial));
+            self.tile(from, queries, (rows, seen), tile.clone(), (buffers, partial));
         }
     }
 
@@ -199,7 +205,7 @@ impl Engine<'_> {
         &self,
         from: &dyn KeyValues,
         queries: &QueryBlock,
-        seen: &[Row],
+        (rows, seen): (&Rows, &[Row]),
         keys: Range<usize>,
         (buffers, partial): (&mut Buffers, &mut Partial),
     ) {
@@ -211,7 +217,7 @@ impl Engine<'_> {
             let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
             clamp(seen.start)..clamp(seen.end)
         }));
-        self.modify(seen, keys.start, buffers);
+        self.modify((rows.head, seen), keys.start, buffers);
         let Buffers { scores, inside, halves, codes, runs, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
@@ -225,15 +231,24 @@ impl Engine<'_> {
     }
 
     /// Softcap, ALiBi and mask of the scores that are seen.
-    fn modify(&self, seen: &[Row], first: usize, buffers: &mut Buffers) {
+    fn modify(&self, (head, seen): (usize, &[Row]), first: usize, buffers: &mut Buffers) {
         if self.modifiers.is_nothing() {
             return;
         }
         let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
         for (row, (scores, inside)) in seen.iter().zip(rows) {
-            let keys = first + inside.start..first + inside.end;
             let position = self.visible.position(row.at[0], row.at[2]);
-            self.modifiers.apply(row.at, position, keys, &mut scores[inside.clone()]);
+            let places = first + inside.start..first + inside.end;
+            let scores = &mut scores[inside.clone()];
+            match self.seen {
+                None => self.modifiers.apply(row.at, position, places, scores),
+                Some(seen) => {
+                    for (start, keys) in seen.keys(head).runs(places) {
+                        let scores = &mut scores[start..start + keys.len()];
+                        self.modifiers.apply(row.at, position, keys, scores);
+                    }
+                }
+            }
         }
     }
 }

@@ -69,6 +69,7 @@ impl Int8KvCache {
             sinks: self.config.sinks,
             window: self.config.window,
             modifiers: Modifiers { softcap: spec.softcap, slopes: spec.alibi_slopes.clone(), mask },
+            seen: None,
         };
         self.check_dropped(&engine)?;
         // A softcap bends the score itself; log2(e) comes after it.

@@ -224,7 +224,9 @@ impl Int8KvCache {
     }
 
     /// Shortens every sequence to at most `len` tokens, for example to take back tokens that a
-    /// speculation got wrong. What is subtracted from keys stays as it is.
+    /// speculation got wrong. Where keys are smoothed by groups and `len` is in the last complete group of 64 or
+    /// behind it, that leaves no trace; further back, tokens that stay in a group which is cut stay as they
+    /// were quantized with it.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a window has dropped tokens that a query after `len` tokens would see.
