@@ -4,12 +4,11 @@ use super::engine::{KeyValues, QueryBlock, Rows, Running, Tile, blocks};
 use super::keys::{PackedKeys, SmoothQ};
 use super::operand::QuantizedRows;
 use super::scorer::Scorer;
-use super::tensor_values::{accumulate, tiles};
+use super::tensor_values::{accumulate, large, tiles};
 use crate::cpu::contracts::Format;
-use crate::memory::overwrite;
+use crate::memory::{Kept, overwrite};
 use crate::parallel::Pace;
 use crate::product::{PackedMatrix, RhsChunk};
-use std::cell::RefCell;
 use std::ops::Range;
 
 /// Keys `tokens` of a head, and where they go.
@@ -50,7 +49,7 @@ impl Scorer<'_> {
     }
 
     fn pack_chunk(&self, head: usize, mean: Option<&[f32]>, mut chunk: KeyChunk<'_>) {
-        PACKING.with_borrow_mut(|(rows, buffer)| {
+        Kept::with(&PACKING, KEPT, |(rows, buffer)| {
             for block in blocks(chunk.tokens.len()) {
                 let tokens = chunk.tokens.start + block.start..chunk.tokens.start + block.end;
                 let values = self.k.view().rows(head, tokens.clone(), buffer);
@@ -77,7 +76,7 @@ impl Scorer<'_> {
             };
             let chunks = smooth.biases[..tokens].chunks_mut(CHUNK).enumerate();
             pace.for_each(chunks, |(index, biases)| {
-                PACKING.with_borrow_mut(|(_, buffer)| {
+                Kept::with(&PACKING, KEPT, |(_, buffer)| {
                     let tokens = index * CHUNK..index * CHUNK + biases.len();
                     let rows = self.k.view().rows(keys.head, tokens, buffer);
                     self.level.dots(rows, keys.mean.get(), mean, biases);
@@ -118,6 +117,10 @@ impl KeyValues for Int8Head<'_> {
         self.scorer.score(self.keys, queries, keys, scores, stride);
     }
 
+    fn large(&self, keys: Range<usize>) -> Vec<usize> {
+        large(self.values, keys)
+    }
+
     fn format(&self, _rows: usize) -> Format {
         self.values.format()
     }
@@ -135,5 +138,8 @@ impl KeyValues for Int8Head<'_> {
 
 thread_local! {
     /// What a thread packs with, kept so that a block allocates nothing.
-    static PACKING: RefCell<(QuantizedRows, Vec<f32>)> = RefCell::default();
+    static PACKING: Kept<(QuantizedRows, Vec<f32>)> = const { Kept::new() };
 }
+
+/// Bytes of that which a thread keeps: blocks of keys that are a few thousand numbers deep.
+const KEPT: usize = 1 << 20;

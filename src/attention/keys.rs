@@ -2,6 +2,7 @@
 
 use super::operand::Mean;
 use crate::cpu::Level;
+use crate::memory::Footprint;
 use crate::product::PackedRhs;
 
 /// The keys of one head, quantized, packed and shared by its query heads. All vectors are padded
@@ -41,9 +42,14 @@ impl PackedKeys {
             smooth_q: Vec::new(),
         }
     }
+}
 
-    /// Bytes of memory in use.
-    pub(super) fn memory(&self) -> usize {
-        self.rhs.memory() + size_of::<f32>() * (3 + self.smooth_q.len()) * self.scales.len()
+impl Footprint for PackedKeys {
+    fn footprint(&self) -> usize {
+        let Self { head: _, rhs, scales, zeros, sums, mean, smooth_q } = self;
+        let of_queries = |smooth: &SmoothQ| smooth.mean.footprint() + smooth.biases.footprint();
+        let smooth_q: usize = smooth_q.iter().map(of_queries).sum();
+        let codes = scales.footprint() + zeros.footprint() + sums.footprint();
+        rhs.footprint() + codes + mean.footprint() + smooth_q
     }
 }

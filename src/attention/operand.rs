@@ -1,15 +1,14 @@
 //! One side of the product: a float tensor, and how its rows become codes.
 
 use super::engine::blocks;
+use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::memory::Footprint;
 use crate::parallel;
 use crate::quant::rows::{RowParams, quantize_block, row_range};
-use crate::quant::{
-    Granularity, MeanSums, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange, static_params,
-};
+use crate::quant::{Granularity, MeanSums, QuantConfig, QuantParams, Scheme, ValueRange};
 use crate::view::View;
-use crate::{Error, Result};
 
 /// A float tensor `[B, H, S, D]` with the choices of its quantization.
 pub(super) struct Operand<'a> {
@@ -59,22 +58,12 @@ impl<'a> Operand<'a> {
         config: &QuantConfig,
         smooth: bool,
     ) -> Result<Self> {
-        let groups = config.granularity.groups(view.heads(), view.tokens())?;
+        let (groups, given) = config.groups(&view.dims())?;
         let (scheme, granularity) = (config.scheme, config.granularity);
-        let mut operand = Self { level, view, scheme, granularity, smooth, params: None };
-        operand.params = match (&config.range, granularity) {
-            (RangeSource::Static(given), granularity) => {
-                if let Some(other) = given.iter().find(|p| p.scheme() != scheme) {
-                    return Err(Error::Contradiction(format!(
-                        "static parameters are {}, but the scheme is {scheme}",
-                        other.scheme(),
-                    )));
-                }
-                Some(static_params(given, granularity, &operand.view.dims(), groups)?)
-            }
-            (RangeSource::Dynamic, Granularity::PerToken) => None,
-            (RangeSource::Dynamic, _) => Some(operand.dynamic_params(groups)),
-        };
+        let mut operand = Self { level, view, scheme, granularity, smooth, params: given };
+        if operand.params.is_none() && granularity != Granularity::PerToken {
+            operand.params = Some(operand.dynamic_params(groups));
+        }
         Ok(operand)
     }
 
@@ -186,5 +175,18 @@ impl QuantizedRows {
         self.scales.resize(rows, 0.0);
         self.zeros.resize(rows, 0);
         self.sums.resize(rows, 0);
+    }
+}
+
+impl Footprint for Mean {
+    fn footprint(&self) -> usize {
+        self.values.footprint() + self.sums.footprint() + self.buffer.footprint()
+    }
+}
+
+impl Footprint for QuantizedRows {
+    fn footprint(&self) -> usize {
+        let Self { codes, scales, zeros, sums } = self;
+        codes.footprint() + scales.footprint() + zeros.footprint() + sums.footprint()
     }
 }

@@ -15,6 +15,7 @@
 
 use super::rows::accumulate_finite;
 use crate::cpu::contracts::Rows;
+use crate::memory::Footprint;
 
 /// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that
 /// are summed in f32. Rows that hold NaN or infinity do not count; without any other the mean is 0.
@@ -53,6 +54,12 @@ impl MeanSums {
         let rows = self.rows.max(1) as f64;
         mean.clear();
         mean.extend(self.sums.iter().map(|sum| (sum / rows) as f32));
+    }
+}
+
+impl Footprint for MeanSums {
+    fn footprint(&self) -> usize {
+        self.sums.footprint() + self.block.footprint()
     }
 }
 

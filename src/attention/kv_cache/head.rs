@@ -12,6 +12,7 @@ use super::config::{CacheValues, KeySmoothing, KvCacheConfig};
 use super::values::Values;
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes};
+use crate::memory::Footprint;
 use crate::product::PackedRhs;
 use crate::quant::token_mean;
 use std::collections::VecDeque;
@@ -49,7 +50,7 @@ impl Page {
     /// Bytes in memory.
     fn size(&self) -> usize {
         let numbers = self.key_scales.len() + self.offsets.len();
-        self.keys.memory() + numbers * size_of::<f32>() + self.values.size()
+        self.keys.footprint() + numbers * size_of::<f32>() + self.values.size()
     }
 
     /// What was subtracted from the keys of a group, where offsets move.
@@ -139,6 +140,15 @@ pub(super) struct Head {
     pub moving: bool,
 }
 
+/// What an append changes of a head, but for the slots of pages that were not in use.
+pub(super) struct Mark {
+    sinks: usize,
+    pages: usize,
+    packed: usize,
+    recent: Rows,
+    offset: Option<Vec<f32>>,
+}
+
 impl Head {
     pub(super) fn new(config: &KvCacheConfig, head: usize, dims: Dims, level: Level) -> Self {
         Self {
@@ -184,6 +194,26 @@ impl Head {
             .map(|(index, page)| ((self.first_page + index) * PAGE, &**page))
             .take_while(move |(start, _)| *start < tokens.end)
             .map(|(start, page)| (start, PAGE.min(self.packed - start), page))
+    }
+
+    /// How it is before an append.
+    pub(super) fn mark(&self) -> Mark {
+        Mark {
+            sinks: self.sinks.tokens,
+            pages: self.pages.len(),
+            packed: self.packed,
+            recent: self.recent.clone(),
+            offset: self.offset.clone(),
+        }
+    }
+
+    /// Takes back an append that has ended anywhere.
+    pub(super) fn restore(&mut self, mark: Mark) {
+        let Mark { sinks, pages, packed, recent, offset } = mark;
+        self.sinks.truncate(sinks, self.dims);
+        self.pages.truncate(pages);
+        (self.packed, self.recent, self.offset) = (packed, recent, offset);
+        self.forget_unused();
     }
 
     /// Adds tokens at the end.
@@ -329,6 +359,11 @@ impl Head {
             self.first_page = self.packed / PAGE;
         }
         self.pages.truncate(self.packed.div_ceil(PAGE) - self.first_page);
+        self.forget_unused();
+    }
+
+    /// Forgets what stands beside the values of a page, in slots of it that are not in use.
+    fn forget_unused(&mut self) {
         let used = self.packed % PAGE;
         if used > 0 && !self.pages.is_empty() {
             self.page(self.pages.len() - 1).values.truncate(used);
