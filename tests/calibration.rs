@@ -92,7 +92,7 @@ fn a_calibration_is_applied_saved_and_loaded() {
 
     loaded.apply(&mut model, StaticScales::PerHead).unwrap();
     let candidate = embeddings(&model, &passages[2..]).unwrap();
-    let sqnr = embedding_error(&reference, &candidate).sqnr_db();
+    let sqnr = embedding_error(&reference, &candidate).unwrap().sqnr_db();
     assert!(sqnr > 35.0 && sqnr.is_finite(), "{sqnr}");
 }
 
@@ -311,7 +311,8 @@ fn the_search_keeps_its_budget_and_the_model_its_attention() {
         let mut model = encoder().model;
         let reference = embeddings(&model, texts.1).unwrap();
         settings.apply(&mut model).unwrap();
-        let sqnr = embedding_error(&reference, &embeddings(&model, texts.1).unwrap()).sqnr_db();
+        let sqnr =
+            embedding_error(&reference, &embeddings(&model, texts.1).unwrap()).unwrap().sqnr_db();
         let promised = found.verified.embedding_sqnr_db;
         assert!(sqnr == promised || (sqnr - promised).abs() < 1e-9, "{sqnr} {found:?}");
     }

@@ -68,7 +68,7 @@ pub fn rows(
         for (layer, config) in model.attention_mut().into_iter().zip(way.configs) {
             layer.set_config(config);
         }
-        let embedding = embedding_error(&reference, &embeddings(model, passages)?);
+        let embedding = embedding_error(&reference, &embeddings(model, passages)?)?;
         rows.push(Row {
             scales: way.name,
             layer_sqnr_db: errors.iter().map(LayerErrors::mean_sqnr_db).collect(),

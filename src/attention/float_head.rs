@@ -6,10 +6,9 @@
 //! ```
 
 use super::engine::{KeyValues, Queries, QueryBlock, Rows, Running, Tile, gather};
-use super::tensor_values::{accumulate, tiles};
+use super::tensor_values::{accumulate, large, large_rows, tiles};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, LANES, Rows as Matrix};
-use crate::cpu::plain::widest;
 use crate::memory::overwrite;
 use crate::product::{PackedMatrix, Start, StoredMatrix};
 use crate::view::View;
@@ -80,6 +79,13 @@ impl KeyValues for FloatHead<'_> {
         }
     }
 
+    fn large(&self, keys: Range<usize>) -> Vec<usize> {
+        match &self.values {
+            Float::Packed(values) => large(values, keys),
+            Float::InPlace(all) => large_rows(all.part(keys.clone()), keys),
+        }
+    }
+
     fn format(&self, _rows: usize) -> Format {
         Format::F32
     }
@@ -121,7 +127,7 @@ pub(super) fn accumulate_in_place(
     sums: &mut [f32],
 ) {
     debug_assert_eq!(tile.probs.format(), Format::F32);
-    if widest!(all_finite, values, Matrix<'_> => bool) {
+    if tile.large.is_empty() {
         let (shape, stride) = ((values.count(), values.depth()), values.stride());
         let matrix = StoredMatrix::of_f32(values.data(), shape, stride);
         return matrix.accumulate(level, tile.scores, tile.stride, sums);
@@ -133,11 +139,6 @@ pub(super) fn accumulate_in_place(
             sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
         }
     }
-}
-
-#[inline(always)]
-fn all_finite(rows: Matrix<'_>) -> bool {
-    rows.iter().all(|row| row.iter().fold(true, |all, x| all & (x.abs() <= f32::MAX)))
 }
 
 /// Whether values of this width can be multiplied where they lie.

@@ -4,13 +4,12 @@ use super::engine::{KeyValues, QueryBlock, Rows, Running, Tile};
 use super::keys::PackedKeys;
 use super::operand::{Buffers, QuantizedRows};
 use super::scorer::Scorer;
-use super::tensor_values::{accumulate, tiles};
+use super::tensor_values::{accumulate, large, tiles};
 use crate::cpu::contracts::Format;
-use crate::memory::overwrite;
+use crate::memory::{Kept, overwrite};
 use crate::parallel::Pace;
 use crate::product::{PackedMatrix, RhsChunk};
 use crate::quant::Smoothing;
-use std::cell::RefCell;
 use std::ops::Range;
 
 /// Keys `keys` of a head, and where they go.
@@ -44,7 +43,7 @@ impl Scorer<'_> {
         keys.means.resize(if smoothing == Smoothing::None { 0 } else { blocks * depth }, 0.0);
         keys.conditioned.resize(if self.smooths_queries() { count * depth } else { 0 }, 0.0);
         let head_mean =
-            PACKING.with_borrow_mut(|(_, buffers)| self.k.head_mean(head, &self.seen, buffers));
+            Kept::with(&PACKING, KEPT, |(_, buffers)| self.k.head_mean(head, &self.seen, buffers));
         let size = CHUNK.next_multiple_of(self.key_step()).next_multiple_of(block);
         let mut conditioned = keys.conditioned.chunks_mut(size * depth.max(1));
         let mut means = keys.means.chunks_mut(size / block * depth.max(1));
@@ -74,7 +73,7 @@ impl Scorer<'_> {
     ) -> Vec<usize> {
         let depth = self.depth();
         let mut outliers = Vec::new();
-        PACKING.with_borrow_mut(|(rows, buffers)| {
+        Kept::with(&PACKING, KEPT, |(rows, buffers)| {
             for (index, block) in self.k.blocks(chunk.keys.len()).enumerate() {
                 let keys = chunk.keys.start + block.start..chunk.keys.start + block.end;
                 self.k.quantize((head, keys.clone()), head_mean, &self.seen, buffers, rows);
@@ -115,7 +114,7 @@ impl Scorer<'_> {
     fn find_query_means(&self, keys: &mut PackedKeys) {
         let heads = self.query_heads(keys.head);
         let mean = |head: usize| {
-            PACKING.with_borrow_mut(|(_, buffers)| self.q.head_mean(head, &self.seen, buffers))
+            Kept::with(&PACKING, KEPT, |(_, buffers)| self.q.head_mean(head, &self.seen, buffers))
         };
         keys.query_means.clear();
         keys.query_means.extend(heads.map(mean));
@@ -152,6 +151,10 @@ impl KeyValues for Int8Head<'_> {
         self.scorer.score(self.keys, queries, keys, scores, stride);
     }
 
+    fn large(&self, keys: Range<usize>) -> Vec<usize> {
+        large(self.values, keys)
+    }
+
     fn format(&self, _rows: usize) -> Format {
         self.values.format()
     }
@@ -169,5 +172,8 @@ impl KeyValues for Int8Head<'_> {
 
 thread_local! {
     /// What a thread packs with, kept so that a block allocates nothing.
-    static PACKING: RefCell<(QuantizedRows, Buffers)> = RefCell::default();
+    static PACKING: Kept<(QuantizedRows, Buffers)> = const { Kept::new() };
 }
+
+/// Bytes of that which a thread keeps: blocks of keys that are a few thousand numbers deep.
+const KEPT: usize = 1 << 20;

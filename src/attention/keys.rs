@@ -1,6 +1,7 @@
 //! The keys of one head of a tensor in int8.
 
 use crate::cpu::Level;
+use crate::memory::Footprint;
 use crate::product::PackedRhs;
 
 /// The keys of one head that are seen, quantized, packed and shared by its query heads. What is one a key
@@ -51,11 +52,15 @@ impl PackedKeys {
     pub(super) fn blocks(&self) -> usize {
         self.rhs.rows().div_ceil(self.block).max(1)
     }
+}
 
-    /// Bytes of memory in use.
-    pub(super) fn memory(&self) -> usize {
-        let floats = [&self.scales, &self.conditioned, &self.means, &self.outlier_rows];
-        let floats: usize = floats.iter().map(|x| x.len()).sum();
-        self.rhs.memory() + size_of::<f32>() * (floats + 2 * self.scales.len())
+impl Footprint for PackedKeys {
+    fn footprint(&self) -> usize {
+        let Self { rhs, scales, zeros, sums, conditioned, means, outliers, outlier_rows, .. } =
+            self;
+        let codes = scales.footprint() + zeros.footprint() + sums.footprint();
+        let floats = conditioned.footprint() + means.footprint() + outlier_rows.footprint();
+        let query_means: usize = self.query_means.iter().map(Footprint::footprint).sum();
+        rhs.footprint() + codes + floats + outliers.footprint() + query_means
     }
 }

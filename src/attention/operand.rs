@@ -1,16 +1,17 @@
 //! One side of the product: a float tensor, and how its rows become codes.
 
 use super::seen::Seen;
+use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::memory::Footprint;
 use crate::parallel;
 use crate::quant::rows::{RowParams, quantize_block, row_range};
 use crate::quant::{
     Conditioned, Conditioning, Granularity, KEY_BLOCK, MeanSums, QUERY_BLOCK, QuantConfig,
-    QuantParams, RangeSource, Scheme, Smoothing, ValueRange, static_params,
+    QuantParams, RangeSource, Scheme, Smoothing, ValueRange,
 };
 use crate::view::View;
-use crate::{Error, Result};
 use std::ops::Range;
 
 /// Whose rows they are.
@@ -66,24 +67,15 @@ impl<'a> Operand<'a> {
         conditioning: Conditioning,
         seen: &Seen,
     ) -> Result<Self> {
-        let groups = config.granularity.groups(view.heads(), view.tokens())?;
+        let (groups, given) = config.groups(&view.dims())?;
         let (scheme, granularity) = (config.scheme, config.granularity);
         let dynamic = config.range == RangeSource::Dynamic;
+        let params = given;
         let mut operand =
-            Self { level, side, view, scheme, granularity, conditioning, dynamic, params: None };
-        operand.params = match (&config.range, granularity) {
-            (RangeSource::Static(given), granularity) => {
-                if let Some(other) = given.iter().find(|p| p.scheme() != scheme) {
-                    return Err(Error::Contradiction(format!(
-                        "static parameters are {}, but the scheme is {scheme}",
-                        other.scheme(),
-                    )));
-                }
-                Some(static_params(given, granularity, &operand.view.dims(), groups)?)
-            }
-            (RangeSource::Dynamic, Granularity::PerToken) => None,
-            (RangeSource::Dynamic, _) => Some(operand.dynamic_params(groups, seen)),
-        };
+            Self { level, side, view, scheme, granularity, conditioning, dynamic, params };
+        if dynamic && granularity != Granularity::PerToken {
+            operand.params = Some(operand.dynamic_params(groups, seen));
+        }
         Ok(operand)
     }
 
@@ -332,5 +324,18 @@ impl QuantizedRows {
         self.scales.resize(rows, 0.0);
         self.zeros.resize(rows, 0);
         self.sums.resize(rows, 0);
+    }
+}
+
+impl Footprint for Buffers {
+    fn footprint(&self) -> usize {
+        self.rows.footprint() + self.gathered.footprint() + self.conditioned.footprint()
+    }
+}
+
+impl Footprint for QuantizedRows {
+    fn footprint(&self) -> usize {
+        let Self { codes, scales, zeros, sums } = self;
+        codes.footprint() + scales.footprint() + zeros.footprint() + sums.footprint()
     }
 }

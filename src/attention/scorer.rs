@@ -7,13 +7,12 @@ use super::operand::{Operand, Side};
 use super::seen::Seen;
 use crate::cpu::Level;
 use crate::cpu::contracts::Rows as Matrix;
-use crate::memory::written;
+use crate::memory::{Kept, written};
 use crate::parallel::{Pace, Work};
 use crate::product::{self, ScoreScales, ZeroCorrection};
 use crate::quant::{Scheme, Smoothing};
 use crate::view::View;
 use crate::{Error, Result};
-use std::cell::{Cell, RefCell};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -44,18 +43,34 @@ pub(super) struct Scorer<'a> {
     pub seen: Seen,
 }
 
-/// The level in use, for a product of this depth. Ops ask before Candle calls them too, because Candle
-/// turns an error from inside an op into text.
+/// The level in use, for a product of this depth.
 ///
 /// # Errors
 /// [`Error::Level`] for a forced level that cannot be used, [`Error::Depth`] beyond the limit.
 pub(super) fn check_product(depth: usize, config: &ScoreConfig) -> Result<Level> {
-    let affine = [config.q.scheme, config.k.scheme].contains(&Scheme::Affine);
-    let limit = product::max_depth(affine);
-    if depth > limit {
-        return Err(Error::Depth { depth, limit });
-    }
+    config.check_depth(depth)?;
     Level::active()
+}
+
+impl ScoreConfig {
+    /// # Errors
+    /// Those that concern only the configuration and the shapes of `q` and `k`: [`Error::Depth`] and those of
+    /// [`QuantConfig::groups`](crate::quant::QuantConfig).
+    pub(crate) fn check(&self, q: &[usize], k: &[usize]) -> Result<()> {
+        self.check_depth(q.last().copied().unwrap_or(0))?;
+        self.q.groups(q)?;
+        self.k.groups(k)?;
+        Ok(())
+    }
+
+    fn check_depth(&self, depth: usize) -> Result<()> {
+        let affine = [self.q.scheme, self.k.scheme].contains(&Scheme::Affine);
+        let limit = product::max_depth(affine);
+        if depth > limit {
+            return Err(Error::Depth { depth, limit });
+        }
+        Ok(())
+    }
 }
 
 impl<'a> Scorer<'a> {
@@ -105,11 +120,6 @@ impl<'a> Scorer<'a> {
     /// `D`.
     pub(super) fn depth(&self) -> usize {
         self.q.view().depth()
-    }
-
-    /// `B * H_kv`.
-    pub(super) fn key_heads(&self) -> usize {
-        self.k.view().heads()
     }
 
     /// The query heads, counted over the batch, that share the keys of key head `head`.
@@ -260,44 +270,47 @@ impl<'a> Scorer<'a> {
         let [b, h, m, n] = self.dims();
         let len = b * h * m * n;
         let work = Work {
-            int8_macs: len * self.depth(),
-            elements: (b * h * m + self.key_heads() * n) * self.depth() + 2 * len,
+            int8_macs: len.saturating_mul(self.depth()),
+            elements: (self.q.view().len() + self.k.view().len()).saturating_add(2 * len),
             ..Work::default()
         };
         let of_head = |pace: Pace, head: usize, out: &mut [MaybeUninit<T>]| {
-            let mut keys = KEYS.take().unwrap_or_else(|| PackedKeys::new(self.level));
-            self.pack_keys(head, pace, &mut keys);
-            // Blocks end with their query head.
-            let blocks = out.chunks_mut(m * n).enumerate().flat_map(|(member, out)| {
-                let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
-                blocks.map(move |(tokens, out)| {
-                    let range = member * m + tokens.start..member * m + tokens.end;
-                    (Rows { head, range }, out)
-                })
-            });
-            pace.for_each(blocks, |(rows, out)| {
-                QUERIES.with_borrow_mut(|block| {
-                    self.quantize_queries(&keys, &rows, block);
-                    f(&keys, block, out);
+            Kept::with(&KEYS, PackedKeys::KEPT, |keys| {
+                let keys = keys.get_or_insert_with(|| PackedKeys::new(self.level));
+                self.pack_keys(head, pace, keys);
+                // Blocks end with their query head.
+                let blocks = out.chunks_mut(m * n).enumerate().flat_map(|(member, out)| {
+                    let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
+                    blocks.map(move |(tokens, out)| {
+                        let range = member * m + tokens.start..member * m + tokens.end;
+                        (Rows { head, range }, out)
+                    })
+                });
+                pace.for_each(blocks, |(rows, out)| {
+                    Kept::with(&QUERIES, KEPT, |block| {
+                        self.quantize_queries(keys, &rows, block);
+                        f(keys, block, out);
+                    });
                 });
             });
-            if keys.memory() <= PackedKeys::KEPT {
-                KEYS.set(Some(keys));
-            }
         };
         let all = |out: &mut [MaybeUninit<T>]| {
             if len > 0 {
                 work.for_each_chunk(out, self.group * m * n, of_head);
             }
         };
-        // SAFETY: the blocks of all heads cover the result, and `f` writes all of each.
+        // SAFETY: `len` is the product of all dims of the result, which the views' and the ops' checks keep
+        // from overflowing, so the blocks of all heads cover it; `f` writes all of each.
         unsafe { written(len, all) }
     }
 }
 
 thread_local! {
     /// The queries that a thread works on, kept so that a block allocates nothing.
-    static QUERIES: RefCell<QueryBlock> = RefCell::default();
+    static QUERIES: Kept<QueryBlock> = const { Kept::new() };
     /// The keys of the head before, whose memory is used again.
-    static KEYS: Cell<Option<PackedKeys>> = const { Cell::new(None) };
+    static KEYS: Kept<Option<PackedKeys>> = const { Kept::new() };
 }
+
+/// Bytes of queries that a thread keeps: blocks that are a few thousand numbers deep.
+const KEPT: usize = 1 << 20;

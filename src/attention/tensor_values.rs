@@ -2,22 +2,26 @@
 
 use super::engine::{Probs, Running, TILE, Tile, blocks};
 use super::seen::Seen;
-use crate::cpu::contracts::{GROUP, RUN};
-use crate::product::PackedMatrix;
+use crate::cpu::contracts::{GROUP, RUN, Rows as Matrix};
+use crate::cpu::plain::widest;
+use crate::memory::Kept;
+use crate::product::{LARGEST, PackedMatrix};
 use crate::view::View;
-use std::cell::RefCell;
 use std::ops::Range;
 
 thread_local! {
     /// Where values are gathered that do not lie together.
-    static GATHERED: RefCell<[Vec<f32>; 3]> = RefCell::default();
+    static GATHERED: Kept<(Vec<f32>, (Vec<f32>, Vec<f32>))> = const { Kept::new() };
 }
+
+/// Bytes of that which a thread keeps: blocks of values that are a few thousand numbers wide.
+const KEPT: usize = 1 << 20;
 
 /// Packs the values of `head` that are seen in the place of those that are there.
 pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &mut PackedMatrix) {
     let seen = seen.keys(head);
     packed.reset(seen.len(), values.depth());
-    GATHERED.with_borrow_mut(|[buffer, gathered, slice]| {
+    Kept::with(&GATHERED, KEPT, |(buffer, (gathered, slice))| {
         if packed.needs_ranges() {
             for block in blocks(seen.len()) {
                 packed.observe(seen.rows(values, head, block, buffer, gathered).as_slice(slice));
@@ -35,6 +39,31 @@ pub(super) fn tiles(seen: Range<usize>, step: usize) -> Vec<Range<usize>> {
     let step = step.next_multiple_of(GROUP);
     let starts = (seen.start / step * step..seen.end).step_by(TILE);
     starts.map(|start| start..(start + TILE).min(seen.end)).collect()
+}
+
+/// Those of `keys` with values that stand beside the matrix.
+pub(super) fn large(values: &PackedMatrix, keys: Range<usize>) -> Vec<usize> {
+    let beside = values.exceptions().iter().map(|(key, _)| *key);
+    beside.filter(|key| keys.contains(key)).collect()
+}
+
+/// Those of `keys`, of which these are the values, that have a value beyond [`LARGEST`], infinity or NaN.
+pub(super) fn large_rows(values: Matrix<'_>, keys: Range<usize>) -> Vec<usize> {
+    if widest!(all_ordinary, values, Matrix<'_> => bool) {
+        return Vec::new();
+    }
+    let rows = keys.zip(values.iter()).filter(|(_, row)| !is_ordinary(row));
+    rows.map(|(key, _)| key).collect()
+}
+
+#[inline(always)]
+fn all_ordinary(rows: Matrix<'_>) -> bool {
+    rows.iter().all(is_ordinary)
+}
+
+#[inline(always)]
+fn is_ordinary(row: &[f32]) -> bool {
+    row.iter().fold(true, |all, x| all & (x.abs() <= LARGEST))
 }
 
 /// Adds values of `keys`, multiplied by their probabilities.

@@ -10,6 +10,7 @@ use super::{LayeredModel, run_layers};
 use crate::attention::AttentionConfig;
 use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig};
 use crate::files::{corrupt, read_text, write};
+use crate::memory::check_size;
 use crate::quant::{
     ConditionedHead, Conditioning, Granularity, KEY_BLOCK, Observer, ObserverKind, QUERY_BLOCK,
     QuantConfig, QuantParams, RangeSource, Scheme, Smoothing, ValueRange,
@@ -242,6 +243,7 @@ impl Side {
             let expected = format!("the {known} heads seen before");
             return Err(Error::Shape { op: OP, tensor: name, shape, expected });
         }
+        check_size(OP, name, &shape)?;
         if !tensor.dtype().is_float() {
             let (dtype, expected) = (tensor.dtype(), "F32, F16, BF16 or F64");
             return Err(Error::DType { op: OP, tensor: name, dtype, expected });

@@ -10,6 +10,7 @@ use super::smooth::{MeanSums, Smoothing, token_mean};
 use crate::cpu::contracts::Rows;
 use crate::cpu::plain::rows::max_magnitude;
 use crate::cpu::plain::widest;
+use crate::memory::Footprint;
 
 /// Queries that share a mean where smoothing is local ([`Smoothing::Block`]): those that the engine takes at
 /// a time.
@@ -94,6 +95,14 @@ impl Conditioning {
                 return;
             }
         }
+    }
+}
+
+impl Footprint for Conditioned {
+    fn footprint(&self) -> usize {
+        let Self { values, mean, outliers, sums, magnitudes, .. } = self;
+        let floats = values.footprint() + mean.footprint() + magnitudes.footprint();
+        floats + outliers.footprint() + sums.footprint()
     }
 }
 

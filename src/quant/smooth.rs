@@ -16,6 +16,7 @@
 
 use super::rows::accumulate_finite;
 use crate::cpu::contracts::Rows;
+use crate::memory::Footprint;
 use crate::{Error, Result};
 
 /// What is subtracted from the rows of a head before they are quantized.
@@ -98,6 +99,12 @@ impl MeanSums {
         let rows = self.rows.max(1) as f64;
         mean.clear();
         mean.extend(self.sums.iter().map(|sum| (sum / rows) as f32));
+    }
+}
+
+impl Footprint for MeanSums {
+    fn footprint(&self) -> usize {
+        self.sums.footprint() + self.block.footprint()
     }
 }
 

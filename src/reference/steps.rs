@@ -172,7 +172,7 @@ pub(super) fn fp32_scores(q: &Tensor, k: &Tensor) -> Result<Tensor> {
     let k = repeat_heads(&k.to_dtype(DType::F32)?, q.dim(1)?)?.contiguous()?;
     let q = q.to_dtype(DType::F32)?.contiguous()?;
     let ((b, h, m, d), n) = (q.dims4()?, k.dim(2)?);
-    if b * h * m * n * d == 0 {
+    if [b, h, m, n, d].contains(&0) {
         return Ok(Tensor::zeros((b, h, m, n), DType::F32, q.device())?);
     }
     Ok(q.matmul(&k.t()?)?)

@@ -7,7 +7,7 @@
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
 use super::steps::{attention_with, repeat_heads, straight_through};
-use crate::attention::shapes::check_scores;
+use crate::attention::shapes::{check_float, check_scores};
 use crate::attention::{AttentionCall, AttentionConfig, RequantConfig, RequantMode, ScoreConfig};
 use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme, Smoothing};
 use crate::{Error, Result};
@@ -102,6 +102,7 @@ pub fn attention_scores_requantized(
         let sums = q.product(&k)?.to_dtype(DType::F32)?;
         let real = q.dequantize(&k, &sums)?;
         let to = to.to_quant_config();
+        to.groups(real.dims())?;
         if config.adds_floats().is_some() {
             let codes = Codes::quantize(&real, &to, &Conditioner::NONE)?;
             return Ok(codes.steps.broadcast_mul(&codes.scales)?);
@@ -124,11 +125,14 @@ fn of_codes(
     dtype: DType,
     scores: impl FnOnce(Codes, Codes) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    check_scores("tensor_ops::attention_scores", q.dims(), k.dims())?;
+    const OP: &str = "tensor_ops::attention_scores";
+    check_float(OP, &[("q", q), ("k", k)])?;
+    check_scores(OP, q.dims(), k.dims())?;
+    config.check(q.dims(), k.dims())?;
     let (q, k) = (q.detach(), repeat_heads(&k.detach(), q.dim(1)?)?);
     let (b, h, m, d) = q.dims4()?;
     let n = k.dim(2)?;
-    if b * h * m * n * d == 0 {
+    if [b, h, m, n, d].contains(&0) {
         return Ok(Tensor::zeros((b, h, m, n), dtype, q.device())?);
     }
     let of = |smoothing, block| {

@@ -5,6 +5,7 @@ use super::softmax::{Running, Tile};
 use crate::attention::operand::{Buffers, QuantizedRows};
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
+use crate::memory::Footprint;
 use crate::product::PackedLhs;
 use std::ops::Range;
 
@@ -50,6 +51,16 @@ impl QueryBlock {
     }
 }
 
+impl Footprint for QueryBlock {
+    fn footprint(&self) -> usize {
+        let Self { values, rotated, buffer, rows, lhs, biases, key_biases, outliers, .. } = self;
+        let rows_of = values.footprint() + rotated.footprint() + buffer.footprint();
+        let biases = biases.footprint() + key_biases.footprint() + outliers.footprint();
+        let rest = self.terms.footprint() + self.conditioning.footprint();
+        rows_of + biases + rows.footprint() + lhs.footprint() + rest
+    }
+}
+
 /// Keys and values of one head.
 pub(in crate::attention) trait KeyValues: Sync {
     /// Channels of the sums: those of values, padded to whole vectors.
@@ -74,6 +85,9 @@ pub(in crate::attention) trait KeyValues: Sync {
     /// row-major, rows `stride` elements apart. Where that leaves room, up to one step more is overwritten
     /// behind each row, and the rows behind the last.
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize);
+
+    /// Those of a tile of keys that have a value beyond [`LARGEST`](crate::product::LARGEST), infinity or NaN.
+    fn large(&self, keys: Range<usize>) -> Vec<usize>;
 
     /// The format of probabilities for this many rows.
     fn format(&self, rows: usize) -> Format;

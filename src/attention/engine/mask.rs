@@ -99,31 +99,39 @@ impl<'a> MaskView<'a> {
         (at[0] * batch + at[1] * head + at[2] * query + keys.start * step, step)
     }
 
-    /// Applies one row to scores that are in units of `log2`: masked ones become minus infinity
-    /// whatever they were, an additive mask is added to the others.
-    pub(super) fn apply(&self, at: [usize; 3], keys: Range<usize>, scores: &mut [f32]) {
-        let (start, step) = self.start(at, &keys);
-        let job = (&self.data, start, step, scores);
-        widest!(apply_body, job, (&Data<'_>, usize, usize, &mut [f32]) => ());
+    /// Applies one row to scores: masked ones become minus infinity whatever they were, an additive mask times
+    /// `factor` is added to the others.
+    pub(super) fn apply(
+        &self,
+        at: [usize; 3],
+        keys: Range<usize>,
+        factor: f32,
+        scores: &mut [f32],
+    ) {
+        let start = self.start(at, &keys);
+        let job = (&self.data, start, factor, scores);
+        widest!(apply_body, job, (&Data<'_>, (usize, usize), f32, &mut [f32]) => ());
     }
 }
 
 #[inline(always)]
-fn apply_body((data, start, step, scores): (&Data<'_>, usize, usize, &mut [f32])) {
+fn apply_body((data, (start, step), factor, scores): (&Data<'_>, (usize, usize), f32, &mut [f32])) {
     match *data {
         Data::Bool(data) => {
             let keep = |score: f32, keep: u8| if keep == 0 { f32::NEG_INFINITY } else { score };
             each(&data[start..], step, scores, keep);
         }
-        Data::F32(data) => each(&data[start..], step, scores, |s, x| add(s, x, x <= f32::MIN)),
+        Data::F32(data) => {
+            each(&data[start..], step, scores, |s, x| add(s, x, factor, x <= f32::MIN));
+        }
         Data::F16(data) => {
-            each(&data[start..], step, scores, |s, x| add(s, x.to_f32(), x <= f16::MIN));
+            each(&data[start..], step, scores, |s, x| add(s, x.to_f32(), factor, x <= f16::MIN));
         }
         Data::BF16(data) => {
-            each(&data[start..], step, scores, |s, x| add(s, x.to_f32(), x <= bf16::MIN));
+            each(&data[start..], step, scores, |s, x| add(s, x.to_f32(), factor, x <= bf16::MIN));
         }
         Data::F64(data) => {
-            each(&data[start..], step, scores, |s, x| add(s, x as f32, x <= f64::MIN));
+            each(&data[start..], step, scores, |s, x| add(s, x as f32, factor, x <= f64::MIN));
         }
     }
 }
@@ -146,11 +154,11 @@ fn mark_body((data, start, step, marks): (&Data<'_>, usize, usize, &mut [u8])) -
 }
 
 #[inline(always)]
-fn add(score: f32, mask: f32, masked: bool) -> f32 {
+fn add(score: f32, mask: f32, factor: f32, masked: bool) -> f32 {
     // Beyond these, the product or the sum would be infinite, which is the mark of other things.
     const FAR: f32 = f32::MAX / 4.0;
     let far = if mask.is_finite() { FAR } else { f32::INFINITY };
-    let mask = (mask * std::f32::consts::LOG2_E).clamp(-far, far);
+    let mask = (mask * factor).clamp(-far, far);
     if masked { f32::NEG_INFINITY } else { score + mask }
 }
 

@@ -10,8 +10,8 @@ use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, GROUP, Int8Run, RUN};
+use crate::memory::{Footprint, Kept};
 use crate::parallel::{Pace, Work};
-use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -76,29 +76,53 @@ struct Buffers {
     runs: Vec<Int8Run>,
 }
 
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+impl Footprint for Scratch {
+    fn footprint(&self) -> usize {
+        let Self { queries, buffers, partial } = self;
+        queries.footprint() + buffers.footprint() + partial.footprint()
+    }
 }
 
-/// Bytes of scores that a thread keeps for the next block.
+impl Footprint for Buffers {
+    fn footprint(&self) -> usize {
+        let Self { stride: _, scores, inside, halves, codes, runs } = self;
+        let probs = halves.footprint() + codes.footprint() + runs.footprint();
+        scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
+    }
+}
+
+thread_local! {
+    static SCRATCH: Kept<Scratch> = const { Kept::new() };
+}
+
+/// Bytes that a thread keeps for the next block.
 const KEPT: usize = 4 << 20;
 
 impl Engine<'_> {
-    /// Fills the output, `[B, H, M, Dv]`, of all key heads. `with_head` brings the keys and values of a
-    /// head into their form and calls what it is given with them. Heads and blocks do not depend on each
-    /// other, so the result is the same with any number of threads.
+    /// Fills the output, `[B, H, M, Dv]`, of all key heads: every element is written. `with_head` brings the
+    /// keys and values of a head into their form and calls what it is given with them. Heads and blocks do
+    /// not depend on each other, so the result is the same with any number of threads.
+    ///
+    /// # Panics
+    /// Unless the output is that of whole heads, and where `with_head` does not make the call.
     pub(in crate::attention) fn run<T: Element>(
         &self,
         work: Work,
         out: &mut [MaybeUninit<T>],
         with_head: impl Fn(Pace, usize, &mut dyn FnMut(&dyn KeyValues)) + Sync,
     ) {
-        let per_head = self.queries.rows() * self.value_dim;
         if out.is_empty() {
             return;
         }
+        let per_head = self.queries.rows() * self.value_dim;
+        assert!(out.len().is_multiple_of(per_head), "the output of whole heads");
         work.for_each_chunk(out, per_head, |pace, head, out| {
-            with_head(pace, head, &mut |from| self.attend_head::<T>(pace, from, head, &mut *out));
+            let mut written = false;
+            with_head(pace, head, &mut |from| {
+                self.attend_head::<T>(pace, from, head, &mut *out);
+                written = true;
+            });
+            assert!(written, "head {head} was left out");
         });
     }
 
@@ -149,7 +173,7 @@ impl Engine<'_> {
         });
         let mut merged = Partial::default();
         merged.start(seen.len(), from.width());
-        parts.iter().for_each(|part| merged.merge(part));
+        parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
         merged.finish(self.value_dim, out);
     }
 
@@ -218,16 +242,40 @@ impl Engine<'_> {
             clamp(seen.start)..clamp(seen.end)
         }));
         self.modify((rows.head, seen), keys.start, buffers);
+        let mut large = from.large(keys.clone());
+        large.iter_mut().for_each(|key| *key -= keys.start);
+        self.refer(&large, buffers, partial);
         let Buffers { scores, inside, halves, codes, runs, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
             Format::Bf16 => Probs::Bf16(halves),
             Format::Int8 => Probs::Int8 { codes, runs },
         };
-        let mut tile = Tile { scores, stride, keys: keys.len(), visible: inside, probs };
+        let visible = &*inside;
+        let mut tile = Tile { scores, stride, keys: keys.len(), visible, probs, large: &large };
         softmax_tile(self.level, &mut tile, &mut partial.running);
         partial.rescale();
         from.accumulate(keys, &mut tile, &partial.running, &mut partial.sums);
+    }
+
+    /// What keeps numbers finite that are close to the end of their range, row by row: scores in units beyond
+    /// log2 become distances from the largest so far, and sums make room for large values.
+    fn refer(&self, large: &[usize], buffers: &mut Buffers, partial: &mut Partial) {
+        let unit = self.modifiers.unit();
+        if unit == 1.0 && large.is_empty() {
+            return;
+        }
+        let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
+        for (row, (scores, inside)) in rows.enumerate() {
+            let seen = &mut scores[inside.clone()];
+            if unit != 1.0 {
+                partial.refer(row, self.level.max(seen), unit, seen);
+            }
+            let sees = |key: &usize| inside.contains(key) && scores[*key] != f32::NEG_INFINITY;
+            if large.iter().any(sees) {
+                partial.make_room(row, self.level.max(&scores[inside.clone()]));
+            }
+        }
     }
 
     /// Softcap, ALiBi and mask of the scores that are seen.
@@ -254,11 +302,7 @@ impl Engine<'_> {
 }
 
 fn with_scratch<T>(f: impl FnOnce(&mut Scratch) -> T) -> T {
-    SCRATCH.with_borrow_mut(|scratch| {
-        let result = f(scratch);
-        scratch.buffers.forget_beyond(KEPT);
-        result
-    })
+    Kept::with(&SCRATCH, KEPT, f)
 }
 
 impl Buffers {
@@ -279,13 +323,6 @@ impl Buffers {
                 let runs = rows * self.stride.div_ceil(RUN);
                 self.runs.resize(grow(runs, self.runs.len()), Int8Run::default());
             }
-        }
-    }
-
-    /// Gives memory back that a block of unusual size has asked for.
-    fn forget_beyond(&mut self, bytes: usize) {
-        if self.scores.len() * size_of::<f32>() > bytes {
-            *self = Self::default();
         }
     }
 }

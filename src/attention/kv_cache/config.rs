@@ -111,8 +111,8 @@ impl KeySmoothing {
     }
 }
 
-/// How the cache stores values. A value that f16 or bf16 cannot hold as a finite number, or int8
-/// not at all, is kept in f32.
+/// How the cache stores values. The values of a token stay in f32 where one of them is NaN, infinite,
+/// larger than f16 holds as a finite number, or beyond 2^95.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]

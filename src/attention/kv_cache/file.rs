@@ -353,8 +353,11 @@ impl<'a> Reader<'a> {
     fn key_smoothing(&self) -> Checked<Vec<Vec<f32>>> {
         let shape = self.shape("key_smoothing").ok_or("no tensor \"key_smoothing\"")?;
         let all = self.f32("key_smoothing", &shape)?;
-        let depth = shape.last().copied().unwrap_or(0).max(1);
-        Ok(all.chunks(depth).map(<[f32]>::to_vec).collect())
+        // Vectors without elements take no bytes that would bound their number.
+        let &[heads @ ..=MAX_HEADS, depth] = shape.as_slice() else {
+            return Err(format!("key smoothing of shape {shape:?}, expected [H_kv, D]"));
+        };
+        Ok((0..heads).map(|head| all[head * depth..][..depth].to_vec()).collect())
     }
 
     /// The heads of a sequence.

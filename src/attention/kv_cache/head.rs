@@ -14,6 +14,7 @@ use super::values::Values;
 use crate::attention::operand::QuantizedRows;
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes};
+use crate::memory::Footprint;
 use crate::product::PackedRhs;
 use crate::quant::{Conditioned, Conditioning, KEY_BLOCK, Rotation, Smoothing, token_mean};
 use std::collections::VecDeque;
@@ -55,7 +56,7 @@ impl Page {
     fn size(&self) -> usize {
         let outliers: usize = self.outliers.iter().map(|(_, row)| row.len()).sum();
         let numbers = self.key_scales.len() + self.offsets.len() + outliers;
-        self.keys.memory() + numbers * size_of::<f32>() + self.values.size()
+        self.keys.footprint() + numbers * size_of::<f32>() + self.values.size()
     }
 
     /// What was subtracted from the keys of a group, where each has its own.
@@ -174,6 +175,16 @@ pub(super) struct Head {
     outliers: bool,
 }
 
+/// What an append changes of a head, but for the slots of pages that were not in use.
+pub(super) struct Mark {
+    sinks: usize,
+    pages: usize,
+    packed: usize,
+    recent: Rows,
+    last: Rows,
+    offset: Option<Vec<f32>>,
+}
+
 impl Head {
     pub(super) fn new(config: &KvCacheConfig, head: usize, dims: Dims, level: Level) -> Self {
         Self {
@@ -222,6 +233,27 @@ impl Head {
             .map(|(index, page)| ((self.first_page + index) * PAGE, &**page))
             .take_while(move |(start, _)| *start < tokens.end)
             .map(|(start, page)| (start, PAGE.min(self.packed - start), page))
+    }
+
+    /// How it is before an append.
+    pub(super) fn mark(&self) -> Mark {
+        Mark {
+            sinks: self.sinks.tokens,
+            pages: self.pages.len(),
+            packed: self.packed,
+            recent: self.recent.clone(),
+            last: self.last.clone(),
+            offset: self.offset.clone(),
+        }
+    }
+
+    /// Takes back an append that has ended anywhere.
+    pub(super) fn restore(&mut self, mark: Mark) {
+        let Mark { sinks, pages, packed, recent, last, offset } = mark;
+        self.sinks.truncate(sinks, self.dims);
+        self.pages.truncate(pages);
+        (self.packed, self.recent, self.last, self.offset) = (packed, recent, last, offset);
+        self.forget_unused();
     }
 
     /// Adds tokens at the end.
@@ -342,6 +374,11 @@ impl Head {
             self.first_page = self.packed / PAGE;
         }
         self.pages.truncate(self.packed.div_ceil(PAGE) - self.first_page);
+        self.forget_unused();
+    }
+
+    /// Forgets what stands beside the values of a page, in slots of it that are not in use.
+    fn forget_unused(&mut self) {
         let used = self.packed % PAGE;
         if used > 0 && !self.pages.is_empty() {
             self.page(self.pages.len() - 1).truncate(used);

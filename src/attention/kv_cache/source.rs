@@ -11,14 +11,13 @@ use super::head::{GROUP, Head, PAGE, Page, Rows as FloatRows};
 use crate::attention::engine::{KeyValues, Queries, QueryBlock, Rows, Running, TILE, Tile, gather};
 use crate::attention::float_head::{accumulate_in_place, score_in_place};
 use crate::attention::operand::QuantizedRows;
-use crate::attention::tensor_values::accumulate;
+use crate::attention::tensor_values::{accumulate, large_rows};
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes, Format, LANES};
 use crate::cpu::plain::widest;
-use crate::memory::overwrite;
+use crate::memory::{Kept, overwrite};
 use crate::product::{self, PackedMatrix, ScoreScales};
 use crate::view::View;
-use std::cell::RefCell;
 use std::ops::Range;
 
 /// Up to this many rows, values are multiplied as they are stored.
@@ -45,8 +44,11 @@ enum Place {
 
 thread_local! {
     /// The values of a tile in another order, and in f32.
-    static VALUES: RefCell<(Option<PackedMatrix>, Vec<f32>)> = RefCell::default();
+    static VALUES: Kept<(Option<PackedMatrix>, Vec<f32>)> = const { Kept::new() };
 }
+
+/// Bytes of that which a thread keeps: tiles of values that are a thousand numbers wide.
+const KEPT: usize = 4 << 20;
 
 impl CacheHead<'_> {
     fn place(&self, keys: &Range<usize>) -> Place {
@@ -177,7 +179,7 @@ impl CacheHead<'_> {
         sums: &mut [f32],
     ) {
         let dim = self.head.dims.value_dim;
-        VALUES.with_borrow_mut(|(kept, rows)| {
+        Kept::with(&VALUES, KEPT, |(kept, rows)| {
             let packed = kept.take().filter(|packed| {
                 (packed.level(), packed.format()) == (self.level, tile.probs.format())
             });
@@ -264,6 +266,19 @@ impl KeyValues for CacheHead<'_> {
         let rows = queries.rows.scales.len() / 2;
         let queries = contracts::Rows::new(&queries.values, rows, depth, depth);
         score_in_place(self.level, (queries, of_keys), self.factor, scores, stride);
+    }
+
+    fn large(&self, keys: Range<usize>) -> Vec<usize> {
+        let dim = self.head.dims.value_dim;
+        if let Some((rows, first)) = self.float_rows(&keys) {
+            let part = &rows.values[(keys.start - first) * dim..(keys.end - first) * dim];
+            return large_rows(contracts::Rows::new(part, keys.len(), dim, dim), keys);
+        }
+        let pages = self.head.pages_of(keys.clone());
+        let beside = pages.flat_map(|(start, _, page)| {
+            page.values.exceptions().iter().map(move |(slot, _)| start + slot)
+        });
+        beside.filter(|key| keys.contains(key)).collect()
     }
 
     fn format(&self, rows: usize) -> Format {

@@ -146,9 +146,14 @@ impl Stored {
         let halves = || bytes.as_chunks::<2>().0.iter().copied();
         let held = match format {
             CacheValues::F16 => halves().all(|x| f16::from_le_bytes(x).is_finite()),
-            CacheValues::Bf16 => halves().all(|x| bf16::from_le_bytes(x).is_finite()),
+            CacheValues::Bf16 => {
+                halves().all(|x| bf16::from_le_bytes(x).to_f32().abs() <= format.limit())
+            }
             CacheValues::Int8 => {
-                scales.iter().all(|x| is_scale(*x)) && !bytes.contains(&(i8::MIN as u8))
+                // The largest code stands for the largest value, but for rounding.
+                let most = format.limit() / 126.0;
+                let scales = scales.iter().all(|x| is_scale(*x) && *x <= most);
+                scales && !bytes.contains(&(i8::MIN as u8))
             }
         };
         match held {

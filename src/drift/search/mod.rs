@@ -283,7 +283,7 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
                 .collect();
             self.set_layers(&settings);
             let found = embeddings(&*self.model, self.passages)?;
-            let energy = embedding_error(&reference, &found);
+            let energy = embedding_error(&reference, &found)?;
             let seconds: f64 =
                 menus.iter().zip(chosen).map(|(menu, &choice)| menu.get(choice).seconds).sum();
             (self.progress)(&format!(
@@ -315,7 +315,7 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
         self.set_layers(settings);
         let found = embeddings(&*self.model, passages)?;
         Ok(Figures {
-            embedding_sqnr_db: embedding_error(&reference, &found).sqnr_db(),
+            embedding_sqnr_db: embedding_error(&reference, &found)?.sqnr_db(),
             layer_sqnr_db: layers.iter().map(LayerErrors::mean_sqnr_db).collect(),
             worst_head_db: layers.iter().map(LayerErrors::worst_head_db).collect(),
         })
