@@ -32,7 +32,8 @@ fn configs() -> Vec<AttentionConfig> {
     }
     all.extend(smoothings.map(|smoothing| int8().smoothing(smoothing, smoothing)));
     all.push(int8().with_scores(|scores| (scores.rotate, scores.outliers) = (false, false)));
-    all.extend([PvPrecision::F32, PvPrecision::Int8].map(|pv| int8().pv(pv)));
+    let precisions = [PvPrecision::F32, PvPrecision::Int16, PvPrecision::Int8];
+    all.extend(precisions.map(|pv| int8().pv(pv)));
     all
 }
 
@@ -272,6 +273,16 @@ fn error_of_others(case: &Case, outlier: Option<usize>, query: Option<usize>) ->
     Ok(error)
 }
 
+/// The largest error, but in the channel in which one value is an outlier.
+fn error_of_unmoved(case: &Case, clean: &Case, token: usize) -> Result<f64> {
+    let run = |case: &Case, config| attention(&case.q, &case.k, &case.v, everything(), &config);
+    let (exact, int8) = (run(case, AttentionConfig::fp32())?, run(case, AttentionConfig::int8())?);
+    let moved = run(clean, AttentionConfig::fp32())?;
+    assert!(largest_difference(&moved, &exact) > 1.0, "value {token} is seen by none");
+    let others = |x: &Tensor| Tensor::cat(&[&x.narrow(3, 0, 5)?, &x.narrow(3, 6, 18)?], 3);
+    Ok(largest_difference(&others(&exact)?, &others(&int8)?))
+}
+
 #[test]
 fn an_outlier_that_is_seen_does_not_spoil_the_others() -> Result<()> {
     for n in [64, 66, 150] {
@@ -292,6 +303,10 @@ fn an_outlier_that_is_seen_does_not_spoil_the_others() -> Result<()> {
             let spoiled = Case { q, k: case.k.clone(), v: case.v.clone() };
             let found = error_of_others(&spoiled, None, Some(query))?;
             assert!(found <= 2.0 * before, "query {query} of {n}: {found}, {before} without");
+            let v = set(&case.v, at, 3e4)?;
+            let value = Case { v, q: case.q.clone(), k: case.k.clone() };
+            let found = error_of_unmoved(&value, &case, at)?;
+            assert!(found <= 2.0 * before, "value {at} of {n}: {found}, {before} without");
         }
     }
     Ok(())

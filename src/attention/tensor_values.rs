@@ -1,8 +1,8 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
-use super::engine::{Probs, Running, TILE, Tile, blocks};
+use super::engine::{Probs, Running, TILE, Tile};
 use super::seen::Seen;
-use crate::cpu::contracts::{GROUP, RUN, Rows as Matrix};
+use crate::cpu::contracts::{RUN, Rows as Matrix};
 use crate::cpu::plain::widest;
 use crate::memory::Kept;
 use crate::product::{LARGEST, PackedMatrix};
@@ -22,29 +22,32 @@ pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &
     let seen = seen.keys(head);
     packed.reset(seen.len(), values.depth());
     Kept::with(&GATHERED, KEPT, |(buffer, (gathered, slice))| {
+        let count = seen.len();
+        let blocks = (0..count).step_by(RUN).map(|start| start..(start + RUN).min(count));
         if packed.needs_ranges() {
-            for block in blocks(seen.len()) {
+            for block in blocks.clone() {
                 packed.observe(seen.rows(values, head, block, buffer, gathered).as_slice(slice));
             }
         }
-        for block in blocks(seen.len()) {
+        for block in blocks {
             let rows = seen.rows(values, head, block.clone(), buffer, gathered);
             packed.put(block.start, rows.as_slice(slice));
         }
     });
 }
 
-/// Keys in tiles, from a whole step on.
+/// Keys in tiles, from a whole step and run of values on.
 pub(super) fn tiles(seen: Range<usize>, step: usize) -> Vec<Range<usize>> {
-    let step = step.next_multiple_of(GROUP);
+    let step = step.next_multiple_of(RUN);
     let starts = (seen.start / step * step..seen.end).step_by(TILE);
     starts.map(|start| start..(start + TILE).min(seen.end)).collect()
 }
 
-/// Those of `keys` with values that stand beside the matrix.
+/// Those of `keys` with a value beyond [`LARGEST`], infinity or NaN, which stands beside the matrix.
 pub(super) fn large(values: &PackedMatrix, keys: Range<usize>) -> Vec<usize> {
-    let beside = values.exceptions().iter().map(|(key, _)| *key);
-    beside.filter(|key| keys.contains(key)).collect()
+    let beside =
+        values.exceptions().iter().filter(|(key, row)| keys.contains(key) && !is_ordinary(row));
+    beside.map(|(key, _)| *key).collect()
 }
 
 /// Those of `keys`, of which these are the values, that have a value beyond [`LARGEST`], infinity or NaN.
@@ -84,6 +87,10 @@ pub(super) fn accumulate(
         Probs::Int8 { codes, runs } => {
             let runs = &runs[..tile.visible.len() * keys.len().div_ceil(RUN)];
             values.accumulate_int8(keys, codes, stride, runs, sums);
+        }
+        Probs::Int16 { codes, scales } => {
+            let scales = &scales[..tile.visible.len() * keys.len().div_ceil(RUN)];
+            values.accumulate_int16(keys, codes, stride, scales, sums);
         }
     }
 }

@@ -12,7 +12,8 @@ use std::str::FromStr;
 
 /// The words that there are, for messages.
 const WORDS: &str = "symmetric, affine, tensor, head, token, block:N, block:M/N, smooth-k, smooth-q, \
-                     local-k, local-q, rotate, outliers, f32, bf16, int8, auto; or default, or sage";
+                     local-k, local-q, rotate, outliers, f32, bf16, int16, int8, \
+                     auto; or default, or sage";
 
 impl Int8Config {
     /// The plainest configuration, from which words start: symmetric, per token, nothing smoothed,
@@ -46,7 +47,7 @@ impl Int8Config {
 /// | `local-k`, `local-q` | the mean of a block of keys, of queries | `"smooth_k": "block"` |
 /// | `rotate` | multiply both by a Hadamard matrix | `"rotate": true` |
 /// | `outliers` | keys that stand out in f32 | `"outliers": true` |
-/// | `f32`, `bf16`, `int8`, `auto` | precision of P·V | `"pv": "auto"` |
+/// | `f32`, `bf16`, `int16`, `int8`, `auto` | precision of P·V | `"pv": "auto"` |
 /// | `default` | alone: this crate's default | |
 /// | `sage` | alone: SageAttention's recipe | |
 ///

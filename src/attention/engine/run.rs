@@ -9,7 +9,7 @@ use super::softmax::{Probs, Tile, softmax_tile};
 use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
-use crate::cpu::contracts::{Format, GROUP, Int8Run, RUN};
+use crate::cpu::contracts::{Format, Int8Run, LANES, RUN};
 use crate::memory::{Footprint, Kept};
 use crate::parallel::{Pace, Work};
 use std::mem::MaybeUninit;
@@ -74,6 +74,9 @@ struct Buffers {
     /// Probabilities in int8, and what they stand for.
     codes: Vec<u8>,
     runs: Vec<Int8Run>,
+    /// Probabilities in int16, and what a 1 stands for.
+    words: Vec<i16>,
+    scales: Vec<f32>,
 }
 
 impl Footprint for Scratch {
@@ -85,8 +88,9 @@ impl Footprint for Scratch {
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        let Self { stride: _, scores, inside, halves, codes, runs } = self;
-        let probs = halves.footprint() + codes.footprint() + runs.footprint();
+        let Self { stride: _, scores, inside, halves, codes, runs, words, scales } = self;
+        let runs = runs.footprint() + scales.footprint();
+        let probs = halves.footprint() + codes.footprint() + words.footprint() + runs;
         scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
     }
 }
@@ -245,11 +249,12 @@ impl Engine<'_> {
         let mut large = from.large(keys.clone());
         large.iter_mut().for_each(|key| *key -= keys.start);
         self.refer(&large, buffers, partial);
-        let Buffers { scores, inside, halves, codes, runs, .. } = buffers;
+        let Buffers { scores, inside, halves, codes, runs, words, scales, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
             Format::Bf16 => Probs::Bf16(halves),
             Format::Int8 => Probs::Int8 { codes, runs },
+            Format::Int16 => Probs::Int16 { codes: words, scales },
         };
         let visible = &*inside;
         let mut tile = Tile { scores, stride, keys: keys.len(), visible, probs, large: &large };
@@ -309,8 +314,8 @@ impl Buffers {
     /// For rows and the tiles that they see.
     fn start(&mut self, from: &dyn KeyValues, rows: usize, tiles: &[Range<usize>]) {
         let longest = tiles.iter().map(Range::len).max().unwrap_or(0);
-        // Whole steps, so that a step that reaches over the last key has room.
-        self.stride = longest.next_multiple_of(from.step().next_multiple_of(GROUP));
+        // Whole steps, so that a step that reaches over the last key has room; and whole vectors.
+        self.stride = longest.next_multiple_of(from.step().next_multiple_of(LANES));
         let len = rows * self.stride;
         let grow = |len: usize, held: usize| len.max(held);
         self.scores.resize(grow(len * from.rows_of_scores(), self.scores.len()), 0.0);
@@ -322,6 +327,11 @@ impl Buffers {
                 // Every row has runs of its own, also where it is shorter than one.
                 let runs = rows * self.stride.div_ceil(RUN);
                 self.runs.resize(grow(runs, self.runs.len()), Int8Run::default());
+            }
+            Format::Int16 => {
+                self.words.resize(grow(len, self.words.len()), 0);
+                let scales = rows * self.stride.div_ceil(RUN);
+                self.scales.resize(grow(scales, self.scales.len()), 0.0);
             }
         }
     }
