@@ -33,8 +33,7 @@ mod download;
 
 pub use client::{HubClient, HubOptions};
 
-use crate::models::ModelFiles;
-use crate::models::llama::shard_files;
+use crate::models::{ModelFiles, Module, SENTENCE_FILES, read_modules, shard_files};
 use crate::{Error, Result};
 use cache::{Cache, Known};
 use client::{Failure, RemoteFile};
@@ -45,6 +44,9 @@ const MAIN: &str = "main";
 
 /// The index of weights that are in several files.
 const SHARDS: &str = "model.safetensors.index.json";
+
+/// Weights that are in one file.
+const WEIGHTS: &str = "model.safetensors";
 
 /// A model on the Hugging Face Hub: config, tokenizer and safetensors weights.
 ///
@@ -90,7 +92,8 @@ impl HubModel {
         self.file(client, "config.json", self.revision.as_deref())
     }
 
-    /// The model's files, downloaded if the cache lacks them. A download shows a progress bar on
+    /// The model's files, downloaded if the cache lacks them, with those that sentence-transformers
+    /// stores beside them; weights in one file, or in several with an index. A download shows a progress bar on
     /// stderr if that is a terminal.
     ///
     /// # Errors
@@ -115,13 +118,48 @@ impl HubModel {
         // How its embeddings are meant, where the authors say so. A model that is in the cache is not
         // asked for again.
         let cache = Cache::new(client.cache_folder(), &self.id);
-        if let Known::Nothing = cache.find(commit.unwrap_or(MAIN), "model.safetensors") {
-            for name in ["modules.json", "1_Pooling/config.json"] {
-                self.optional_file(client, name, commit)?;
-            }
+        let is_new = [WEIGHTS, SHARDS].iter().all(|name| {
+            matches!(cache.find(commit.unwrap_or(MAIN), name), Known::Nothing | Known::Missing)
+        });
+        if is_new {
+            self.fetch_sentence_files(client, commit)?;
         }
-        let weights = self.file(client, "model.safetensors", commit)?;
+        let weights = self.weights(client, commit)?;
         Ok(ModelFiles { weights, config, tokenizer })
+    }
+
+    /// What sentence-transformers stores beside a model.
+    fn fetch_sentence_files(&self, client: &HubClient, commit: Option<&str>) -> Result<()> {
+        for name in SENTENCE_FILES {
+            self.optional_file(client, name, commit)?;
+        }
+        // Known by now, whether there is one or not.
+        let Some(modules) = self.optional_file(client, SENTENCE_FILES[0], commit)? else {
+            return Ok(());
+        };
+        for file in read_modules(&modules)?.iter().flat_map(Module::files) {
+            if !file.split('/').all(is_name) {
+                return Err(self.problem(format!("modules.json names {file:?}, expected a folder")));
+            }
+            self.optional_file(client, &file, commit)?;
+        }
+        Ok(())
+    }
+
+    /// The weights: one file, or else an index and what it names.
+    fn weights(&self, client: &HubClient, commit: Option<&str>) -> Result<PathBuf> {
+        let missing = match self.get(client, WEIGHTS, commit) {
+            Ok(path) => return Ok(path),
+            Err(missing @ (Failure::Status { status: 404, .. } | Failure::NotCached)) => missing,
+            Err(failure) => return Err(self.error(failure, WEIGHTS)),
+        };
+        let Some(index) = self.optional_file(client, SHARDS, commit)? else {
+            return Err(self.error(missing, WEIGHTS));
+        };
+        for shard in shard_files(&index)? {
+            self.file(client, &shard, commit)?;
+        }
+        Ok(index)
     }
 
     /// A Llama-family decoder, downloaded if the cache lacks it, as a path for
@@ -153,14 +191,7 @@ impl HubModel {
         for name in ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
             self.optional_file(client, name, commit)?;
         }
-        match self.optional_file(client, SHARDS, commit)? {
-            None => drop(self.file(client, "model.safetensors", commit)?),
-            Some(index) => {
-                for shard in shard_files(&index)? {
-                    self.file(client, &shard, commit)?;
-                }
-            }
-        }
+        self.weights(client, commit)?;
         Ok(config.parent().map(Path::to_path_buf).unwrap_or_default())
     }
 

@@ -40,7 +40,7 @@
 //!
 //! # In a model
 //! [`recipes`] has whole programs: the swap of one line, a layer of BERT, a layer of Llama with an
-//! [`Int8KvCache`].
+//! [`Int8KvCache`]. [`encoders`] tells which encoders load, and what of their files is obeyed.
 //!
 //! # Devices
 //! The kernels are for CPUs. Where tensors are on a CUDA or Metal device, [`attention()`],
@@ -68,6 +68,8 @@ pub mod product;
 pub mod quant;
 #[doc = include_str!("../docs/recipes.md")]
 pub mod recipes {}
+#[doc = include_str!("../docs/encoders.md")]
+pub mod encoders {}
 pub mod reference;
 // Integration tests draw from it too, and see of this crate only what is public.
 #[cfg(test)]

@@ -19,8 +19,9 @@ fn encoder() -> TextEncoder {
     TextEncoder::load(&ModelFiles::from_dir(folder).unwrap(), &Device::Cpu).unwrap()
 }
 
-fn model() -> BertModel {
-    encoder().model
+fn load_model() -> BertModel {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/paraphrase-MiniLM-L3-v2");
+    BertModel::load(&ModelFiles::from_dir(folder).unwrap(), &Device::Cpu).unwrap()
 }
 
 /// Token ids of four short passages.
@@ -57,7 +58,7 @@ fn corrupt<T>(content: &str, load: impl Fn(&Path) -> Result<T, Error>) -> String
 
 #[test]
 fn static_ranges_come_close_to_dynamic_ones() {
-    let (model, passages) = (model(), passages());
+    let (model, passages) = (load_model(), passages());
     let dynamic = vec![AttentionConfig::int8().granularity(Granularity::PerHead); 3];
     for scheme in [Scheme::Symmetric, Scheme::Affine] {
         let config = CalibrationConfig { scheme, ..CalibrationConfig::default() };
@@ -78,7 +79,7 @@ fn static_ranges_come_close_to_dynamic_ones() {
 
 #[test]
 fn a_calibration_is_applied_saved_and_loaded() {
-    let (mut model, passages) = (model(), passages());
+    let (mut model, passages) = (load_model(), passages());
     let reference = embeddings(&model, &passages[2..]).unwrap();
     let calibration = calibrate(&model, &passages[..2], CalibrationConfig::default()).unwrap();
     let tokens: usize = passages[..2].iter().map(Tensor::elem_count).sum();
@@ -98,7 +99,7 @@ fn a_calibration_is_applied_saved_and_loaded() {
 
 #[test]
 fn parts_of_a_text_are_merged() {
-    let (model, passages) = (model(), passages());
+    let (model, passages) = (load_model(), passages());
     for observer in [ObserverKind::MinMax, ObserverKind::PERCENTILE, ObserverKind::Mse] {
         let config = CalibrationConfig { observer, ..CalibrationConfig::default() };
         let part = |passages: &[Tensor]| {
@@ -179,7 +180,7 @@ fn what_fails_half_way_has_counted_nothing() {
 
 #[test]
 fn calibrations_of_other_models_are_refused() {
-    let mut model = model();
+    let mut model = load_model();
     let x = randn((1, 4, 8, 16));
     let mut calibrator = Calibrator::new(CalibrationConfig::default()).unwrap();
     calibrator.observe(0, &x, &x).unwrap();
@@ -242,7 +243,7 @@ fn files_that_are_not_calibrations_are_refused() {
 
 #[test]
 fn layer_settings_are_applied_saved_and_loaded() {
-    let mut model = model();
+    let mut model = load_model();
     model.set_attention(&AttentionConfig::fp32().softcap(30.0));
     let int8: Backend = "block:64/token+smooth-k+auto".parse().unwrap();
     let settings = LayerSettings::new(vec![int8.clone(), Backend::Fp32, Backend::default()]);
@@ -290,7 +291,7 @@ fn files_that_are_not_layer_settings_are_refused() {
 
 #[test]
 fn the_search_keeps_its_budget_and_the_model_its_attention() {
-    let (mut model, passages) = (model(), passages());
+    let (mut model, passages) = (load_model(), passages());
     model.set_attention(&AttentionConfig::int8());
     let texts = (&passages[..2], &passages[2..]);
     let mut run = |budget| {
@@ -308,7 +309,7 @@ fn the_search_keeps_its_budget_and_the_model_its_attention() {
         let (_folder, path) = folder();
         found.settings().unwrap().save(&path).unwrap();
         let settings = LayerSettings::load(&path).unwrap();
-        let mut model = encoder().model;
+        let mut model = load_model();
         let reference = embeddings(&model, texts.1).unwrap();
         settings.apply(&mut model).unwrap();
         let sqnr =
@@ -326,7 +327,7 @@ fn the_search_keeps_its_budget_and_the_model_its_attention() {
 
 #[test]
 fn a_search_without_text_or_numbers_is_an_error() {
-    let (mut model, passages) = (model(), passages());
+    let (mut model, passages) = (load_model(), passages());
     let mut error = |texts: (&[Tensor], &[Tensor]), config: &SearchConfig| {
         search(&mut model, texts, config, &mut |_| ()).unwrap_err().to_string()
     };

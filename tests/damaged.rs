@@ -15,7 +15,7 @@ mod damaged {
     mod weights;
 
     use super::*;
-    use common::tiny;
+    use common::{tiny, tiny_encoders};
 }
 
 use candle_int8_attention::Error;

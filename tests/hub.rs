@@ -5,6 +5,7 @@ mod common;
 // Named, so that the files are in a folder of their own.
 mod hub {
     mod decoders;
+    mod encoders;
     mod harm;
 
     use super::*;

@@ -4,7 +4,8 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_int8_attention::models::{
-    BertConfig, BertModel, ModelFiles, TextEncoder, Weights, WordEmbeddings, mean_pool, run_layers,
+    BertConfig, BertModel, LayeredModel, ModelFiles, TextEncoder, Weights, WordEmbeddings,
+    mean_pool, run_layers,
 };
 use candle_int8_attention::{AttentionConfig, AttnMask, Error};
 use common::randn;
@@ -30,7 +31,7 @@ fn int8_layers_stay_close_and_switch_one_by_one() -> TestResult {
     let mut encoder = TextEncoder::load(&files, &CPU)?;
     let texts = ["It is a truth universally acknowledged.", "Short."];
     let exact = encoder.embed_sentences(&texts)?;
-    encoder.model.layers_mut()[1].attention.set_config(AttentionConfig::int8());
+    encoder.model.attention_mut()[1].set_config(AttentionConfig::int8());
     let one = largest_difference(&exact, &encoder.embed_sentences(&texts)?);
     encoder.model.set_attention(&AttentionConfig::int8());
     let all = largest_difference(&exact, &encoder.embed_sentences(&texts)?);
@@ -173,7 +174,7 @@ fn a_config_that_does_not_fit_the_weights_names_the_tensor() -> TestResult {
         ("\"num_attention_heads\": 2", "\"num_attention_heads\": 0", "num_attention_heads 0"),
         ("\"gelu\"", "\"swish\"", "swish"),
         ("\"vocab_size\": 11,", "", "vocab_size"),
-        ("{", "", "not a BERT configuration"),
+        ("{", "", "not the configuration of BERT"),
         (
             "\"type_vocab_size\"",
             "\"position_embedding_type\": \"rotary\", \"type_vocab_size\"",

@@ -20,6 +20,7 @@ mod programs {
     #[cfg(feature = "hub")]
     mod hub;
     mod passages;
+    mod rerank;
     mod start;
     mod tools_with_decoders;
 }

@@ -3,7 +3,7 @@
 //! real encoder over real prose; from fast to slow: int8, bf16 and int16, f32.
 
 use candle_core::{Device, Tensor};
-use candle_int8_attention::models::{ModelFiles, TextEncoder};
+use candle_int8_attention::models::{AttentionInput, ModelFiles, TextEncoder, run_layers};
 use candle_int8_attention::{AttentionConfig, AttnMask, PvPrecision, attention};
 use std::path::{Path, PathBuf};
 
@@ -35,12 +35,10 @@ fn blocks(encoder: &mut TextEncoder) -> TestResult<Vec<[Tensor; 3]>> {
     let mut blocks = Vec::new();
     for passage in [text, &text[..text.len() / 4]] {
         let batch = encoder.tokenize(&[passage])?;
-        let mut hidden = encoder.model.embed(&batch.input_ids, None)?;
-        for layer in encoder.model.layers() {
-            let (q, k, v) = layer.qkv(&hidden)?;
-            hidden = layer.forward(&hidden, &AttnMask::None)?;
-            blocks.push([q, k, v]);
-        }
+        run_layers(&encoder.model, &batch.input_ids, &mut |_, AttentionInput { q, k, v, .. }| {
+            blocks.push([q, k, v].map(Tensor::clone));
+            Ok(())
+        })?;
     }
     Ok(blocks)
 }

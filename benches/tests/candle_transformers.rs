@@ -61,7 +61,7 @@ fn an_encoder_s_states_are_those_of_candle_transformers_padded_batches_included(
             (TextEncoder::load(&files, &Device::Cpu)?, reference_encoder(&files)?);
         let batch = encoder.tokenize(&texts)?;
         let types = batch.input_ids.zeros_like()?;
-        let ours = encoder.model.forward(&batch.input_ids, Some(&batch.attention_mask))?;
+        let ours = encoder.model.forward(&batch.input_ids, None, Some(&batch.attention_mask))?;
         let theirs = reference.forward(&batch.input_ids, &types, Some(&batch.attention_mask))?;
         let tokens = batch.attention_mask.to_dtype(DType::F32)?.unsqueeze(2)?;
         let (ours, theirs) = (ours.broadcast_mul(&tokens)?, theirs.broadcast_mul(&tokens)?);

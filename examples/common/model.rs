@@ -23,7 +23,7 @@ pub fn shown(path: &Path) -> String {
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Folder with the weights (safetensors), config.json and tokenizer.json of a BERT model
+    /// Folder with the weights (safetensors), config.json and tokenizer.json of an encoder
     /// [default: models/paraphrase-MiniLM-L3-v2 of this project]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,

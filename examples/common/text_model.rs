@@ -8,7 +8,7 @@ use super::model::{HubArgs, ModelArgs};
 use super::text;
 use anyhow::{Result, bail};
 use candle_core::Tensor;
-use candle_int8_attention::models::{Attend, LayeredModel, TextEncoder};
+use candle_int8_attention::models::{Attend, EncoderModel, LayeredModel, TextEncoder};
 use candle_int8_attention::{Error, QuantizedAttention};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct TextModelArgs {
-    /// Folder with the weights (safetensors), config.json and tokenizer.json of a BERT encoder or a
+    /// Folder with the weights (safetensors), config.json and tokenizer.json of an encoder or a
     /// Llama-family decoder, or GGUF file of such a decoder
     /// [default: models/paraphrase-MiniLM-L3-v2 of this project, an encoder]
     #[arg(long, value_name = "FILE|DIR")]
@@ -30,10 +30,10 @@ pub struct TextModelArgs {
     pub format: GgufArgs,
 }
 
-/// A BERT encoder or a Llama-family decoder, with its tokenizer.
+/// An encoder or a Llama-family decoder, with its tokenizer.
 pub enum TextModel {
-    Encoder(TextEncoder),
-    Decoder(Decoder),
+    Encoder(Box<TextEncoder>),
+    Decoder(Box<Decoder>),
 }
 
 /// A model, a name for people, and the files that it is from.
@@ -58,13 +58,13 @@ impl TextModelArgs {
             Kind::Encoder => {
                 let (encoder, name, files) = ModelArgs { model, hub }.encoder_and_files()?;
                 self.format.refuse_for(&name)?;
-                let files = vec![files.weights, files.config, files.tokenizer];
-                Ok(Loaded { model: TextModel::Encoder(encoder), name, files })
+                let files = files.all()?;
+                Ok(Loaded { model: TextModel::Encoder(Box::new(encoder)), name, files })
             }
             Kind::Decoder => {
                 let decoder = LlamaArgs { model, hub, format: self.format.clone() }.load()?;
                 let (name, files) = (decoder.name.clone(), decoder.files()?);
-                Ok(Loaded { model: TextModel::Decoder(decoder), name, files })
+                Ok(Loaded { model: TextModel::Decoder(Box::new(decoder)), name, files })
             }
         }
     }
@@ -95,11 +95,14 @@ impl Kind {
         let text = text::read(path).unwrap_or_default();
         let config: Config = serde_json::from_str(&text).unwrap_or_default();
         match config.model_type.as_deref() {
-            None | Some("bert") => Ok(Kind::Encoder),
             Some("llama") => Ok(Kind::Decoder),
-            Some(other) => {
-                bail!("{}: model_type {other:?}, expected \"bert\" or \"llama\"", path.display())
-            }
+            None => Ok(Kind::Encoder),
+            Some(family) if EncoderModel::FAMILIES.contains(&family) => Ok(Kind::Encoder),
+            Some(other) => bail!(
+                "{}: model_type {other:?}, expected \"llama\" or one of {:?}",
+                path.display(),
+                EncoderModel::FAMILIES
+            ),
         }
     }
 }
@@ -118,14 +121,14 @@ impl TextModel {
     /// Tokens that the model reads at once.
     pub fn longest(&self) -> usize {
         match self {
-            TextModel::Encoder(encoder) => encoder.model.config().max_position_embeddings,
+            TextModel::Encoder(encoder) => encoder.max_tokens(),
             TextModel::Decoder(decoder) => decoder.model.config().max_position_embeddings,
         }
     }
 
     fn layered(&self) -> &dyn LayeredModel<Input = Tensor> {
         match self {
-            TextModel::Encoder(encoder) => &encoder.model,
+            TextModel::Encoder(encoder) => &**encoder,
             TextModel::Decoder(decoder) => &decoder.model,
         }
     }
@@ -141,7 +144,7 @@ impl LayeredModel for TextModel {
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
         match self {
-            TextModel::Encoder(encoder) => encoder.model.attention_mut(),
+            TextModel::Encoder(encoder) => encoder.attention_mut(),
             TextModel::Decoder(decoder) => decoder.model.attention_mut(),
         }
     }

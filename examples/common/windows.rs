@@ -1,6 +1,6 @@
 //! A text as windows of tokens, each no longer than the model reads at once.
 
-use super::words::split_long;
+use super::words::{is_unknown, parts, spaced};
 use anyhow::{Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::TextEncoder;
@@ -20,19 +20,17 @@ pub struct Windows {
     pub tokens_lost: usize,
 }
 
-/// What the tokenizer writes for a word it cannot spell.
-pub const UNKNOWN: &str = "[UNK]";
-
 impl Windows {
     /// As few windows as the model needs.
     pub fn of(encoder: &TextEncoder, text: &str) -> Result<Self> {
         let pieces = Pieces::of(encoder, text)?;
         ensure!(!pieces.tokens.is_empty(), "the text has no word or sign in it");
         ensure!(
-            pieces.tokens.iter().any(|(_, token)| token != UNKNOWN),
-            "the model knows no word of the text: every token is {UNKNOWN}"
+            !pieces.tokens.iter().all(|(_, token)| is_unknown(token)),
+            "the model knows no word of the text: every token is {}",
+            pieces.tokens[0].1
         );
-        let room = encoder.model.config().max_position_embeddings.saturating_sub(2);
+        let room = encoder.max_tokens().saturating_sub(2);
         ensure!(room > 0, "the model reads no more than the two special tokens");
         let windows = pieces.tokens.chunks(room).map(|part| pieces.window(part));
         Ok(Self { windows: windows.collect::<Result<_>>()?, tokens_lost: pieces.lost })
@@ -51,17 +49,19 @@ struct Pieces {
 
 impl Pieces {
     /// [`TextEncoder::tokenize`] cuts what the model cannot read at once, so it gets the words one
-    /// by one. BERT's tokenizer splits at white space first: the tokens are the same.
+    /// by one. The tokenizers of encoders split at white space first: the tokens are the same, if the
+    /// space before a word comes with it, which is a part of its first token in some.
     fn of(encoder: &TextEncoder, text: &str) -> Result<Self> {
         let ends = encoder.tokenize(&[""])?;
         let id = |i: usize| -> Result<u32> { Ok(ends.input_ids.get(0)?.get(i)?.to_scalar()?) };
         let [first, last] = ends.tokens[0].as_slice() else {
-            bail!("the tokenizer puts no [CLS] and [SEP] around a text; this is no BERT model");
+            bail!("the tokenizer puts no [CLS] and [SEP], or <s> and </s>, around a text");
         };
         let ends = ((id(0)?, first.clone()), (id(1)?, last.clone()));
 
         let (mut tokens, mut lost) = (Vec::new(), 0);
-        let words: Vec<&str> = text.split_whitespace().flat_map(split_long).collect();
+        let words: Vec<String> =
+            parts(text).into_iter().map(|(part, starts)| spaced(part, starts)).collect();
         for words in words.chunks(WORDS_AT_ONCE) {
             let batch = encoder.tokenize(words)?;
             for (ids, names) in batch.input_ids.to_vec2::<u32>()?.into_iter().zip(batch.tokens) {

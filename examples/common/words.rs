@@ -1,9 +1,32 @@
-//! Words that are longer than a model reads.
+//! A text word by word, as the tokenizers of encoders split it anyway.
+
+/// The words of a text, long ones in parts, each with whether a word starts there.
+pub fn parts(text: &str) -> Vec<(&str, bool)> {
+    let of_word = |word| split_long(word).into_iter().enumerate().map(|(i, part)| (part, i == 0));
+    text.split_whitespace().flat_map(of_word).collect()
+}
+
+/// What a tokenizer is given for a part. The space before a word is a part of its first token in
+/// byte-level ones (RoBERTa's, ModernBERT's); the others pass over it.
+pub fn spaced(part: &str, starts: bool) -> String {
+    if starts { format!(" {part}") } else { part.to_string() }
+}
+
+/// Whether this is what a tokenizer writes for a word that it cannot spell.
+pub fn is_unknown(token: &str) -> bool {
+    ["[UNK]", "<unk>"].contains(&token)
+}
+
+/// The letters of a token, without the mark of a word that goes on (`##`) or begins.
+pub fn bare(token: &str) -> &str {
+    let marks = ["##", "\u{120}", "\u{2581}"];
+    marks.iter().find_map(|mark| token.strip_prefix(mark)).unwrap_or(token)
+}
 
 /// A word as it is, or, if it is long, in parts that are not, cut where BERT's tokenizer splits
 /// anyway: beside a sign, and beside a letter of a script without case, which may be a word of its
 /// own. What has no such place stays whole.
-pub fn split_long(word: &str) -> Vec<&str> {
+fn split_long(word: &str) -> Vec<&str> {
     const LONG: usize = 200;
     let is_apart = |c: char| !c.is_alphanumeric() || !(c.is_ascii() || c.is_lowercase());
     let (mut parts, mut start, mut before) = (Vec::new(), 0, None);
@@ -21,7 +44,20 @@ pub fn split_long(word: &str) -> Vec<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::split_long;
+    use super::{bare, parts, spaced, split_long};
+
+    #[test]
+    fn a_text_is_its_parts_with_a_space_before_words() {
+        let long = "a,".repeat(150);
+        let text = format!("One {long}\n two");
+        let spaced: String =
+            parts(&text).iter().map(|&(part, starts)| spaced(part, starts)).collect();
+        assert!(parts(&text).len() > 3);
+        assert_eq!(spaced, format!(" One {long} two"));
+        for token in ["##ton", "\u{120}ton", "\u{2581}ton", "ton"] {
+            assert_eq!(bare(token), "ton");
+        }
+    }
 
     #[test]
     fn long_words_are_cut_beside_signs_and_letters_without_case() {

@@ -2,7 +2,7 @@
 
 use crate::common::correlation::Correlation;
 use crate::common::text;
-use crate::common::windows::UNKNOWN;
+use crate::common::words::is_unknown;
 use anyhow::{Context, Result, bail, ensure};
 use candle_int8_attention::drift::metrics::cosine;
 use candle_int8_attention::drift::report::Similarity;
@@ -66,7 +66,7 @@ impl Sentences {
         let mut words = names.iter().skip(1).take(names.len().saturating_sub(2));
         self.all += 1;
         self.cut += u64::from(is_cut);
-        self.unknown += u64::from(words.all(|token| token == UNKNOWN));
+        self.unknown += u64::from(words.all(|token| is_unknown(token)));
         Ok(())
     }
 
@@ -74,14 +74,14 @@ impl Sentences {
     pub fn describe(&self) -> Result<String> {
         ensure!(
             self.unknown < self.all,
-            "the model knows no word of the sentences: every token is {UNKNOWN}"
+            "the model knows no word of the sentences: every token is unknown to it"
         );
         let mut text = "each sentence a passage".to_string();
         if self.cut > 0 {
             text += &format!("; the model's limit cuts the end of {}", self.cut);
         }
         if self.unknown > 0 {
-            text += &format!("; in {} every token is {UNKNOWN}", self.unknown);
+            text += &format!("; in {} every token is unknown", self.unknown);
         }
         Ok(text)
     }

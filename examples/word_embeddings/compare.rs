@@ -6,10 +6,10 @@ use crate::common::windows::Window;
 use crate::heads::{HeadDrift, Path, Qkv, drift_per_head};
 use crate::report::Subject;
 use anyhow::Result;
+use candle_int8_attention::ScoreConfig;
 use candle_int8_attention::drift::Candidate;
 use candle_int8_attention::drift::metrics::lowest;
-use candle_int8_attention::models::BertModel;
-use candle_int8_attention::{AttnMask, ScoreConfig};
+use candle_int8_attention::models::{EncoderModel, LayeredModel};
 use serde::Serialize;
 
 /// The drift of one configuration over all layers, heads and windows of the text.
@@ -78,14 +78,15 @@ pub struct Comparison {
 impl Comparison {
     /// Runs every attention block of `model`, which computes in fp32, over every window. Each layer
     /// gets fp32 input, so that its own error is seen and not that of the layers before.
-    pub fn of(model: &BertModel, windows: &[Window], subject: Subject) -> Result<Self> {
-        let mut drifts = Drifts::new(model.layers().len());
+    pub fn of(model: &EncoderModel, windows: &[Window], subject: Subject) -> Result<Self> {
+        let layers = model.config().num_hidden_layers;
+        let mut drifts = Drifts::new(layers);
         for window in windows {
-            let mut hidden = model.embed(&window.ids, None)?;
-            for (i, layer) in model.layers().iter().enumerate() {
-                let (q, k, v) = layer.qkv(&hidden)?;
-                drifts.add(i, &Qkv { q, k, v })?;
-                hidden = layer.forward(&hidden, &AttnMask::None)?;
+            let mut hidden = model.embed(&window.ids)?;
+            for layer in 0..layers {
+                let (block, output) = Qkv::of(model, layer, &hidden)?;
+                drifts.add(layer, &block)?;
+                hidden = output;
             }
         }
         Ok(Self { subject, comparison: drifts.rows() })

@@ -1,10 +1,11 @@
 //! One attention block computed by one path, and what two paths differ in, head by head.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::Tensor;
 use candle_int8_attention::attention::attention_probs;
 use candle_int8_attention::drift::{Candidate, Drift, ProbabilityDrift};
-use candle_int8_attention::{AttentionCall, AttentionConfig, attention};
+use candle_int8_attention::models::{EncoderModel, LayeredModel};
+use candle_int8_attention::{AttentionCall, AttentionConfig, Backend, attention};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -13,6 +14,22 @@ pub struct Qkv {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
+    /// What the model asks of their attention, such as a window.
+    pub config: AttentionConfig,
+}
+
+impl Qkv {
+    /// What enters the attention of a layer, whose input is `hidden`, and what leaves the layer.
+    pub fn of(model: &EncoderModel, layer: usize, hidden: &Tensor) -> Result<(Self, Tensor)> {
+        let config = model.attention()[layer].config();
+        let mut block = None;
+        let output = model.layer(layer, hidden, &mut |q, k, v, call| {
+            let (q_, k_, v_) = (q.clone(), k.clone(), v.clone());
+            block = Some(Self { q: q_, k: k_, v: v_, config: config.clone() });
+            attention(q, k, v, call, config)
+        })?;
+        Ok((block.context("a layer without attention")?, output))
+    }
 }
 
 /// What one path makes of them.
@@ -24,9 +41,11 @@ pub struct Path {
 }
 
 impl Path {
-    /// Runs the block in fp32 without a mask: one text, no padding, every token sees every token.
+    /// Runs the block in fp32 without a mask: one text, no padding, every token sees every token, or those in
+    /// the window of its layer.
     pub fn fp32(block: &Qkv) -> Result<Self> {
-        let (Qkv { q, k, v }, config) = (block, AttentionConfig::fp32());
+        let Qkv { q, k, v, config } = block;
+        let config = config.with_backend(Backend::Fp32);
         Ok(Self {
             probs: attention_probs(q, k, AttentionCall::default(), &config)?,
             output: attention(q, k, v, AttentionCall::default(), &config)?,
@@ -35,11 +54,11 @@ impl Path {
 
     /// The same in int8.
     pub fn int8(block: &Qkv, candidate: &Candidate) -> Result<Self> {
-        let (call, config) = (AttentionCall::default(), AttentionConfig::default());
-        let Qkv { q, k, v } = block;
+        let call = AttentionCall::default();
+        let Qkv { q, k, v, config } = block;
         Ok(Self {
-            probs: candidate.probabilities((q, k), &call, &config)?,
-            output: candidate.attention((q, k, v), &call, &config)?,
+            probs: candidate.probabilities((q, k), &call, config)?,
+            output: candidate.attention((q, k, v), &call, config)?,
         })
     }
 }

@@ -9,10 +9,10 @@ use crate::report::{Block, Final, Report, Subject};
 use crate::stages::{self, Stage};
 use crate::static_words;
 use anyhow::{Result, ensure};
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
+use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::drift::{Drift, metrics};
-use candle_int8_attention::models::{BertLayer, BertModel, TextEncoder, mean_pool};
-use candle_int8_attention::{AttentionCall, AttentionConfig, AttnMask};
+use candle_int8_attention::models::{EncoderModel, LayeredModel, TextEncoder};
 
 /// Measures the chosen layer, the whole encoder and the static word embeddings.
 pub fn report(
@@ -35,23 +35,25 @@ pub fn report(
     let model = &mut encoder.model;
     model.set_attention(&AttentionConfig::fp32());
     let fp32_run = Run::of(model, window, args.layer)?;
-    let block = fp32_run.block(model, args.layer)?;
-    let paths = (Path::fp32(&block)?, Path::int8(&block, &candidate)?);
+    let block = &fp32_run.block;
+    let paths = (Path::fp32(block)?, Path::int8(block, &candidate)?);
 
-    let (call, config) = (AttentionCall::default(), AttentionConfig::default());
-    let in_int8 = |layer: &BertLayer, hidden: &Tensor| {
-        layer.forward_with(hidden, |q, k, v| candidate.attention((q, k, v), &call, &config))
+    let in_int8 = |layer: usize, hidden: &Tensor| {
+        let config = model.attention()[layer].config();
+        model
+            .layer(layer, hidden, &mut |q, k, v, call| candidate.attention((q, k, v), call, config))
     };
-    let int8_layer = in_int8(&model.layers()[args.layer], &fp32_run.input)?;
-    let embedded = model.embed(&window.ids, None)?;
-    let int8_final =
-        model.layers().iter().try_fold(embedded, |hidden, layer| in_int8(layer, &hidden))?;
+    let int8_layer = in_int8(args.layer, &fp32_run.input)?;
+    let mut int8_final = model.embed(&window.ids)?;
+    for layer in 0..subject.layers {
+        int8_final = in_int8(layer, &int8_final)?;
+    }
 
     let mut stages = vec![
         Stage::shared("word embeddings", &fp32_run.words)?,
         Stage::shared(&format!("input of layer {}", args.layer), &fp32_run.input)?,
     ];
-    stages.extend(stages::of_attention(&block, &candidate, (&paths.0, &paths.1))?);
+    stages.extend(stages::of_attention(block, &candidate, (&paths.0, &paths.1))?);
     stages.push(Stage::compared(
         &format!("output of layer {}", args.layer),
         &fp32_run.output,
@@ -69,7 +71,7 @@ pub fn report(
         config: describe(&candidate.config.scores, candidate.requant.as_ref()),
         layer: args.layer,
         block: Block { stages, heads, attended: Some(attended) },
-        encoder: final_drift(&fp32_run.last, &int8_final)?,
+        encoder: final_drift(model, &fp32_run.last, &int8_final)?,
         static_words: static_words::measure(args, text, &word)?,
     })
 }
@@ -82,37 +84,33 @@ fn check_range(what: &str, index: usize, count: usize) -> Result<()> {
 /// One pass of the fp32 encoder, with what the report needs from it.
 struct Run {
     words: Tensor,
-    /// What enters the chosen layer, and what leaves it.
+    /// What enters the chosen layer, what enters its attention, and what leaves it.
     input: Tensor,
+    block: Qkv,
     output: Tensor,
     last: Tensor,
 }
 
 impl Run {
-    fn of(model: &BertModel, window: &Window, layer: usize) -> Result<Self> {
-        let mut hidden = vec![model.embed(&window.ids, None)?];
-        for layer in model.layers() {
-            hidden.push(layer.forward(&hidden[hidden.len() - 1], &AttnMask::None)?);
+    fn of(model: &EncoderModel, window: &Window, layer: usize) -> Result<Self> {
+        let mut input = model.embed(&window.ids)?;
+        for before in 0..layer {
+            input = Qkv::of(model, before, &input)?.1;
         }
-        Ok(Self {
-            words: model.word_embeddings().index_select(&window.ids.flatten_all()?, 0)?,
-            input: hidden[layer].clone(),
-            output: hidden[layer + 1].clone(),
-            last: hidden[hidden.len() - 1].clone(),
-        })
-    }
-
-    fn block(&self, model: &BertModel, layer: usize) -> Result<Qkv> {
-        let (q, k, v) = model.layers()[layer].qkv(&self.input)?;
-        Ok(Qkv { q, k, v })
+        let (block, output) = Qkv::of(model, layer, &input)?;
+        let mut last = output.clone();
+        for after in layer + 1..model.config().num_hidden_layers {
+            last = Qkv::of(model, after, &last)?.1;
+        }
+        let words = model.word_embeddings().index_select(&window.ids.flatten_all()?, 0)?;
+        Ok(Self { words, input, block, output, last })
     }
 }
 
 /// What is left of the int8 error at the end.
-fn final_drift(fp32: &Tensor, int8: &Tensor) -> Result<Final> {
-    let (_, tokens, hidden) = fp32.dims3()?;
-    let everything = Tensor::ones((1, tokens), DType::U32, &Device::Cpu)?;
-    let text = |last: &Tensor| -> Result<Vec<f32>> { flat(&mean_pool(last, &everything)?) };
+fn final_drift(model: &EncoderModel, fp32: &Tensor, int8: &Tensor) -> Result<Final> {
+    let hidden = model.config().hidden_size;
+    let text = |last: &Tensor| -> Result<Vec<f32>> { flat(&model.embedding(last)?) };
     let (a, b) = (flat(fp32)?, flat(int8)?);
     let cosines = a.chunks(hidden).zip(b.chunks(hidden)).map(|(a, b)| metrics::cosine(a, b));
     Ok(Final {

@@ -9,6 +9,7 @@ use crate::report::{Block, StaticWords};
 use crate::stages;
 use anyhow::{Context, Result};
 use candle_core::Device;
+use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::WordEmbeddings;
 
 /// As many as the encoder reads; every one attends to every other.
@@ -30,7 +31,8 @@ pub fn measure(args: &Args, text: &str, word: &str) -> Result<StaticWords> {
         None
     } else {
         let embedded = embeddings.lookup(&ids)?.unsqueeze(0)?.unsqueeze(0)?;
-        let block = Qkv { q: embedded.clone(), k: embedded.clone(), v: embedded };
+        let config = AttentionConfig::fp32();
+        let block = Qkv { q: embedded.clone(), k: embedded.clone(), v: embedded, config };
         Some(compare(args, &block, &words, word)?)
     };
     Ok(StaticWords { source: shown(&folder), words: words.len(), unknown, cut, block })

@@ -1,13 +1,16 @@
 //! A BERT encoder (Devlin et al. 2018, arXiv:1810.04805) with a switchable attention per layer.
 
-use super::files::{ModelFiles, Weights, unused_head};
-use super::{BertConfig, HiddenAct};
-use crate::attention::{AttentionConfig, QuantizedAttention};
-use crate::memory::check_size;
+use super::encoder::{self, Encoder, EncoderConfig};
+use super::files::unused_head;
+use super::layered::Attend;
+use super::loader::Loader;
+use super::{BertConfig, HiddenAct, ModelFiles, Weights};
+use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
 use crate::nn::{Activation, LayerNorm, Linear};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
+use std::path::Path;
 
 /// Embeddings and layers; see [`mean_pool`] for what makes a sentence embedding of its output.
 pub struct BertModel {
@@ -37,30 +40,41 @@ impl BertModel {
     /// Those of [`Weights::get`] and [`BertConfig::check`].
     pub fn new(weights: Weights, config: BertConfig, device: &Device) -> Result<Self> {
         config.check()?;
+        Ok(Self::with_weights(weights, config, device)?.0)
+    }
+
+    /// The model, and its weights for whoever reads a head of them.
+    pub(super) fn open(
+        weights: Weights,
+        config: &Path,
+        device: &Device,
+    ) -> Result<(Self, Weights)> {
+        Self::with_weights(weights, BertConfig::load(config)?, device)
+    }
+
+    fn with_weights(
+        weights: Weights,
+        config: BertConfig,
+        device: &Device,
+    ) -> Result<(Self, Weights)> {
         let weights = weights.with_prefix_if_present("bert.");
-        let beyond = format!("encoder.layer.{}.", config.num_hidden_layers);
-        if weights.has_any(&beyond) {
-            return Err(Error::Mismatch(format!(
-                "num_hidden_layers {}, but the weights hold more: {beyond}*",
-                config.num_hidden_layers
-            )));
-        }
-        let from = Loader { weights: &weights, eps: config.layer_norm_eps, device };
+        encoder::check_layers(&weights, config.num_hidden_layers, "encoder.layer")?;
+        let from = Loader::new(&weights, config.layer_norm_eps, device);
         let hidden = config.hidden_size;
         let table = |name: &str, rows: usize| {
             from.get(&format!("embeddings.{name}_embeddings.weight"), &[rows, hidden])
         };
-        Ok(Self {
+        let layer = |index| BertLayer::load(&from, &BERT, index, LayerShape::of(&config));
+        let model = Self {
             words: table("word", config.vocab_size)?,
             positions: table("position", config.max_position_embeddings)?,
             token_types: table("token_type", config.type_vocab_size)?,
             norm: from.norm("embeddings.LayerNorm", hidden)?,
-            layers: (0..config.num_hidden_layers)
-                .map(|index| BertLayer::load(&from, index, &config))
-                .collect::<Result<_>>()?,
+            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
             warnings: weights.unused_head().map(unused_head).into_iter().collect(),
             config,
-        })
+        };
+        Ok((model, weights))
     }
 
     /// What of the files is not computed with, and changes what the model is: in sentences, for
@@ -91,9 +105,7 @@ impl BertModel {
 
     /// Switches the attention of all layers.
     pub fn set_attention(&mut self, config: &AttentionConfig) {
-        for layer in &mut self.layers {
-            layer.attention.set_config(config.clone());
-        }
+        Encoder::set_attention(self, config);
     }
 
     /// Rounds the weights of all linear layers to bf16, for good, and from now on what they
@@ -107,13 +119,7 @@ impl BertModel {
     /// # Errors
     /// Candle's own.
     pub fn round_linear_to_bf16(&mut self) -> Result<bool> {
-        let mut all = true;
-        for BertLayer { qkv, output, up, down, .. } in &mut self.layers {
-            for linear in [qkv, output, up, down] {
-                all &= linear.round_to_bf16()?;
-            }
-        }
-        Ok(all)
+        encoder::round_linear_to_bf16(self)
     }
 
     /// Word, position and token type embeddings, normalized: `input_ids` `[B, N]` U32 to
@@ -124,75 +130,87 @@ impl BertModel {
     /// than memory has addresses,
     /// [`Error::DType`] unless ids are U32, [`Error::InvalidArgument`] for an id outside of its table.
     pub fn embed(&self, input_ids: &Tensor, token_type_ids: Option<&Tensor>) -> Result<Tensor> {
-        const OP: &str = "BertModel::embed";
-        let longest = self.config.max_position_embeddings;
-        let (b, n) = match *input_ids.dims() {
-            [b, n] if n <= longest => (b, n),
-            ref shape => {
-                let expected = format!("[B, N] with N <= {longest} (max_position_embeddings)");
-                let shape = shape.to_vec();
-                return Err(Error::Shape { op: OP, tensor: "input_ids", shape, expected });
-            }
-        };
-        // The widest tensors of a forward pass: of a feed-forward block, and of q, k and v as one.
-        let width = self.config.intermediate_size.max(3 * self.config.hidden_size);
-        check_size(OP, "what comes of input_ids", &[b, n, width])?;
-        let words = look_up(OP, "input_ids", &self.words, input_ids)?;
-        let types = match token_type_ids {
-            Some(ids) if ids.dims() == input_ids.dims() => {
-                look_up(OP, "token_type_ids", &self.token_types, ids)?
-            }
-            Some(ids) => {
-                let (shape, expected) = (ids.dims().to_vec(), format!("[{b}, {n}]"));
-                return Err(Error::Shape { op: OP, tensor: "token_type_ids", shape, expected });
-            }
-            None => self.token_types.narrow(0, 0, 1)?,
-        };
-        let sum = words.broadcast_add(&types)?.broadcast_add(&self.positions.narrow(0, 0, n)?)?;
-        self.norm.forward(&sum)
+        encoder::embed(self, input_ids, token_type_ids)
     }
 
-    /// The last hidden states: `input_ids` `[B, N]` U32 to `[B, N, hidden_size]`.
-    /// `attention_mask` `[B, N]` is 1 for tokens and 0 for padding; without it all are tokens.
+    /// The last hidden states: `input_ids` `[B, N]` U32 to `[B, N, hidden_size]`, all of token type
+    /// 0. `attention_mask` `[B, N]` is 1 for tokens and 0 for padding; without it all are tokens.
     ///
     /// # Errors
     /// Those of [`BertModel::embed`], [`padding_mask`] and [`attention`](crate::attention()).
     pub fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
-        let mask = match attention_mask {
-            None => AttnMask::None,
-            Some(mask) if mask.dims() == input_ids.dims() => padding_mask(mask)?,
-            Some(mask) => {
-                return Err(Error::Shape {
-                    op: "BertModel::forward",
-                    tensor: "attention_mask",
-                    shape: mask.dims().to_vec(),
-                    expected: format!("{:?} like input_ids", input_ids.dims()),
-                });
-            }
-        };
-        let mut hidden = self.embed(input_ids, None)?;
-        for layer in &self.layers {
-            hidden = layer.forward(&hidden, &mask)?;
-        }
-        Ok(hidden)
+        encoder::run(self, input_ids, None, attention_mask)
     }
 }
 
-/// Rows of a table by id, `[B, N]` to `[B, N, hidden]`.
-fn look_up(op: &'static str, tensor: &'static str, table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    if ids.dtype() != DType::U32 {
-        return Err(Error::DType { op, tensor, dtype: ids.dtype(), expected: "U32" });
+impl BertFamily for BertModel {
+    fn config(&self) -> EncoderConfig {
+        EncoderConfig::of("bert", &self.config)
     }
-    let flat = ids.flatten_all()?;
-    let rows = table.dim(0)?;
-    if let Some(id) = flat.to_vec1::<u32>()?.into_iter().find(|&id| id as usize >= rows) {
-        return Err(Error::InvalidArgument(format!(
-            "{tensor} holds {id}, expected less than {rows}"
-        )));
+
+    fn words(&self) -> &Tensor {
+        &self.words
     }
-    let mut shape = ids.dims().to_vec();
-    shape.push(table.dim(1)?);
-    Ok(table.index_select(&flat, 0)?.reshape(shape)?)
+
+    /// `norm(word + position + token type)`.
+    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor> {
+        let words = encoder::look_up(&self.words, ids)?;
+        let types = match types {
+            Some(types) => encoder::look_up(&self.token_types, types)?,
+            None => self.token_types.narrow(0, 0, 1)?,
+        };
+        let positions = self.positions.narrow(0, 0, ids.dim(1)?)?;
+        self.norm.forward(&words.broadcast_add(&types)?.broadcast_add(&positions)?)
+    }
+
+    fn layers(&self) -> &[BertLayer] {
+        &self.layers
+    }
+
+    fn layers_mut(&mut self) -> &mut [BertLayer] {
+        &mut self.layers
+    }
+}
+
+/// A family that is BERT but for its embeddings.
+pub(super) trait BertFamily: Send + Sync {
+    fn config(&self) -> EncoderConfig;
+    fn words(&self) -> &Tensor;
+    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor>;
+    fn layers(&self) -> &[BertLayer];
+    fn layers_mut(&mut self) -> &mut [BertLayer];
+}
+
+impl<T: BertFamily> Encoder for T {
+    fn config(&self) -> EncoderConfig {
+        BertFamily::config(self)
+    }
+
+    fn words(&self) -> &Tensor {
+        BertFamily::words(self)
+    }
+
+    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor> {
+        BertFamily::embed(self, ids, types)
+    }
+
+    /// Queries see all keys of their sequence.
+    fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
+        let all = AttentionCall::default();
+        self.layers()[index].forward_with(hidden, |q, k, v| attend(q, k, v, &all))
+    }
+
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        self.layers().iter().map(|layer| &layer.attention).collect()
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
+    }
+
+    fn linear_mut(&mut self) -> Vec<&mut Linear> {
+        self.layers_mut().iter_mut().flat_map(BertLayer::linear_mut).collect()
+    }
 }
 
 /// One layer: attention block, then feed-forward block, each with a residual and a layer norm.
@@ -211,31 +229,75 @@ pub struct BertLayer {
     down_norm: LayerNorm,
 }
 
+/// The names of a layer's parts in a file.
+pub(super) struct LayerNames {
+    /// What stands before the number of the layer.
+    pub(super) layers: &'static str,
+    pub(super) qkv: [&'static str; 3],
+    pub(super) output: &'static str,
+    pub(super) output_norm: &'static str,
+    pub(super) up: &'static str,
+    pub(super) down: &'static str,
+    pub(super) down_norm: &'static str,
+}
+
+/// Those of BERT and RoBERTa.
+pub(super) const BERT: LayerNames = LayerNames {
+    layers: "encoder.layer",
+    qkv: ["attention.self.query", "attention.self.key", "attention.self.value"],
+    output: "attention.output.dense",
+    output_norm: "attention.output.LayerNorm",
+    up: "intermediate.dense",
+    down: "output.dense",
+    down_norm: "output.LayerNorm",
+};
+
+/// What decides the shape of a layer.
+#[derive(Clone, Copy)]
+pub(super) struct LayerShape {
+    pub(super) hidden: usize,
+    pub(super) inner: usize,
+    pub(super) heads: usize,
+    pub(super) act: HiddenAct,
+}
+
+impl LayerShape {
+    pub(super) fn of(config: &BertConfig) -> Self {
+        Self {
+            hidden: config.hidden_size,
+            inner: config.intermediate_size,
+            heads: config.num_attention_heads,
+            act: config.hidden_act,
+        }
+    }
+}
+
 impl BertLayer {
-    fn load(from: &Loader<'_>, index: usize, config: &BertConfig) -> Result<Self> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let name = |part: &str| format!("encoder.layer.{index}.{part}");
+    pub(super) fn load(
+        from: &Loader<'_>,
+        names: &LayerNames,
+        index: usize,
+        shape: LayerShape,
+    ) -> Result<Self> {
+        let LayerShape { hidden, inner, heads, act } = shape;
+        let name = |part: &str| format!("{}.{index}.{part}", names.layers);
         let linear =
             |part: &str, rows: usize, columns: usize| from.linear(&[name(part)], rows, columns);
         Ok(Self {
             attention: QuantizedAttention::new(AttentionConfig::fp32()),
-            heads: config.num_attention_heads,
-            qkv: from.linear(
-                &["query", "key", "value"].map(|part| name(&format!("attention.self.{part}"))),
-                hidden,
-                hidden,
-            )?,
-            output: linear("attention.output.dense", hidden, hidden)?,
-            output_norm: from.norm(&name("attention.output.LayerNorm"), hidden)?,
-            up: linear("intermediate.dense", inner, hidden)?,
-            act: match config.hidden_act {
-                HiddenAct::Gelu => Activation::Gelu,
-                HiddenAct::GeluNew => Activation::GeluTanh,
-                HiddenAct::Relu => Activation::Relu,
-            },
-            down: linear("output.dense", hidden, inner)?,
-            down_norm: from.norm(&name("output.LayerNorm"), hidden)?,
+            heads,
+            qkv: from.linear(&names.qkv.map(name), hidden, hidden)?,
+            output: linear(names.output, hidden, hidden)?,
+            output_norm: from.norm(&name(names.output_norm), hidden)?,
+            up: linear(names.up, inner, hidden)?,
+            act: act.activation(),
+            down: linear(names.down, hidden, inner)?,
+            down_norm: from.norm(&name(names.down_norm), hidden)?,
         })
+    }
+
+    fn linear_mut(&mut self) -> [&mut Linear; 4] {
+        [&mut self.qkv, &mut self.output, &mut self.up, &mut self.down]
     }
 
     /// Queries, keys and values of `hidden` `[B, N, hidden_size]`, each `[B, H, N, head_dim]`;
@@ -317,38 +379,5 @@ fn dims2(op: &'static str, mask: &Tensor) -> Result<(usize, usize)> {
             let (shape, expected) = (shape.to_vec(), "[B, N]".to_string());
             Err(Error::Shape { op, tensor: "attention_mask", shape, expected })
         }
-    }
-}
-
-/// Weights with what every layer needs to know.
-struct Loader<'a> {
-    weights: &'a Weights,
-    eps: f64,
-    device: &'a Device,
-}
-
-impl Loader<'_> {
-    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.weights.get(name, shape, self.device)
-    }
-
-    /// Layers with the same input as one, whose outputs are theirs one after the other.
-    fn linear(&self, names: &[String], rows: usize, columns: usize) -> Result<Linear> {
-        let of_all = |part: &str, shape: &[usize]| -> Result<Tensor> {
-            let get = |name: &String| self.get(&format!("{name}.{part}"), shape);
-            Ok(Tensor::cat(&names.iter().map(get).collect::<Result<Vec<_>>>()?, 0)?)
-        };
-        Linear::new(&of_all("weight", &[rows, columns])?, &of_all("bias", &[rows])?)
-    }
-
-    fn norm(&self, name: &str, width: usize) -> Result<LayerNorm> {
-        // The oldest files use TensorFlow's names.
-        let (weight, bias) = match self.weights.has_any(&format!("{name}.gamma")) {
-            true => ("gamma", "beta"),
-            false => ("weight", "bias"),
-        };
-        let weight = self.get(&format!("{name}.{weight}"), &[width])?;
-        let bias = self.get(&format!("{name}.{bias}"), &[width])?;
-        LayerNorm::new(weight, bias, self.eps)
     }
 }

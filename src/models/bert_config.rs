@@ -1,7 +1,7 @@
 //! The part of a BERT `config.json` that decides what is computed.
 
-use super::files::refuse_quantized;
-use crate::files::{corrupt, read_text};
+use super::encoder::read_config;
+use crate::nn::Activation;
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -17,6 +17,16 @@ pub enum HiddenAct {
     GeluNew,
     /// `max(x, 0)`.
     Relu,
+}
+
+impl HiddenAct {
+    pub(super) fn activation(self) -> Activation {
+        match self {
+            HiddenAct::Gelu => Activation::Gelu,
+            HiddenAct::GeluNew => Activation::GeluTanh,
+            HiddenAct::Relu => Activation::Relu,
+        }
+    }
 }
 
 /// A BERT configuration, as Hugging Face writes it; other fields are ignored.
@@ -42,6 +52,8 @@ pub struct BertConfig {
     pub layer_norm_eps: f64,
     /// Only `bert`, where it is given.
     pub model_type: Option<String>,
+    /// What fills up shorter sequences of a batch.
+    pub pad_token_id: Option<u32>,
     /// Only `absolute` is supported.
     #[serde(default = "absolute")]
     pub position_embedding_type: String,
@@ -58,11 +70,7 @@ impl BertConfig {
     /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
     /// configuration, [`Error::Unsupported`] for a `quantization_config`, and those of its `check`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let text = read_text("config", path)?;
-        refuse_quantized(path, &text)?;
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|e| corrupt(path, format!("not a BERT configuration: {e}")))?;
+        let config: Self = read_config(path.as_ref(), "BERT")?;
         config.check()?;
         Ok(config)
     }
@@ -71,32 +79,48 @@ impl BertConfig {
     /// [`Error::InvalidArgument`], [`Error::Contradiction`] or [`Error::Unsupported`], naming the first
     /// value that cannot work.
     pub fn check(&self) -> Result<()> {
-        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
-        if heads == 0 || hidden == 0 || !hidden.is_multiple_of(heads) {
-            return Err(Error::Contradiction(format!(
-                "hidden_size {hidden} with num_attention_heads {heads}, expected a multiple of it"
-            )));
-        }
+        self.check_values()?;
         if let Some(other) = self.model_type.as_ref().filter(|name| *name != "bert") {
             return Err(Error::Unsupported(format!("model_type {other:?}, expected \"bert\"")));
         }
+        Ok(())
+    }
+
+    /// [`BertConfig::check`] for any family that has such a configuration.
+    pub(super) fn check_values(&self) -> Result<()> {
+        check_heads(self.hidden_size, self.num_attention_heads)?;
         if self.position_embedding_type != "absolute" {
             return Err(Error::Unsupported(format!(
                 "position_embedding_type {:?}, expected \"absolute\"",
                 self.position_embedding_type
             )));
         }
-        if !(self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.0) {
-            return Err(Error::InvalidArgument(format!(
-                "layer_norm_eps {}, expected a small positive number",
-                self.layer_norm_eps
-            )));
-        }
-        Ok(())
+        check_eps(self.layer_norm_eps)
     }
 
     /// `hidden_size / num_attention_heads`.
     pub fn head_dim(&self) -> usize {
         self.hidden_size / self.num_attention_heads
     }
+}
+
+/// # Errors
+/// [`Error::Contradiction`] unless the heads divide the hidden size.
+pub(super) fn check_heads(hidden: usize, heads: usize) -> Result<()> {
+    if heads == 0 || hidden == 0 || !hidden.is_multiple_of(heads) {
+        return Err(Error::Contradiction(format!(
+            "hidden_size {hidden} with num_attention_heads {heads}, expected a multiple of it"
+        )));
+    }
+    Ok(())
+}
+
+/// # Errors
+/// [`Error::InvalidArgument`] unless it can be added to a variance.
+pub(super) fn check_eps(eps: f64) -> Result<()> {
+    if !(eps.is_finite() && eps >= 0.0) {
+        let problem = format!("layer_norm_eps {eps}, expected a small positive number");
+        return Err(Error::InvalidArgument(problem));
+    }
+    Ok(())
 }

@@ -1,11 +1,12 @@
 //! What tools need of a model: its layers one by one, with attention that is computed by someone
 //! else.
 
+use super::encoder::{self, Encoder};
 use super::llama::LlamaModel;
 use super::{BertModel, WordEmbeddings, mean_pool};
+use crate::Result;
 use crate::attention::QuantizedAttention;
 use crate::attention::{AttentionCall, Causal};
-use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
 /// The attention that a layer is handed: queries `[B, H, M, D]`, keys `[B, H_kv, N, D]`, values
@@ -151,31 +152,24 @@ pub fn run_layers<M: LayeredModel + ?Sized>(
     Ok(hidden)
 }
 
-/// The input is token ids, U32 `[B, N]` without padding.
+/// The input is token ids, U32 `[B, N]` without padding, all of type 0.
 impl LayeredModel for BertModel {
     type Input = Tensor;
 
     fn attention(&self) -> Vec<&QuantizedAttention> {
-        self.layers().iter().map(|layer| &layer.attention).collect()
+        Encoder::attention(self)
     }
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
-        self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
+        Encoder::attention_mut(self)
     }
 
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
-        BertModel::embed(self, input_ids, None)
+        encoder::embed(self, input_ids, None)
     }
 
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
-        let everything = AttentionCall::default();
-        let Some(layer) = self.layers().get(index) else {
-            let layers = self.layers().len();
-            return Err(Error::InvalidArgument(format!(
-                "layer {index}, expected less than {layers}"
-            )));
-        };
-        layer.forward_with(hidden, |q, k, v| attend(q, k, v, &everything))
+        encoder::layer(self, index, hidden, attend)
     }
 
     fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {

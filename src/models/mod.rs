@@ -1,6 +1,10 @@
 //! Models whose attention can be switched between fp32 and int8, layer by layer.
 //!
-//! * [`BertModel`]: a BERT encoder from safetensors; [`TextEncoder`] adds its tokenizer.
+//! * [`EncoderModel`]: an encoder from safetensors: BERT ([`BertModel`]), RoBERTa and XLM-RoBERTa,
+//!   DistilBERT, ModernBERT.
+//! * [`TextEncoder`]: one with its tokenizer, and with what sentence-transformers stores beside a
+//!   model; texts to embeddings.
+//! * [`SequenceClassifier`]: one with a head: texts or pairs of texts to scores.
 //! * [`llama`]: a Llama-family decoder from GGUF or safetensors, with its cache and tokenizer.
 //! * [`WordEmbeddings`]: static word vectors with one self-attention block over them.
 //! * [`LayeredModel`]: what these models have in common, and yours may implement.
@@ -12,13 +16,22 @@
 mod bert;
 mod bert_config;
 mod calibration;
+mod classifier;
+mod distilbert;
+mod encoder;
 mod files;
 mod layer_settings;
 mod layered;
 pub mod llama;
+mod loader;
+mod modernbert;
 mod pooling;
+mod roberta;
+mod sentence;
 mod text_encoder;
+mod text_tokenizer;
 mod tokenizer_file;
+mod weights;
 mod word_embeddings;
 
 pub use bert::{BertLayer, BertModel, mean_pool, padding_mask};
@@ -26,8 +39,17 @@ pub use bert_config::{BertConfig, HiddenAct};
 pub use calibration::{
     Calibration, CalibrationConfig, Calibrator, LayerRanges, StaticScales, calibrate,
 };
-pub use files::{ModelFiles, Weights};
+pub use classifier::SequenceClassifier;
+pub use encoder::{EncoderConfig, EncoderModel};
+pub use files::ModelFiles;
 pub use layer_settings::LayerSettings;
 pub use layered::{Attend, AttentionInput, LayeredModel, run_layers};
-pub use text_encoder::{TextEncoder, TokenBatch};
+pub use pooling::Pooling;
+#[cfg(feature = "hub")]
+pub(crate) use sentence::{FILES as SENTENCE_FILES, Module, read_modules};
+pub use text_encoder::TextEncoder;
+pub use text_tokenizer::TokenBatch;
+pub use weights::Weights;
+#[cfg(feature = "hub")]
+pub(crate) use weights::shard_files;
 pub use word_embeddings::{Word, WordEmbeddings};

@@ -1,56 +1,151 @@
-//! How the author of a sentence encoder makes an embedding of its hidden states.
+//! One vector a text out of its hidden states, in the ways of sentence-transformers.
 
-use crate::Result;
+use super::mean_pool;
 use crate::files::{corrupt, read_text};
-use serde::Deserialize;
+use crate::{Error, Result};
+use candle_core::{DType, Tensor};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Of `modules.json`, which sentence-transformers writes.
-#[derive(Deserialize)]
-struct Module {
-    #[serde(rename = "type")]
-    kind: String,
+/// A way to make one vector of the states of all tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Pooling {
+    /// The state of the first token, `[CLS]`.
+    Cls,
+    /// The largest of each element over the tokens.
+    Max,
+    /// The mean over the tokens.
+    Mean,
+    /// The state of the last token.
+    LastToken,
 }
 
-/// Warnings about pooling other than the mean over tokens, and about layers behind it, which the
-/// files beside the `config.json` at `config` ask for.
-///
-/// # Errors
-/// [`Error::Corrupt`](crate::Error::Corrupt) for a file that is not what its name promises.
-pub(super) fn warnings(config: &Path) -> Result<Vec<String>> {
-    let folder = config.parent().unwrap_or(Path::new(""));
-    let mut warnings = Vec::new();
-    let path = folder.join("1_Pooling").join("config.json");
-    if path.is_file() {
-        let text = read_text("pooling", &path)?;
-        let modes: BTreeMap<String, serde_json::Value> =
-            serde_json::from_str(&text).map_err(|e| corrupt(&path, e))?;
-        let mode = |(name, on): (&String, &serde_json::Value)| {
-            let mode = name.strip_prefix("pooling_mode_")?;
-            (on == true && mode != "mean_tokens").then(|| mode.to_string())
-        };
-        let mut other: Vec<String> = modes.iter().filter_map(mode).collect();
-        let named = modes.get("pooling_mode").and_then(|mode| mode.as_str());
-        other.extend(named.filter(|mode| *mode != "mean").map(str::to_string));
-        if !other.is_empty() {
-            warnings.push(format!(
-                "{} asks for pooling by {}, but embeddings here are the mean over tokens",
-                path.display(),
-                other.join(" and ")
-            ));
+/// Their names in files, old and new, in the order in which several are put one after the other.
+const MODES: [(Pooling, &str, &str); 4] = [
+    (Pooling::Cls, "cls_token", "cls"),
+    (Pooling::Max, "max_tokens", "max"),
+    (Pooling::Mean, "mean_tokens", "mean"),
+    (Pooling::LastToken, "lasttoken", "lasttoken"),
+];
+
+impl Pooling {
+    /// `[B, N, hidden]` to `[B, hidden]`. `mask` `[B, N]` is 1 for the tokens that take part and 0
+    /// for others, such as padding. A text without any gives zeros.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless the mask is `[B, N]`.
+    pub fn forward(self, hidden: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let (b, n, _) = hidden.dims3()?;
+        if mask.dims() != [b, n] {
+            let (shape, expected) = (mask.dims().to_vec(), format!("[{b}, {n}]"));
+            let (op, tensor) = ("Pooling::forward", "attention_mask");
+            return Err(Error::Shape { op, tensor, shape, expected });
         }
-    }
-    let path = folder.join("modules.json");
-    if path.is_file() {
-        let text = read_text("modules", &path)?;
-        let modules: Vec<Module> = serde_json::from_str(&text).map_err(|e| corrupt(&path, e))?;
-        let known = ["Transformer", "Pooling", "Normalize"];
-        for Module { kind } in modules {
-            if !known.iter().any(|name| kind.ends_with(name)) {
-                warnings.push(format!("{} names {kind:?}, which is ignored", path.display()));
+        if n == 0 || self == Pooling::Mean {
+            return mean_pool(hidden, mask);
+        }
+        let mask = mask.to_dtype(DType::U32)?;
+        match self {
+            Pooling::Max => {
+                let seen = mask.ne(0u32)?.unsqueeze(2)?.broadcast_as(hidden.shape())?;
+                let nothing = Tensor::new(f32::NEG_INFINITY, hidden.device())?;
+                let nothing = nothing.to_dtype(hidden.dtype())?.broadcast_as(hidden.shape())?;
+                let max = seen.where_cond(hidden, &nothing)?.max(1)?;
+                zeros_without_tokens(&max, &mask)
+            }
+            _ => {
+                let at = |mask: Vec<u32>| match self {
+                    Pooling::LastToken => mask.iter().rposition(|&token| token != 0),
+                    // Also where the first token takes no part, as one of a prompt.
+                    _ => None,
+                };
+                let rows = mask.to_vec2::<u32>()?.into_iter().enumerate();
+                let rows = rows.map(|(text, mask)| (text * n + at(mask).unwrap_or(0)) as u32);
+                let rows = Tensor::from_iter(rows, hidden.device())?;
+                let states = hidden.flatten(0, 1)?.index_select(&rows, 0)?;
+                zeros_without_tokens(&states, &mask)
             }
         }
     }
-    Ok(warnings)
+}
+
+/// `pooled` `[B, hidden]` with zeros in the rows of texts whose mask is all 0.
+fn zeros_without_tokens(pooled: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let some = mask.max_keepdim(1)?.ne(0u32)?.broadcast_as(pooled.shape())?;
+    Ok(some.where_cond(pooled, &pooled.zeros_like()?)?)
+}
+
+/// A pooling module: what its `config.json` asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct PoolingConfig {
+    /// One, or several whose results are put one after the other.
+    pub(super) modes: Vec<Pooling>,
+    /// Whether the tokens of a prompt take part.
+    pub(super) include_prompt: bool,
+}
+
+impl Default for PoolingConfig {
+    fn default() -> Self {
+        Self { modes: vec![Pooling::Mean], include_prompt: true }
+    }
+}
+
+impl PoolingConfig {
+    /// Reads the file at `path`, for states of `hidden` elements.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for what is no such file, [`Error::Unsupported`] for a pooling that is not
+    /// implemented, [`Error::Mismatch`] for one of states of another width.
+    pub(super) fn load(path: &Path, hidden: usize) -> Result<Self> {
+        let text = read_text("pooling", path)?;
+        let config: BTreeMap<String, Value> =
+            serde_json::from_str(&text).map_err(|e| corrupt(path, e))?;
+        for name in ["word_embedding_dimension", "embedding_dimension"] {
+            if let Some(width) = config.get(name).filter(|width| **width != hidden) {
+                return Err(Error::Mismatch(format!(
+                    "{}: {name} {width}, but the model's hidden states have {hidden} elements",
+                    path.display()
+                )));
+            }
+        }
+        let modes = Self::modes(&config, path)?;
+        let include_prompt = config.get("include_prompt") != Some(&Value::Bool(false));
+        Ok(Self { modes, include_prompt })
+    }
+
+    fn modes(config: &BTreeMap<String, Value>, path: &Path) -> Result<Vec<Pooling>> {
+        let of_switch = |(name, on): (&String, &Value)| {
+            let name = name.strip_prefix("pooling_mode_")?;
+            (on == &Value::Bool(true)).then(|| name.to_string())
+        };
+        let mut names: Vec<String> = config.iter().filter_map(of_switch).collect();
+        match config.get("pooling_mode") {
+            Some(Value::String(name)) => names.push(name.clone()),
+            Some(Value::Array(all)) => {
+                names.extend(all.iter().filter_map(Value::as_str).map(str::to_string));
+            }
+            _ => {}
+        }
+        let is = |name: &str, mode: &(Pooling, &str, &str)| [mode.1, mode.2].contains(&name);
+        if let Some(other) = names.iter().find(|name| !MODES.iter().any(|mode| is(name, mode))) {
+            return Err(Error::Unsupported(format!(
+                "{}: pooling by {other:?}, expected \"cls\", \"max\", \"mean\" or \"lasttoken\"",
+                path.display()
+            )));
+        }
+        let named = |mode: &&(Pooling, &str, &str)| names.iter().any(|name| is(name, mode));
+        let modes: Vec<Pooling> = MODES.iter().filter(named).map(|mode| mode.0).collect();
+        match modes.is_empty() {
+            true => Err(corrupt(path, "chooses no pooling")),
+            false => Ok(modes),
+        }
+    }
+
+    /// `[B, N, hidden]` to `[B, hidden * modes]`.
+    pub(super) fn forward(&self, hidden: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let pooled = self.modes.iter().map(|mode| mode.forward(hidden, mask));
+        Ok(Tensor::cat(&pooled.collect::<Result<Vec<_>>>()?, 1)?)
+    }
 }

@@ -1,6 +1,6 @@
 //! Static word vectors, such as GloVe, with one self-attention block over them.
 
-use super::files::Weights;
+use super::Weights;
 use crate::attention::QuantizedAttention;
 use crate::files::{corrupt, read_text};
 use crate::{Error, Result};

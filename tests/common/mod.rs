@@ -8,5 +8,6 @@ pub mod json;
 pub mod numbers;
 pub mod tiny;
 pub mod tiny_bert;
+pub mod tiny_encoders;
 
 pub use numbers::{largest, largest_difference, randn};

@@ -5,6 +5,7 @@
 
 use super::results::{recorder, sound, state, words};
 use super::tiny::{self, Tiny};
+use super::tiny_encoders::{FAMILIES, TinyEncoder};
 use super::{caches, numbers, tokenizer_files};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
@@ -13,10 +14,12 @@ use candle_int8_attention::attention::{AttentionCall, Backend};
 use candle_int8_attention::drift::{Gate, Recorder};
 use candle_int8_attention::models::llama::{LlamaModel, LlamaTokenizer, WeightFormat};
 use candle_int8_attention::models::{
-    BertConfig, Calibration, CalibrationConfig, Calibrator, LayerSettings, StaticScales, Weights,
+    BertConfig, Calibration, CalibrationConfig, Calibrator, LayerSettings, SequenceClassifier,
+    StaticScales, TextEncoder, Weights,
 };
 use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
 use candle_int8_attention::{AttentionConfig, Int8KvCache, KeySmoothing, KvCacheConfig};
+use serde_json::json;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -280,6 +283,47 @@ fn encoder_files_with_random_damage() -> Result<()> {
         weights.get("a", &[3, 4], &Device::Cpu)?;
         Ok(())
     })
+}
+
+/// What is beside an encoder, and its configuration and head, in a folder that is whole otherwise.
+#[test]
+fn folders_of_encoders_with_random_damage() -> Result<()> {
+    let modules = json!([
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]);
+    let prompts = json!({"prompts": {"query": "query : "}, "default_prompt_name": "query"});
+    let text = json!({"max_seq_length": 9, "do_lower_case": true});
+    let files = [
+        ("modules.json", modules),
+        ("config_sentence_transformers.json", prompts),
+        ("sentence_bert_config.json", text),
+    ];
+    for family in FAMILIES {
+        let tiny = TinyEncoder::new(family, TinyEncoder::own_prefix(family)).with_head(2);
+        let config = ("config.json", tiny.config.clone());
+        for (name, whole) in files.iter().chain([&config]) {
+            if family != "bert" && *name != "config.json" {
+                continue;
+            }
+            let whole = whole.to_string().into_bytes();
+            let kind = format!("{family}'s {name}");
+            try_all(&kind, 300, name, (&whole, 0..whole.len()), |path, folder| {
+                let damaged = std::fs::read(path)?;
+                std::fs::create_dir_all(folder.join("1_Pooling"))?;
+                std::fs::write(folder.join("1_Pooling/config.json"), r#"{"pooling_mode": "cls"}"#)?;
+                let files = tiny.write(folder).map_err(|e| anyhow::anyhow!("{e}"))?;
+                std::fs::write(path, damaged)?;
+                let encoder = TextEncoder::load(&files, &Device::Cpu)?;
+                encoder.embed_sentences(&["the sea is wide", "a storm"])?;
+                let head = SequenceClassifier::load(&files, &Device::Cpu)?;
+                head.scores(&head.tokenize_pairs(&[("the sea", "a storm")])?)?;
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -271,7 +271,7 @@ fn pairs_are_correlated_with_their_scores() {
     // Words that the model does not know, and more than it reads.
     let long = format!("3\t\u{1f980}\tIt rains.\n4\tIt rains.\t{}\n", "word ".repeat(600));
     let report = succeed(&["--pairs", &folder.file("odd.tsv", long)]);
-    for expected in ["the model's limit cuts the end of 1", "in 1 every token is [UNK]"] {
+    for expected in ["the model's limit cuts the end of 1", "in 1 every token is unknown"] {
         assert!(report.contains(expected), "no {expected:?} in {report}");
     }
     assert_narrow(&report);

@@ -31,6 +31,7 @@ fn wrong_flags_are_errors_like_any_other() {
         "calibrate",
         "generate",
         "perplexity",
+        "rerank",
         "search",
         SIMILARITY,
         WORDS,

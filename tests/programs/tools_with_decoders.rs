@@ -127,7 +127,14 @@ fn files_tell_which_kind_of_model_they_hold() -> Result<()> {
         fail(&["--model", &config], &["not a GGUF file"]);
         fail(&["--model", "no/such.gguf"], &["no/such.gguf"]);
         for (kind, parts) in [
-            ("mixtral", &["config.json", "model_type \"mixtral\"", "\"bert\" or \"llama\""][..]),
+            (
+                "mixtral",
+                &[
+                    "config.json",
+                    "model_type \"mixtral\"",
+                    "expected \"llama\" or one of [\"bert\"",
+                ][..],
+            ),
             ("bert", &["not a BERT configuration"]),
         ] {
             std::fs::write(&config, text.replace("\"llama\"", &format!("{kind:?}")))?;

@@ -1,6 +1,6 @@
-//! Passages for a BERT encoder.
+//! Passages for an encoder.
 
-use super::super::words::split_long;
+use super::super::words::{bare, is_unknown, parts, spaced};
 use super::{Cutter, Passage};
 use anyhow::{Result, bail, ensure};
 use candle_core::{Device, Tensor};
@@ -25,13 +25,10 @@ pub struct EncoderCutter<'a> {
     lost: u64,
 }
 
-/// What the tokenizer writes for a word it cannot spell.
-const UNKNOWN: &str = "[UNK]";
-
 impl<'a> EncoderCutter<'a> {
     /// Passages of `tokens` tokens, or as many as the model reads.
     pub fn new(encoder: &'a TextEncoder, tokens: Option<usize>) -> Result<Self> {
-        let longest = encoder.model.config().max_position_embeddings;
+        let longest = encoder.max_tokens();
         let tokens = tokens.unwrap_or(longest);
         ensure!(
             (3..=longest).contains(&tokens),
@@ -41,7 +38,7 @@ impl<'a> EncoderCutter<'a> {
         let ends = encoder.tokenize(&[""])?;
         let id = |i: usize| -> Result<u32> { Ok(ends.input_ids.get(0)?.get(i)?.to_scalar()?) };
         let [first, last] = ends.tokens[0].as_slice() else {
-            bail!("the tokenizer puts no [CLS] and [SEP] around a text; this is no BERT model");
+            bail!("the tokenizer puts no [CLS] and [SEP], or <s> and </s>, around a text");
         };
         let ends = ((id(0)?, first.clone()), (id(1)?, format!(" {last}")));
         let room = tokens - 2;
@@ -50,21 +47,18 @@ impl<'a> EncoderCutter<'a> {
 }
 
 impl Cutter for EncoderCutter<'_> {
-    /// BERT's tokenizer splits at white space first, so word by word the tokens are the same.
+    /// The tokenizers of encoders split at white space first, so word by word the tokens are the
+    /// same.
     fn push(&mut self, text: &str) -> Result<()> {
-        let in_parts = |word| {
-            let parts = split_long(word).into_iter().enumerate();
-            parts.map(|(index, part)| (part, index == 0))
-        };
-        let parts: Vec<(&str, bool)> = text.split_whitespace().flat_map(in_parts).collect();
-        for parts in parts.chunks(WORDS_AT_ONCE) {
-            let texts: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
+        for parts in parts(text).chunks(WORDS_AT_ONCE) {
+            let texts: Vec<String> =
+                parts.iter().map(|&(part, starts)| spaced(part, starts)).collect();
             let batch = self.encoder.tokenize(&texts)?;
             self.lost += batch.truncated.iter().map(|&tokens| tokens as u64).sum::<u64>();
             let rows = batch.input_ids.to_vec2::<u32>()?.into_iter().zip(batch.tokens);
             for ((ids, names), &(word, starts)) in rows.zip(parts) {
                 let inner = 1..names.len() - 1;
-                self.unknown += u64::from(names[inner.clone()].iter().any(|n| n == UNKNOWN));
+                self.unknown += u64::from(names[inner.clone()].iter().any(|n| is_unknown(n)));
                 self.tokens += inner.len() as u64;
                 let labels = labels(&names[inner.clone()], word, starts);
                 self.waiting.extend(ids[inner].iter().copied().zip(labels));
@@ -89,7 +83,7 @@ impl Cutter for EncoderCutter<'_> {
         ensure!(self.tokens > 0, "the text has no word or sign in it");
         ensure!(
             self.unknown < self.tokens,
-            "the model knows no word of the text: every token is {UNKNOWN}"
+            "the model knows no word of the text: every token is unknown to it"
         );
         Ok(())
     }
@@ -121,8 +115,7 @@ const WORDS_AT_ONCE: usize = 1024;
 /// The texts of a word's tokens: the letters of the word, or the tokens' own names where the
 /// tokenizer has changed more than their case.
 fn labels(names: &[String], word: &str, starts: bool) -> Vec<String> {
-    let bare = |name: &String| name.strip_prefix("##").unwrap_or(name).to_string();
-    let mut texts: Vec<String> = names.iter().map(bare).collect();
+    let mut texts: Vec<String> = names.iter().map(|name| bare(name).to_string()).collect();
     let lengths: Vec<usize> = texts.iter().map(|text| text.chars().count()).collect();
     if lengths.iter().sum::<usize>() == word.chars().count() {
         let mut letters = word.chars();

@@ -20,7 +20,7 @@ mod gguf_tokenizer;
 mod layer;
 mod linear;
 mod model;
-mod rope;
+pub(super) mod rope;
 mod tokenizer;
 mod weights;
 
@@ -31,5 +31,3 @@ pub use layer::LlamaLayer;
 pub use linear::WeightFormat;
 pub use model::LlamaModel;
 pub use tokenizer::LlamaTokenizer;
-#[cfg(feature = "hub")]
-pub(crate) use weights::shard_files;

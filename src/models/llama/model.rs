@@ -6,9 +6,10 @@ use super::gguf::Gguf;
 use super::layer::LlamaLayer;
 use super::linear::{Matrix, WeightFormat};
 use super::rope::Rope;
-use super::weights::{Loader, Part, Shards, Source};
+use super::weights::{Loader, Part, Source};
 use crate::attention::{AttentionConfig, KvCacheConfig};
 use crate::memory::check_size;
+use crate::models::Weights;
 use crate::models::files::unused_head;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -89,13 +90,12 @@ impl LlamaModel {
     /// of a folder, as Hugging Face's `LlamaForCausalLM` writes them.
     ///
     /// # Errors
-    /// Those of [`LlamaConfig::load`], [`Weights::open`](crate::models::Weights::open) and
-    /// [`Weights::get`](crate::models::Weights::get).
+    /// Those of [`LlamaConfig::load`], [`Weights::open`] and [`Weights::get`].
     pub fn from_folder(folder: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
         let config = LlamaConfig::load(folder.join("config.json"))?;
-        let shards = Shards::open(folder)?;
-        let loader = Loader::new(Source::Safetensors(&shards), config.rms_norm_eps, device);
+        let weights = Weights::open_folder(folder)?;
+        let loader = Loader::new(Source::Safetensors(&weights), config.rms_norm_eps, device);
         Self::new(loader, config, device)
     }
 

@@ -7,20 +7,21 @@ use candle_core::{Device, Tensor};
 /// The frequencies of a model. Angles are computed for the positions of each call: a table for all
 /// of a long context would be large, and the time for one position does not show.
 #[derive(Debug, Clone)]
-pub(super) struct Rope {
+pub(in crate::models) struct Rope {
     frequencies: Vec<f32>,
     pairs: RopePairs,
 }
 
 /// Cosines and sines of some consecutive positions, `[N, head_dim / 2]`.
-pub(super) struct Rotation {
+#[derive(Clone)]
+pub(in crate::models) struct Rotation {
     cos: Tensor,
     sin: Tensor,
     pairs: RopePairs,
 }
 
 impl Rope {
-    pub(super) fn new(config: &RopeConfig, head_dim: usize) -> Self {
+    pub(in crate::models) fn new(config: &RopeConfig, head_dim: usize) -> Self {
         let frequency = |i: usize| {
             let plain = config.theta.powf(-(2.0 * i as f32) / head_dim as f32);
             scaled(plain, i, &config.scaling)
@@ -29,7 +30,12 @@ impl Rope {
     }
 
     /// The rotation of positions `start .. start + len`.
-    pub(super) fn at(&self, start: usize, len: usize, device: &Device) -> Result<Rotation> {
+    pub(in crate::models) fn at(
+        &self,
+        start: usize,
+        len: usize,
+        device: &Device,
+    ) -> Result<Rotation> {
         // In f32, like the implementations with which such models were trained.
         let angle = |position: usize| self.frequencies.iter().map(move |f| position as f32 * f);
         let angles: Vec<f32> = (start..start + len).flat_map(angle).collect();
@@ -54,8 +60,19 @@ fn scaled(plain: f32, i: usize, scaling: &RopeScaling) -> f32 {
 }
 
 impl Rotation {
+    /// How many positions there are.
+    pub(in crate::models) fn len(&self) -> usize {
+        self.cos.dims()[0]
+    }
+
+    /// The first `len` positions of these.
+    pub(in crate::models) fn first(&self, len: usize) -> Result<Self> {
+        let first = |x: &Tensor| x.narrow(0, 0, len);
+        Ok(Self { cos: first(&self.cos)?, sin: first(&self.sin)?, pairs: self.pairs })
+    }
+
     /// Rotates `[B, H, N, head_dim]`, with any strides.
-    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
+    pub(in crate::models) fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.contiguous()?;
         Ok(match self.pairs {
             RopePairs::Interleaved => candle_nn::rotary_emb::rope_i(&x, &self.cos, &self.sin)?,

@@ -4,11 +4,8 @@ use super::super::Weights;
 use super::gguf::Gguf;
 use super::linear::{Linear, Matrix, WeightFormat};
 use crate::Result;
-use crate::files::{corrupt, read_text};
 use candle_core::{Device, Tensor};
 use candle_nn::RmsNorm;
-use std::collections::HashMap;
-use std::path::Path;
 
 /// A tensor's part in the model: its name in GGUF and in safetensors.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +37,7 @@ impl Part {
 /// Where tensors are from.
 pub(super) enum Source<'a> {
     Gguf(&'a Gguf, WeightFormat),
-    Safetensors(&'a Shards),
+    Safetensors(&'a Weights),
 }
 
 /// A source with what loading needs to know besides.
@@ -66,7 +63,7 @@ impl<'a> Loader<'a> {
     pub(super) fn has_layer(&self, index: usize) -> bool {
         match self.source {
             Source::Gguf(file, _) => file.has_any(&format!("blk.{index}.")),
-            Source::Safetensors(shards) => shards.has_any(&format!("model.layers.{index}.")),
+            Source::Safetensors(weights) => weights.has_any(&format!("model.layers.{index}.")),
         }
     }
 
@@ -74,7 +71,7 @@ impl<'a> Loader<'a> {
     pub(super) fn unused_head(&self) -> Option<&'static str> {
         match self.source {
             Source::Gguf(..) => None,
-            Source::Safetensors(shards) => shards.files.iter().find_map(Weights::unused_head),
+            Source::Safetensors(weights) => weights.unused_head(),
         }
     }
 
@@ -86,8 +83,8 @@ impl<'a> Loader<'a> {
             Source::Gguf(file, format) => {
                 Matrix::from_gguf(file.tensor(&name, Some(&shape), self.device)?, format)
             }
-            Source::Safetensors(shards) => {
-                Ok(Matrix::Dense(shards.get(&name, &shape, self.device)?))
+            Source::Safetensors(weights) => {
+                Ok(Matrix::Dense(weights.get(&name, &shape, self.device)?))
             }
         }
     }
@@ -98,7 +95,7 @@ impl<'a> Loader<'a> {
         let bias = self.name(part, "bias");
         let has_bias = match self.source {
             Source::Gguf(file, _) => file.has(&bias),
-            Source::Safetensors(shards) => shards.has(&bias),
+            Source::Safetensors(weights) => weights.has(&bias),
         };
         let bias = if has_bias { Some(self.vector(&bias, rows)?) } else { None };
         Ok(Linear::new(weight, bias))
@@ -113,7 +110,7 @@ impl<'a> Loader<'a> {
             Source::Gguf(file, _) => {
                 Ok(file.tensor(name, Some(&[len]), self.device)?.dequantize(self.device)?)
             }
-            Source::Safetensors(shards) => shards.get(name, &[len], self.device),
+            Source::Safetensors(weights) => weights.get(name, &[len], self.device),
         }
     }
 
@@ -126,94 +123,5 @@ impl<'a> Loader<'a> {
                 format!("model.layers.{layer}.{}.{kind}", part.hugging_face)
             }
         }
-    }
-}
-
-/// The safetensors of a folder: one file, or several with an index.
-pub(super) struct Shards {
-    files: Vec<Weights>,
-    /// Which file holds a tensor; empty if there is only one.
-    index: HashMap<String, usize>,
-}
-
-/// `model.safetensors.index.json`.
-#[derive(serde::Deserialize)]
-struct Index {
-    weight_map: HashMap<String, String>,
-}
-
-impl Index {
-    fn read(path: &Path) -> Result<Self> {
-        serde_json::from_str(&read_text("weights index", path)?)
-            .map_err(|e| corrupt(path, format!("not an index of safetensors: {e}")))
-    }
-
-    /// The files that it names, sorted. All must lie beside the index itself, at `path`.
-    fn files(&self, path: &Path) -> Result<Vec<String>> {
-        let mut names: Vec<String> = self.weight_map.values().cloned().collect();
-        names.sort();
-        names.dedup();
-        let plain =
-            |name: &&String| Path::new(name).file_name().is_some_and(|n| n == name.as_str());
-        match names.iter().find(|name| !plain(name)) {
-            Some(name) => Err(corrupt(path, format!("names {name:?}, expected a file beside it"))),
-            None if names.is_empty() => Err(corrupt(path, "names no tensor")),
-            None => Ok(names),
-        }
-    }
-}
-
-/// The files that the index of safetensors at `path` names.
-///
-/// # Errors
-/// [`Error::Corrupt`](crate::Error::Corrupt) for what is no index, or names something that is not a
-/// file beside it.
-#[cfg(feature = "hub")]
-pub(crate) fn shard_files(path: &Path) -> Result<Vec<String>> {
-    Index::read(path)?.files(path)
-}
-
-impl Shards {
-    /// `model.safetensors` of the folder, or what its `model.safetensors.index.json` names.
-    ///
-    /// # Errors
-    /// Those of [`Weights::open`]; [`Error::Corrupt`](crate::Error::Corrupt) for an index that is none.
-    pub(super) fn open(folder: &Path) -> Result<Self> {
-        let (single, index) =
-            (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
-        if single.is_file() || !index.is_file() {
-            return Ok(Self { files: vec![Weights::open(single)?], index: HashMap::new() });
-        }
-        Self::open_index(folder, &index)
-    }
-
-    fn open_index(folder: &Path, path: &Path) -> Result<Self> {
-        let index = Index::read(path)?;
-        let names = index.files(path)?;
-        let files = names
-            .iter()
-            .map(|name| Weights::open(folder.join(name)))
-            .collect::<Result<Vec<_>>>()?;
-        let number: HashMap<&str, usize> =
-            (0..).zip(&names).map(|(i, n)| (n.as_str(), i)).collect();
-        let map = index.weight_map.iter();
-        let index = map.map(|(tensor, file)| (tensor.clone(), number[file.as_str()])).collect();
-        Ok(Self { files, index })
-    }
-
-    fn file_of(&self, name: &str) -> &Weights {
-        &self.files[self.index.get(name).copied().unwrap_or(0)]
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.file_of(name).shape(name).is_ok()
-    }
-
-    fn has_any(&self, start: &str) -> bool {
-        self.files.iter().any(|file| file.has_any(start))
-    }
-
-    fn get(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
-        self.file_of(name).get(name, shape, device)
     }
 }

@@ -1,0 +1,72 @@
+//! Layers out of the weights of an encoder: the one place where names become layers.
+
+use super::Weights;
+use crate::Result;
+use crate::nn::{LayerNorm, Linear};
+use candle_core::{DType, Device, Tensor};
+use std::ops::Range;
+
+/// Weights with what every layer needs to know.
+pub(super) struct Loader<'a> {
+    weights: &'a Weights,
+    eps: f64,
+    device: &'a Device,
+    /// Whether names are those of a head, which stand behind no prefix.
+    outside: bool,
+}
+
+impl<'a> Loader<'a> {
+    /// `eps` is that of the norms.
+    pub(super) fn new(weights: &'a Weights, eps: f64, device: &'a Device) -> Self {
+        Self { weights, eps, device, outside: false }
+    }
+
+    /// Of a head, whose names stand behind no prefix.
+    pub(super) fn outside(weights: &'a Weights, eps: f64, device: &'a Device) -> Self {
+        Self { weights, eps, device, outside: true }
+    }
+
+    pub(super) fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        if self.outside {
+            return self.weights.get_outside(name, shape, self.device);
+        }
+        self.weights.get(name, shape, self.device)
+    }
+
+    /// Layers with the same input as one, whose outputs are theirs one after the other.
+    pub(super) fn linear(&self, names: &[String], rows: usize, columns: usize) -> Result<Linear> {
+        let of_all = |part: &str, shape: &[usize]| -> Result<Tensor> {
+            let get = |name: &String| self.get(&format!("{name}.{part}"), shape);
+            Ok(Tensor::cat(&names.iter().map(get).collect::<Result<Vec<_>>>()?, 0)?)
+        };
+        Linear::new(&of_all("weight", &[rows, columns])?, &of_all("bias", &[rows])?)
+    }
+
+    /// Some of the `rows` outputs of a layer without a bias.
+    pub(super) fn unbiased(
+        &self,
+        name: &str,
+        [rows, columns]: [usize; 2],
+        outputs: Range<usize>,
+    ) -> Result<Linear> {
+        let weight = self.get(&format!("{name}.weight"), &[rows, columns])?;
+        let weight = weight.narrow(0, outputs.start, outputs.len())?.contiguous()?;
+        Linear::new(&weight, &Tensor::zeros(outputs.len(), DType::F32, self.device)?)
+    }
+
+    pub(super) fn norm(&self, name: &str, width: usize) -> Result<LayerNorm> {
+        // The oldest files use TensorFlow's names.
+        let (weight, bias) = match self.weights.has_any(&format!("{name}.gamma")) {
+            true => ("gamma", "beta"),
+            false => ("weight", "bias"),
+        };
+        let weight = self.get(&format!("{name}.{weight}"), &[width])?;
+        let bias = self.get(&format!("{name}.{bias}"), &[width])?;
+        LayerNorm::new(weight, bias, self.eps)
+    }
+
+    pub(super) fn unbiased_norm(&self, name: &str, width: usize) -> Result<LayerNorm> {
+        let weight = self.get(&format!("{name}.weight"), &[width])?;
+        LayerNorm::new(weight, Tensor::zeros(width, DType::F32, self.device)?, self.eps)
+    }
+}
