@@ -291,3 +291,27 @@ fn word_embedding_files_that_do_not_fit_are_named() -> TestResult {
     assert!(Weights::open(folder.path().join("vocab.txt")).is_err());
     Ok(())
 }
+
+#[test]
+fn a_text_has_the_same_embedding_alone_and_beside_longer_ones() -> TestResult {
+    let files = ModelFiles::from_dir(shipped("paraphrase-MiniLM-L3-v2"))?;
+    let mut encoder = TextEncoder::load(&files, &CPU)?;
+    let long = "It is a truth universally acknowledged, that a single man in possession of a good \
+                fortune, must be in want of a wife. ";
+    let texts = ["hello world", &long.repeat(4), "Short.", &long.repeat(2)];
+    for config in [AttentionConfig::fp32(), AttentionConfig::int8()] {
+        encoder.model.set_attention(&config);
+        let bits = |texts: &[&str]| -> Result<Vec<Vec<u32>>, Box<dyn std::error::Error>> {
+            let rows = encoder.embed_sentences(texts)?.to_vec2::<f32>()?;
+            Ok(rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect())
+        };
+        let together = bits(&texts)?;
+        for (text, together) in texts.iter().zip(&together) {
+            assert!(bits(&[text])?[0] == *together, "{:.20}: {:?}", text, config.backend);
+        }
+        let turned: Vec<&str> = texts.iter().rev().copied().collect();
+        let reversed: Vec<_> = bits(&turned)?.into_iter().rev().collect();
+        assert!(reversed == together, "{:?}", config.backend);
+    }
+    Ok(())
+}

@@ -28,8 +28,9 @@ pub struct ScoreConfig {
     /// [`Rotation`](crate::quant::Rotation).
     pub rotate: bool,
     /// Whether keys that stand out of their block of 64 are left out of its mean and its range and have
-    /// their scores computed in f32: attention sinks (Xiao et al. 2023, arXiv:2309.17453), which many queries
-    /// attend to. A key stands out if its largest element, as it would be quantized, is more than 4
+    /// their scores computed in f32. The first key of a sequence that is seen is always one of them: in language
+    /// models it is an attention sink (Xiao et al. 2023, arXiv:2309.17453), which most queries attend to. Of the
+    /// others a key stands out if its largest element, as it would be quantized, is more than 4
     /// times what the others of its block have on average. Queries that stand out of their block of 48
     /// are left out of its mean and range.
     pub outliers: bool,
@@ -69,8 +70,9 @@ impl ScoreConfig {
     /// What is done to rows of `depth` elements, of queries and of keys, before they are quantized.
     pub(crate) fn conditioning(&self, depth: usize) -> (Conditioning, Conditioning) {
         let rotation = self.rotate.then(|| Rotation::new(depth));
-        let of = |smoothing| Conditioning { smoothing, rotation, outliers: self.outliers };
-        (of(self.smooth_q), of(self.smooth_k))
+        let outliers = self.outliers;
+        let of = |smoothing, sink| Conditioning { smoothing, rotation, outliers, sink };
+        (of(self.smooth_q, false), of(self.smooth_k, outliers))
     }
 
     /// What is added to the int32 sums in f32, in words; `None` if nothing is.

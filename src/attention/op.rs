@@ -210,7 +210,6 @@ fn run_fp32<T: Element>(
 ) -> Vec<T> {
     let (level, factor) = (engine.level, engine.modifiers.factor());
     let ([b, h, m, d], [_, _, tokens, value_dim]) = (q.dims(), v.dims());
-    let rows = engine.queries.group * m;
     let scores = b * h * m * tokens;
     let work = Work {
         float_macs: scores.saturating_mul(d.saturating_add(value_dim)),
@@ -229,6 +228,8 @@ fn run_fp32<T: Element>(
                     };
                     let [mut buffer, mut gathered, mut value_buffer, mut value_gathered] =
                         [const { Vec::new() }; 4];
+                    // Not those that are padding, which would make it another computation.
+                    let rows = seen.asking(head, m);
                     let count = seen.keys(head).len();
                     let all = |view, buffer, gathered| {
                         seen.keys(head).rows(view, head, 0..count, buffer, gathered)

@@ -199,7 +199,8 @@ impl<'a> Operand<'a> {
         let start = rows.start;
         let values = self.rows((head, rows), seen, buffer, gathered);
         let takes_part = |row: usize| self.takes_part(head, start + row, seen);
-        self.conditioning.apply(values, &takes_part, head_mean, conditioned);
+        let first = start == 0;
+        self.conditioning.apply(values, (&takes_part, first), head_mean, conditioned);
         true
     }
 

@@ -162,6 +162,13 @@ impl Seen {
         &self.keys[head / self.shared]
     }
 
+    /// How many of the queries of the query heads that share a head of keys see a key.
+    pub(super) fn asking(&self, head: usize, queries: usize) -> usize {
+        let part = &self.queries[head / self.shared];
+        let of_one = if part.is_empty() { queries } else { part.iter().filter(|x| **x).count() };
+        of_one * self.group
+    }
+
     /// Whether a query of a query head, counted over the batch, sees a key.
     pub(super) fn asks(&self, head: usize, query: usize) -> bool {
         let part = &self.queries[head / self.group.max(1) / self.shared];

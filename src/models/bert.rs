@@ -360,6 +360,21 @@ pub fn padding_mask(attention_mask: &Tensor) -> Result<AttnMask> {
     Ok(AttnMask::Mask(keep.reshape((b, 1, 1, n))?))
 }
 
+/// The same for keys and queries, where padding follows the tokens: it has no part in their numbers then.
+pub(super) fn padding_call(attention_mask: &Tensor) -> Result<AttentionCall> {
+    let call = AttentionCall::from(padding_mask(attention_mask)?);
+    let rows = attention_mask.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    let len = |row: &Vec<f32>| {
+        let tokens = row.iter().take_while(|x| **x != 0.0).count();
+        row[tokens..].iter().all(|x| *x == 0.0).then_some(tokens)
+    };
+    let lens: Option<Vec<usize>> = rows.iter().map(len).collect();
+    Ok(match lens {
+        Some(lens) => call.with_q_lens(lens),
+        None => call,
+    })
+}
+
 /// The mean of the hidden states `[B, N, hidden]` over tokens, padding (0 in `attention_mask`
 /// `[B, N]`) left out: `[B, hidden]`. A sequence of padding alone gives zeros.
 ///

@@ -7,7 +7,7 @@
 //! A family is a file beside this one; it fulfils [`Encoder`], and everything that is not particular
 //! to it is here.
 
-use super::bert::BertModel;
+use super::bert::{BertModel, padding_call};
 use super::distilbert::DistilBertModel;
 use super::files::{refuse_quantized, unused_head};
 use super::layered::Attend;
@@ -16,6 +16,7 @@ use super::roberta::RobertaModel;
 use super::{BertConfig, LayeredModel, ModelFiles, Weights, mean_pool};
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
 use crate::files::{corrupt, read_text};
+use crate::memory::check_size;
 use crate::nn::Linear;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -286,7 +287,7 @@ pub(super) fn run(
 ) -> Result<Tensor> {
     let call: AttentionCall = match mask {
         None => AttentionCall::default(),
-        Some(mask) if mask.dims() == ids.dims() => super::padding_mask(mask)?.into(),
+        Some(mask) if mask.dims() == ids.dims() => padding_call(mask)?,
         Some(mask) => {
             return Err(Error::Shape {
                 op: "encoder",
@@ -313,6 +314,8 @@ pub(super) fn embed(model: &dyn Encoder, ids: &Tensor, types: Option<&Tensor>) -
         let (shape, expected) = (ids.dims().to_vec(), format!("[B, N] with N <= {longest}"));
         return Err(Error::Shape { op: OP, tensor: "input_ids", shape, expected });
     }
+    // The widest of what comes of them at once: q, k and v.
+    check_size(OP, "what comes of input_ids", &[ids.elem_count(), 4 * config.hidden_size])?;
     check_ids(OP, "input_ids", ids, config.vocab_size)?;
     if let Some(types) = types {
         if types.dims() != ids.dims() {

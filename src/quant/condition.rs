@@ -26,6 +26,8 @@ pub(crate) struct Conditioning {
     pub rotation: Option<Rotation>,
     /// Whether rows that stand out are left out of the mean, and reported.
     pub outliers: bool,
+    /// Whether the first row of all stands out whatever it is.
+    pub sink: bool,
 }
 
 /// A row stands out if its largest magnitude is more than this many times what the others have on
@@ -54,22 +56,27 @@ impl Conditioning {
     }
 
     /// Conditions a block of rows. `takes_part` says which rows have a part in the mean and may stand out;
-    /// `head_mean` is that of all rows of the head, where it is that one which is subtracted.
+    /// `head_mean` is that of all rows of the head, where it is that one which is subtracted; `first`, whether
+    /// these are the first of all rows.
     pub(crate) fn apply(
         &self,
         rows: Rows<'_>,
-        takes_part: &dyn Fn(usize) -> bool,
+        (takes_part, first): (&dyn Fn(usize) -> bool, bool),
         head_mean: Option<&[f32]>,
         out: &mut Conditioned,
     ) {
         out.outliers.clear();
+        let sink = first && self.sink && rows.count() > 1 && rows.depth() > 0;
+        if sink && max_magnitude(rows.row(0)).1 {
+            out.outliers.push(0);
+        }
         out.smoothed = self.smoothing != Smoothing::None;
         if let Some(mean) = head_mean {
             out.mean.clear();
             out.mean.extend_from_slice(mean);
         }
         // One in four at most, so that what is done for each of them stays bounded.
-        let most = (rows.count() / 4).max(1);
+        let most = (rows.count() / 4).max(1) + out.outliers.len();
         loop {
             if self.smoothing == Smoothing::Block {
                 out.find_mean(rows, takes_part);
@@ -119,7 +126,7 @@ pub(crate) struct ConditionedHead {
 }
 
 impl ConditionedHead {
-    /// Of rows `[S, D]`, all of which take part, in blocks.
+    /// Of rows `[S, D]`, all of which take part, in the blocks of queries or of keys.
     pub(crate) fn new(
         conditioning: &Conditioning,
         matrix: &[f32],
@@ -137,7 +144,7 @@ impl ConditionedHead {
         let mut rows = Conditioned::default();
         for (index, matrix) in matrix.chunks(block * depth.max(1)).enumerate() {
             let all = Rows::contiguous(matrix, depth);
-            conditioning.apply(all, &|_| true, mean.as_deref(), &mut rows);
+            conditioning.apply(all, (&|_| true, index == 0), mean.as_deref(), &mut rows);
             head.values.extend_from_slice(&rows.values);
             head.outliers.extend(rows.outliers.iter().map(|row| index * block + row));
             head.means.extend(rows.mean().unwrap_or(&vec![0.0; depth]));
@@ -247,13 +254,14 @@ mod tests {
     use super::*;
 
     const BLOCK: Conditioning =
-        Conditioning { smoothing: Smoothing::Block, rotation: None, outliers: true };
+        Conditioning { smoothing: Smoothing::Block, rotation: None, outliers: true, sink: false };
 
     /// Rows of two elements.
     fn condition(rows: &[[f32; 2]], parts: &[bool]) -> Conditioned {
         let mut out = Conditioned::default();
         let takes_part = |row: usize| parts.is_empty() || parts[row];
-        BLOCK.apply(Rows::contiguous(rows.as_flattened(), 2), &takes_part, None, &mut out);
+        let rows = Rows::contiguous(rows.as_flattened(), 2);
+        BLOCK.apply(rows, (&takes_part, false), None, &mut out);
         out
     }
 

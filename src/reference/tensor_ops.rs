@@ -135,13 +135,13 @@ fn of_codes(
     if [b, h, m, n, d].contains(&0) {
         return Ok(Tensor::zeros((b, h, m, n), dtype, q.device())?);
     }
-    let of = |smoothing, block| {
+    let of = |smoothing, block, is_key| {
         let ScoreConfig { rotate, outliers, .. } = *config;
-        Conditioner { smoothing, rotate, outliers, block }
+        Conditioner { smoothing, rotate, outliers, sink: outliers && is_key, block }
     };
     scores(
-        Codes::quantize(&q, &config.q, &of(config.smooth_q, 48))?,
-        Codes::quantize(&k, &config.k, &of(config.smooth_k, 64))?,
+        Codes::quantize(&q, &config.q, &of(config.smooth_q, 48, false))?,
+        Codes::quantize(&k, &config.k, &of(config.smooth_k, 64, true))?,
     )
 }
 
@@ -207,6 +207,8 @@ struct Conditioner {
     smoothing: Smoothing,
     rotate: bool,
     outliers: bool,
+    /// Whether the first row stands out.
+    sink: bool,
     /// Rows of a block.
     block: usize,
 }
@@ -221,11 +223,16 @@ struct Conditioned {
 
 impl Conditioner {
     const NONE: Self =
-        Self { smoothing: Smoothing::None, rotate: false, outliers: false, block: 1 };
+        Self { smoothing: Smoothing::None, rotate: false, outliers: false, sink: false, block: 1 };
 
     fn apply(&self, rows: &Tensor) -> Result<Conditioned> {
         let (b, h, s, _) = rows.dims4()?;
         let mut marks = vec![0u8; b * h * s];
+        if self.sink && s > 1 {
+            let first =
+                without_bad_rows(&rows.narrow(2, 0, 1)?)?.0.flatten_all()?.to_vec1::<u8>()?;
+            marks.iter_mut().step_by(s).zip(first).for_each(|(mark, finite)| *mark = finite);
+        }
         loop {
             let outliers = Tensor::from_slice(&marks, (b, h, s, 1), rows.device())?;
             let means = self.means(rows, &outliers)?;
@@ -273,7 +280,9 @@ impl Conditioner {
         for head in 0..marks.len() / tokens {
             for start in (0..tokens).step_by(self.block) {
                 let rows = head * tokens + start..head * tokens + tokens.min(start + self.block);
-                let most = (rows.len() / 4).max(1);
+                let sink =
+                    usize::from(self.sink && start == 0 && tokens > 1 && finite[rows.start] != 0);
+                let most = (rows.len() / 4).max(1) + sink;
                 let marked = rows.clone().filter(|&row| marks[row] != 0).count();
                 let others = rows.filter(|&row| finite[row] != 0 && marks[row] == 0);
                 if marked < most

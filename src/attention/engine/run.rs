@@ -163,7 +163,9 @@ impl Engine<'_> {
         let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
         let mut tiles = from.tiles(0..sinks);
         tiles.extend(from.tiles(start.max(self.sinks)..end.max(self.sinks)));
-        if seen.len() > FEW || tiles.len() <= SPAN {
+        // Rows of padding do not make it another computation.
+        let rows_that_see = seen.iter().filter(|row| !row.seen.is_empty()).count();
+        if rows_that_see > FEW || tiles.len() <= SPAN {
             return with_scratch(|scratch| {
                 self.attend_tiles(from, rows, &seen, &tiles, scratch);
                 scratch.partial.finish(self.value_dim, out);

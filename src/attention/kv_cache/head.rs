@@ -410,9 +410,11 @@ impl Packer {
         }
         let smoothing = if known.is_some() { Smoothing::Head } else { Smoothing::Block };
         let outliers = head.outliers && known.is_none();
-        let conditioning = Conditioning { smoothing, rotation: head.rotation, outliers };
+        let (rotation, sink) = (head.rotation, outliers);
+        let conditioning = Conditioning { smoothing, rotation, outliers, sink };
         let keys = contracts::Rows::contiguous(&rows.keys, depth);
-        conditioning.apply(keys, &|_| true, known, &mut self.conditioned);
+        let first = head.packed == 0;
+        conditioning.apply(keys, (&|_| true, first), known, &mut self.conditioned);
         let QuantizedRows { codes, scales, zeros, sums } = &mut self.rows;
         let conditioned = contracts::Rows::contiguous(&self.conditioned.values, depth);
         head.level.quantize_symmetric(conditioned, BlockCodes { codes, scales, zeros, sums });
