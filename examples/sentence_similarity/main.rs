@@ -99,7 +99,7 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     if args.linear == Linear::Bf16 {
         ensure!(
             encoder.model.round_linear_to_bf16()?,
-            "--linear bf16: expected a processor that multiplies bf16 (AVX512-BF16 or Arm bf16) \
+            "--linear bf16: expected a processor that multiplies bf16 (64-bit Arm with bf16) \
              and weights that bf16 can hold"
         );
         config += ", linear layers in bf16";

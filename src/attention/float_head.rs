@@ -74,7 +74,7 @@ impl KeyValues for FloatHead<'_> {
             }
             Float::InPlace(all) => {
                 let queries = Matrix::new(&queries.values, rows, depth, depth);
-                score_in_place(self.level, (queries, part(all, keys)), self.factor, scores, stride);
+                score_in_place(self.level, (queries, all.part(keys)), self.factor, scores, stride);
             }
         }
     }
@@ -82,7 +82,7 @@ impl KeyValues for FloatHead<'_> {
     fn large(&self, keys: Range<usize>) -> Vec<usize> {
         match &self.values {
             Float::Packed(values) => large_among(values.exceptions(), keys),
-            Float::InPlace(all) => large_rows(part(all, keys.clone()), keys),
+            Float::InPlace(all) => large_rows(all.part(keys.clone()), keys),
         }
     }
 
@@ -99,7 +99,7 @@ impl KeyValues for FloatHead<'_> {
     ) {
         match &self.values {
             Float::Packed(values) => accumulate(values, keys, tile, running, sums),
-            Float::InPlace(all) => accumulate_in_place(self.level, part(all, keys), tile, sums),
+            Float::InPlace(all) => accumulate_in_place(self.level, all.part(keys), tile, sums),
         }
     }
 }
@@ -114,7 +114,7 @@ pub(super) fn score_in_place(
 ) {
     for (query, scores) in queries.iter().zip(scores.chunks_mut(stride)) {
         let scores = &mut scores[..keys.count()];
-        level.dots(keys, None, query, scores);
+        level.dots(keys, query, scores);
         scores.iter_mut().for_each(|score| *score *= factor);
     }
 }
@@ -139,12 +139,6 @@ pub(super) fn accumulate_in_place(
             sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
         }
     }
-}
-
-/// Some of the rows.
-fn part<'a>(all: &Matrix<'a>, rows: Range<usize>) -> Matrix<'a> {
-    let data = all.data().get(rows.start * all.stride()..).unwrap_or_default();
-    Matrix::new(data, rows.len(), all.depth(), all.stride())
 }
 
 /// Whether values of this width can be multiplied where they lie.

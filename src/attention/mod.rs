@@ -27,6 +27,7 @@ mod operand;
 mod requantized;
 mod scorer;
 mod scores;
+mod seen;
 pub(crate) mod shapes;
 mod spec;
 mod tensor_values;

@@ -8,6 +8,7 @@ use super::int8_head::Int8Head;
 use super::keys::PackedKeys;
 use super::mask::broadcast_mask;
 use super::scorer::{ScoreScale, Scorer};
+use super::seen::Seen;
 use super::tensor_values::pack_values;
 use super::visible::Visible;
 use super::{AttentionCall, shapes};
@@ -120,32 +121,30 @@ impl Attention {
         let ([b, h, m, d], n) = (inputs.q.dims(), inputs.k.tokens());
         // The guard keeps the mask's storage readable while the engine runs.
         let guard = self.call.mask.as_ref().map(Tensor::storage_and_layout);
-        let mut mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
-        let mut visible = self.visible.clone();
-        if let Some(Ok(seen)) = &mask
-            && let Some(lens) = seen.lens((b, n))
-        {
-            visible.limit(&lens);
-            mask = None;
-        }
+        let mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
+        let mask = mask.transpose()?;
         let group = h.checked_div(inputs.k.dims()[1]).unwrap_or(0);
+        let seen = Seen::of(&self.visible, mask.as_ref(), [b, h, m, n], group);
+        // Keys that it hides from everyone are not there.
+        let mask = mask.filter(|mask| !mask.only_hides_keys());
         let spec = &self.config.spec;
         let engine = Engine {
             level: self.level,
             queries: Queries { heads: h, tokens: m, group, apart: false },
             value_dim: inputs.v.depth(),
-            visible,
+            visible: self.visible.clone(),
             sinks: 0,
             window: None,
-            modifiers: Modifiers::new(spec, spec.scale(d)?, mask.transpose()?),
+            modifiers: Modifiers::new(spec, spec.scale(d)?, mask),
+            seen: Some(&seen),
         };
         let len = [b, h, m, engine.value_dim].iter().product();
         if len == 0 || n == 0 {
             return Ok(vec![T::default(); len]);
         }
         match &self.config.backend {
-            Backend::Int8(int8) => self.run_int8(inputs, engine, int8, len),
-            Backend::Fp32 => Ok(run_fp32(inputs, engine, len)),
+            Backend::Int8(int8) => self.run_int8(inputs, engine, (int8, seen.clone()), len),
+            Backend::Fp32 => Ok(run_fp32(inputs, (engine, &seen), len)),
         }
     }
 
@@ -153,14 +152,14 @@ impl Attention {
         &self,
         Inputs { q, k, v }: Inputs<'_>,
         mut engine: Engine<'_>,
-        int8: &Int8Config,
+        (int8, seen): (&Int8Config, Seen),
         len: usize,
     ) -> Result<Vec<T>> {
         // A softcap bends the true score, so the row's constant matters.
         let (factor, row_constants) = (engine.modifiers.factor(), engine.modifiers.bends());
         let scale = ScoreScale { factor, row_constants };
         let format = int8.pv.format(engine.level)?;
-        let scorer = Scorer::prepare(q, k, &int8.scores, scale)?;
+        let scorer = Scorer::prepare(q, k, &int8.scores, scale, seen)?;
         engine.queries.apart = true;
         let scores = scorer.dims().iter().product::<usize>();
         let work = Work {
@@ -186,7 +185,7 @@ impl Attention {
                             }),
                         };
                         scorer.pack_keys(head, pace, keys);
-                        pack_values(&v, head, values);
+                        pack_values(&v, head, &scorer.seen, values);
                         attend(&Int8Head { scorer: &scorer, keys, values });
                     });
                 })
@@ -204,7 +203,11 @@ fn elements(scores: usize, q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
     scores.saturating_add(q.len() + k.len() + v.len() + output)
 }
 
-fn run_fp32<T: Element>(Inputs { q, k, v }: Inputs<'_>, engine: Engine<'_>, len: usize) -> Vec<T> {
+fn run_fp32<T: Element>(
+    Inputs { q, k, v }: Inputs<'_>,
+    (engine, seen): (Engine<'_>, &Seen),
+    len: usize,
+) -> Vec<T> {
     let (level, factor) = (engine.level, engine.modifiers.factor());
     let ([b, h, m, d], [_, _, tokens, value_dim]) = (q.dims(), v.dims());
     let rows = engine.queries.group * m;
@@ -224,19 +227,24 @@ fn run_fp32<T: Element>(Inputs { q, k, v }: Inputs<'_>, engine: Engine<'_>, len:
                         Some(fitting) => kept.insert(fitting),
                         None => kept.insert(KeptFloat { keys: new(), values: new() }),
                     };
-                    let [mut key_rows, mut value_rows] = [Vec::new(), Vec::new()];
-                    let keys = k.rows(head, 0..tokens, &mut key_rows);
+                    let [mut buffer, mut gathered, mut value_buffer, mut value_gathered] =
+                        [const { Vec::new() }; 4];
+                    let count = seen.keys(head).len();
+                    let all = |view, buffer, gathered| {
+                        seen.keys(head).rows(view, head, 0..count, buffer, gathered)
+                    };
+                    let keys = all(&k, &mut buffer, &mut gathered);
                     let keys = if rows <= FEW {
                         Float::InPlace(keys)
                     } else {
-                        kept.keys.reset_columns(d, tokens);
+                        kept.keys.reset_columns(d, count);
                         kept.keys.put_columns(0, keys, factor);
                         Float::Packed(&kept.keys)
                     };
                     let values = if in_place(rows, value_dim) {
-                        Float::InPlace(v.rows(head, 0..tokens, &mut value_rows))
+                        Float::InPlace(all(&v, &mut value_buffer, &mut value_gathered))
                     } else {
-                        pack_values(&v, head, &mut kept.values);
+                        pack_values(&v, head, seen, &mut kept.values);
                         Float::Packed(&kept.values)
                     };
                     let (queries, shape) = (&q, engine.queries);

@@ -122,14 +122,13 @@ impl ScoreConfig {
     /// # Errors
     /// [`Error::Contradiction`] if an int32 cannot hold the scores.
     pub(crate) fn check_int32(&self) -> Result<()> {
-        if self.is_smoothed() {
-            return Err(Error::Contradiction(format!(
-                "int32 scores with smooth_k = {} and smooth_q = {}: an int32 cannot hold the \
-                 correction; turn smoothing off or ask for dequantized scores",
-                self.smooth_k, self.smooth_q
-            )));
+        match self.adds_floats() {
+            Some(found) => Err(Error::Contradiction(format!(
+                "int32 scores with {found}: an int32 cannot hold what those add to the sums; turn them \
+                 off or ask for dequantized scores"
+            ))),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -168,7 +167,7 @@ impl ScoreOp {
             let shape = Shape::from(codes.shape());
             return Ok((CpuStorage::F32(codes.dequantize_to_vec()), shape));
         }
-        let scorer = Scorer::prepare(q, k, &self.config, ScoreScale::RAW)?;
+        let scorer = Scorer::of_all(q, k, &self.config, ScoreScale::RAW)?;
         let storage = match self.output {
             Output::Int32 => CpuStorage::I32(scorer.all_sums()),
             _ => CpuStorage::F32(scorer.all_scores()),

@@ -1,7 +1,8 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
-use super::engine::{Probs, Running, TILE, Tile, blocks};
-use crate::cpu::contracts::{GROUP, RUN, Rows as Matrix};
+use super::engine::{Probs, Running, TILE, Tile};
+use super::seen::Seen;
+use crate::cpu::contracts::{RUN, Rows as Matrix};
 use crate::cpu::plain::widest;
 use crate::memory::Kept;
 use crate::product::{LARGEST, PackedMatrix};
@@ -10,32 +11,34 @@ use std::ops::Range;
 
 thread_local! {
     /// Where values are gathered that do not lie together.
-    static GATHERED: Kept<(Vec<f32>, Vec<f32>)> = const { Kept::new() };
+    static GATHERED: Kept<(Vec<f32>, (Vec<f32>, Vec<f32>))> = const { Kept::new() };
 }
 
 /// Bytes of that which a thread keeps: blocks of values that are a few thousand numbers wide.
 const KEPT: usize = 1 << 20;
 
-/// Packs the values of `head` in the place of those that are there.
-pub(super) fn pack_values(values: &View<'_>, head: usize, packed: &mut PackedMatrix) {
-    packed.reset(values.tokens(), values.depth());
-    Kept::with(&GATHERED, KEPT, |(gathered, buffer)| {
-        let tokens = values.tokens();
+/// Packs the values of `head` that are seen in the place of those that are there.
+pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &mut PackedMatrix) {
+    let seen = seen.keys(head);
+    packed.reset(seen.len(), values.depth());
+    Kept::with(&GATHERED, KEPT, |(buffer, (gathered, slice))| {
+        let count = seen.len();
+        let blocks = (0..count).step_by(RUN).map(|start| start..(start + RUN).min(count));
         if packed.needs_ranges() {
-            for block in blocks(tokens) {
-                packed.observe(values.rows(head, block, gathered).as_slice(buffer));
+            for block in blocks.clone() {
+                packed.observe(seen.rows(values, head, block, buffer, gathered).as_slice(slice));
             }
         }
-        for block in blocks(tokens) {
-            let rows = values.rows(head, block.clone(), gathered);
-            packed.put(block.start, rows.as_slice(buffer));
+        for block in blocks {
+            let rows = seen.rows(values, head, block.clone(), buffer, gathered);
+            packed.put(block.start, rows.as_slice(slice));
         }
     });
 }
 
-/// Keys in tiles, from a whole step on.
+/// Keys in tiles, from a whole step and run of values on.
 pub(super) fn tiles(seen: Range<usize>, step: usize) -> Vec<Range<usize>> {
-    let step = step.next_multiple_of(GROUP);
+    let step = step.next_multiple_of(RUN);
     let starts = (seen.start / step * step..seen.end).step_by(TILE);
     starts.map(|start| start..(start + TILE).min(seen.end)).collect()
 }
@@ -83,6 +86,10 @@ pub(super) fn accumulate(
         Probs::Int8 { codes, runs } => {
             let runs = &runs[..tile.visible.len() * keys.len().div_ceil(RUN)];
             values.accumulate_int8(keys, codes, stride, runs, sums);
+        }
+        Probs::Int16 { codes, scales } => {
+            let scales = &scales[..tile.visible.len() * keys.len().div_ceil(RUN)];
+            values.accumulate_int16(keys, codes, stride, scales, sums);
         }
     }
 }

@@ -196,7 +196,7 @@ fn batches_of_a_model_that_overflow_are_an_error() -> TestResult {
 fn a_cache_of_keys_without_depth_works_as_any_other() -> TestResult {
     let folder = tempfile::tempdir()?;
     for (smoothing, dv) in [
-        (KeySmoothing::Moving, 4),
+        (KeySmoothing::Groups, 4),
         (KeySmoothing::FirstTokens(10), 16),
         (KeySmoothing::None, 0),
         (KeySmoothing::Given(vec![vec![]; 2]), 5),

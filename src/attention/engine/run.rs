@@ -6,9 +6,10 @@ use super::output::Element;
 use super::partial::Partial;
 use super::queries::{Queries, Rows};
 use super::softmax::{Probs, Tile, softmax_tile};
+use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
-use crate::cpu::contracts::{Format, GROUP, Int8Run, RUN};
+use crate::cpu::contracts::{Format, Int8Run, LANES, RUN};
 use crate::memory::{Footprint, Kept};
 use crate::parallel::{Pace, Work};
 use std::mem::MaybeUninit;
@@ -39,6 +40,8 @@ pub(in crate::attention) struct Engine<'a> {
     /// Keys to the left of its position that a query sees at most, the sinks apart.
     pub window: Option<usize>,
     pub modifiers: Modifiers<'a>,
+    /// The keys that take part, where keys and values are those alone; `None` where they are all.
+    pub seen: Option<&'a Seen>,
 }
 
 /// A row of a block.
@@ -71,6 +74,9 @@ struct Buffers {
     /// Probabilities in int8, and what they stand for.
     codes: Vec<u8>,
     runs: Vec<Int8Run>,
+    /// Probabilities in int16, and what a 1 stands for.
+    words: Vec<i16>,
+    scales: Vec<f32>,
 }
 
 impl Footprint for Scratch {
@@ -82,8 +88,9 @@ impl Footprint for Scratch {
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        let Self { stride: _, scores, inside, halves, codes, runs } = self;
-        let probs = halves.footprint() + codes.footprint() + runs.footprint();
+        let Self { stride: _, scores, inside, halves, codes, runs, words, scales } = self;
+        let runs = runs.footprint() + scales.footprint();
+        let probs = halves.footprint() + codes.footprint() + words.footprint() + runs;
         scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
     }
 }
@@ -177,7 +184,10 @@ impl Engine<'_> {
     /// What a row sees.
     fn row(&self, head: usize, row: usize) -> Row {
         let at = self.queries.at(head, row);
-        let range = self.visible.range(at[0], at[2]);
+        let mut range = self.visible.range(at[0], at[2]);
+        if let Some(seen) = self.seen {
+            range = seen.keys(head).places(range);
+        }
         let sinks = range.start.min(self.sinks)..range.end.min(self.sinks);
         Row { at, seen: self.behind_sinks(range, at[0], at[2]), sinks }
     }
@@ -214,7 +224,7 @@ impl Engine<'_> {
         from.prepare(rows, queries);
         buffers.start(from, seen.len(), tiles);
         for tile in tiles {
-            self.tile(from, queries, seen, tile.clone(), (buffers, partial));
+            self.tile(from, queries, (rows, seen), tile.clone(), (buffers, partial));
         }
     }
 
@@ -223,7 +233,7 @@ impl Engine<'_> {
         &self,
         from: &dyn KeyValues,
         queries: &QueryBlock,
-        seen: &[Row],
+        (rows, seen): (&Rows, &[Row]),
         keys: Range<usize>,
         (buffers, partial): (&mut Buffers, &mut Partial),
     ) {
@@ -235,15 +245,16 @@ impl Engine<'_> {
             let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
             clamp(seen.start)..clamp(seen.end)
         }));
-        self.modify(seen, keys.start, buffers);
+        self.modify((rows.head, seen), keys.start, buffers);
         let mut large = from.large(keys.clone());
         large.iter_mut().for_each(|key| *key -= keys.start);
         self.refer(&large, buffers, partial);
-        let Buffers { scores, inside, halves, codes, runs, .. } = buffers;
+        let Buffers { scores, inside, halves, codes, runs, words, scales, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
             Format::Bf16 => Probs::Bf16(halves),
             Format::Int8 => Probs::Int8 { codes, runs },
+            Format::Int16 => Probs::Int16 { codes: words, scales },
         };
         let visible = &*inside;
         let mut tile = Tile { scores, stride, keys: keys.len(), visible, probs, large: &large };
@@ -273,15 +284,24 @@ impl Engine<'_> {
     }
 
     /// Softcap, ALiBi and mask of the scores that are seen.
-    fn modify(&self, seen: &[Row], first: usize, buffers: &mut Buffers) {
+    fn modify(&self, (head, seen): (usize, &[Row]), first: usize, buffers: &mut Buffers) {
         if self.modifiers.is_nothing() {
             return;
         }
         let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
         for (row, (scores, inside)) in seen.iter().zip(rows) {
-            let keys = first + inside.start..first + inside.end;
             let position = self.visible.position(row.at[0], row.at[2]);
-            self.modifiers.apply(row.at, position, keys, &mut scores[inside.clone()]);
+            let places = first + inside.start..first + inside.end;
+            let scores = &mut scores[inside.clone()];
+            match self.seen {
+                None => self.modifiers.apply(row.at, position, places, scores),
+                Some(seen) => {
+                    for (start, keys) in seen.keys(head).runs(places) {
+                        let scores = &mut scores[start..start + keys.len()];
+                        self.modifiers.apply(row.at, position, keys, scores);
+                    }
+                }
+            }
         }
     }
 }
@@ -294,8 +314,8 @@ impl Buffers {
     /// For rows and the tiles that they see.
     fn start(&mut self, from: &dyn KeyValues, rows: usize, tiles: &[Range<usize>]) {
         let longest = tiles.iter().map(Range::len).max().unwrap_or(0);
-        // Whole steps, so that a step that reaches over the last key has room.
-        self.stride = longest.next_multiple_of(from.step().next_multiple_of(GROUP));
+        // Whole steps, so that a step that reaches over the last key has room; and whole vectors.
+        self.stride = longest.next_multiple_of(from.step().next_multiple_of(LANES));
         let len = rows * self.stride;
         let grow = |len: usize, held: usize| len.max(held);
         self.scores.resize(grow(len * from.rows_of_scores(), self.scores.len()), 0.0);
@@ -307,6 +327,11 @@ impl Buffers {
                 // Every row has runs of its own, also where it is shorter than one.
                 let runs = rows * self.stride.div_ceil(RUN);
                 self.runs.resize(grow(runs, self.runs.len()), Int8Run::default());
+            }
+            Format::Int16 => {
+                self.words.resize(grow(len, self.words.len()), 0);
+                let scales = rows * self.stride.div_ceil(RUN);
+                self.scales.resize(grow(scales, self.scales.len()), 0.0);
             }
         }
     }

@@ -245,7 +245,9 @@ impl Int8KvCache {
     }
 
     /// Shortens every sequence to at most `len` tokens, for example to take back tokens that a
-    /// speculation got wrong. What is subtracted from keys stays as it is.
+    /// speculation got wrong. Where keys are smoothed by groups and `len` is in the last complete group of 64 or
+    /// behind it, that leaves no trace; further back, tokens that stay in a group which is cut stay as they
+    /// were quantized with it.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a window has dropped tokens that a query after `len` tokens would see.
@@ -304,6 +306,7 @@ impl Int8KvCache {
 mod tests {
     use super::*;
     use crate::attention::{AttentionCall, AttentionConfig};
+    use crate::quant::Rotation;
     use crate::testing::{largest_difference, randn};
 
     /// What a cache holds, as a query sees it.
@@ -324,17 +327,14 @@ mod tests {
             let mut cache = Int8KvCache::new(config);
             let kv = randn((1, 4, first, 16));
             cache.append(&kv, &kv).unwrap();
-            let mut expected = cache.clone();
-            // An offset of another depth fits no key.
-            let offset = cache.sequences[0].heads[2].offset.replace(vec![0.0; 17]);
+            let (before, mut expected) = (cache.memory_bytes(), cache.clone());
+            // A rotation of another depth fits no key.
+            let rotation = cache.sequences[0].heads[2].rotation.replace(Rotation::new(17));
             let bad = randn((1, 4, 400, 16));
             let failed = catch_unwind(AssertUnwindSafe(|| cache.append(&bad, &bad)));
             assert!(failed.is_err(), "{first}: appended");
-            cache.sequences[0].heads[2].offset = offset;
-            assert_eq!(
-                (cache.lens(), cache.memory_bytes()),
-                (expected.lens(), expected.memory_bytes())
-            );
+            cache.sequences[0].heads[2].rotation = rotation;
+            assert!(cache.lens() == expected.lens() && cache.memory_bytes() <= before);
             let more = randn((1, 4, 200, 16));
             for cache in [&mut cache, &mut expected] {
                 cache.append(&more, &more).unwrap();

@@ -35,7 +35,14 @@ macro_rules! plain_kernels {
     ($name:expr $(, $features:literal)?) => {
         #[allow(dead_code)]
         pub(crate) const SOFTMAX: crate::cpu::contracts::Softmax =
-            crate::cpu::contracts::Softmax { name: $name, max, exp_f32, exp_int8 };
+            crate::cpu::contracts::Softmax {
+                name: $name,
+                max,
+                exp_f32,
+                exp_int8,
+                max_of_runs,
+                exp_int16,
+            };
 
         #[allow(dead_code)]
         pub(crate) const ROWS: crate::cpu::contracts::RowKernels =
@@ -60,6 +67,17 @@ macro_rules! plain_kernels {
         }
 
         $(#[target_feature(enable = $features)])?
+        fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
+            crate::cpu::plain::softmax::max_of_runs(scores, runs)
+        }
+
+        #[allow(dead_code)]
+        $(#[target_feature(enable = $features)])?
+        fn exp_int16(job: crate::cpu::contracts::Int16Exp<'_>) -> f32 {
+            crate::cpu::plain::softmax::exp_int16(job)
+        }
+
+        $(#[target_feature(enable = $features)])?
         fn exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
             crate::cpu::plain::softmax::exp_bf16(scores, max, probs)
         }
@@ -67,20 +85,14 @@ macro_rules! plain_kernels {
         $(#[target_feature(enable = $features)])?
         fn quantize_symmetric(
             rows: crate::cpu::contracts::Rows<'_>,
-            offset: Option<&[f32]>,
             out: crate::cpu::contracts::BlockCodes<'_>,
         ) {
-            crate::cpu::plain::rows::quantize_symmetric(rows, offset, out);
+            crate::cpu::plain::rows::quantize_symmetric(rows, out);
         }
 
         $(#[target_feature(enable = $features)])?
-        fn dots(
-            rows: crate::cpu::contracts::Rows<'_>,
-            offset: Option<&[f32]>,
-            vector: &[f32],
-            out: &mut [f32],
-        ) {
-            crate::cpu::plain::rows::dots(rows, offset, vector, out);
+        fn dots(rows: crate::cpu::contracts::Rows<'_>, vector: &[f32], out: &mut [f32]) {
+            crate::cpu::plain::rows::dots(rows, vector, out);
         }
     };
 }
