@@ -6,7 +6,7 @@
 //! ```
 
 use super::engine::{KeyValues, Queries, QueryBlock, Rows, Running, Tile, gather};
-use super::tensor_values::{accumulate, large, large_rows, tiles};
+use super::tensor_values::{accumulate, large_among, large_rows, tiles};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, LANES, Rows as Matrix};
 use crate::memory::overwrite;
@@ -81,7 +81,7 @@ impl KeyValues for FloatHead<'_> {
 
     fn large(&self, keys: Range<usize>) -> Vec<usize> {
         match &self.values {
-            Float::Packed(values) => large(values, keys),
+            Float::Packed(values) => large_among(values.exceptions(), keys),
             Float::InPlace(all) => large_rows(all.part(keys.clone()), keys),
         }
     }

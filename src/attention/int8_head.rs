@@ -4,7 +4,7 @@ use super::engine::{KeyValues, QueryBlock, Rows, Running, Tile};
 use super::keys::PackedKeys;
 use super::operand::{Buffers, QuantizedRows};
 use super::scorer::Scorer;
-use super::tensor_values::{accumulate, large, tiles};
+use super::tensor_values::{accumulate, large_among, tiles};
 use crate::cpu::contracts::Format;
 use crate::memory::{Kept, overwrite};
 use crate::parallel::Pace;
@@ -152,7 +152,7 @@ impl KeyValues for Int8Head<'_> {
     }
 
     fn large(&self, keys: Range<usize>) -> Vec<usize> {
-        large(self.values, keys)
+        large_among(self.values.exceptions(), keys)
     }
 
     fn format(&self, _rows: usize) -> Format {

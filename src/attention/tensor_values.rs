@@ -43,11 +43,10 @@ pub(super) fn tiles(seen: Range<usize>, step: usize) -> Vec<Range<usize>> {
     starts.map(|start| start..(start + TILE).min(seen.end)).collect()
 }
 
-/// Those of `keys` with a value beyond [`LARGEST`], infinity or NaN, which stands beside the matrix.
-pub(super) fn large(values: &PackedMatrix, keys: Range<usize>) -> Vec<usize> {
-    let beside =
-        values.exceptions().iter().filter(|(key, row)| keys.contains(key) && !is_ordinary(row));
-    beside.map(|(key, _)| *key).collect()
+/// Those of `keys` with large values among the rows that stand beside others, by key.
+pub(super) fn large_among(beside: &[(usize, Vec<f32>)], keys: Range<usize>) -> Vec<usize> {
+    let large = beside.iter().filter(|(key, row)| keys.contains(key) && !is_ordinary(row));
+    large.map(|(key, _)| *key).collect()
 }
 
 /// Those of `keys`, of which these are the values, that have a value beyond [`LARGEST`], infinity or NaN.

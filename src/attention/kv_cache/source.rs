@@ -11,7 +11,7 @@ use super::head::{GROUP, Head, PAGE, Page, Rows as FloatRows};
 use crate::attention::engine::{KeyValues, Queries, QueryBlock, Rows, Running, TILE, Tile, gather};
 use crate::attention::float_head::{accumulate_in_place, score_in_place};
 use crate::attention::operand::QuantizedRows;
-use crate::attention::tensor_values::{accumulate, large_rows};
+use crate::attention::tensor_values::{accumulate, large_among, large_rows};
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes, Format, LANES};
 use crate::cpu::plain::widest;
@@ -292,11 +292,11 @@ impl KeyValues for CacheHead<'_> {
             let part = &rows.values[(keys.start - first) * dim..(keys.end - first) * dim];
             return large_rows(contracts::Rows::new(part, keys.len(), dim, dim), keys);
         }
-        let pages = self.head.pages_of(keys.clone());
-        let beside = pages.flat_map(|(start, _, page)| {
-            page.values.exceptions().iter().map(move |(slot, _)| start + slot)
-        });
-        beside.filter(|key| keys.contains(key)).collect()
+        let of_page = |(start, _, page): (usize, usize, &Page)| {
+            let slots = keys.start.saturating_sub(start)..keys.end - start;
+            large_among(page.values.exceptions(), slots).into_iter().map(move |slot| start + slot)
+        };
+        self.head.pages_of(keys.clone()).flat_map(of_page).collect()
     }
 
     fn format(&self, rows: usize) -> Format {
