@@ -5,7 +5,7 @@ use super::product::{Epilogue, multiply};
 use super::{Activation, LayerNorm, is_plain_f32};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, Rows};
-use crate::memory::written;
+use crate::memory::{check_size, written};
 use crate::product::PackedMatrix;
 use crate::view::View;
 use crate::{Error, Result};
@@ -203,6 +203,7 @@ impl Fused<'_> {
         let rank = layout.dims().len();
         let mut shape = layout.dims()[..(rank - 1).min(2)].to_vec();
         shape.push(self.weights.outputs());
+        check_size(OP, "the result", &shape)?;
         let residual = match residual {
             None => None,
             Some((storage, layout)) => Some(residual_of(storage, layout, &shape)?),
@@ -210,7 +211,8 @@ impl Fused<'_> {
         let epilogue = Epilogue { residual, activation: self.activation };
         let len = shape.iter().product();
         let Packed { weights, bias, .. } = self.weights;
-        // SAFETY: `multiply` writes every element.
+        // SAFETY: `multiply` panics unless `out` is as long as its rows times its outputs, and writes every
+        // element.
         let mut out = unsafe { written(len, |out| multiply(&x, weights, bias, epilogue, out)) };
         if let Some(norm) = self.norm {
             assert_eq!(norm.width(), self.weights.outputs(), "a norm of the layer's results");

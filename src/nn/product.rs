@@ -9,11 +9,10 @@ use super::Activation;
 use super::tasks::{BLOCK, Task, in_tasks};
 use crate::cpu::contracts::{Format, GROUP, bf16_bits};
 use crate::cpu::plain::widest;
-use crate::memory::overwrite;
+use crate::memory::{Footprint, Kept, overwrite};
 use crate::product::{PackedMatrix, Start};
 use crate::view::View;
 use pulp::{Simd, WithSimd};
-use std::cell::RefCell;
 use std::mem::MaybeUninit;
 
 /// What happens to the sums before they are stored.
@@ -36,9 +35,19 @@ struct Buffers {
     sums: Vec<f32>,
 }
 
-thread_local! {
-    static BUFFERS: RefCell<Buffers> = RefCell::default();
+impl Footprint for Buffers {
+    fn footprint(&self) -> usize {
+        let Self { gathered, rounded, sums } = self;
+        gathered.footprint() + rounded.footprint() + sums.footprint()
+    }
 }
+
+thread_local! {
+    static BUFFERS: Kept<Buffers> = const { Kept::new() };
+}
+
+/// Bytes of them that a thread keeps.
+const KEPT: usize = 4 << 20;
 
 /// Writes `x·W^T + b`, row-major `[rows, N]`, to every element of `out`; `bias` is padded to whole panels.
 pub(super) fn multiply(
@@ -53,7 +62,7 @@ pub(super) fn multiply(
     assert!(epilogue.residual.is_none_or(|residual| residual.len() == out.len()));
     let shape = (b * n, weights.columns(), weights.depth());
     in_tasks(shape, weights.panel_width(), out, |task| {
-        BUFFERS.with_borrow_mut(|buffers| {
+        Kept::with(&BUFFERS, KEPT, |buffers| {
             let Buffers { gathered, rounded, sums } = buffers;
             let rows = x.merged(task.rows.clone(), gathered);
             let job = Job { weights, bias, epilogue, task };
