@@ -160,7 +160,14 @@ impl PackedMatrix {
         }
         assert!(first.is_multiple_of(RUN) && (end == self.depth || end.is_multiple_of(RUN)));
         for (run, rows) in (first / RUN..).zip(rows.chunks(RUN * self.columns)) {
-            let rows = self.without_outliers(run * RUN, rows);
+            let scales = self.run_scales.as_mut().expect("int16");
+            let largest = scales.observe(run, rows, self.columns);
+            let far = outliers(rows, self.columns, largest);
+            if far.is_empty() {
+                self.spread(run * RUN, rows);
+                continue;
+            }
+            let rows = self.keep_beside(run * RUN, rows, far);
             self.run_scales.as_mut().expect("int16").observe(run, &rows, self.columns);
             self.spread(run * RUN, &rows);
         }
@@ -175,15 +182,6 @@ impl PackedMatrix {
         let kept = rows.chunks_exact(self.columns).enumerate().filter(|(_, row)| !fits(row));
         let kept = kept.map(|(row, _)| row).collect();
         Cow::Owned(self.keep_beside(first, rows, kept))
-    }
-
-    /// A run of finite rows without those that are far larger than the rest.
-    fn without_outliers<'a>(&mut self, first: usize, rows: &'a [f32]) -> Cow<'a, [f32]> {
-        let kept = outliers(rows, self.columns);
-        match kept.is_empty() {
-            true => Cow::Borrowed(rows),
-            false => Cow::Owned(self.keep_beside(first, rows, kept)),
-        }
     }
 
     /// The rows with what fills those that are kept beside.
@@ -433,7 +431,7 @@ impl PackedMatrix {
     /// is overwritten.
     ///
     /// # Panics
-    /// Where there is no room for that, or the format is int8.
+    /// Where there is no room for that, or the format is of integers.
     pub(crate) fn multiply<T>(
         &self,
         columns: Range<usize>,
@@ -441,7 +439,7 @@ impl PackedMatrix {
         start: Start<'_>,
         (out, out_stride): (&mut [MaybeUninit<f32>], usize),
     ) {
-        assert!(self.product.format != Format::Int8 && self.aligned);
+        assert!(matches!(self.product.format, Format::F32 | Format::Bf16) && self.aligned);
         assert!(columns.start.is_multiple_of(self.panel_width()) && columns.end <= self.columns);
         let width = columns.len().next_multiple_of(LANES);
         if rows == 0 || width == 0 {

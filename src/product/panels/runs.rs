@@ -9,7 +9,7 @@
 //! leave them few codes, so it is kept beside, as rows are that are not finite.
 
 use crate::cpu::contracts::{INT16_MATRIX, LANES, RUN};
-use crate::cpu::plain::{each_lane, lanes, widest};
+use crate::cpu::plain::{each_lane, fold_lanes, lanes, widest};
 
 /// Outliers of a run, at most.
 const OUTLIERS: usize = 4;
@@ -43,11 +43,11 @@ impl RunScales {
         self.inverses.resize(self.width, 0.0);
     }
 
-    /// Finds the scales of a run from its row-major rows, which are finite.
-    pub(super) fn observe(&mut self, run: usize, rows: &[f32], columns: usize) {
+    /// Finds the scales of a run from its row-major rows, which are finite; returns the largest magnitude.
+    pub(super) fn observe(&mut self, run: usize, rows: &[f32], columns: usize) -> f32 {
         let scales = &mut self.scales[run * self.width..][..self.width];
         let job = Observe { rows, columns, scales, inverses: &mut self.inverses };
-        widest!(observe, job, Observe<'_> => ());
+        widest!(observe, job, Observe<'_> => f32)
     }
 
     /// Of the run that was observed last.
@@ -74,8 +74,9 @@ struct Observe<'a> {
 }
 
 #[inline(always)]
-fn observe(job: Observe<'_>) {
+fn observe(job: Observe<'_>) -> f32 {
     const MOST: f32 = INT16_MATRIX as f32;
+    let mut largest_of_all = [0f32; LANES];
     let outs = job.scales.chunks_exact_mut(LANES).zip(job.inverses.chunks_exact_mut(LANES));
     for (i, (scales, inverses)) in outs.enumerate() {
         let known = i * LANES..job.columns.min((i + 1) * LANES);
@@ -84,11 +85,13 @@ fn observe(job: Observe<'_>) {
             let x = lanes(&row[known.clone()], 0);
             largest = each_lane(|c| if x[c].abs() > largest[c] { x[c].abs() } else { largest[c] });
         }
+        largest_of_all = each_lane(|c| largest_of_all[c].max(largest[c]));
         // Neither a scale nor its inverse may be 0, subnormal or infinite.
         let scale = each_lane(|c| (largest[c] / MOST).max(f32::MIN_POSITIVE));
         scales.copy_from_slice(&scale);
         inverses.copy_from_slice(&each_lane(|c| 1.0 / scale[c]));
     }
+    fold_lanes(largest_of_all, f32::max)
 }
 
 /// The code of a value; to nearest, ties to even.
@@ -103,8 +106,14 @@ pub(super) fn code16(x: f32, inverse: f32) -> i16 {
     (x + ROUND).to_bits() as i16
 }
 
-/// The outliers among up to [`RUN`] finite rows of `columns`, in no order.
-pub(super) fn outliers(rows: &[f32], columns: usize) -> Vec<usize> {
+/// The outliers among up to [`RUN`] finite rows of `columns`, in no order; `most` is the largest magnitude.
+pub(super) fn outliers(rows: &[f32], columns: usize, most: f32) -> Vec<usize> {
+    // Rows that are no outliers are smaller than the largest of all by as much. Mostly five that are not are
+    // the first five.
+    let is_near = |row: &&[f32]| row.iter().fold(false, |near, x| near | (x.abs() * FAR >= most));
+    if rows.chunks_exact(columns).filter(is_near).take(OUTLIERS + 1).count() > OUTLIERS {
+        return Vec::new();
+    }
     let mut sizes = [0f32; RUN];
     widest!(largest_of_rows, (rows, columns, &mut sizes), (&[f32], usize, &mut [f32; RUN]) => ());
     let mut found = Vec::new();
@@ -166,7 +175,7 @@ mod tests {
     fn outliers_are_the_few_rows_that_are_far_larger_than_the_rest() {
         let of = |rows: &[f32]| {
             let both: Vec<f32> = rows.iter().flat_map(|&x| [x / 3.0, -x]).collect();
-            let mut found = outliers(&both, 2);
+            let mut found = outliers(&both, 2, rows.iter().fold(0.0, |a, b| b.abs().max(a)));
             found.sort_unstable();
             found
         };

@@ -487,7 +487,7 @@ proptest! {
 #[test]
 fn every_kernel_on_both_sides_of_every_edge() {
     for rows in [1, 5, 6, 7, 48, 49] {
-        for keys in [1, 2, 3, 4, 5, 7, 8, 9, 64, 65, 130] {
+        for keys in [1, 2, 3, 4, 5, 7, 8, 9, 64, 65] {
             for depth in [1, 15, 16, 17, 31, 33, 48, 50, 63, 64, 65, 80, 128, 130] {
                 check(rows, keys, depth, (rows * keys * depth) as u64);
             }
