@@ -8,6 +8,7 @@
 //! | which range, from many calls? | [`Observer`] |
 //! | which scale and zero point follow? | [`QuantParams`] |
 //! | how does int32 become int8? | [`Requantizer`] |
+//! | how does an outlier spoil no row? | [`Rotation`] |
 //!
 //! Rounding is to nearest, ties to even, then saturating, except in the requantization mode that
 //! is named after gemmlowp's fixed-point arithmetic.
@@ -16,6 +17,7 @@ mod config;
 mod observers;
 mod params;
 mod requantize;
+mod rotation;
 pub(crate) mod rows;
 mod scheme;
 mod smooth;
@@ -25,6 +27,7 @@ pub use config::{Granularity, QuantConfig, RangeSource};
 pub use observers::{Histogram, MinMax, MovingAverage, Observer, ObserverKind};
 pub use params::{QuantParams, ValueRange};
 pub use requantize::{FixedPointMultiplier, Requantizer};
+pub use rotation::Rotation;
 pub use scheme::Scheme;
 pub(crate) use smooth::MeanSums;
 pub use smooth::token_mean;

@@ -1,0 +1,254 @@
+//! Rotation: spread the outliers of a row over its neighbours before quantizing.
+//!
+//! With an orthogonal matrix `R`,
+//!
+//! ```text
+//! x·w = (x R)·(w R)
+//! ```
+//!
+//! and where `x` has a few large elements, which cost all others the bits of a common scale, `x R` has
+//! none: each of its elements is a sum of all of them with random signs. QuaRot (Ashkboos et al. 2024,
+//! arXiv:2404.00456) takes a Hadamard matrix, whose product is additions alone.
+
+use crate::cpu::plain::{LANES, each_lane, widest};
+
+/// Elements of the largest block: enough to spread an outlier, and a block fits the registers.
+const BLOCK: usize = 128;
+
+/// Multiplies rows of `depth` elements by a symmetric orthogonal matrix `R`, so that `R R = 1`: rotating
+/// both sides of a dot product changes nothing but its rounding, and rotating twice gives a row back.
+///
+/// ```text
+/// R = diag(R_n1, R_n2, ..)      blocks of 128, then the powers of two that add up to what is left:
+///                               384 = 128 + 128 + 128, 80 = 64 + 16, 50 = 32 + 16 + 2
+/// R_n[i, j] = (-1)^popcount(i & j) / sqrt(n)        Sylvester's Hadamard matrix, orthonormal
+/// ```
+///
+/// A block of `n` takes `n log2 n` additions (the fast Walsh-Hadamard transform, Fino and Algazi 1976).
+/// They come in the same order on every instruction level: all give the same bits.
+///
+/// NaN and infinity spread over their block, and over no other row. Finite rows stay finite while no
+/// element is beyond `f32::MAX / sqrt(128)`.
+///
+/// ```
+/// use candle_int8_attention::quant::Rotation;
+/// let mut row = [8.0, 0.0, 0.0, 0.0];
+/// Rotation::new(4).apply(&mut row);
+/// assert_eq!(row, [4.0; 4]);
+/// Rotation::new(4).apply(&mut row);
+/// assert_eq!(row, [8.0, 0.0, 0.0, 0.0]);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rotation {
+    depth: usize,
+}
+
+impl Rotation {
+    /// For rows of `depth` elements; none is fine.
+    pub const fn new(depth: usize) -> Self {
+        Self { depth }
+    }
+
+    /// Elements of a row.
+    pub const fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Rotates each of the rows `[rows, depth]` in place.
+    ///
+    /// # Panics
+    /// Unless they are whole rows.
+    pub fn apply(&self, rows: &mut [f32]) {
+        let depth = self.depth;
+        assert!(rows.len().is_multiple_of(depth), "{} elements in rows of {depth}", rows.len());
+        widest!(rotate, (depth, rows), (usize, &mut [f32]) => ());
+    }
+}
+
+#[inline(always)]
+fn rotate((depth, rows): (usize, &mut [f32])) {
+    for row in rows.chunks_exact_mut(depth.max(1)) {
+        let (blocks, mut rest) = row.as_chunks_mut::<BLOCK>();
+        for block in blocks {
+            rotate_vectors::<{ BLOCK / LANES }>(block);
+        }
+        // Powers of two, largest first.
+        while !rest.is_empty() {
+            let block;
+            (block, rest) = rest.split_at_mut(1 << rest.len().ilog2());
+            match block.len() {
+                64 => rotate_vectors::<4>(block),
+                32 => rotate_vectors::<2>(block),
+                16 => rotate_vectors::<1>(block),
+                _ => rotate_few(block),
+            }
+        }
+    }
+}
+
+/// A block of `16 N` elements, in registers from the first step to the last.
+#[inline(always)]
+fn rotate_vectors<const N: usize>(block: &mut [f32]) {
+    let factor = 1.0 / ((N * LANES) as f32).sqrt();
+    let vectors = block.as_chunks_mut::<LANES>().0;
+    let mut v = [[0f32; LANES]; N];
+    for (v, x) in v.iter_mut().zip(&*vectors) {
+        // First, so that sums of large numbers stay finite.
+        let x = each_lane(|i| x[i] * factor);
+        *v = butterfly::<8>(butterfly::<4>(butterfly::<2>(butterfly::<1>(x))));
+    }
+    let mut apart = 1;
+    while apart < N {
+        for i in (0..N).filter(|i| i & apart == 0) {
+            let (a, b) = (v[i], v[i + apart]);
+            v[i] = each_lane(|lane| a[lane] + b[lane]);
+            v[i + apart] = each_lane(|lane| a[lane] - b[lane]);
+        }
+        apart *= 2;
+    }
+    vectors.copy_from_slice(&v);
+}
+
+/// `(a, b)` to `(a + b, a - b)` for lanes that are `APART` from each other.
+#[inline(always)]
+fn butterfly<const APART: usize>(x: [f32; LANES]) -> [f32; LANES] {
+    // One addition of lanes that changed places and signs: what a shuffle and an xor make of them.
+    let other = each_lane(|i| x[i ^ APART]);
+    let own = each_lane(|i| if i & APART == 0 { x[i] } else { -x[i] });
+    each_lane(|i| own[i] + other[i])
+}
+
+/// A block of fewer than 16.
+#[inline(always)]
+fn rotate_few(block: &mut [f32]) {
+    let n = block.len();
+    let factor = 1.0 / (n as f32).sqrt();
+    block.iter_mut().for_each(|x| *x *= factor);
+    let mut apart = 1;
+    while apart < n {
+        for i in (0..n).filter(|i| i & apart == 0) {
+            (block[i], block[i + apart]) =
+                (block[i] + block[i + apart], block[i] - block[i + apart]);
+        }
+        apart *= 2;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pulp::{Arch, Simd, WithSimd};
+
+    struct Job<'a>(usize, &'a mut [f32]);
+
+    impl WithSimd for Job<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            rotate((self.0, self.1));
+        }
+    }
+
+    /// Numbers in -1..1 with an outlier.
+    fn noise(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            ((state >> 40) as f32 / (1u32 << 24) as f32) * 2.0 - 1.0
+        };
+        let mut x: Vec<f32> = (0..len).map(|_| next()).collect();
+        x.iter_mut().skip(len / 2).take(1).for_each(|x| *x = 40.0);
+        x
+    }
+
+    /// Start and length of each block.
+    fn blocks(depth: usize) -> Vec<(usize, usize)> {
+        let (mut start, mut found) = (0, Vec::new());
+        for n in (0..8).rev().map(|power| 1 << power) {
+            while start + n <= depth {
+                found.push((start, n));
+                start += n;
+            }
+        }
+        found
+    }
+
+    /// By the definition, in f64.
+    fn exact(row: &[f32]) -> Vec<f64> {
+        let block = |(start, n): (usize, usize)| {
+            (0..n).map(move |i| {
+                let term = |j: usize| match (i & j).count_ones() % 2 {
+                    0 => f64::from(row[start + j]),
+                    _ => -f64::from(row[start + j]),
+                };
+                (0..n).map(term).sum::<f64>() / (n as f64).sqrt()
+            })
+        };
+        blocks(row.len()).into_iter().flat_map(block).collect()
+    }
+
+    const DEPTHS: [usize; 18] =
+        [0, 1, 2, 3, 7, 15, 16, 17, 32, 50, 64, 80, 127, 128, 129, 255, 384, 1000];
+
+    #[test]
+    fn rows_are_multiplied_by_the_matrix_of_the_definition() {
+        for depth in DEPTHS {
+            let rows = noise(3 * depth, depth as u64);
+            let mut rotated = rows.clone();
+            Rotation::new(depth).apply(&mut rotated);
+            for (row, rotated) in rows.chunks(depth.max(1)).zip(rotated.chunks(depth.max(1))) {
+                for (found, expected) in rotated.iter().zip(exact(row)) {
+                    let off = (f64::from(*found) - expected).abs();
+                    assert!(off < 1e-5, "{depth}: {found}, expected {expected}");
+                }
+            }
+            Rotation::new(depth).apply(&mut rotated);
+            for (found, expected) in rotated.iter().zip(&rows) {
+                assert!((found - expected).abs() < 1e-5, "{depth}: {found}, expected {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn all_vectors_give_the_same_bits() {
+        let mut all = vec![Arch::new()];
+        #[cfg(target_arch = "x86_64")]
+        all.extend(pulp::x86::V3::try_new().map(Arch::V3));
+        for depth in DEPTHS.into_iter().filter(|&depth| depth > 0) {
+            let on = |arch: Arch| {
+                let mut rows = noise(2 * depth, 7);
+                arch.dispatch(Job(depth, &mut rows));
+                rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let scalar = on(Arch::Scalar);
+            for &arch in &all {
+                assert_eq!(on(arch), scalar, "{arch:?} {depth}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_in_its_block() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut rows = noise(2 * 200, 3);
+            let mut clean = rows.clone();
+            rows[200 + 130] = bad;
+            Rotation::new(200).apply(&mut rows);
+            Rotation::new(200).apply(&mut clean);
+            // The second row's second block, of 64.
+            let (from, to) = (200 + 128, 200 + 192);
+            assert!(rows[from..to].iter().all(|x| !x.is_finite()), "{bad}");
+            assert_eq!((&rows[..from], &rows[to..]), (&clean[..from], &clean[to..]), "{bad}");
+        }
+        let mut large = [f32::MAX / 12.0; 128];
+        Rotation::new(128).apply(&mut large);
+        assert!(large.iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    #[should_panic(expected = "7 elements in rows of 3")]
+    fn parts_of_rows_are_refused() {
+        Rotation::new(3).apply(&mut [0.0; 7]);
+    }
+}
