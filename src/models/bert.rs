@@ -1,9 +1,10 @@
 //! A BERT encoder (Devlin et al. 2018, arXiv:1810.04805) with a switchable attention per layer.
 
 use super::files::{ModelFiles, Weights, unused_head};
+use super::packed::Sequences;
 use super::{BertConfig, HiddenAct};
 use crate::attention::{AttentionConfig, QuantizedAttention};
-use crate::nn::{Activation, LayerNorm, Linear};
+use crate::nn::{Activation, LayerNorm, Linear, Precision};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
@@ -95,6 +96,20 @@ impl BertModel {
         }
     }
 
+    /// Packs the weights of all linear layers in this precision, from what they are now: from int8 there is no
+    /// way back to the weights of the file. Embeddings, norms and the attention stay as they are.
+    ///
+    /// # Errors
+    /// Those of [`Linear::to_precision`].
+    pub fn set_linear(&mut self, precision: Precision) -> Result<()> {
+        for BertLayer { qkv, output, up, down, .. } in &mut self.layers {
+            for linear in [qkv, output, up, down] {
+                *linear = linear.to_precision(precision)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Rounds the weights of all linear layers to bf16, for good, and from now on what they
     /// multiply: products of half the time, sums in f32, errors of 2^-9 relative in each operand.
     /// Embeddings, norms and the attention stay as they are.
@@ -170,6 +185,43 @@ impl BertModel {
             hidden = layer.forward(&hidden, &mask)?;
         }
         Ok(hidden)
+    }
+}
+
+impl BertModel {
+    /// [`BertModel::forward`] for sequences of ids of any lengths, packed one after the other, so that
+    /// nothing is spent on padding: the last hidden states of each, `[N_i, hidden_size]`. They have the bits
+    /// that the sequence alone gives.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a sequence longer than `max_position_embeddings`, [`Error::InvalidArgument`] for
+    /// an id outside of the table, and those of [`attention`](crate::attention()).
+    pub fn forward_sequences(&self, sequences: &[impl AsRef<[u32]>]) -> Result<Vec<Tensor>> {
+        const OP: &str = "BertModel::forward_sequences";
+        let longest = self.config.max_position_embeddings;
+        let lens = sequences.iter().map(|ids| ids.as_ref().len());
+        if let Some(len) = lens.clone().find(|&len| len > longest) {
+            let expected = format!("at most [{longest}] (max_position_embeddings)");
+            return Err(Error::Shape { op: OP, tensor: "sequence", shape: vec![len], expected });
+        }
+        let packed = Sequences::new(lens);
+        let ids: Vec<u32> = sequences.iter().flat_map(|ids| ids.as_ref()).copied().collect();
+        if ids.is_empty() {
+            return packed.split(&self.words.narrow(0, 0, 0)?.unsqueeze(0)?);
+        }
+        let row = |ids: Vec<u32>| {
+            let count = ids.len();
+            Tensor::from_vec(ids, (1, count), self.words.device())
+        };
+        let words = look_up(OP, "sequence", &self.words, &row(ids)?)?;
+        let positions = look_up(OP, "positions", &self.positions, &row(packed.positions())?)?;
+        let sum = (words.broadcast_add(&self.token_types.narrow(0, 0, 1)?)? + positions)?;
+        let mut hidden = self.norm.forward(&sum)?;
+        for layer in &self.layers {
+            hidden =
+                layer.forward_with(&hidden, |q, k, v| packed.attend(&layer.attention, q, k, v))?;
+        }
+        packed.split(&hidden)
     }
 }
 
@@ -333,7 +385,8 @@ impl Loader<'_> {
             let get = |name: &String| self.get(&format!("{name}.{part}"), shape);
             Ok(Tensor::cat(&names.iter().map(get).collect::<Result<Vec<_>>>()?, 0)?)
         };
-        Linear::new(&of_all("weight", &[rows, columns])?, &of_all("bias", &[rows])?)
+        let (weight, bias) = (of_all("weight", &[rows, columns])?, of_all("bias", &[rows])?);
+        Linear::new(&weight, Some(&bias), Precision::F32)
     }
 
     fn norm(&self, name: &str, width: usize) -> Result<LayerNorm> {

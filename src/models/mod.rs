@@ -16,6 +16,7 @@ mod files;
 mod layer_settings;
 mod layered;
 pub mod llama;
+mod packed;
 mod pooling;
 mod text_encoder;
 mod tokenizer_file;
@@ -29,5 +30,5 @@ pub use calibration::{
 pub use files::{ModelFiles, Weights};
 pub use layer_settings::LayerSettings;
 pub use layered::{Attend, AttentionInput, LayeredModel, run_layers};
-pub use text_encoder::{TextEncoder, TokenBatch};
+pub use text_encoder::{Embeddings, TextEmbedding, TextEncoder, TokenBatch};
 pub use word_embeddings::{Word, WordEmbeddings};

@@ -1,124 +1,116 @@
-//! `x·W^T + b` in f32, or with operands rounded to bf16 and f32 sums, and what follows while the sums are in
-//! L1: an activation, or a residual.
-//!
-//! The product is that of [`PackedMatrix`]: the sums of an element are added up in the order of the depth,
-//! whatever the tile, so results depend neither on how the work is divided nor on the vectors, where they
-//! have a fused multiply-add.
+//! Weights in f32 or bf16: the sums of an element are added up in the order of the depth, whatever the tile,
+//! so results depend neither on how the work is divided nor on the vectors, where they have a fused
+//! multiply-add.
 
-use super::Activation;
-use super::tasks::{BLOCK, Task, in_tasks};
-use crate::cpu::contracts::{Format, GROUP, bf16_bits};
+use crate::Result;
+use crate::cpu::Level;
+use crate::cpu::contracts::{Format, GROUP, Rows, bf16_bits};
 use crate::cpu::plain::widest;
-use crate::memory::overwrite;
 use crate::product::{PackedMatrix, Start};
-use crate::view::View;
-use pulp::{Simd, WithSimd};
-use std::cell::RefCell;
+use candle_core::{DType, Device, Tensor};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
-/// What happens to the sums before they are stored.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Epilogue<'a> {
-    /// `[rows, N]` to add, row-major.
-    pub residual: Option<&'a [f32]>,
-    /// Applied last.
-    pub activation: Option<Activation>,
+pub(super) struct FloatWeights {
+    /// `[K, outputs]`, in f32 or in bf16.
+    matrix: PackedMatrix,
+    /// The weights `[outputs, K]` that were rounded to bf16, for Candle's operations.
+    rounded: Option<Tensor>,
 }
 
-/// What a thread works in, from one task to the next.
-#[derive(Default)]
-struct Buffers {
-    /// Rows of `x` that do not lie one after the other.
-    gathered: Vec<f32>,
-    /// The rows of `x` in bf16.
-    rounded: Vec<u16>,
-    /// Of the rows and one panel.
-    sums: Vec<f32>,
-}
+impl FloatWeights {
+    /// Packs `weights`, row-major `[outputs, depth]`.
+    pub(super) fn new(level: Level, weights: &[f32], (outputs, depth): (usize, usize)) -> Self {
+        let mut matrix = PackedMatrix::new(level, Format::F32, 0, 0);
+        matrix.reset_columns(depth, outputs);
+        matrix.put_columns(0, Rows::new(weights, outputs, depth, depth), 1.0);
+        Self { matrix, rounded: None }
+    }
 
-thread_local! {
-    static BUFFERS: RefCell<Buffers> = RefCell::default();
-}
+    pub(super) fn matrix(&self) -> &PackedMatrix {
+        &self.matrix
+    }
 
-/// Writes `x·W^T + b`, row-major `[rows, N]`, to every element of `out`; `bias` is padded to whole panels.
-pub(super) fn multiply(
-    x: &View<'_>,
-    weights: &PackedMatrix,
-    bias: &[f32],
-    epilogue: Epilogue<'_>,
-    out: &mut [MaybeUninit<f32>],
-) {
-    let [b, n, heads, width] = x.dims();
-    assert_eq!(heads * width, weights.depth());
-    assert!(epilogue.residual.is_none_or(|residual| residual.len() == out.len()));
-    let shape = (b * n, weights.columns(), weights.depth());
-    in_tasks(shape, weights.panel_width(), out, |task| {
-        BUFFERS.with_borrow_mut(|buffers| {
-            let Buffers { gathered, rounded, sums } = buffers;
-            let rows = x.merged(task.rows.clone(), gathered);
-            let job = Job { weights, bias, epilogue, task };
-            match weights.format() {
-                Format::Bf16 => {
-                    let stride = weights.depth().next_multiple_of(GROUP);
-                    job.round(rows, stride, rounded);
-                    job.run((rounded, stride), sums);
-                }
-                _ => job.run((rows, weights.depth()), sums),
+    pub(super) fn is_rounded(&self) -> bool {
+        self.rounded.is_some()
+    }
+
+    /// The same in bf16: `None` where the processor does not multiply it, or it cannot hold one of the
+    /// weights.
+    pub(super) fn round(&self) -> Result<Option<Self>> {
+        let level = self.matrix.level();
+        if level.panels(Format::Bf16).is_none() {
+            return Ok(None);
+        }
+        let (depth, outputs) = (self.matrix.depth(), self.matrix.columns());
+        let weights = self.unpacked()?;
+        let by_depth: Vec<f32> = (0..depth)
+            .flat_map(|k| weights[k..].iter().step_by(depth).copied().take(outputs))
+            .collect();
+        let mut matrix = PackedMatrix::new(level, Format::Bf16, 0, 0);
+        matrix.reset_columns(depth, outputs);
+        matrix.put(0, &by_depth);
+        if !matrix.exceptions().is_empty() {
+            return Ok(None);
+        }
+        let rounded = Tensor::from_vec(weights, (outputs, depth), &Device::Cpu)?;
+        Ok(Some(Self { matrix, rounded: Some(rounded.to_dtype(DType::BF16)?) }))
+    }
+
+    /// Row-major `[outputs, depth]`.
+    pub(super) fn unpacked(&self) -> Result<Vec<f32>> {
+        Ok(match &self.rounded {
+            Some(rounded) => rounded.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+            None => (0..self.matrix.columns()).flat_map(|i| self.matrix.column(i)).collect(),
+        })
+    }
+
+    /// `start + x·W^T` for some outputs of rows of `x`, as [`PackedMatrix::multiply`] writes them.
+    pub(super) fn multiply(
+        &self,
+        outputs: Range<usize>,
+        rows: &FloatRows<'_>,
+        bias: &[f32],
+        (out, stride): (&mut [MaybeUninit<f32>], usize),
+    ) {
+        let (start, out, depth) = (Start::Row(bias), (out, stride), self.matrix.depth());
+        match *rows {
+            FloatRows::F32(x, count) => {
+                self.matrix.multiply(outputs, (x, depth, count), start, out)
             }
-        });
-    });
-}
+            FloatRows::Bf16(x, count) => {
+                let stride = depth.next_multiple_of(GROUP);
+                self.matrix.multiply(outputs, (x, stride, count), start, out);
+            }
+        }
+    }
 
-/// One task.
-struct Job<'a> {
-    weights: &'a PackedMatrix,
-    bias: &'a [f32],
-    epilogue: Epilogue<'a>,
-    task: Task<'a>,
-}
-
-impl Job<'_> {
-    /// Rows in bf16, each filled up with zeros to `stride`.
-    fn round(&self, rows: &[f32], stride: usize, out: &mut Vec<u16>) {
-        let depth = self.weights.depth();
-        out.resize(self.task.rows.len() * stride, 0);
+    /// Rows of `x` in the format of the weights.
+    pub(super) fn rows<'a>(
+        &self,
+        x: &'a [f32],
+        count: usize,
+        rounded: &'a mut Vec<u16>,
+    ) -> FloatRows<'a> {
+        if self.rounded.is_none() {
+            return FloatRows::F32(x, count);
+        }
+        let depth = self.matrix.depth();
+        let stride = depth.next_multiple_of(GROUP);
+        rounded.resize(count * stride, 0);
         if depth > 0 {
-            let job = (rows, depth, stride, &mut out[..]);
+            let job = (x, depth, stride, &mut rounded[..]);
             widest!(round_rows, job, (&[f32], usize, usize, &mut [u16]) => ());
         }
-    }
-
-    /// Panel by panel, from its rows of `x`, which are `stride` apart.
-    fn run<T>(mut self, (x, stride): (&[T], usize), sums: &mut Vec<f32>) {
-        let (rows, width) = (self.task.rows.len(), self.weights.panel_width());
-        sums.resize(BLOCK.max(rows) * width, 0.0);
-        for first in self.task.columns.clone().step_by(width) {
-            let columns = first..(first + width).min(self.task.columns.end);
-            let start = Start::Row(&self.bias[first..]);
-            // SAFETY: `multiply` writes numbers.
-            let out = unsafe { overwrite(sums) };
-            self.weights.multiply(columns.clone(), (x, stride, rows), start, (out, width));
-            if let Some(activation) = self.epilogue.activation {
-                let sums = &mut sums[..rows * width];
-                crate::cpu::vectors().dispatch(Activate { activation, sums });
-            }
-            let at = first - self.task.columns.start;
-            let outs = self.task.out.iter_mut().zip(self.task.rows.clone());
-            for ((out, row), sums) in outs.zip(sums.chunks_exact_mut(width)) {
-                let sums = &mut sums[..columns.len()];
-                if let Some(residual) = self.epilogue.residual {
-                    let residual = &residual[row * self.weights.columns()..][columns.clone()];
-                    widest!(add, (&mut *sums, residual), (&mut [f32], &[f32]) => ());
-                }
-                out[at..at + columns.len()].write_copy_of_slice(sums);
-            }
-        }
+        FloatRows::Bf16(rounded, count)
     }
 }
 
-#[inline(always)]
-fn add((sums, others): (&mut [f32], &[f32])) {
-    sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+/// Some rows, as many as the number says.
+pub(super) enum FloatRows<'a> {
+    F32(&'a [f32], usize),
+    /// Each filled up with zeros to whole groups.
+    Bf16(&'a [u16], usize),
 }
 
 /// Rows of `depth` numbers in bf16, ties to even, each filled up with zeros to `stride`.
@@ -134,31 +126,19 @@ fn round_rows((rows, depth, stride, out): (&[f32], usize, usize, &mut [u16])) {
     }
 }
 
-/// An activation of sums, which are whole vectors as panels are.
-struct Activate<'a> {
-    activation: Activation,
-    sums: &'a mut [f32],
-}
-
-impl WithSimd for Activate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (whole, rest) = S::as_mut_simd_f32s(self.sums);
-        assert!(rest.is_empty(), "{} sums beside whole vectors", rest.len());
-        self.activation.of_vectors(simd, whole);
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::{LayerNorm, Linear, assert_threads_change_nothing};
+    use super::super::{Activation, LayerNorm, Linear, Precision};
     use super::*;
     use crate::cpu::Level;
+    use crate::nn::assert_threads_change_nothing;
     use crate::testing::{largest_difference, randn};
     use candle_core::{DType, Device, Tensor, Var};
     use proptest::prelude::*;
+
+    fn f32_layer(weight: &Tensor, bias: &Tensor) -> Linear {
+        Linear::new(weight, Some(bias), Precision::F32).unwrap()
+    }
 
     /// Rounded to bf16 by Candle.
     fn rounded(x: &Tensor) -> Tensor {
@@ -169,10 +149,10 @@ mod tests {
     /// does not multiply bf16.
     fn layers(depth: usize, outputs: usize) -> Option<(Linear, Linear)> {
         let (weight, bias) = (randn(&[outputs, depth]), randn(&[outputs]));
-        let mut bf16 = Linear::new(&weight, &bias).unwrap();
+        let mut bf16 = f32_layer(&weight, &bias);
         let found = bf16.round_to_bf16().unwrap();
         assert_eq!(found, Level::active().unwrap().panels(Format::Bf16).is_some());
-        found.then(|| (bf16, Linear::new(&rounded(&weight), &bias).unwrap()))
+        found.then(|| (bf16, f32_layer(&rounded(&weight), &bias)))
     }
 
     /// Rounding of two sums of as many terms as the layer is deep, whose variance is 1, and of
@@ -277,7 +257,7 @@ mod tests {
     fn weights_that_bf16_cannot_hold_stay_as_they_are() {
         for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
             let weight = Tensor::new(&[[1f32, 2.0], [bad, 0.5]], &Device::Cpu).unwrap();
-            let mut layer = Linear::new(&weight, &randn(&[2])).unwrap();
+            let mut layer = f32_layer(&weight, &randn(&[2]));
             let x = Tensor::new(&[[0.1f32, 0.2]], &Device::Cpu).unwrap();
             let before = layer.forward(&x).unwrap().to_vec2::<f32>().unwrap();
             assert!(!layer.round_to_bf16().unwrap(), "{bad}");
