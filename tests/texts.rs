@@ -3,6 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
+use candle_int8_attention::drift::linear::{choose_linear, linear_errors};
 use candle_int8_attention::drift::metrics::{cosine, lowest};
 use candle_int8_attention::models::{BertModel, ModelFiles, TextEncoder, mean_pool};
 use candle_int8_attention::nn::Precision;
@@ -133,6 +134,32 @@ fn int8_linear_layers_keep_the_embeddings() -> TestResult {
     let int8 = vectors(&encoder, &texts)?;
     let smallest = lowest(exact.iter().zip(&int8).map(|(a, b)| cosine(a, b)));
     assert!((0.999..1.0).contains(&smallest), "{smallest}");
+    Ok(())
+}
+
+/// The model as it was afterwards, errors that add up, and a choice that keeps its budget.
+#[test]
+fn the_cost_of_each_product_is_measured_and_chosen_by() -> TestResult {
+    let mut encoder = shipped()?;
+    let ids = encoder.tokenize(&["It is a truth universally acknowledged."])?.input_ids;
+    let (passages, model) = ([ids], &mut encoder.model);
+    let before = model.forward(&passages[0], None)?;
+    let errors = linear_errors(model, &passages, Precision::Int8)?;
+    let names: Vec<_> = errors.iter().map(|e| (e.layer, e.product)).collect();
+    assert_eq!(names[..5], [(0, "qkv"), (0, "output"), (0, "up"), (0, "down"), (1, "qkv")]);
+    assert_eq!(errors.len(), 12);
+    assert!(errors.iter().all(|e| (30.0..90.0).contains(&e.alone.sqnr_db)), "{errors:?}");
+    let (first, last) = (errors[0].accumulated, errors[11].accumulated);
+    assert_eq!(first, errors[0].alone);
+    assert!(last.min_cosine < first.min_cosine && last.min_cosine > 0.999, "{errors:?}");
+    assert_eq!(largest_difference(&before, &model.forward(&passages[0], None)?), 0.0);
+
+    // Between all in int8 and all in f32, some are in each.
+    let budget = (1.0 + last.min_cosine) / 2.0;
+    let choice = choose_linear(model, &passages, &[Precision::Int8], budget)?;
+    let int8 = choice.precisions.iter().filter(|&&p| p == Precision::Int8).count();
+    assert!((1..12).contains(&int8) && choice.errors.min_cosine >= budget, "{choice:?}");
+    assert!(largest_difference(&before, &model.forward(&passages[0], None)?) > 0.0);
     Ok(())
 }
 

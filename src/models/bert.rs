@@ -102,8 +102,8 @@ impl BertModel {
     /// # Errors
     /// Those of [`Linear::to_precision`].
     pub fn set_linear(&mut self, precision: Precision) -> Result<()> {
-        for BertLayer { qkv, output, up, down, .. } in &mut self.layers {
-            for linear in [qkv, output, up, down] {
+        for layer in &mut self.layers {
+            for (_, linear) in layer.linear_mut() {
                 *linear = linear.to_precision(precision)?;
             }
         }
@@ -122,8 +122,8 @@ impl BertModel {
     /// Candle's own.
     pub fn round_linear_to_bf16(&mut self) -> Result<bool> {
         let mut all = true;
-        for BertLayer { qkv, output, up, down, .. } in &mut self.layers {
-            for linear in [qkv, output, up, down] {
+        for layer in &mut self.layers {
+            for (_, linear) in layer.linear_mut() {
                 all &= linear.round_to_bf16()?;
             }
         }
@@ -285,6 +285,12 @@ impl BertLayer {
         })
     }
 
+    /// The linear layers with what they are, in the order in which they are multiplied.
+    pub(super) fn linear_mut(&mut self) -> [(&'static str, &mut Linear); 4] {
+        let Self { qkv, output, up, down, .. } = self;
+        [("qkv", qkv), ("output", output), ("up", up), ("down", down)]
+    }
+
     /// Queries, keys and values of `hidden` `[B, N, hidden_size]`, each `[B, H, N, head_dim]`;
     /// views of `[B, N, H, head_dim]`, not copies.
     ///
@@ -329,8 +335,7 @@ impl BertLayer {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let hidden = self.attention_block(hidden, attend)?;
-        let inner = self.up.forward_activated(&hidden, self.act)?;
-        self.down.forward_add_norm(&inner, &hidden, &self.down_norm)
+        self.up.forward_block(&hidden, self.act, &self.down, &hidden, &self.down_norm)
     }
 }
 

@@ -2,9 +2,10 @@
 //! else.
 
 use super::llama::LlamaModel;
-use super::{BertModel, WordEmbeddings, mean_pool};
+use super::{BertLayer, BertModel, WordEmbeddings, mean_pool};
 use crate::attention::QuantizedAttention;
 use crate::attention::{AttentionCall, Causal};
+use crate::nn::Linear;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -88,6 +89,12 @@ pub trait LayeredModel {
     /// The same, to switch it.
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention>;
 
+    /// The linear layers whose precision can be chosen, in the order in which they are multiplied; none
+    /// unless the model says otherwise.
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        Vec::new()
+    }
+
     /// What enters the first layer, `[B, N, hidden_size]`.
     ///
     /// # Errors
@@ -115,6 +122,16 @@ pub trait LayeredModel {
     fn head_counts(&self) -> Option<[usize; 2]> {
         None
     }
+}
+
+/// A linear layer of a model.
+pub struct NamedLinear<'a> {
+    /// The layer of the model that it is in, counted from 0.
+    pub layer: usize,
+    /// Which of its products.
+    pub name: &'static str,
+    /// The layer itself.
+    pub linear: &'a mut Linear,
 }
 
 /// What enters the attention of a layer.
@@ -161,6 +178,14 @@ impl LayeredModel for BertModel {
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
         self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
+    }
+
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        let layers = self.layers_mut().iter_mut().enumerate();
+        let named = |(layer, of): (usize, _)| {
+            BertLayer::linear_mut(of).map(|(name, linear)| NamedLinear { layer, name, linear })
+        };
+        layers.flat_map(named).collect()
     }
 
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {

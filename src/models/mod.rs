@@ -29,6 +29,6 @@ pub use calibration::{
 };
 pub use files::{ModelFiles, Weights};
 pub use layer_settings::LayerSettings;
-pub use layered::{Attend, AttentionInput, LayeredModel, run_layers};
+pub use layered::{Attend, AttentionInput, LayeredModel, NamedLinear, run_layers};
 pub use text_encoder::{Embeddings, TextEmbedding, TextEncoder, TokenBatch};
 pub use word_embeddings::{Word, WordEmbeddings};

@@ -241,11 +241,12 @@ impl<I: Iterator<Item: AsRef<str> + Send>> Iterator for Embeddings<'_, I> {
     type Item = Result<TextEmbedding>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.ready.is_empty() && !self.failed {
-            if let Err(error) = self.run() {
-                self.failed = true;
-                return Some(Err(error));
-            }
+        if self.ready.is_empty()
+            && !self.failed
+            && let Err(error) = self.run()
+        {
+            self.failed = true;
+            return Some(Err(error));
         }
         self.ready.pop_front().map(Ok)
     }

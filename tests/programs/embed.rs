@@ -16,7 +16,7 @@ fn lines() -> Vec<u8> {
 }
 
 /// A folder with the file, the path of the file, and paths beside it.
-fn folder(content: &[u8]) -> (tempfile::TempDir, String, impl Fn(&str) -> String) {
+fn folder(content: &[u8]) -> (tempfile::TempDir, String, impl Fn(&str) -> String + use<>) {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().to_path_buf();
     let beside = move |name: &str| root.join(name).to_str().unwrap().to_string();

@@ -1,6 +1,6 @@
 //! The examples `word_embeddings` and `sentence_similarity`, and flags that all examples have.
 
-use super::start::{assert_narrow, fail, json, leave_early, run, succeed};
+use super::start::{assert_narrow, fail, json, leave_early, succeed};
 use serde_json::Value;
 use std::io::Write;
 use std::path::PathBuf;

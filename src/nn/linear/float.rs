@@ -44,9 +44,8 @@ impl FloatWeights {
         }
         let (depth, outputs) = (self.matrix.depth(), self.matrix.columns());
         let weights = self.unpacked()?;
-        let by_depth: Vec<f32> = (0..depth)
-            .flat_map(|k| weights[k..].iter().step_by(depth).copied().take(outputs))
-            .collect();
+        let by_depth: Vec<f32> =
+            (0..depth).flat_map(|k| weights.iter().skip(k).step_by(depth).copied()).collect();
         let mut matrix = PackedMatrix::new(level, Format::Bf16, 0, 0);
         matrix.reset_columns(depth, outputs);
         matrix.put(0, &by_depth);

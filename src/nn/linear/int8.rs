@@ -19,7 +19,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Outputs that are computed at a time, at least: what follows the product works on whole vectors.
-const PANEL: usize = 64;
+pub(super) const PANEL: usize = 64;
 
 pub(super) struct Int8Weights {
     rotation: Rotation,
@@ -121,7 +121,7 @@ impl Int8Weights {
         let rows = codes.chunks_exact(self.depth().max(1)).zip(&self.scales);
         let mut weights: Vec<f32> =
             rows.flat_map(|(row, scale)| row.iter().map(move |&q| f32::from(q) * scale)).collect();
-        self.rotation.apply(&mut weights);
+        self.rotation.apply_on(self.codes.level(), &mut weights);
         weights
     }
 
@@ -197,7 +197,7 @@ impl Buffers {
         let depth = rotation.depth();
         self.rotated.clear();
         self.rotated.extend_from_slice(rows);
-        rotation.apply(&mut self.rotated);
+        rotation.apply_on(level, &mut self.rotated);
         self.codes.resize(count * depth, 0);
         // Of rows without elements nothing is written.
         self.scales.clear();

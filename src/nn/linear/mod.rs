@@ -261,9 +261,7 @@ impl Linear {
     /// [`Error::Shape`] if `x` does not fit the weights.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.0 {
-            Form::Fused(layer) if is_plain_f32(&[x]) => {
-                Fused { layer, activation: None, norm: None }.of(x, None)
-            }
+            Form::Fused(layer) if is_plain_f32(&[x]) => Fused::new(layer).of(x, None),
             _ => self.of_tensor(x),
         }
     }
@@ -275,7 +273,7 @@ impl Linear {
     pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         match &self.0 {
             Form::Fused(layer) if is_plain_f32(&[x]) => {
-                Fused { layer, activation: Some(activation), norm: None }.of(x, None)
+                Fused { activation: Some(activation), ..Fused::new(layer) }.of(x, None)
             }
             _ => Ok(activation.of_tensor(&self.of_tensor(x)?)?),
         }
@@ -293,9 +291,34 @@ impl Linear {
     ) -> Result<Tensor> {
         match (&self.0, norm.fused()) {
             (Form::Fused(layer), Some(norm)) if is_plain_f32(&[x, residual]) => {
-                Fused { layer, activation: None, norm: Some(norm) }.of(x, Some(residual))
+                Fused { norm: Some(norm), ..Fused::new(layer) }.of(x, Some(residual))
             }
             _ => norm.of_tensor(&(self.of_tensor(x)? + residual)?),
+        }
+    }
+
+    /// `norm(second(activation(x·W^T + b)) + residual)`: the feed-forward block of a transformer, whose first
+    /// layer this is. Block by block of rows, what is between the two layers never leaves the cache; the
+    /// bits are those of one layer after the other.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `x`, the second layer, the residual or the norm does not fit.
+    pub fn forward_block(
+        &self,
+        x: &Tensor,
+        activation: Activation,
+        second: &Linear,
+        residual: &Tensor,
+        norm: &LayerNorm,
+    ) -> Result<Tensor> {
+        match (&self.0, &second.0, norm.fused()) {
+            (Form::Fused(first), Form::Fused(layer), Some(norm))
+                if is_plain_f32(&[x, residual]) =>
+            {
+                let before = Some((&**first, activation));
+                Fused { before, norm: Some(norm), ..Fused::new(layer) }.of(x, Some(residual))
+            }
+            _ => second.forward_add_norm(&self.forward_activated(x, activation)?, residual, norm),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The op: shapes are checked, then the result is computed in memory that is written once.
 
-use super::product::{Epilogue, multiply};
+use super::product::{Epilogue, multiply, multiply_twice};
 use super::{Activation, OP, Packed, misshaped};
 use crate::Result;
 use crate::memory::written;
@@ -10,9 +10,18 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
 
 /// A layer and what follows it; the op's second input is the residual.
 pub(super) struct Fused<'a> {
+    /// What comes before the layer: another one, and an activation.
+    pub before: Option<(&'a Packed, Activation)>,
     pub layer: &'a Packed,
     pub activation: Option<Activation>,
     pub norm: Option<&'a FusedNorm>,
+}
+
+impl<'a> Fused<'a> {
+    /// A layer alone.
+    pub(super) fn new(layer: &'a Packed) -> Self {
+        Self { before: None, layer, activation: None, norm: None }
+    }
 }
 
 impl Fused<'_> {
@@ -29,7 +38,14 @@ impl Fused<'_> {
 
     /// The shape of the result for an input of this one.
     fn shape(&self, x: &[usize]) -> Result<Vec<usize>> {
-        let (depth, outputs) = (self.layer.weights.depth(), self.layer.weights.outputs());
+        let (weights, outputs) = (&self.layer.weights, self.layer.weights.outputs());
+        let depth = self.before.map_or(weights.depth(), |(before, _)| before.weights.depth());
+        if let Some((before, _)) =
+            self.before.filter(|(x, _)| x.weights.outputs() != weights.depth())
+        {
+            let expected = format!("[.., {}], the inputs of the second layer", weights.depth());
+            return Err(misshaped("first layer", &[before.weights.outputs()], expected));
+        }
         let (leading, row) = x.split_at(x.len().saturating_sub(1).min(2));
         if !(1..=4).contains(&x.len()) || row.iter().product::<usize>() != depth {
             let expected = match x.len() {
@@ -54,8 +70,13 @@ impl Fused<'_> {
         let x = View::of_rows(OP, "x", x, layout)?;
         let epilogue = Epilogue { residual, activation: self.activation, norm: self.norm };
         let len = shape.iter().product();
-        // SAFETY: `multiply` writes every element.
-        let out = unsafe { written(len, |out| multiply(&x, self.layer, epilogue, out)) };
+        // SAFETY: both write every element.
+        let out = unsafe {
+            written(len, |out| match self.before {
+                Some(before) => multiply_twice(&x, before, self.layer, epilogue, out),
+                None => multiply(&x, self.layer, epilogue, out),
+            })
+        };
         Ok((CpuStorage::F32(out), Shape::from(shape)))
     }
 }

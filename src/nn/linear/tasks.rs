@@ -29,7 +29,11 @@ impl Grid {
     pub(super) fn new((rows, outputs): (usize, usize), width: usize, wanted: usize) -> Self {
         let row_blocks = rows.div_ceil(BLOCK);
         let panels = outputs.div_ceil(width);
-        let column_blocks = wanted.div_ceil(row_blocks).clamp(1, panels);
+        // Whole rows are quantized and normalized in one go; a quarter of the parts is enough of them.
+        let column_blocks = match 4 * row_blocks >= wanted {
+            true => 1,
+            false => wanted.div_ceil(row_blocks).clamp(1, panels),
+        };
         Self {
             rows: rows.div_ceil(row_blocks).next_multiple_of(ROWS),
             columns: panels.div_ceil(column_blocks) * width,

@@ -115,6 +115,31 @@ fn many_threads_give_the_same_bits_as_one() {
     }
 }
 
+/// The block has the bits of its two layers, whether or not there are blocks of rows for all threads.
+#[test]
+fn a_block_of_two_layers_is_one_after_the_other() {
+    for (m, depth, inner, outputs) in
+        [(1, 5, 7, 9), (7, 64, 256, 64), (600, 96, 200, 70), (3, 4, 0, 2), (0, 4, 5, 2)]
+    {
+        let weights = [randn(&[inner, depth]), randn(&[outputs, inner])];
+        let biases = [randn(&[inner]), randn(&[outputs])];
+        let norm = LayerNorm::new(randn(&[outputs]), randn(&[outputs]), 1e-5).unwrap();
+        let (x, residual) = (randn(&[m, depth]), randn(&[m, outputs]));
+        for (level, precision) in all() {
+            let [first, second] = [0, 1].map(|i| layer(level, precision, &weights[i], &biases[i]));
+            let block =
+                || first.forward_block(&x, Activation::Gelu, &second, &residual, &norm).unwrap();
+            let between = first.forward_activated(&x, Activation::Gelu).unwrap();
+            let expected = second.forward_add_norm(&between, &residual, &norm).unwrap();
+            let what = format!("{level:?} {precision:?} [{m}, {depth}] {inner} {outputs}");
+            assert_eq!(largest_difference(&block(), &expected), 0.0, "{what}");
+            if level == Level::active().unwrap() {
+                assert_threads_change_nothing(block);
+            }
+        }
+    }
+}
+
 #[test]
 fn heads_and_strides_are_read_where_they_lie() {
     let layer = f32_layer(&randn(&[10, 24]), &randn(&[10]));
