@@ -7,7 +7,7 @@
 //!   -> f32         scale_q * scale_k * sum, straight from int32                          attention
 //!        or int8   requantized and dequantized, for those who must store int8 scores
 //!   -> softmax     scale, mask, running maximum and sum, tile by tile
-//!   -> times v     bf16 or f32 with f32 sums, or int8 on request
+//!   -> times v     16-bit integers with exact sums over runs; or f32, int8, bf16 on Arm
 //! ```
 //!
 //! [`flash_attn`] is all of it with the signature of Candle's function of that name,

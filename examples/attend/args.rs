@@ -41,8 +41,8 @@ pub struct Args {
     #[command(flatten)]
     pub quant: QuantArgs,
 
-    /// How probabilities are multiplied with values in int8 attention: auto (bf16 where the CPU
-    /// multiplies it, else f32), f32, bf16 or int8
+    /// How probabilities are multiplied with values in int8 attention: auto (int16, or bf16
+    /// where an Arm CPU multiplies it), f32, bf16, int16 or int8
     #[arg(long, value_name = "HOW", default_value = "auto", help_heading = "Int8")]
     pub pv: PvPrecision,
 }

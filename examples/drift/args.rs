@@ -76,7 +76,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub int8: Int8Args,
 
-    /// Precision of probabilities times values: auto, f32, bf16 or int8
+    /// Precision of probabilities times values: auto, f32, bf16, int16 or int8
     #[arg(long, value_name = "PRECISION", default_value = "auto", help_heading = "Int8")]
     pub pv: PvPrecision,
 }

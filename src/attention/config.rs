@@ -106,14 +106,19 @@ pub enum RequantMode {
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum PvPrecision {
-    /// bf16 where the hardware multiplies it (AVX512-BF16, the bf16 extension of Arm), f32
-    /// elsewhere.
+    /// Int16; bf16 on 64-bit Arm where the processor multiplies it.
     #[default]
     Auto,
     /// f32.
     F32,
-    /// bf16; an error on a machine without an instruction for it.
+    /// bf16; an error on a machine for which there is no kernel, which only 64-bit Arm with the bf16
+    /// extension has.
     Bf16,
+    /// Int16 on every machine, with exact int32 sums over runs of 64 keys, and the same bits on every
+    /// [level](crate::cpu). Probabilities have twelve bits, with a scale for each query and run; values
+    /// fourteen with their sign and a scale for each channel and run, but for the few that are far larger
+    /// than the rest of their run, which stay in f32.
+    Int16,
     /// Int8 on every machine, with exact int32 sums over runs of keys. Probabilities are rounded to
     /// 1/255 of the largest that their query has in the run, so small ones vanish beside a large
     /// one. Values have one scale for each channel, over all keys of a head, so an outlier makes
@@ -125,15 +130,16 @@ pub enum PvPrecision {
 impl std::str::FromStr for PvPrecision {
     type Err = Error;
 
-    /// `auto`, `f32`, `bf16` or `int8`.
+    /// `auto`, `f32`, `bf16`, `int16` or `int8`.
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "auto" => Ok(Self::Auto),
             "f32" => Ok(Self::F32),
             "bf16" => Ok(Self::Bf16),
+            "int16" => Ok(Self::Int16),
             "int8" => Ok(Self::Int8),
             _ => Err(Error::InvalidArgument(format!(
-                "P·V precision {text:?}, expected auto, f32, bf16 or int8"
+                "P·V precision {text:?}, expected auto, f32, bf16, int16 or int8"
             ))),
         }
     }
@@ -145,6 +151,7 @@ impl std::fmt::Display for PvPrecision {
             Self::Auto => "auto",
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Int16 => "int16",
             Self::Int8 => "int8",
         })
     }
@@ -159,10 +166,12 @@ impl PvPrecision {
         let bf16 = level.panels(Format::Bf16).is_some();
         match self {
             Self::Auto if bf16 => Ok(Format::Bf16),
-            Self::Auto | Self::F32 => Ok(Format::F32),
+            Self::Auto | Self::Int16 => Ok(Format::Int16),
+            Self::F32 => Ok(Format::F32),
             Self::Bf16 if bf16 => Ok(Format::Bf16),
             Self::Bf16 => Err(Error::Unsupported(format!(
-                "P·V precision {self}: this machine has no instruction for it; use auto, f32 or int8"
+                "P·V precision {self}: there is no kernel for it on this machine; use auto, f32, int16 or \
+                 int8"
             ))),
             Self::Int8 => Ok(Format::Int8),
         }
@@ -317,12 +326,13 @@ mod tests {
 
     #[test]
     fn precisions_have_one_name_everywhere() {
-        for pv in [PvPrecision::Auto, PvPrecision::F32, PvPrecision::Bf16, PvPrecision::Int8] {
+        use PvPrecision::*;
+        for pv in [Auto, F32, Bf16, Int16, Int8] {
             assert_eq!(pv.to_string().parse::<PvPrecision>().unwrap(), pv);
             assert_eq!(serde_json::to_value(pv).unwrap(), pv.to_string());
         }
         let error = "f16".parse::<PvPrecision>().unwrap_err().to_string();
-        assert!(error.contains("\"f16\", expected auto, f32, bf16 or int8"), "{error}");
+        assert!(error.contains("\"f16\", expected auto, f32, bf16, int16 or int8"), "{error}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
-use super::engine::{Probs, Running, TILE, Tile, blocks};
-use crate::cpu::contracts::{GROUP, RUN};
+use super::engine::{Probs, Running, TILE, Tile};
+use crate::cpu::contracts::RUN;
 use crate::product::PackedMatrix;
 use crate::view::View;
 use std::cell::RefCell;
@@ -17,21 +17,22 @@ pub(super) fn pack_values(values: &View<'_>, head: usize, packed: &mut PackedMat
     packed.reset(values.tokens(), values.depth());
     GATHERED.with_borrow_mut(|(gathered, buffer)| {
         let tokens = values.tokens();
+        let blocks = (0..tokens).step_by(RUN).map(|start| start..(start + RUN).min(tokens));
         if packed.needs_ranges() {
-            for block in blocks(tokens) {
+            for block in blocks.clone() {
                 packed.observe(values.rows(head, block, gathered).as_slice(buffer));
             }
         }
-        for block in blocks(tokens) {
+        for block in blocks {
             let rows = values.rows(head, block.clone(), gathered);
             packed.put(block.start, rows.as_slice(buffer));
         }
     });
 }
 
-/// Keys in tiles, from a whole step on.
+/// Keys in tiles, from a whole step and run of values on.
 pub(super) fn tiles(seen: Range<usize>, step: usize) -> Vec<Range<usize>> {
-    let step = step.next_multiple_of(GROUP);
+    let step = step.next_multiple_of(RUN);
     let starts = (seen.start / step * step..seen.end).step_by(TILE);
     starts.map(|start| start..(start + TILE).min(seen.end)).collect()
 }
@@ -54,6 +55,10 @@ pub(super) fn accumulate(
         Probs::Int8 { codes, runs } => {
             let runs = &runs[..tile.visible.len() * keys.len().div_ceil(RUN)];
             values.accumulate_int8(keys, codes, stride, runs, sums);
+        }
+        Probs::Int16 { codes, scales } => {
+            let scales = &scales[..tile.visible.len() * keys.len().div_ceil(RUN)];
+            values.accumulate_int16(keys, codes, stride, scales, sums);
         }
     }
 }

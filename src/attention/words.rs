@@ -12,7 +12,7 @@ use std::str::FromStr;
 
 /// The words that there are, for messages.
 const WORDS: &str = "symmetric, affine, tensor, head, token, block:N, block:M/N, smooth-k, smooth-q, \
-                     f32, bf16, int8, auto; or default, or sage";
+                     f32, bf16, int16, int8, auto; or default, or sage";
 
 impl Int8Config {
     /// The plainest configuration, from which words start: symmetric, per token, nothing smoothed,
@@ -43,7 +43,7 @@ impl Int8Config {
 /// | `symmetric`, `affine` | where the integer zero lies | `"scheme": "symmetric"` |
 /// | `tensor`, `head`, `token`, `block:N` | what shares a scale | `"granularity": "token"` |
 /// | `smooth-k`, `smooth-q` | subtract the mean of keys, of queries | `"smooth_k": true` |
-/// | `f32`, `bf16`, `int8`, `auto` | precision of P·V | `"pv": "auto"` |
+/// | `f32`, `bf16`, `int16`, `int8`, `auto` | precision of P·V | `"pv": "auto"` |
 /// | `default` | alone: this crate's default | |
 /// | `sage` | alone: SageAttention's recipe | |
 ///

@@ -1,7 +1,8 @@
 //! A level that this machine has, and the choice of the one in use.
 
 use super::contracts::{
-    BlockCodes, Format, Int8Product, Panel, PanelProduct, Rows, ScoreTile, Stored, TileInput,
+    BlockCodes, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RUN, Rows, ScoreTile,
+    Stored, TileInput,
 };
 use super::table::{Bf16, Entry, TABLE};
 use crate::{Error, Result};
@@ -90,6 +91,7 @@ impl Entry {
             ("queries times keys, int8", self.int8_product.name),
             ("products, f32", self.float_panels.name),
             ("probabilities times values, int8", self.int8_panels.name),
+            ("products, int16", self.int16_panels.name),
             ("probabilities times values of a cache", self.stored.name),
             ("softmax", self.softmax.name),
             ("quantizing", self.rows.name),
@@ -184,6 +186,7 @@ impl Level {
         match format {
             Format::F32 => Some(&self.entry.float_panels),
             Format::Int8 => Some(&self.entry.int8_panels),
+            Format::Int16 => Some(&self.entry.int16_panels),
             Format::Bf16 => self.bf16.map(|bf16| &bf16.panels),
         }
     }
@@ -263,6 +266,29 @@ impl Level {
         assert_eq!(scores.len(), codes.len());
         // SAFETY: a level is there only with its instructions.
         unsafe { (self.entry.softmax.exp_int8)(scores, max, codes) }
+    }
+
+    /// Writes the largest score of each run; returns the largest of all. NaN does not count.
+    ///
+    /// # Panics
+    /// Unless the scores are a multiple of 16 with a place for each run.
+    pub(crate) fn max_of_runs(self, scores: &[f32], runs: &mut [f32]) -> f32 {
+        assert!(scores.len().is_multiple_of(LANES) && runs.len() == scores.len().div_ceil(RUN));
+        // SAFETY: a level is there only with its instructions.
+        unsafe { (self.entry.softmax.max_of_runs)(scores, runs) }
+    }
+
+    /// Writes `2^(score - max)` in int16; returns the sum of what the codes stand for, or NaN if there is a
+    /// NaN.
+    ///
+    /// # Panics
+    /// Unless the scores are a multiple of 16 with as many codes and a place for each run.
+    pub(crate) fn exp_int16(self, job: Int16Exp<'_>) -> f32 {
+        let (count, runs) = (job.scores.len(), job.runs.len());
+        assert!(count.is_multiple_of(LANES) && runs == count.div_ceil(RUN));
+        assert_eq!(count, job.codes.len());
+        // SAFETY: a level is there only with its instructions.
+        unsafe { (self.entry.softmax.exp_int16)(job) }
     }
 
     /// Symmetric codes with a scale a row, after subtracting `offset` from each row if there is one.

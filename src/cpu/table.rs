@@ -18,6 +18,7 @@ pub(super) struct Entry {
     pub int8_product: Int8Product,
     pub float_panels: PanelProduct,
     pub int8_panels: PanelProduct,
+    pub int16_panels: PanelProduct,
     pub stored: StoredProduct,
     pub softmax: Softmax,
     pub rows: RowKernels,
@@ -43,20 +44,18 @@ pub(super) static TABLE: &[Entry] = &[
         int8_product: avx512_vnni::int8_product::PRODUCT,
         float_panels: avx512_vnni::float_panels::PANELS,
         int8_panels: avx512_vnni::int8_panels::PANELS,
+        int16_panels: avx512_vnni::int16_panels::PANELS,
         stored: avx512_vnni::float_panels::STORED,
         softmax: avx512_vnni::softmax::SOFTMAX,
         rows: avx512_vnni::rows::ROWS,
-        bf16: Some(Bf16 {
-            is_available: || is_x86_feature_detected!("avx512bf16"),
-            panels: avx512_vnni::bf16_panels::PANELS,
-            exp: avx512_vnni::softmax::exp_bf16,
-        }),
+        bf16: None,
     },
     #[cfg(target_arch = "x86_64")]
     Entry {
         name: avx_vnni::NAME,
         is_available: || has_avx2() && is_x86_feature_detected!("avxvnni"),
         int8_product: avx_vnni::int8_product::vex::PRODUCT,
+        int16_panels: avx_vnni::int16_panels::vex::PANELS,
         ..AVX2
     },
     #[cfg(all(target_arch = "x86_64", test))]
@@ -64,6 +63,7 @@ pub(super) static TABLE: &[Entry] = &[
         name: avx_vnni::EVEX,
         is_available: has_avx512_vnni,
         int8_product: avx_vnni::int8_product::evex::PRODUCT,
+        int16_panels: avx_vnni::int16_panels::evex::PANELS,
         ..AVX2
     },
     #[cfg(target_arch = "x86_64")]
@@ -98,6 +98,7 @@ pub(super) static TABLE: &[Entry] = &[
         int8_product: portable::int8_product::PRODUCT,
         float_panels: portable::float_panels::PANELS,
         int8_panels: portable::int8_panels::PANELS,
+        int16_panels: portable::int16_panels::PANELS,
         stored: portable::float_panels::STORED,
         softmax: portable::SOFTMAX,
         rows: portable::ROWS,
@@ -113,8 +114,9 @@ const AVX2: Entry = Entry {
     int8_product: avx2::int8_product::PRODUCT,
     float_panels: avx2::float_panels::PANELS,
     int8_panels: avx2::int8_panels::PANELS,
+    int16_panels: avx2::int16_panels::PANELS,
     stored: avx2::float_panels::STORED,
-    softmax: avx2::SOFTMAX,
+    softmax: avx2::softmax::SOFTMAX,
     rows: avx2::ROWS,
     bf16: None,
 };
@@ -127,6 +129,7 @@ const NEON: Entry = Entry {
     int8_product: neon::INT8_PRODUCT,
     float_panels: neon::float_panels::PANELS,
     int8_panels: neon::INT8_PANELS,
+    int16_panels: neon::INT16_PANELS,
     stored: neon::float_panels::STORED,
     softmax: neon::SOFTMAX,
     rows: neon::ROWS,

@@ -101,25 +101,99 @@ macro_rules! int8_tiles {
     };
 }
 
-/// `for_tile!(tile, f)` calls `f::<rows, vectors>(tile)`, for tiles of up to 6 x 4.
+/// `for_tile!(tile, f, arguments ..)` calls `f::<rows, vectors>(tile, arguments ..)`, for tiles of up to 6 x 4.
 #[cfg(target_arch = "x86_64")]
 macro_rules! for_tile {
-    ($tile:expr, $f:ident) => {
+    ($tile:expr, $f:ident $(, $argument:expr)*) => {
         match $tile.rows {
-            1 => for_tile!(@vectors 1, $tile, $f),
-            2 => for_tile!(@vectors 2, $tile, $f),
-            3 => for_tile!(@vectors 3, $tile, $f),
-            4 => for_tile!(@vectors 4, $tile, $f),
-            5 => for_tile!(@vectors 5, $tile, $f),
-            _ => for_tile!(@vectors 6, $tile, $f),
+            1 => for_tile!(@vectors 1, $tile, $f, ($tile $(, $argument)*)),
+            2 => for_tile!(@vectors 2, $tile, $f, ($tile $(, $argument)*)),
+            3 => for_tile!(@vectors 3, $tile, $f, ($tile $(, $argument)*)),
+            4 => for_tile!(@vectors 4, $tile, $f, ($tile $(, $argument)*)),
+            5 => for_tile!(@vectors 5, $tile, $f, ($tile $(, $argument)*)),
+            _ => for_tile!(@vectors 6, $tile, $f, ($tile $(, $argument)*)),
         }
     };
-    (@vectors $rows:literal, $tile:expr, $f:ident) => {
+    (@vectors $rows:literal, $tile:expr, $f:ident, $arguments:tt) => {
         match $tile.vectors {
-            1 => $f::<$rows, 1>($tile),
-            2 => $f::<$rows, 2>($tile),
-            3 => $f::<$rows, 3>($tile),
-            _ => $f::<$rows, 4>($tile),
+            1 => $f::<$rows, 1> $arguments,
+            2 => $f::<$rows, 2> $arguments,
+            3 => $f::<$rows, 3> $arguments,
+            _ => $f::<$rows, 4> $arguments,
+        }
+    };
+}
+
+/// The int16 product on 256 bits as `PANELS`, from an expression that adds to sums `sum` the products of
+/// pairs `x` and `y`. A panel is taken 16 columns at a time.
+#[cfg(target_arch = "x86_64")]
+macro_rules! int16_panels {
+    ($name:expr, $features:literal, |$sum:ident, $x:ident, $y:ident| $add:expr) => {
+        pub(crate) const PANELS: crate::cpu::contracts::PanelProduct =
+            crate::cpu::contracts::PanelProduct {
+                name: $name,
+                format: crate::cpu::contracts::Format::Int16,
+                group: 2,
+                vectors: crate::cpu::contracts::VECTORS,
+                bias: 0,
+                multiply,
+            };
+
+        #[target_feature(enable = $features)]
+        unsafe fn multiply(panel: crate::cpu::contracts::Panel) {
+            // All rows with one run of the matrix, which stays in L1, before the next.
+            for (run, groups) in panel.runs(2) {
+                for part in panel.parts(1, 4) {
+                    for tile in part.tiles(crate::cpu::contracts::panel_product::ROWS) {
+                        // SAFETY: the instructions are there and the pointers are valid, by contract.
+                        unsafe { for_rows!(tile.rows, add, (tile, run, groups.clone())) }
+                    }
+                }
+            }
+        }
+
+        /// Adds one run to 16 columns of `R` rows.
+        ///
+        /// # Safety
+        /// That of the contract, with `R` rows and one vector, and the run is there with its groups.
+        #[target_feature(enable = $features)]
+        unsafe fn add<const R: usize>(
+            tile: crate::cpu::contracts::Panel,
+            run: usize,
+            groups: std::ops::Range<usize>,
+        ) {
+            let mut sums = [[_mm256_setzero_si256(); 2]; R];
+            for group in groups {
+                // SAFETY: the panel holds `groups` pairs of rows of a vector by contract.
+                let matrix = unsafe {
+                    let matrix = tile.group(group, 0);
+                    [_mm256_loadu_si256(matrix.cast()), _mm256_loadu_si256(matrix.add(32).cast())]
+                };
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: `groups` pairs of elements in each of `R` rows by contract.
+                    let $x = unsafe { tile.lhs_of::<i32>(row).add(group).read_unaligned() };
+                    let $x = _mm256_set1_epi32($x);
+                    for (sum, $y) in sums.iter_mut().zip(matrix) {
+                        let $sum = *sum;
+                        *sum = $add;
+                    }
+                }
+            }
+            for (row, sums) in sums.into_iter().enumerate() {
+                // SAFETY: a scale for every run of each of `R` rows by contract.
+                let row_scale = _mm256_set1_ps(unsafe { *tile.row_scale(row, run) });
+                for (half, sum) in sums.into_iter().enumerate() {
+                    // SAFETY: a vector of scales for every run, and of sums in each of `R` rows, by
+                    // contract.
+                    unsafe {
+                        let column_scales = _mm256_loadu_ps(tile.column_scale(8 * half, run));
+                        let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), row_scale);
+                        let sum = _mm256_mul_ps(sum, column_scales);
+                        let out = tile.sums_of(row, 8 * half);
+                        _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum));
+                    }
+                }
+            }
         }
     };
 }

@@ -115,8 +115,8 @@ impl BertModel {
     /// Embeddings, norms and the attention stay as they are.
     ///
     /// Returns whether all linear layers are in bf16 now. Those stay in f32 for which there is no
-    /// fast form: on other devices, in other dtypes, and on processors that do not multiply bf16
-    /// (AVX512-BF16, Arm bf16).
+    /// fast form: on other devices, in other dtypes, and on processors for whose bf16 there is
+    /// no kernel (all but those of 64-bit Arm with the bf16 extension).
     ///
     /// # Errors
     /// Candle's own.

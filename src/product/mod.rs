@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! int8     u8 or i8 [M, D] x i8 [N, D] -> exact i32 [M, N], or f32 scores           queries times keys
-//! panels   f32, bf16 or u8 [M, K] x packed [K, C] -> f32 [M, C]      probabilities times values, queries
+//! panels   f32, bf16, i16 or u8 [M, K] x packed [K, C] -> f32 [M, C]      probabilities times values, queries
 //!                                                      times keys in f32, linear layers, pages of a cache
 //! ```
 //!

@@ -297,7 +297,7 @@ fn small_and_long_texts_work_and_bad_ones_are_errors() {
     fail(&["--passage-tokens", "513"], "3 (two are special) to 512");
     fail(&["--shard", "0/3"], "expected I/N");
     fail(&["--shard", "4/3"], "expected I/N");
-    fail(&["--pv", "f16"], "auto, f32, bf16 or int8");
+    fail(&["--pv", "f16"], "auto, f32, bf16, int16 or int8");
     fail(&["--frobnicate"], "--frobnicate");
     assert!(succeed(&["--help"]).contains("--compare"));
 }

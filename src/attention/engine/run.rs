@@ -8,7 +8,7 @@ use super::queries::{Queries, Rows};
 use super::softmax::{Probs, Tile, softmax_tile};
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
-use crate::cpu::contracts::{Format, GROUP, Int8Run, RUN};
+use crate::cpu::contracts::{Format, Int8Run, LANES, RUN};
 use crate::parallel::{Pace, Work};
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
@@ -71,6 +71,9 @@ struct Buffers {
     /// Probabilities in int8, and what they stand for.
     codes: Vec<u8>,
     runs: Vec<Int8Run>,
+    /// Probabilities in int16, and what a 1 stands for.
+    words: Vec<i16>,
+    scales: Vec<f32>,
 }
 
 thread_local! {
@@ -212,11 +215,12 @@ impl Engine<'_> {
             clamp(seen.start)..clamp(seen.end)
         }));
         self.modify(seen, keys.start, buffers);
-        let Buffers { scores, inside, halves, codes, runs, .. } = buffers;
+        let Buffers { scores, inside, halves, codes, runs, words, scales, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
             Format::Bf16 => Probs::Bf16(halves),
             Format::Int8 => Probs::Int8 { codes, runs },
+            Format::Int16 => Probs::Int16 { codes: words, scales },
         };
         let mut tile = Tile { scores, stride, keys: keys.len(), visible: inside, probs };
         softmax_tile(self.level, &mut tile, &mut partial.running);
@@ -250,8 +254,8 @@ impl Buffers {
     /// For rows and the tiles that they see.
     fn start(&mut self, from: &dyn KeyValues, rows: usize, tiles: &[Range<usize>]) {
         let longest = tiles.iter().map(Range::len).max().unwrap_or(0);
-        // Whole steps, so that a step that reaches over the last key has room.
-        self.stride = longest.next_multiple_of(from.step().next_multiple_of(GROUP));
+        // Whole steps, so that a step that reaches over the last key has room; and whole vectors.
+        self.stride = longest.next_multiple_of(from.step().next_multiple_of(LANES));
         let len = rows * self.stride;
         let grow = |len: usize, held: usize| len.max(held);
         self.scores.resize(grow(len * from.rows_of_scores(), self.scores.len()), 0.0);
@@ -263,6 +267,11 @@ impl Buffers {
                 // Every row has runs of its own, also where it is shorter than one.
                 let runs = rows * self.stride.div_ceil(RUN);
                 self.runs.resize(grow(runs, self.runs.len()), Int8Run::default());
+            }
+            Format::Int16 => {
+                self.words.resize(grow(len, self.words.len()), 0);
+                let scales = rows * self.stride.div_ceil(RUN);
+                self.scales.resize(grow(scales, self.scales.len()), 0.0);
             }
         }
     }

@@ -2,7 +2,7 @@
 //! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
 
 use crate::cpu::Level;
-use crate::cpu::contracts::{CODES, Format, GROUP, Int8Run, RUN};
+use crate::cpu::contracts::{CODES, Format, GROUP, Int8Run, Int16Exp, LANES, RUN};
 use crate::cpu::plain::softmax::exp2;
 use std::ops::Range;
 
@@ -29,6 +29,7 @@ impl Probs<'_> {
             Probs::F32 => Format::F32,
             Probs::Bf16(_) => Format::Bf16,
             Probs::Int8 { .. } => Format::Int8,
+            Probs::Int16 { .. } => Format::Int16,
         }
     }
 }
@@ -44,6 +45,12 @@ pub(in crate::attention) enum Probs<'a> {
         codes: &'a mut [u8],
         /// What the codes stand for: all runs of a row before those of the next.
         runs: &'a mut [Int8Run],
+    },
+    /// Rounded to 1/4096 of the largest of a run of [`RUN`] keys.
+    Int16 {
+        codes: &'a mut [i16],
+        /// What a code of 1 stands for: all runs of a row before those of the next.
+        scales: &'a mut [f32],
     },
 }
 
@@ -76,10 +83,10 @@ impl Tile<'_> {
                 Probs::F32 => self.scores[at],
                 Probs::Bf16(halves) => f32::from_bits(u32::from(halves[at]) << 16),
                 // Not the code, which may have been rounded to 0, while a NaN must be seen.
-                Probs::Int8 { .. } if self.visible[row].contains(&key) => {
+                Probs::Int8 { .. } | Probs::Int16 { .. } if self.visible[row].contains(&key) => {
                     running[row].probability(self.scores[at])
                 }
-                Probs::Int8 { .. } => 0.0,
+                Probs::Int8 { .. } | Probs::Int16 { .. } => 0.0,
             };
             if p != 0.0 {
                 sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
@@ -90,16 +97,26 @@ impl Tile<'_> {
 
 /// Turns scores into probabilities (not yet divided by their sum), row by row. What a query does
 /// not see becomes 0. A NaN score makes the sum of its row NaN.
+///
+/// In int16 there is room in a row of scores and of codes for a multiple of [`LANES`].
 pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
     let padded = tile.keys.next_multiple_of(GROUP);
     for (row, running) in running.iter_mut().enumerate() {
-        let Range { start, end } = tile.visible[row].clone();
-        let scores = &mut tile.scores[row * tile.stride..][..padded];
+        let seen = tile.visible[row].clone();
+        let Range { start, end } = seen;
+        let scores = &mut tile.scores[row * tile.stride..][..tile.stride];
+        if let Probs::Int16 { codes, scales } = &mut tile.probs {
+            let codes = &mut codes[row * tile.stride..][..tile.stride];
+            let per_row = tile.keys.div_ceil(RUN);
+            let scales = &mut scales[row * per_row..][..per_row];
+            int16_row(level, (scores, seen), running, codes, scales);
+            continue;
+        }
         let max = running.advance(level.max(&scores[start..end]), &scores[start..end]);
         let sum = match &mut tile.probs {
             Probs::F32 => {
                 scores[..start].fill(0.0);
-                scores[end..].fill(0.0);
+                scores[end..padded].fill(0.0);
                 level.exp_f32(&mut scores[start..end], max)
             }
             Probs::Bf16(probs) => {
@@ -116,9 +133,34 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
                 let runs = &mut runs[row * per_row..][..per_row];
                 int8_row(level, (&scores[..end], start), max, codes, runs)
             }
+            Probs::Int16 { .. } => unreachable!("a row of its own"),
         };
         running.sum = running.sum * running.rescale + sum;
     }
+}
+
+/// A row in int16: runs that hold a key which is seen, whole, and zeros in the others. Scores around those
+/// that are seen become minus infinity.
+fn int16_row(
+    level: Level,
+    (scores, seen): (&mut [f32], Range<usize>),
+    running: &mut Running,
+    codes: &mut [i16],
+    scales: &mut [f32],
+) {
+    let seen = if seen.is_empty() { 0..0 } else { seen };
+    let runs = seen.start / RUN..seen.end.div_ceil(RUN);
+    let keys = runs.start * RUN..seen.end.next_multiple_of(LANES);
+    scores[keys.start..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..keys.end].fill(f32::NEG_INFINITY);
+    codes[..keys.start].fill(0);
+    codes[keys.end..].fill(0);
+    scales[..runs.start].fill(0.0);
+    scales[runs.end..].fill(0.0);
+    let (scores, scales) = (&scores[keys.clone()], &mut scales[runs]);
+    let max = running.advance(level.max_of_runs(scores, scales), scores);
+    let sum = level.exp_int16(Int16Exp { scores, max, runs: scales, codes: &mut codes[keys] });
+    running.sum = running.sum * running.rescale + sum;
 }
 
 /// Writes codes for the scores from `start` on, and what they stand for, run by run; returns the
@@ -174,12 +216,12 @@ impl Running {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::contracts::softmax::{ERROR_BF16, ERROR_F32};
+    use crate::cpu::contracts::softmax::{ERROR_BF16, ERROR_F32, ERROR_INT16};
     use crate::cpu::runnable;
 
     /// Those that a level multiplies.
     fn formats(level: Level) -> impl Iterator<Item = Format> {
-        let all = [Format::F32, Format::Bf16, Format::Int8];
+        let all = [Format::F32, Format::Bf16, Format::Int8, Format::Int16];
         all.into_iter().filter(move |&format| level.panels(format).is_some())
     }
 
@@ -224,6 +266,69 @@ mod tests {
         }
     }
 
+    /// Scores of every distance from the largest, with codes and sum.
+    fn exp_int16(level: Level, scores: &[f32], max: f32) -> (Vec<i16>, Vec<f32>, f32) {
+        let mut runs = vec![f32::NAN; scores.len().div_ceil(RUN)];
+        let mut codes = vec![-1; scores.len()];
+        let top = level.max_of_runs(scores, &mut runs);
+        assert_eq!(top, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let job = Int16Exp { scores, max, runs: &mut runs, codes: &mut codes };
+        let sum = level.exp_int16(job);
+        (codes, runs, sum)
+    }
+
+    #[test]
+    fn exp2_in_int16_is_within_its_stated_error_and_the_same_on_every_level() {
+        // A score of 0 in every run, so that codes are those of the numbers themselves.
+        let mut scores: Vec<f32> = (0..200_000).map(|i| -(i as f32) * 8e-5).collect();
+        scores.iter_mut().step_by(RUN).for_each(|x| *x = 0.0);
+        let first = exp_int16(runnable()[0], &scores, 3.0);
+        for level in runnable() {
+            let (codes, scales, sum) = exp_int16(level, &scores, 3.0);
+            assert!((&codes, &scales, sum) == (&first.0, &first.1, first.2), "{level:?}");
+            for (i, (code, x)) in codes.iter().zip(&scores).enumerate() {
+                let exact = f64::from(*x).exp2() * 4096.0;
+                let off = (f64::from(*code) - exact).abs();
+                assert!(off <= 0.51 + exact * ERROR_INT16, "{x} {code} {exact}");
+                assert_eq!(scales[i / RUN], 0.125 / 4096.0);
+            }
+            let exact: f64 = codes.iter().map(|&code| f64::from(code) * 0.125 / 4096.0).sum();
+            assert!((f64::from(sum) / exact - 1.0).abs() < 1e-5, "{sum} {exact}");
+        }
+    }
+
+    /// Any number of runs and vectors, any special number in any place.
+    #[test]
+    fn int16_has_the_same_bits_on_every_level() {
+        let special = [f32::NEG_INFINITY, 0.0, -1e30, 1e30, -0.0, 1e-40, f32::NAN, f32::INFINITY];
+        for len in (0..80).chain([512, 1040, 2064]).map(|vectors| 16 * vectors) {
+            let some = |i: usize| ((i * 7919) % 1009) as f32 / 50.0 - 12.0;
+            let mut scores: Vec<f32> = (0..len).map(some).collect();
+            for (k, number) in special.into_iter().enumerate() {
+                let all: Vec<_> = runnable()
+                    .into_iter()
+                    .map(|level| {
+                        let (codes, runs, sum) = exp_int16(level, &scores, 9.0);
+                        let runs: Vec<u32> = runs.iter().map(|x| x.to_bits()).collect();
+                        (codes, runs, sum)
+                    })
+                    .collect();
+                for (codes, runs, sum) in &all {
+                    if all[0].2.is_nan() {
+                        assert!(sum.is_nan(), "{len} {k}");
+                        assert!(codes.iter().all(|code| (0..=4096).contains(code)));
+                    } else {
+                        let same = (codes, runs, sum.to_bits());
+                        assert!(same == (&all[0].0, &all[0].1, all[0].2.to_bits()), "{len} {k}");
+                    }
+                }
+                if len > 0 {
+                    scores[(k * 37) % len] = number;
+                }
+            }
+        }
+    }
+
     #[test]
     fn exp2_of_special_numbers() {
         let inf = f32::INFINITY;
@@ -262,14 +367,16 @@ mod tests {
             let start = index * tile;
             let clamp = |x: usize| x.clamp(start, start + keys.len()) - start;
             let mut buffer = keys.to_vec();
-            buffer.resize(keys.len().next_multiple_of(GROUP), 123.0);
+            buffer.resize(keys.len().next_multiple_of(LANES), 123.0);
             let stride = buffer.len();
             let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
+            let (mut words, mut scales) = (vec![77; stride], vec![7.0; keys.len().div_ceil(RUN)]);
             let mut runs = vec![Int8Run::default(); keys.len().div_ceil(RUN)];
             let probs = match format {
                 Format::F32 => Probs::F32,
                 Format::Bf16 => Probs::Bf16(&mut halves),
                 Format::Int8 => Probs::Int8 { codes: &mut codes, runs: &mut runs },
+                Format::Int16 => Probs::Int16 { codes: &mut words, scales: &mut scales },
             };
             let inside = clamp(visible.start)..clamp(visible.end);
             let (scores, visible) = (&mut buffer, std::slice::from_ref(&inside));
@@ -280,14 +387,22 @@ mod tests {
                 Format::F32 => buffer,
                 Format::Bf16 => halves.iter().map(|&half| from_bf16(half)).collect(),
                 Format::Int8 => {
-                    let real = codes.chunks(RUN).zip(&runs).flat_map(|(codes, run)| {
+                    let whole = keys.len().next_multiple_of(GROUP);
+                    let real = codes[..whole].chunks(RUN).zip(&runs).flat_map(|(codes, run)| {
                         let sum: u32 = codes.iter().map(|&code| u32::from(code)).sum();
                         assert!(running[0].sum.is_nan() || run.codes == sum, "{sum} {run:?}");
                         codes.iter().map(|&code| f32::from(code) * run.scale)
                     });
                     real.collect()
                 }
+                Format::Int16 => {
+                    let runs = words.chunks(RUN).zip(&scales);
+                    let real = runs
+                        .flat_map(|(words, scale)| words.iter().map(move |&word| (word, scale)));
+                    real.map(|(word, scale)| f32::from(word) * scale).collect()
+                }
             };
+            let written = &written[..keys.len().next_multiple_of(GROUP)];
             assert!(written[keys.len()..].iter().all(|&p| p == 0.0), "zeros fill the last group");
             all.extend(&written[..keys.len()]);
         }
@@ -318,6 +433,11 @@ mod tests {
                             // largest probability bounds what a code stands for.
                             Format::Int8 => {
                                 0.51 / 255.0 * largest * (1.0 + exact * visible.len() as f64)
+                            }
+                            Format::Int16 => {
+                                let half = 0.51 / 4096.0 * largest;
+                                half * (1.0 + exact * visible.len() as f64)
+                                    + 2.0 * ERROR_INT16 * exact
                             }
                         };
                         let what = (&visible, tile, format, i);

@@ -32,7 +32,7 @@ impl Int8KvCache {
     /// All of the model's part of `config` counts, and the P·V precision; how keys and values are
     /// quantized is the cache's own configuration, and queries are quantized to 16 bits. For few
     /// queries P·V is in f32 whatever its precision. The result is the same whatever the number of
-    /// threads. It has no gradient. A query that sees no key gives zeros.
+    /// threads, and with P·V in int16 on every [level](crate::cpu). It has no gradient. A query that sees no key gives zeros.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for a `q` that does not fit the
@@ -201,8 +201,8 @@ fn check_config(
     };
     if int8.pv == PvPrecision::Int8 {
         return Err(Error::Unsupported(
-            "P·V in int8 over a cache, whose values are multiplied in f32 or bf16 however they are \
-             stored; use Auto, F32 or Bf16"
+            "P·V in int8 over a cache, whose values are multiplied in more bits however they are \
+             stored; use auto, int16, f32 or bf16"
                 .into(),
         ));
     }

@@ -145,6 +145,24 @@ impl CacheHead<'_> {
         }
     }
 
+    /// Multiplies values in f32, a copy of them where they are no whole vectors.
+    fn accumulate_float(&self, values: &[f32], tile: &Tile<'_>, sums: &mut [f32]) {
+        let (dim, width) = (self.head.dims.value_dim, self.width());
+        if dim == width {
+            let values = contracts::Rows::contiguous(values, dim);
+            return accumulate_in_place(self.level, values, tile, sums);
+        }
+        VALUES.with_borrow_mut(|(_, padded)| {
+            padded.clear();
+            padded.resize(values.len() / dim * width, 0.0);
+            for (padded, row) in padded.chunks_exact_mut(width).zip(values.chunks_exact(dim)) {
+                padded[..dim].copy_from_slice(row);
+            }
+            let values = contracts::Rows::contiguous(padded, width);
+            accumulate_in_place(self.level, values, tile, sums);
+        });
+    }
+
     /// Multiplies a copy of the tile's values in the order of a kernel for many rows.
     fn accumulate_many(
         &self,
@@ -250,16 +268,15 @@ impl KeyValues for CacheHead<'_> {
         running: &[Running],
         sums: &mut [f32],
     ) {
-        let dim = self.head.dims.value_dim;
         match self.float_rows(&keys) {
-            _ if dim == 0 => {}
-            None if running.len() <= FEW => self.accumulate_few(keys, tile, running, sums),
-            Some((rows, first)) if running.len() <= FEW && dim.is_multiple_of(LANES) => {
-                let part = &rows.values[(keys.start - first) * dim..(keys.end - first) * dim];
-                let values = contracts::Rows::contiguous(part, dim);
-                accumulate_in_place(self.level, values, tile, sums);
+            _ if self.head.dims.value_dim == 0 => {}
+            _ if running.len() > FEW => self.accumulate_many(keys, tile, running, sums),
+            None => self.accumulate_few(keys, tile, running, sums),
+            Some((rows, first)) => {
+                let dim = self.head.dims.value_dim;
+                let values = &rows.values[(keys.start - first) * dim..(keys.end - first) * dim];
+                self.accumulate_float(values, tile, sums);
             }
-            _ => self.accumulate_many(keys, tile, running, sums),
         }
     }
 }

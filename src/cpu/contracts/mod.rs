@@ -8,8 +8,8 @@ pub(crate) mod softmax;
 
 pub(crate) use int8_product::{Geometry, Int8Product, LhsFormat, MAX_TILE, ScoreTile, TileInput};
 pub(crate) use panel_product::{
-    Format, GROUP, Int8Run, LANES, Panel, PanelProduct, RUN, Stored, StoredProduct, VECTORS,
-    bf16_bits,
+    Format, GROUP, INT16_MATRIX, Int8Run, LANES, Panel, PanelProduct, RUN, Stored, StoredProduct,
+    VECTORS, bf16_bits,
 };
 pub(crate) use rows::{BlockCodes, ROTATED, RowKernels, Rows};
-pub(crate) use softmax::{CODES, ExpBf16, Softmax};
+pub(crate) use softmax::{CODES, ExpBf16, Int16Exp, Softmax};

@@ -23,10 +23,19 @@ pub(crate) const ROWS: usize = 6;
 /// every kernel.
 pub(crate) const GROUP: usize = 8;
 
-/// Elements of the depth whose int8 codes on the left side share a scale, a multiple of [`GROUP`]. A
+/// Elements of the depth whose integers on the left side share a scale, a multiple of [`GROUP`]. A
 /// shorter run keeps more of the small probabilities beside a large one, and converts more sums to
 /// f32.
 pub(crate) const RUN: usize = 64;
+
+/// The largest magnitude on the left side of an int16 product: 13 bits with the sign.
+pub(crate) const INT16_LEFT: i16 = 1 << 12;
+/// The largest magnitude in the matrix of an int16 product: 14 bits with the sign.
+pub(crate) const INT16_MATRIX: i16 = (1 << 13) - 1;
+
+// `|sum l_k m_k| <= sum |l_k| |m_k|`: no sum over a run leaves an i32, nor does any part of it, whatever
+// the signs and the order in which it is added up.
+const _: () = assert!(RUN as i64 * INT16_LEFT as i64 * INT16_MATRIX as i64 <= i32::MAX as i64);
 
 /// Int8 probabilities of one query for a run of keys: `scale * code`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -46,6 +55,9 @@ pub(crate) enum Format {
     Bf16,
     /// u8 on the left, i8 in the matrix; exact i32 sums over a run, then f32.
     Int8,
+    /// i16 up to [`INT16_LEFT`] on the left and up to [`INT16_MATRIX`] in the matrix, both with a scale for
+    /// each run; exact i32 sums over a run, then f32.
+    Int16,
 }
 
 impl Format {
@@ -53,7 +65,7 @@ impl Format {
     pub(crate) const fn size(self) -> usize {
         match self {
             Format::F32 => 4,
-            Format::Bf16 => 2,
+            Format::Bf16 | Format::Int16 => 2,
             Format::Int8 => 1,
         }
     }
@@ -111,6 +123,16 @@ pub(crate) struct Panel {
     pub runs: *const Int8Run,
     /// Runs from one row to the next.
     pub runs_stride: usize,
+    /// What a 1 on the left side of an int16 product stands for: a number for each row and run, that of the
+    /// first row and run here. Not read for other formats.
+    pub row_scales: *const f32,
+    /// Elements from one row of these to the next.
+    pub row_scales_stride: usize,
+    /// What a 1 in the matrix of an int16 product stands for: a number for each run and column, that of the
+    /// first here. Not read for other formats.
+    pub column_scales: *const f32,
+    /// Elements from one run of these to the next; 0 for columns with one scale for all runs.
+    pub column_scales_stride: usize,
     /// The first sum of the first row; `vectors * LANES` in each row.
     pub sums: *mut f32,
     /// Elements from one row of sums to the next.
@@ -135,6 +157,7 @@ impl Panel {
             rest.rows -= rows;
             rest.lhs = rest.lhs.wrapping_add(rows * rest.lhs_stride);
             rest.runs = rest.runs.wrapping_add(rows * rest.runs_stride);
+            rest.row_scales = rest.row_scales.wrapping_add(rows * rest.row_scales_stride);
             rest.sums = rest.sums.wrapping_add(rows * rest.sums_stride);
             rest.start = rest.start_from(rows * rest.start_stride);
             left -= 1;
@@ -149,6 +172,7 @@ impl Panel {
             vectors: most.min(self.vectors - first),
             matrix: self.matrix.wrapping_add(first * LANES * size),
             sums: self.sums.wrapping_add(first * LANES),
+            column_scales: self.column_scales.wrapping_add(first * LANES),
             start: self.start_from(first * LANES),
             ..self
         })
@@ -191,6 +215,18 @@ impl Panel {
             .map(move |run| (run, run * of_run..(run * of_run + of_run).min(groups)))
     }
 
+    /// What a 1 of a row stands for in a run of an int16 product.
+    #[inline(always)]
+    pub(crate) fn row_scale(&self, row: usize, run: usize) -> *const f32 {
+        self.row_scales.wrapping_add(row * self.row_scales_stride + run)
+    }
+
+    /// What a 1 of a `column` and those behind it stands for in a run of an int16 product.
+    #[inline(always)]
+    pub(crate) fn column_scale(&self, column: usize, run: usize) -> *const f32 {
+        self.column_scales.wrapping_add(run * self.column_scales_stride + column)
+    }
+
     /// What the codes of a row stand for in a run.
     #[inline(always)]
     pub(crate) fn run_of(&self, row: usize, run: usize) -> *const Int8Run {
@@ -204,9 +240,15 @@ impl Panel {
 /// In int8, run by run: the exact integer, rounded to f32, times the scale of the run, rounded, is
 /// added to the sum, which is rounded; so every kernel gives the same bits.
 ///
+/// So it is in int16, where the integer, rounded to f32, is multiplied by the scale of the row and then by
+/// that of the column, each product and each addition rounded and none fused: not every level has an
+/// instruction for that. In this order nothing overflows but the sum itself: an integer times the scale of
+/// its row is at most what the left side adds up to, times [`INT16_MATRIX`].
+///
 /// # Safety
 /// The instructions are there, and the pointers of the panel are valid for what is named there, sums for
-/// reads and writes and all else for reads (`start`, unless it is null, like the sums), and aligned for f32 where they are to f32.
+/// reads and writes and all else for reads (`start`, unless it is null, like the sums), and aligned for f32 where they are to f32. Integers of
+/// an int16 product are within their bounds.
 pub(crate) type Multiply = unsafe fn(Panel);
 
 /// One instruction set's way to multiply with a matrix packed in one format.
@@ -228,7 +270,8 @@ pub(crate) struct PanelProduct {
 }
 
 /// One instruction set's way to multiply f32 rows with a matrix that is stored as it comes, row-major:
-/// as [`PanelProduct`] with groups of one, and any number of vectors.
+/// as [`PanelProduct`] with groups of one, and any number of vectors. Products and sums are rounded apart,
+/// so every level gives the same bits; it waits for memory more than for sums.
 #[derive(Debug)]
 pub(crate) struct StoredProduct {
     /// Name in reports.

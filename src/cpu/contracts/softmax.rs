@@ -1,4 +1,9 @@
 //! What the softmax does with the scores that one query sees, in units of log2.
+//!
+//! All levels give the same bits, but for the bf16 of some: products and sums are rounded apart, sums are
+//! those of 16 lanes, added up as [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
+
+use super::panel_product::INT16_LEFT;
 
 /// One instruction set's way, row by row.
 #[derive(Debug)]
@@ -15,7 +20,55 @@ pub(crate) struct Softmax {
     /// Writes `255 * 2^(score - max)` rounded to codes of the same number; returns the sum of these
     /// codes, or NaN if there is a NaN.
     pub exp_int8: unsafe fn(&[f32], f32, &mut [u8]) -> f32,
+    /// Writes the largest score of each run of [`RUN`](super::RUN) scores, of which there are a multiple of
+    /// 16; returns the largest of all. NaN does not count.
+    pub max_of_runs: unsafe fn(&[f32], &mut [f32]) -> f32,
+    /// Writes `2^(score - max)` in int16, for a multiple of 16 scores: see [`Int16Exp`].
+    pub exp_int16: unsafe fn(Int16Exp<'_>) -> f32,
 }
+
+/// A row of scores, and its place in an int16 product: `2^(score - max) ~ scale * code` with a scale for each
+/// run. The function returns the sum of what the codes stand for, or NaN if a score is NaN.
+///
+/// ```text
+/// scale  = 2^(top - max) / 4096                            top: the largest score of the run
+/// i      = round(2^11 * min(top - score, 15))              11 bits of fraction in a u16, ties to even
+/// q      = 2^14 * 2^-(fraction of i)                       a polynomial in integers
+/// code   = round(q / 2^(2 + integer part of i))            0..=4096
+/// ```
+///
+/// All of it from `i` on is in 16-bit integers: twice as many in a vector as f32, and the same on every
+/// level by nature. The rounding of `i` is up to `2^-12 ln 2` of the result, and the polynomial is off by
+/// up to [`ERROR_INT16`] with it; that of the code is up to `2^-13` of the largest of its run.
+///
+/// The sum is over lanes in f32: lane `l` of 16 adds up the codes at places `2 l` and `2 l + 1` of every 32 in
+/// the run, exactly, times the scale, run by run.
+pub(crate) struct Int16Exp<'a> {
+    /// A multiple of 16.
+    pub scores: &'a [f32],
+    /// Subtracted from all scores: the largest that the query has seen.
+    pub max: f32,
+    /// The largest of each run; then the scales.
+    pub runs: &'a mut [f32],
+    /// As many as scores.
+    pub codes: &'a mut [i16],
+}
+
+/// Bits behind the point of a distance from the largest score of a run.
+pub(crate) const FRACTION: u32 = 11;
+/// The largest distance: beyond it the code is 0.
+pub(crate) const FARTHEST: f32 = 15.0;
+/// A distance added to this has its integer in the lowest 16 bits, which are 0 here.
+pub(crate) const DISTANCE: f32 = (3 << (22 - FRACTION)) as f32;
+/// The bits above which a distance was NaN.
+pub(crate) const DISTANCE_END: u32 = DISTANCE.to_bits() + ((FARTHEST as u32) << FRACTION);
+/// The coefficients of `2^-f` in fourteen bits: `q = c0 - f (c1 - f (c2 - f c3))`, minimax in relative
+/// error over `[0, 1]`, then the neighbours in integers with the least mean square error.
+pub(crate) const EXP2_INT16: [i16; 4] = [16_382, 11_320, 3_770, 641];
+/// A code of the largest score: `q` times this in the upper half is rounded to 4096.
+pub(crate) const TOP_INT16: i16 = 8192;
+/// What a code of 1 stands for in a run whose largest score is that of the row.
+pub(crate) const SCALE_INT16: f32 = 1.0 / INT16_LEFT as f32;
 
 /// Writes `2^(score - max)` rounded to bf16, relative error before that below [`ERROR_BF16`], to as
 /// many places; returns the sum of the rounded ones, so that they sum to 1 after the division.
@@ -33,3 +86,6 @@ pub(crate) const ERROR_F32: f64 = 2e-7;
 /// The relative error of `2^x` before it is rounded to bf16, whose own is up to 3.9e-3.
 #[cfg(test)]
 pub(crate) const ERROR_BF16: f64 = 1.1e-4;
+/// The relative error of `2^x` before it is rounded to int16.
+#[cfg(test)]
+pub(crate) const ERROR_INT16: f64 = 4e-4;

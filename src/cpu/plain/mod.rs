@@ -36,7 +36,14 @@ macro_rules! plain_kernels {
     ($name:expr $(, $features:literal)?) => {
         #[allow(dead_code)]
         pub(crate) const SOFTMAX: crate::cpu::contracts::Softmax =
-            crate::cpu::contracts::Softmax { name: $name, max, exp_f32, exp_int8 };
+            crate::cpu::contracts::Softmax {
+                name: $name,
+                max,
+                exp_f32,
+                exp_int8,
+                max_of_runs,
+                exp_int16,
+            };
 
         #[allow(dead_code)]
         pub(crate) const ROWS: crate::cpu::contracts::RowKernels =
@@ -58,6 +65,17 @@ macro_rules! plain_kernels {
         $(#[target_feature(enable = $features)])?
         fn exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
             crate::cpu::plain::softmax::exp_int8(scores, max, codes)
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
+            crate::cpu::plain::softmax::max_of_runs(scores, runs)
+        }
+
+        #[allow(dead_code)]
+        $(#[target_feature(enable = $features)])?
+        fn exp_int16(job: crate::cpu::contracts::Int16Exp<'_>) -> f32 {
+            crate::cpu::plain::softmax::exp_int16(job)
         }
 
         $(#[target_feature(enable = $features)])?

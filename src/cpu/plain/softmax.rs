@@ -1,7 +1,10 @@
 //! The softmax of a row.
 
 use super::{LANES, each_lane, fold_lanes, sum_lanes};
-use crate::cpu::contracts::{CODES, bf16_bits};
+use crate::cpu::contracts::softmax::{
+    DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, SCALE_INT16, TOP_INT16,
+};
+use crate::cpu::contracts::{CODES, Int16Exp, RUN, bf16_bits};
 
 /// The coefficients of `f` to `f^5` in the polynomial for `2^f`: minimax in relative error over
 /// [-1/2, 1/2], with a constant term of 1, so that `2^0 = 1`.
@@ -84,6 +87,79 @@ pub(crate) fn exp_int8(row: &[f32], max: f32, codes: &mut [u8]) -> f32 {
     let rest = each_lane(|i| rounded[i].to_bits() as u8);
     out_tail.copy_from_slice(&rest[..out_tail.len()]);
     sum_lanes(sums)
+}
+
+#[inline(always)]
+pub(crate) fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
+    for (run, scores) in runs.iter_mut().zip(scores.chunks(RUN)) {
+        *run = max(scores);
+    }
+    runs.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
+}
+
+/// [`Softmax::exp_int16`](crate::cpu::contracts::Softmax::exp_int16).
+#[inline(always)]
+pub(crate) fn exp_int16(job: Int16Exp<'_>) -> f32 {
+    let (mut sums, mut last) = ([0f32; LANES], [0u32; LANES]);
+    let scores = job.scores.chunks(LANES * RUN).zip(job.codes.chunks_mut(LANES * RUN));
+    for (runs, (scores, codes)) in job.runs.chunks_mut(LANES).zip(scores) {
+        let scales = scales_of_runs(runs, job.max);
+        let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
+        for ((run, scale), (scores, codes)) in runs.iter_mut().zip(scales).zip(of_runs) {
+            let top = top_of_run(*run);
+            let mut counts = [0i32; LANES];
+            for (scores, codes) in scores.chunks(2 * LANES).zip(codes.chunks_mut(2 * LANES)) {
+                let mut both = [0i16; 2 * LANES];
+                let halves = both.as_chunks_mut::<LANES>().0.iter_mut();
+                for (half, scores) in halves.zip(scores.as_chunks::<LANES>().0) {
+                    let distances = each_lane(|i| distance(scores[i], top));
+                    last = each_lane(|i| last[i].max(distances[i]));
+                    *half = each_lane(|i| code_of_distance(distances[i] as u16));
+                }
+                codes.copy_from_slice(&both[..codes.len()]);
+                let of_pair = |i: usize| i32::from(both[2 * i]) + i32::from(both[2 * i + 1]);
+                counts = each_lane(|i| counts[i] + of_pair(i));
+            }
+            sums = each_lane(|i| sums[i] + counts[i] as f32 * scale);
+            *run = scale;
+        }
+    }
+    let nan = last.iter().any(|&distance| distance > DISTANCE_END);
+    if nan { f32::NAN } else { sum_lanes(sums) }
+}
+
+/// What a code of 1 stands for in up to 16 runs with these largest scores.
+#[inline(always)]
+pub(crate) fn scales_of_runs(tops: &[f32], max: f32) -> [f32; LANES] {
+    let tops = padded(tops);
+    each_lane(|i| exp2(tops[i] - max) * SCALE_INT16)
+}
+
+/// Any finite number makes the codes of a run that sees nothing 0, without the NaN of `-inf - (-inf)`.
+#[inline(always)]
+pub(crate) fn top_of_run(top: f32) -> f32 {
+    if top == f32::NEG_INFINITY { 0.0 } else { top }
+}
+
+/// The bits of a score's distance from the largest; beyond those of every distance for NaN.
+#[inline(always)]
+fn distance(score: f32, top: f32) -> u32 {
+    let distance = top - score;
+    let distance = if FARTHEST < distance { FARTHEST } else { distance };
+    (distance + DISTANCE).to_bits()
+}
+
+#[inline(always)]
+fn code_of_distance(distance: u16) -> i16 {
+    /// The upper half of a product, rounded.
+    #[inline(always)]
+    fn multiply(a: i16, b: i16) -> i16 {
+        ((i32::from(a) * i32::from(b) + 0x4000) >> 15) as i16
+    }
+    let f = (distance << (15 - FRACTION) & 0x7fff) as i16;
+    let [c0, c1, c2, c3] = EXP2_INT16;
+    let q = c0 - multiply(f, c1 - multiply(f, c2 - multiply(f, c3)));
+    multiply(q, TOP_INT16 >> (distance >> FRACTION & 15))
 }
 
 /// The last elements of a row, filled up with scores whose probability is 0.

@@ -1,17 +1,19 @@
 //! Rows times a packed matrix with f32 sums: `[M, K] x [K, C] -> [M, C]`.
 //!
-//! Probabilities times values, in f32, in bf16 where the hardware multiplies it, or in int8 on request;
-//! queries times keys in f32; linear layers; and the pages of a cache, which are multiplied as they lie.
-//! bf16 halves the memory and doubles the speed, and its rounding of `P` and `V` (2^-9 relative) is smaller
-//! than what int8 scores cost. In int8, probabilities have a scale for each row and run of 64 keys, values
-//! one for each channel, and sums are exact over a run; that costs more accuracy than the scores do.
+//! Probabilities times values, in int16, or on request in f32, in int8, and in bf16 where the hardware
+//! multiplies it; queries times keys in f32; linear layers; and the pages of a cache, which are multiplied as
+//! they lie. int16 halves the memory of f32 and doubles the speed, in exact sums over runs of 64 keys:
+//! probabilities have 12 bits with a scale for each row and run, values 13 and a sign with a scale for each
+//! channel and run. In int8, values have one for each channel, and that costs more accuracy than the scores
+//! do.
 //!
 //! * `pack` puts a matrix in the order a kernel reads, and multiplies.
-//! * `channels` is the arithmetic around int8 sums.
+//! * `channels` is the arithmetic around int8 sums, `runs` that of int16.
 //! * `stored` multiplies with a matrix where it lies.
 
 mod channels;
 mod pack;
+mod runs;
 mod stored;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! A matrix in the order a kernel reads it, and the products with it.
 
 use super::channels::{Channels, Dequantize, LARGEST, code, dequantize};
+use super::runs::{RunScales, code16, outliers};
 use crate::cpu::Level;
 use crate::cpu::contracts::{
     Format, GROUP, Int8Run, LANES, Panel, PanelProduct, RUN, Rows, bf16_bits,
@@ -32,6 +33,8 @@ pub(crate) struct PackedMatrix {
     fill: Vec<f32>,
     /// Of int8 only.
     channels: Option<Channels>,
+    /// Of int16 only.
+    run_scales: Option<RunScales>,
     exceptions: Vec<(usize, Vec<f32>)>,
 }
 
@@ -61,6 +64,7 @@ impl PackedMatrix {
             aligned: false,
             fill: Vec::new(),
             channels: None,
+            run_scales: (product.format == Format::Int16).then(|| RunScales::new(0, 0)),
             exceptions: Vec::new(),
         };
         packed.reset(depth, columns);
@@ -80,6 +84,9 @@ impl PackedMatrix {
         self.fill.clear();
         self.fill.resize(columns, 0.0);
         self.channels = (format == Format::Int8).then(|| Channels::new(columns));
+        if let Some(scales) = &mut self.run_scales {
+            scales.reset(depth, columns);
+        }
         self.exceptions.clear();
     }
 
@@ -143,42 +150,81 @@ impl PackedMatrix {
         }
     }
 
-    /// Packs the rows from `first` on, which is a multiple of [`GROUP`]; `rows` is row-major.
+    /// Packs the rows from `first` on, which is a multiple of [`GROUP`], and for int16 of [`RUN`], as is
+    /// their number unless they are the last; `rows` is row-major.
     pub(crate) fn put(&mut self, first: usize, rows: &[f32]) {
         if self.columns == 0 {
             return;
         }
         let end = first + rows.len() / self.columns;
         assert!(first.is_multiple_of(GROUP) && end <= self.depth, "{first}..{end}");
+        let rows = self.without_exceptions(first, rows);
+        if self.run_scales.is_none() {
+            return self.spread(first, &rows);
+        }
+        assert!(first.is_multiple_of(RUN) && (end == self.depth || end.is_multiple_of(RUN)));
+        for (run, rows) in (first / RUN..).zip(rows.chunks(RUN * self.columns)) {
+            let rows = self.without_outliers(run * RUN, rows);
+            self.run_scales.as_mut().expect("int16").observe(run, &rows, self.columns);
+            self.spread(run * RUN, &rows);
+        }
+    }
+
+    /// Rows from `first` on, those that the format cannot hold kept beside.
+    fn without_exceptions<'a>(&mut self, first: usize, rows: &'a [f32]) -> Cow<'a, [f32]> {
         let limit = match self.product.format {
-            Format::F32 => f32::MAX,
+            Format::F32 | Format::Int16 => f32::MAX,
             Format::Bf16 => half::bf16::MAX.to_f32(),
             Format::Int8 => LARGEST,
         };
         let fits = |rows: &[f32]| widest!(all_below, (rows, limit), (&[f32], f32) => bool);
-        let mut rows = Cow::Borrowed(rows);
-        if !fits(&rows) {
-            for (key, row) in (first..).zip(rows.to_mut().chunks_exact_mut(self.columns)) {
-                if !fits(row) {
-                    let added = row.iter().zip(&self.fill).map(|(x, fill)| x - fill).collect();
-                    self.exceptions.push((key, added));
-                    row.copy_from_slice(&self.fill);
-                }
-            }
+        if fits(rows) {
+            return Cow::Borrowed(rows);
         }
+        let kept = rows.chunks_exact(self.columns).enumerate().filter(|(_, row)| !fits(row));
+        let kept = kept.map(|(row, _)| row).collect();
+        Cow::Owned(self.keep_beside(first, rows, kept))
+    }
+
+    /// A run of finite rows without those that are far larger than the rest.
+    fn without_outliers<'a>(&mut self, first: usize, rows: &'a [f32]) -> Cow<'a, [f32]> {
+        let kept = outliers(rows, self.columns);
+        match kept.is_empty() {
+            true => Cow::Borrowed(rows),
+            false => Cow::Owned(self.keep_beside(first, rows, kept)),
+        }
+    }
+
+    /// The rows with what fills those that are kept beside.
+    fn keep_beside(&mut self, first: usize, rows: &[f32], kept: Vec<usize>) -> Vec<f32> {
+        let mut rows = rows.to_vec();
+        for index in kept {
+            let row = &mut rows[index * self.columns..][..self.columns];
+            let added = row.iter().zip(&self.fill).map(|(x, fill)| x - fill).collect();
+            self.exceptions.push((first + index, added));
+            row.copy_from_slice(&self.fill);
+        }
+        rows
+    }
+
+    /// Writes rows that the format holds to their place in every panel; in int16 those of the run that was
+    /// observed last.
+    fn spread(&mut self, first: usize, rows: &[f32]) {
         for panel in self.panels() {
             let at = self.panel_start(&panel, first);
-            let int8 = match &self.channels {
-                Some(known) => (&known.offsets[panel.clone()], &known.inverses[panel.clone()]),
-                None => Default::default(),
+            let (offsets, inverses) = match (&self.channels, &self.run_scales) {
+                (Some(known), _) => (&known.offsets[panel.clone()], &known.inverses[panel.clone()]),
+                (_, Some(known)) => (Default::default(), &known.inverses()[panel.clone()]),
+                _ => Default::default(),
             };
             let job = Spread {
                 product: self.product,
-                rows: &rows,
+                rows,
                 width: self.columns,
                 columns: panel,
                 fill: &self.fill,
-                int8,
+                offsets,
+                inverses,
                 out: &mut self.bytes.as_mut_slice()[at..],
             };
             widest!(spread, job, Spread<'_> => ());
@@ -283,6 +329,47 @@ impl PackedMatrix {
             for panel in self.panels() {
                 self.int8_panel(&panel, &rows, (lhs, stride), runs, out);
             }
+        }
+    }
+
+    /// [`PackedMatrix::accumulate_f32`] for int16; `scales` says what a 1 on the left side stands for: a
+    /// number for [`RUN`] elements each, all runs of a row before those of the next. `rows` starts at a
+    /// multiple of [`RUN`].
+    pub(crate) fn accumulate_int16(
+        &self,
+        rows: Range<usize>,
+        lhs: &[i16],
+        stride: usize,
+        scales: &[f32],
+        out: &mut [f32],
+    ) {
+        let width = self.width();
+        if out.is_empty() || rows.is_empty() {
+            return;
+        }
+        let (count, per_row) = (out.len() / width, rows.len().div_ceil(RUN));
+        assert!(rows.start.is_multiple_of(RUN) && out.len() == count * width);
+        assert_eq!(count * per_row, scales.len(), "{per_row} scales in each row");
+        let known = self.run_scales.as_ref().expect("int16");
+        for panel in self.panels() {
+            let of_columns = known.from(rows.start / RUN, panel.start);
+            assert!(of_columns.len() >= (per_row - 1) * known.stride() + panel.len());
+            let sums = out[panel.start..].as_mut_ptr();
+            let job = Panel {
+                row_scales: scales.as_ptr(),
+                row_scales_stride: per_row,
+                column_scales: of_columns.as_ptr(),
+                column_scales_stride: known.stride(),
+                sums,
+                sums_stride: width,
+                start: sums,
+                start_stride: width,
+                ..self.job(&panel, &rows, (lhs, stride, count), &[])
+            };
+            // SAFETY: `job` checked the left side and the matrix, and the panel's columns are in every row
+            // of sums and of scales, as just asserted. `put` bounds the integers of the matrix; the caller
+            // those of the left side.
+            unsafe { self.level.multiply(self.product.format, job) };
         }
     }
 
@@ -435,6 +522,10 @@ impl PackedMatrix {
             matrix_stride: panel.len() * group * format.size(),
             runs: runs.as_ptr(),
             runs_stride,
+            row_scales: std::ptr::null(),
+            row_scales_stride: 0,
+            column_scales: std::ptr::null(),
+            column_scales_stride: 0,
             sums: std::ptr::null_mut(),
             sums_stride: 0,
             start: std::ptr::null(),
@@ -490,20 +581,26 @@ struct Spread<'a> {
     columns: Range<usize>,
     /// The row after the last one.
     fill: &'a [f32],
-    /// Offsets and inverse scales of int8 columns, padded like these.
-    int8: (&'a [f32], &'a [f32]),
+    /// Offsets of int8 columns, padded like these.
+    offsets: &'a [f32],
+    /// Inverse scales of int8 and int16 columns, padded like these.
+    inverses: &'a [f32],
     out: &'a mut [u8],
 }
 
 #[inline(always)]
 fn spread(job: Spread<'_>) {
     let PanelProduct { format, group, bias, .. } = *job.product;
-    let (offsets, inverses) = job.int8;
+    let (offsets, inverses) = (job.offsets, job.inverses);
     let f32 = |_: usize, x: [f32; LANES]| each_lane(|i| x[i].to_bits());
     let bf16 = |_: usize, x: [f32; LANES]| each_lane(|i| bf16_bits(x[i]).into());
     let int8 = |at: usize, x: [f32; LANES]| {
         let (offset, inverse) = (lanes(offsets, at), lanes(inverses, at));
         each_lane(|i| u32::from(code(x[i], offset[i], inverse[i]) as u8 ^ bias))
+    };
+    let int16 = |at: usize, x: [f32; LANES]| {
+        let inverse = lanes(inverses, at);
+        each_lane(|i| u32::from(code16(x[i], inverse[i]) as u16))
     };
     match (format, group) {
         (Format::F32, _) => interleave::<1, u32>(job, f32),
@@ -512,6 +609,8 @@ fn spread(job: Spread<'_>) {
         (Format::Int8, 1) => interleave::<1, u8>(job, int8),
         (Format::Int8, 4) => interleave::<4, u32>(job, int8),
         (Format::Int8, _) => interleave::<8, u64>(job, int8),
+        (Format::Int16, 1) => interleave::<1, u16>(job, int16),
+        (Format::Int16, _) => interleave::<2, u32>(job, int16),
     }
 }
 
@@ -538,7 +637,7 @@ macro_rules! words {
         })*
     };
 }
-words!(u8, u32, u64);
+words!(u8, u16, u32, u64);
 
 /// Groups of `G` rows, a word for each column; the first row is in the lowest bits, which come
 /// first in memory.

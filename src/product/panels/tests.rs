@@ -1,10 +1,11 @@
-//! Every level and format against the plain sum: bit for bit in int8, within the rounding of its
+//! Every level and format against the plain sum: bit for bit in integers, within the rounding of its
 //! additions in f32 and bf16.
 
 use super::channels::code;
 use super::*;
+use crate::cpu::contracts::panel_product::INT16_LEFT;
 use crate::cpu::contracts::{
-    Format, GROUP, Int8Run, LANES, Panel, PanelProduct, RUN, Rows, VECTORS, bf16_bits,
+    Format, GROUP, INT16_MATRIX, Int8Run, LANES, Panel, PanelProduct, RUN, Rows, VECTORS, bf16_bits,
 };
 use crate::cpu::{Level, runnable};
 use proptest::prelude::*;
@@ -18,7 +19,7 @@ const ADDITION: f64 = f32::EPSILON as f64;
 
 /// Every format that this machine multiplies, on every level.
 fn products() -> impl Iterator<Item = (Level, &'static PanelProduct)> {
-    let formats = [Format::F32, Format::Bf16, Format::Int8];
+    let formats = [Format::F32, Format::Bf16, Format::Int8, Format::Int16];
     let of_level = move |level: Level| {
         formats.into_iter().filter_map(move |format| Some((level, level.panels(format)?)))
     };
@@ -49,6 +50,15 @@ impl Random {
             _ => self.next() as u8,
         }
     }
+
+    /// Up to a magnitude, the extremes more often.
+    fn word(&mut self, most: i16) -> i16 {
+        match self.next() % 8 {
+            0 => most,
+            1 => -most,
+            _ => (self.next() % (2 * most as u32 + 1)) as i16 - most,
+        }
+    }
 }
 
 /// The bf16 next to `x`.
@@ -62,6 +72,7 @@ fn bytes(format: Format, x: f32) -> Vec<u8> {
         Format::F32 => x.to_ne_bytes().to_vec(),
         Format::Bf16 => bf16_bits(x).to_ne_bytes().to_vec(),
         Format::Int8 => vec![x as i32 as u8],
+        Format::Int16 => (x as i16).to_ne_bytes().to_vec(),
     }
 }
 
@@ -94,10 +105,11 @@ fn check_panel(
     let mut random = Random(seed);
     let (format, group, width) = (product.format, product.group, vectors * LANES);
     let keys = groups * group;
-    let int8 = format == Format::Int8;
-    let mut draw = |signed: bool| match (int8, signed) {
-        (true, true) => f32::from(random.byte() as i8),
-        (true, false) => f32::from(random.byte()),
+    let mut draw = |signed: bool| match (format, signed) {
+        (Format::Int8, true) => f32::from(random.byte() as i8),
+        (Format::Int8, false) => f32::from(random.byte()),
+        (Format::Int16, true) => f32::from(random.word(INT16_MATRIX)),
+        (Format::Int16, false) => f32::from(random.word(INT16_LEFT)),
         _ => random.float(),
     };
     let probs: Vec<f32> = (0..rows * keys).map(|_| draw(false)).collect();
@@ -122,6 +134,9 @@ fn check_panel(
     }
     let (prob_bytes, value_bytes) = (Exact::new(&prob_bytes), Exact::new(&value_bytes));
     let runs = int8_runs(&probs, keys);
+    let of_row = keys.div_ceil(RUN);
+    let row_scales: Vec<f32> = (0..rows * of_row).map(|i| (i + 1) as f32 / 4096.0).collect();
+    let column_scales: Vec<f32> = (0..of_row * width).map(|i| (i + 7) as f32 / 999.0).collect();
     let poison = f32::from_bits(0x7fc0_dead);
     let mut sums: Vec<f32> = Vec::new();
     for row in starts.chunks(width) {
@@ -139,7 +154,11 @@ fn check_panel(
         matrix: value_bytes.as_ptr(),
         matrix_stride: width * group * format.size(),
         runs: runs.as_ptr(),
-        runs_stride: keys.div_ceil(RUN),
+        runs_stride: of_row,
+        row_scales: row_scales.as_ptr(),
+        row_scales_stride: of_row,
+        column_scales: column_scales.as_ptr(),
+        column_scales_stride: width,
         sums: out,
         sums_stride: width + 1,
         start: if add { out } else { std::ptr::null() },
@@ -155,8 +174,13 @@ fn check_panel(
             let start = if add { starts[i * width + c] } else { 0.0 };
             let value = |j: usize| values[j * width + c];
             let what = (product.name, format, rows, vectors, groups, i, c);
-            if int8 {
+            if format == Format::Int8 {
                 let expected = int8_sum(start, probs, value, runs);
+                assert_eq!(found.to_bits(), expected.to_bits(), "{what:?}");
+            } else if format == Format::Int16 {
+                let row_scales = &row_scales[i * of_row..];
+                let column_scale = |run: usize| column_scales[run * width + c];
+                let expected = int16_sum(start, probs, value, row_scales, column_scale);
                 assert_eq!(found.to_bits(), expected.to_bits(), "{what:?}");
             } else {
                 let term = |j: usize| f64::from(probs[j]) * f64::from(value(j));
@@ -190,6 +214,63 @@ fn int8_sum(start: f32, codes: &[f32], value: impl Fn(usize) -> f32, runs: &[Int
     sum
 }
 
+/// `start` and the exact sum of each run, rounded, times the scales of row and column, each step rounded.
+fn int16_sum(
+    start: f32,
+    left: &[f32],
+    value: impl Fn(usize) -> f32,
+    row_scales: &[f32],
+    column_scale: impl Fn(usize) -> f32,
+) -> f32 {
+    let mut sum = start;
+    for ((i, left), row_scale) in left.chunks(RUN).enumerate().zip(row_scales) {
+        let term = |(j, &x): (usize, &f32)| x as i64 * value(i * RUN + j) as i64;
+        let exact: i64 = left.iter().enumerate().map(term).sum();
+        sum += i32::try_from(exact).expect("in bounds") as f32 * row_scale * column_scale(i);
+    }
+    sum
+}
+
+/// Whole runs of the largest magnitudes, which all have the sign that makes the sum as large as can be, and
+/// as small.
+#[test]
+fn no_int16_sum_overflows() {
+    for level in runnable() {
+        let product = level.panels(Format::Int16).expect("on every level");
+        for (left, right) in [(1, 1), (1, -1), (-1, 1), (-1, -1)] {
+            let depth = 3 * RUN;
+            let left = INT16_LEFT * left;
+            let words = vec![left; depth];
+            let matrix = vec![INT16_MATRIX * right; depth * LANES];
+            let (row_scales, column_scales) = ([1f32; 3], [1f32; LANES]);
+            let mut sums = [0f32; LANES];
+            let panel = Panel {
+                rows: 1,
+                vectors: 1,
+                groups: depth / product.group,
+                lhs: words.as_ptr().cast(),
+                lhs_stride: 2 * depth,
+                matrix: matrix.as_ptr().cast(),
+                matrix_stride: 2 * LANES * product.group,
+                runs: std::ptr::null(),
+                runs_stride: 0,
+                row_scales: row_scales.as_ptr(),
+                row_scales_stride: 3,
+                column_scales: column_scales.as_ptr(),
+                column_scales_stride: 0,
+                sums: sums.as_mut_ptr(),
+                sums_stride: LANES,
+                start: std::ptr::null(),
+                start_stride: 0,
+            };
+            // SAFETY: the buffers were laid out for this panel.
+            unsafe { level.multiply(Format::Int16, panel) };
+            let of_run = RUN as i32 * i32::from(left) * i32::from(INT16_MATRIX * right);
+            assert_eq!(sums, [of_run as f32 + of_run as f32 + of_run as f32; LANES], "{level:?}");
+        }
+    }
+}
+
 #[test]
 fn every_kernel_sums_its_panel_and_touches_nothing_else() {
     for (level, product) in products() {
@@ -212,6 +293,7 @@ struct Probs {
     floats: Vec<f32>,
     halves: Vec<u16>,
     codes: Vec<u8>,
+    words: Vec<i16>,
     stride: usize,
 }
 
@@ -224,7 +306,14 @@ impl Probs {
         }
         let floats: Vec<f32> = codes.iter().map(|&code| f32::from(code) / 256.0).collect();
         let halves = floats.iter().map(|&p| bf16_bits(p)).collect();
-        Self { floats, halves, codes, stride }
+        let words = codes.iter().map(|&code| i16::from(code) * 16).collect();
+        Self { floats, halves, codes, words, stride }
+    }
+
+    /// What the words of `keys` in every row stand for: any scales.
+    fn scales(&self, keys: &Range<usize>) -> Vec<f32> {
+        let count = self.codes.len() / self.stride * keys.len().div_ceil(RUN);
+        (0..count).map(|i| (i + 1) as f32 / 65536.0).collect()
     }
 
     /// What the codes of `keys` in every row stand for.
@@ -249,13 +338,17 @@ impl Probs {
                 let runs = self.runs(&keys);
                 values.accumulate_int8(keys, &self.codes[from..], stride, &runs, out);
             }
+            Format::Int16 => {
+                let scales = self.scales(&keys);
+                values.accumulate_int16(keys, &self.words[from..], stride, &scales, out);
+            }
         }
     }
 }
 
 /// Packed values from `put` in blocks.
 fn pack(level: Level, format: Format, values: &[f32], keys: usize, depth: usize) -> PackedMatrix {
-    const BLOCK: usize = 48;
+    const BLOCK: usize = RUN;
     let mut packed = PackedMatrix::new(level, format, keys, depth);
     assert_eq!(packed.needs_ranges(), format == Format::Int8);
     values.chunks(BLOCK * depth).for_each(|block| packed.observe(block));
@@ -288,12 +381,18 @@ fn int8_reference(values: &[f32], depth: usize) -> (Vec<(f32, f32)>, Vec<i8>) {
 fn check(rows: usize, keys: usize, depth: usize, seed: u64) {
     let mut random = Random(seed);
     let probs = Probs::new(rows, keys, || random.byte());
-    let values: Vec<f32> = (0..keys * depth).map(|_| random.float()).collect();
+    // No row is so much larger than another that int16 keeps it beside.
+    let mut value = || {
+        let x = random.float();
+        round((0.2 + 0.8 * x.abs()).copysign(x))
+    };
+    let values: Vec<f32> = (0..keys * depth).map(|_| value()).collect();
     // Two tiles, the second shorter than its last group.
-    let half = (keys / 2).next_multiple_of(GROUP).min(keys);
+    let half = (keys / 2).next_multiple_of(RUN).min(keys);
     let mut tiles = vec![0..half, half..keys];
-    tiles.retain(|keys| keys.start.is_multiple_of(GROUP));
+    tiles.retain(|keys| keys.start.is_multiple_of(RUN));
     let int8 = expected_int8(&probs, &values, depth, &tiles);
+    let int16 = expected_int16(&probs, &values, depth, &tiles);
     for (level, &PanelProduct { format, .. }) in products() {
         let packed = pack(level, format, &values, keys, depth);
         assert!(packed.exceptions().is_empty());
@@ -306,8 +405,9 @@ fn check(rows: usize, keys: usize, depth: usize, seed: u64) {
         for (i, out) in out.chunks(width).enumerate() {
             for (c, &found) in out[..depth].iter().enumerate() {
                 let what = (level, format, rows, keys, depth, i, c);
-                if format == Format::Int8 {
-                    let expected = int8[i * depth + c];
+                if matches!(format, Format::Int8 | Format::Int16) {
+                    let all = if format == Format::Int8 { &int8 } else { &int16 };
+                    let expected = all[i * depth + c];
                     assert_eq!(found.to_bits(), expected.to_bits(), "{what:?}");
                 } else {
                     let term = |j: usize| {
@@ -346,6 +446,33 @@ fn expected_int8(probs: &Probs, values: &[f32], depth: usize, tiles: &[Range<usi
     out
 }
 
+/// What int16 kernels make of sums that start at 1, tile by tile.
+fn expected_int16(probs: &Probs, values: &[f32], depth: usize, tiles: &[Range<usize>]) -> Vec<f32> {
+    let rows = probs.codes.len() / probs.stride;
+    let mut out = vec![1f32; rows * depth];
+    let keys = values.len() / depth;
+    for (i, out) in out.chunks_mut(depth).enumerate() {
+        for (c, out) in out.iter_mut().enumerate() {
+            let value = |j: usize| values[j * depth + c];
+            let scale = |run: usize| {
+                let of_run = run * RUN..(run * RUN + RUN).min(keys);
+                let largest = of_run.map(|j| value(j).abs()).fold(0f32, f32::max);
+                (largest / f32::from(INT16_MATRIX)).max(f32::MIN_POSITIVE)
+            };
+            let code = |j: usize| (value(j) * (1.0 / scale(j / RUN))).round_ties_even();
+            for tile in tiles.iter().filter(|tile| !tile.is_empty()) {
+                let (all, per_row) = (probs.scales(tile), tile.len().div_ceil(RUN));
+                let row = &probs.words[i * probs.stride..][tile.clone()];
+                let row: Vec<f32> = row.iter().map(|&word| word.into()).collect();
+                let of_tile = |j: usize| code(tile.start + j);
+                let scales = &all[i * per_row..][..per_row];
+                *out = int16_sum(*out, &row, of_tile, scales, |run| scale(tile.start / RUN + run));
+            }
+        }
+    }
+    out
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -360,7 +487,7 @@ proptest! {
 #[test]
 fn every_kernel_on_both_sides_of_every_edge() {
     for rows in [1, 5, 6, 7, 48, 49] {
-        for keys in [1, 2, 3, 4, 5, 7, 8, 9, 64] {
+        for keys in [1, 2, 3, 4, 5, 7, 8, 9, 64, 65, 130] {
             for depth in [1, 15, 16, 17, 31, 33, 48, 50, 63, 64, 65, 80, 128, 130] {
                 check(rows, keys, depth, (rows * keys * depth) as u64);
             }
@@ -381,6 +508,7 @@ fn rows_that_are_not_finite_stand_beside() {
         values[18 * depth + 1] = f32::MAX; // Finite, but not in bf16, and no range for int8.
         let packed = pack(level, format, &values, keys, depth);
         let expected = if format == Format::F32 { vec![4, 9] } else { vec![4, 9, 18] };
+        // To int16 an outlier, as it is far larger than the rest.
         let found: Vec<usize> = packed.exceptions().iter().map(|(key, _)| *key).collect();
         assert_eq!(found, expected, "{:?} {format:?}", level);
 
@@ -388,10 +516,11 @@ fn rows_that_are_not_finite_stand_beside() {
         probs.accumulate(&packed, format, 0..keys, &mut out);
         assert!(out.iter().all(|x| x.is_finite()), "{:?} {format:?}", level);
         // With what they add, a row is there as if it were packed, up to the rounding of the rest.
-        let runs = probs.runs(&(0..keys));
+        let (runs, scales) = (probs.runs(&(0..keys)), probs.scales(&(0..keys)));
         for (i, out) in out.chunks_mut(packed.width()).enumerate() {
             let p = |j: usize| match format {
                 Format::Int8 => f32::from(probs.codes[i * probs.stride + j]) * runs[i].scale,
+                Format::Int16 => f32::from(probs.words[i * probs.stride + j]) * scales[i],
                 _ => probs.floats[i * probs.stride + j],
             };
             for (key, added) in packed.exceptions() {

@@ -13,7 +13,7 @@ pub(crate) const PANELS: PanelProduct = PanelProduct {
     group: 1,
     vectors: 1,
     bias: 0,
-    multiply: f32::multiply,
+    multiply: packed::multiply,
 };
 
 pub(crate) const STORED: StoredProduct = StoredProduct {
@@ -53,10 +53,23 @@ fn widen_f16(bits: uint16x4_t) -> float32x4_t {
     vmulq_n_f32(vreinterpretq_f32_u32(vorrq_u32(sign, rest)), SCALE)
 }
 
-/// A module for one form of storage: a target feature is an attribute of a function, so the load stands
-/// in the function that enables it.
+#[target_feature(enable = "neon")]
+#[inline]
+fn fused(x: f32, y: float32x4_t, sum: float32x4_t) -> float32x4_t {
+    vfmaq_n_f32(sum, y, x)
+}
+
+/// As on every level, see [`StoredProduct`].
+#[target_feature(enable = "neon")]
+#[inline]
+fn apart(x: f32, y: float32x4_t, sum: float32x4_t) -> float32x4_t {
+    vaddq_f32(sum, vmulq_n_f32(y, x))
+}
+
+/// A module for one form of storage and one way to add products up: a target feature is an attribute of a
+/// function, so the load stands in the function that enables it.
 macro_rules! stored {
-    ($name:ident, $size:literal, $from:ident => $load:expr) => {
+    ($name:ident, $size:literal, $add:ident, $from:ident => $load:expr) => {
         mod $name {
             use super::*;
 
@@ -88,7 +101,7 @@ macro_rules! stored {
                         // SAFETY: `groups` elements in each of `R` rows by contract.
                         let x = unsafe { *tile.lhs_of::<f32>(row).add(k) };
                         for (sum, matrix) in sums.iter_mut().zip(matrix) {
-                            *sum = vfmaq_n_f32(*sum, matrix, x);
+                            *sum = $add(x, matrix, *sum);
                         }
                     }
                 }
@@ -110,7 +123,8 @@ macro_rules! stored {
     };
 }
 
-stored!(f32, 4, from => vld1q_f32(from.cast()));
-stored!(f16, 2, from => widen_f16(vld1_u16(from.cast())));
-stored!(bf16, 2, from => vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.cast()))));
-stored!(int8, 1, from => vcvtq_f32_s32(load_codes(from)));
+stored!(packed, 4, fused, from => vld1q_f32(from.cast()));
+stored!(f32, 4, apart, from => vld1q_f32(from.cast()));
+stored!(f16, 2, apart, from => widen_f16(vld1_u16(from.cast())));
+stored!(bf16, 2, apart, from => vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.cast()))));
+stored!(int8, 1, apart, from => vcvtq_f32_s32(load_codes(from)));

@@ -15,4 +15,11 @@ pub(crate) const INT8_PRODUCT: crate::cpu::contracts::Int8Product =
 pub(crate) const INT8_PANELS: crate::cpu::contracts::PanelProduct =
     crate::cpu::contracts::PanelProduct { name: NAME, ..crate::cpu::portable::int8_panels::PANELS };
 
+/// Plain Rust, which is compiled for NEON.
+pub(crate) const INT16_PANELS: crate::cpu::contracts::PanelProduct =
+    crate::cpu::contracts::PanelProduct {
+        name: NAME,
+        ..crate::cpu::portable::int16_panels::PANELS
+    };
+
 plain_kernels!(NAME, "neon");

@@ -12,7 +12,7 @@ pub(crate) const PANELS: PanelProduct = PanelProduct {
     group: 1,
     vectors: 1,
     bias: 0,
-    multiply: f32::multiply,
+    multiply: packed::multiply,
 };
 
 pub(crate) const STORED: StoredProduct = StoredProduct {
@@ -26,10 +26,23 @@ pub(crate) const STORED: StoredProduct = StoredProduct {
 /// Columns of a register.
 const HALF: usize = LANES / 2;
 
-/// A module for one form of storage: a target feature is an attribute of a function, so the load stands
-/// in the function that enables it.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn fused(x: __m256, y: __m256, sum: __m256) -> __m256 {
+    _mm256_fmadd_ps(x, y, sum)
+}
+
+/// As on every level, see [`StoredProduct`].
+#[target_feature(enable = "avx2")]
+#[inline]
+fn apart(x: __m256, y: __m256, sum: __m256) -> __m256 {
+    _mm256_add_ps(sum, _mm256_mul_ps(x, y))
+}
+
+/// A module for one form of storage and one way to add products up: a target feature is an attribute of a
+/// function, so the load stands in the function that enables it.
 macro_rules! stored {
-    ($name:ident, $size:literal, $from:ident => $load:expr) => {
+    ($name:ident, $size:literal, $add:ident, $from:ident => $load:expr) => {
         mod $name {
             use super::*;
 
@@ -60,8 +73,8 @@ macro_rules! stored {
                     for (row, sums) in sums.iter_mut().enumerate() {
                         // SAFETY: `groups` elements in each of `R` rows by contract.
                         let x = _mm256_set1_ps(unsafe { *tile.lhs_of::<f32>(row).add(k) });
-                        sums[0] = _mm256_fmadd_ps(x, matrix[0], sums[0]);
-                        sums[1] = _mm256_fmadd_ps(x, matrix[1], sums[1]);
+                        sums[0] = $add(x, matrix[0], sums[0]);
+                        sums[1] = $add(x, matrix[1], sums[1]);
                     }
                 }
                 for (row, sums) in sums.into_iter().enumerate() {
@@ -82,10 +95,11 @@ macro_rules! stored {
     };
 }
 
-stored!(f32, 4, from => _mm256_loadu_ps(from.cast()));
-stored!(f16, 2, from => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())));
-stored!(bf16, 2, from => {
+stored!(packed, 4, fused, from => _mm256_loadu_ps(from.cast()));
+stored!(f32, 4, apart, from => _mm256_loadu_ps(from.cast()));
+stored!(f16, 2, apart, from => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())));
+stored!(bf16, 2, apart, from => {
     let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
 });
-stored!(int8, 1, from => _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))));
+stored!(int8, 1, apart, from => _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))));

@@ -1,8 +1,10 @@
 //! AVX2 with FMA and F16C: every x86 processor of the last ten years.
 
 pub(crate) mod float_panels;
+pub(crate) mod int16_panels;
 pub(crate) mod int8_panels;
 pub(crate) mod int8_product;
+pub(crate) mod softmax;
 
 pub(crate) const NAME: &str = "x86_64-avx2";
 

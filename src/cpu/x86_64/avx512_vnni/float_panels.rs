@@ -15,7 +15,7 @@ pub(crate) const PANELS: PanelProduct = PanelProduct {
     group: 1,
     vectors: VECTORS,
     bias: 0,
-    multiply: f32::multiply,
+    multiply: packed::multiply,
 };
 
 pub(crate) const STORED: StoredProduct = StoredProduct {
@@ -26,10 +26,23 @@ pub(crate) const STORED: StoredProduct = StoredProduct {
     int8: int8::multiply,
 };
 
-/// A module for one form of storage: a target feature is an attribute of a function, so the load stands
-/// in the function that enables it.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn fused(x: __m512, y: __m512, sum: __m512) -> __m512 {
+    _mm512_fmadd_ps(x, y, sum)
+}
+
+/// As on every level, see [`StoredProduct`].
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn apart(x: __m512, y: __m512, sum: __m512) -> __m512 {
+    _mm512_add_ps(sum, _mm512_mul_ps(x, y))
+}
+
+/// A module for one form of storage and one way to add products up: a target feature is an attribute of a
+/// function, so the load stands in the function that enables it.
 macro_rules! stored {
-    ($name:ident, $size:literal, $from:ident => $load:expr) => {
+    ($name:ident, $size:literal, $add:ident, $from:ident => $load:expr) => {
         mod $name {
             use super::*;
 
@@ -61,7 +74,7 @@ macro_rules! stored {
                         // SAFETY: `groups` elements in each of `R` rows by contract.
                         let x = _mm512_set1_ps(unsafe { *tile.lhs_of::<f32>(row).add(k) });
                         for (sum, matrix) in sums.iter_mut().zip(matrix) {
-                            *sum = _mm512_fmadd_ps(x, matrix, *sum);
+                            *sum = $add(x, matrix, *sum);
                         }
                     }
                 }
@@ -83,10 +96,11 @@ macro_rules! stored {
     };
 }
 
-stored!(f32, 4, from => _mm512_loadu_ps(from.cast()));
-stored!(f16, 2, from => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())));
-stored!(bf16, 2, from => {
+stored!(packed, 4, fused, from => _mm512_loadu_ps(from.cast()));
+stored!(f32, 4, apart, from => _mm512_loadu_ps(from.cast()));
+stored!(f16, 2, apart, from => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())));
+stored!(bf16, 2, apart, from => {
     let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
 });
-stored!(int8, 1, from => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))));
+stored!(int8, 1, apart, from => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))));

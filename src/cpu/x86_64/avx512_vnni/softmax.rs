@@ -1,51 +1,30 @@
-//! AVX-512.
+//! AVX-512. What writes f32 and int8 is plain Rust compiled for it.
 //!
-//! `2^x = 2^f * 2^floor(x)` takes two instructions beside the polynomial: `vreduceps` gives `f` in
-//! `[0, 1]`, and `vscalefps` multiplies by the power, with minus infinity, underflow and NaN as
-//! they should be. Rounding by adding `1.5 * 2^23` and adding to the exponent as an integer takes
-//! cheaper instructions, but more of them, and was a fifth slower on Zen 4. The polynomials are
-//! minimax in relative error over `[0, 1]`.
-//!
-//! Only what writes bf16 needs the instructions of AVX512-BF16.
+//! `vscalefps` and `vreduceps` would save three instructions of the exponential in f32, and fused
+//! multiply-adds five; but not every level has them, and the bits are to be the same on all.
 
-use crate::cpu::contracts::{CODES, Softmax};
+use crate::cpu::contracts::softmax::{DISTANCE, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16};
+use crate::cpu::contracts::{Int16Exp, RUN, Softmax};
+use crate::cpu::plain::softmax::{scales_of_runs, top_of_run};
+use crate::cpu::plain::sum_lanes;
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
 
-pub(crate) const SOFTMAX: Softmax = Softmax { name: super::NAME, max, exp_f32, exp_int8 };
-
-/// Degree 5, error 1.5e-7 when evaluated in f32.
-const EXP2_F32: [f32; 6] =
-    [0.999_999_94, 0.693_153_1, 0.240_153_61, 0.055_826_318, 0.008_989_34, 0.001_877_576_7];
-
-/// Degree 3, error 7.5e-5: bf16 rounds by up to 3.9e-3, int8 by more.
-const EXP2_SHORT: [f32; 4] = [0.999_925_2, 0.695_833_56, 0.226_067_16, 0.078_024_52];
-
-#[target_feature(enable = "avx512f,avx512dq")]
-#[inline]
-fn exp2<const N: usize>(coefficients: &[f32; N], x: __m512) -> __m512 {
-    // Immediate: no fraction bits are kept (so the rest is the fraction), round down, no exceptions.
-    let f = _mm512_reduce_ps::<0b0000_1001>(x);
-    let mut p = _mm512_set1_ps(coefficients[N - 1]);
-    for &c in coefficients[..N - 1].iter().rev() {
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-    }
-    _mm512_scalef_ps(p, x)
+mod plain {
+    plain_kernels!(super::super::NAME, "avx512f,avx512bw,avx512dq,avx512vl");
 }
 
-/// The first `len` of 16 lanes.
-fn first(len: usize) -> __mmask16 {
-    ((1u32 << len) - 1) as __mmask16
-}
+pub(crate) const SOFTMAX: Softmax = Softmax { max, max_of_runs, exp_int16, ..plain::SOFTMAX };
 
 /// Up to 16 scores; minus infinity, whose probability is 0, in the place of what is missing.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn load(scores: &[f32]) -> __m512 {
+    let first = ((1u32 << scores.len().min(LANES)) - 1) as __mmask16;
     let none = _mm512_set1_ps(f32::NEG_INFINITY);
     // SAFETY: lanes beyond the slice are masked out, and are not read.
-    unsafe { _mm512_mask_loadu_ps(none, first(scores.len().min(LANES)), scores.as_ptr()) }
+    unsafe { _mm512_mask_loadu_ps(none, first, scores.as_ptr()) }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -72,67 +51,96 @@ fn max(scores: &[f32]) -> f32 {
     _mm512_reduce_max_ps(_mm512_max_ps(low, high))
 }
 
-#[target_feature(enable = "avx512f,avx512dq")]
-fn exp_f32(scores: &mut [f32], max: f32) -> f32 {
-    let max = _mm512_set1_ps(max);
-    let mut sums = _mm512_setzero_ps();
-    for chunk in scores.chunks_mut(LANES) {
-        let p = exp2(&EXP2_F32, _mm512_sub_ps(load(chunk), max));
-        sums = _mm512_add_ps(sums, p);
-        // SAFETY: lanes beyond the chunk are masked out.
-        unsafe { _mm512_mask_storeu_ps(chunk.as_mut_ptr(), first(chunk.len()), p) };
+#[target_feature(enable = "avx512f")]
+fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
+    let mut all = _mm512_set1_ps(f32::NEG_INFINITY);
+    for (run, scores) in runs.iter_mut().zip(scores.chunks(RUN)) {
+        let mut top = _mm512_set1_ps(f32::NEG_INFINITY);
+        for chunk in scores.as_chunks().0 {
+            top = _mm512_max_ps(load_chunk(chunk), top);
+        }
+        *run = _mm512_reduce_max_ps(top);
+        all = _mm512_max_ps(top, all);
     }
-    _mm512_reduce_add_ps(sums)
+    _mm512_reduce_max_ps(all)
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-pub(crate) fn exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
-    assert_eq!(scores.len(), probs.len());
-    let (max, ones) = (_mm512_set1_ps(max), _mm512_set1_ps(1.0));
-    let ones = _mm512_cvtne2ps_pbh(ones, ones);
-    let mut sums = _mm512_setzero_ps();
-    let ((pairs, tail), (outs, out_tail)) =
-        (scores.as_chunks::<{ 2 * LANES }>(), probs.as_chunks_mut::<{ 2 * LANES }>());
-    let exp = |x: __m512| exp2(&EXP2_SHORT, _mm512_sub_ps(x, max));
-    for (pair, out) in pairs.iter().zip(outs) {
-        let (a, b) = (pair.first_chunk().expect("32"), pair.last_chunk().expect("32"));
-        let p = _mm512_cvtne2ps_pbh(exp(load_chunk(b)), exp(load_chunk(a)));
-        // The sum of the rounded ones in one instruction: times 1.
-        sums = _mm512_dpbf16_ps(sums, p, ones);
-        // SAFETY: 32 elements of 16 bits, and a vector of bf16 is 512 bits.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), bits(p)) };
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn exp_int16(job: Int16Exp<'_>) -> f32 {
+    let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
+    let scores = job.scores.chunks(LANES * RUN).zip(job.codes.chunks_mut(LANES * RUN));
+    for (runs, (scores, codes)) in job.runs.chunks_mut(LANES).zip(scores) {
+        let scales = scales_of_runs(runs, job.max);
+        let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
+        for ((run, scale), (scores, codes)) in runs.iter_mut().zip(scales).zip(of_runs) {
+            let top = _mm512_set1_ps(top_of_run(*run));
+            let mut counts = _mm512_setzero_si512();
+            let (pairs, half) = scores.as_chunks::<{ 2 * LANES }>();
+            let (outs, half_out) = codes.as_chunks_mut::<{ 2 * LANES }>();
+            for (pair, out) in pairs.iter().zip(outs) {
+                let (a, b) = (pair.first_chunk().expect("32"), pair.last_chunk().expect("32"));
+                let distances = pack(distance(a, top), distance(b, top));
+                let codes = codes_of(distances);
+                counts = _mm512_dpwssd_epi32(counts, codes, _mm512_set1_epi16(1));
+                last = _mm512_max_epu16(last, distances);
+                // SAFETY: 32 elements of 16 bits.
+                unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), codes) };
+            }
+            if let (Some(half), Some(out)) = (half.first_chunk(), half_out.first_chunk_mut()) {
+                let none = _mm512_set1_epi32((FARTHEST as i32) << FRACTION);
+                let distances = pack(distance(half, top), none);
+                let codes = codes_of(distances);
+                counts = _mm512_dpwssd_epi32(counts, codes, _mm512_set1_epi16(1));
+                last = _mm512_max_epu16(last, distances);
+                let out: &mut [i16; LANES] = out;
+                // SAFETY: 16 elements of 16 bits.
+                unsafe {
+                    _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_castsi512_si256(codes));
+                }
+            }
+            let counts = _mm512_cvtepi32_ps(counts);
+            sums = _mm512_add_ps(sums, _mm512_mul_ps(counts, _mm512_set1_ps(scale)));
+            *run = scale;
+        }
     }
-    if !tail.is_empty() {
-        let (a, b) = tail.split_at(tail.len().min(LANES));
-        let p = _mm512_cvtne2ps_pbh(exp(load(b)), exp(load(a)));
-        sums = _mm512_dpbf16_ps(sums, p, ones);
-        let mask = (1 << tail.len()) - 1;
-        // SAFETY: lanes beyond the slice are masked out.
-        unsafe { _mm512_mask_storeu_epi16(out_tail.as_mut_ptr().cast(), mask, bits(p)) };
+    let end = _mm512_set1_epi16((FARTHEST as i16) << FRACTION);
+    if _mm512_cmpgt_epu16_mask(last, end) != 0 {
+        return f32::NAN;
     }
-    _mm512_reduce_add_ps(sums)
+    let mut lanes = [0f32; LANES];
+    // SAFETY: 16 elements.
+    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums) };
+    sum_lanes(lanes)
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
-    assert_eq!(scores.len(), codes.len());
-    let (max, factor) = (_mm512_set1_ps(max), _mm512_set1_ps(CODES));
-    let mut sums = _mm512_setzero_ps();
-    for (chunk, out) in scores.chunks(LANES).zip(codes.chunks_mut(LANES)) {
-        let p = exp2(&EXP2_SHORT, _mm512_sub_ps(load(chunk), max));
-        // Rounded as floats, because the sum has to keep a NaN.
-        let code = _mm512_roundscale_ps::<0b0000_1000>(_mm512_mul_ps(p, factor));
-        sums = _mm512_add_ps(sums, code);
-        let code = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code));
-        // SAFETY: lanes beyond the chunk are masked out.
-        unsafe { _mm_mask_storeu_epi8(out.as_mut_ptr().cast(), first(chunk.len()), code) };
-    }
-    _mm512_reduce_add_ps(sums)
-}
-
+/// Distances in 32 bits; NaN is far outside of 16.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn bits(x: __m512bh) -> __m512i {
-    // SAFETY: the same size, and every bit pattern is an integer vector.
-    unsafe { std::mem::transmute(x) }
+fn distance(scores: &[f32; LANES], top: __m512) -> __m512i {
+    let distance = _mm512_sub_ps(top, load_chunk(scores));
+    // Of a NaN and a number, the instruction returns its second operand.
+    let distance = _mm512_min_ps(_mm512_set1_ps(FARTHEST), distance);
+    let bits = _mm512_castps_si512(_mm512_add_ps(distance, _mm512_set1_ps(DISTANCE)));
+    _mm512_sub_epi32(bits, _mm512_set1_epi32(DISTANCE.to_bits() as i32))
+}
+
+/// Both in 16 bits, in order; what is outside saturates.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn pack(a: __m512i, b: __m512i) -> __m512i {
+    let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn codes_of(distances: __m512i) -> __m512i {
+    let [c0, c1, c2, c3] = EXP2_INT16;
+    let f = _mm512_slli_epi16::<{ 15 - FRACTION }>(distances);
+    let f = _mm512_and_si512(f, _mm512_set1_epi16(0x7fff));
+    let q = _mm512_sub_epi16(_mm512_set1_epi16(c2), _mm512_mulhrs_epi16(f, _mm512_set1_epi16(c3)));
+    let q = _mm512_sub_epi16(_mm512_set1_epi16(c1), _mm512_mulhrs_epi16(f, q));
+    let q = _mm512_sub_epi16(_mm512_set1_epi16(c0), _mm512_mulhrs_epi16(f, q));
+    let halvings = _mm512_srli_epi16::<FRACTION>(distances);
+    _mm512_mulhrs_epi16(q, _mm512_srlv_epi16(_mm512_set1_epi16(TOP_INT16), halvings))
 }
