@@ -15,7 +15,7 @@ use std::path::Path;
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
 const CPU: Device = Device::Cpu;
-const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Int8];
+const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Int16, Precision::Int8];
 
 fn shipped() -> Result<TextEncoder, Error> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/paraphrase-MiniLM-L3-v2");
@@ -127,13 +127,15 @@ fn sequences_of_ids_may_be_empty_and_not_too_long() -> TestResult {
 }
 
 #[test]
-fn int8_linear_layers_keep_the_embeddings() -> TestResult {
+fn linear_layers_in_integers_keep_the_embeddings() -> TestResult {
     let (mut encoder, texts) = (shipped()?, texts());
     let exact = vectors(&encoder, &texts)?;
-    encoder.set_precision(Precision::Int8)?;
-    let int8 = vectors(&encoder, &texts)?;
-    let smallest = lowest(exact.iter().zip(&int8).map(|(a, b)| cosine(a, b)));
-    assert!((0.999..1.0).contains(&smallest), "{smallest}");
+    for (precision, least) in [(Precision::Int16, 0.99999), (Precision::Int8, 0.999)] {
+        encoder.set_precision(precision)?;
+        let found = vectors(&encoder, &texts)?;
+        let smallest = lowest(exact.iter().zip(&found).map(|(a, b)| cosine(a, b)));
+        assert!(smallest >= least && exact != found, "{precision:?}: {smallest}");
+    }
     Ok(())
 }
 
@@ -183,12 +185,15 @@ fn captions_keep_their_embeddings_and_their_ranks() -> TestResult {
         None => shipped()?,
     };
     let exact = vectors(&encoder, &sentences)?;
-    encoder.set_precision(Precision::Int8)?;
-    let int8 = vectors(&encoder, &sentences)?;
-    let cosines: Vec<f64> = exact.iter().zip(&int8).map(|(a, b)| cosine(a, b)).collect();
-    let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
-    let smallest = lowest(cosines);
-    eprintln!("int8: smallest cosine {smallest:.6}, mean {mean:.6}");
-    assert!(smallest >= 0.9993 && mean >= 0.9997, "{smallest} {mean}");
+    let bounds = [(Precision::Int16, 0.99999, 0.99999), (Precision::Int8, 0.9993, 0.9997)];
+    for (precision, least, least_mean) in bounds {
+        encoder.set_precision(precision)?;
+        let found = vectors(&encoder, &sentences)?;
+        let cosines: Vec<f64> = exact.iter().zip(&found).map(|(a, b)| cosine(a, b)).collect();
+        let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
+        let smallest = lowest(cosines);
+        eprintln!("{precision:?}: smallest cosine {smallest:.7}, mean {mean:.7}");
+        assert!(smallest >= least && mean >= least_mean, "{precision:?}: {smallest} {mean}");
+    }
     Ok(())
 }

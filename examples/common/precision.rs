@@ -9,6 +9,8 @@ pub enum Precision {
     /// f32
     #[default]
     F32,
+    /// int16 rows and weights, near exact
+    Int16,
     /// int8 rows and weights, rotated, with exact sums
     Int8,
 }
@@ -18,6 +20,7 @@ impl Precision {
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
+            Self::Int16 => "int16",
             Self::Int8 => "int8",
         }
     }
@@ -27,6 +30,7 @@ impl From<Precision> for nn::Precision {
     fn from(precision: Precision) -> Self {
         match precision {
             Precision::F32 => nn::Precision::F32,
+            Precision::Int16 => nn::Precision::Int16,
             Precision::Int8 => nn::Precision::Int8,
         }
     }

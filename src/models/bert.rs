@@ -110,26 +110,6 @@ impl BertModel {
         Ok(())
     }
 
-    /// Rounds the weights of all linear layers to bf16, for good, and from now on what they
-    /// multiply: products of half the time, sums in f32, errors of 2^-9 relative in each operand.
-    /// Embeddings, norms and the attention stay as they are.
-    ///
-    /// Returns whether all linear layers are in bf16 now. Those stay in f32 for which there is no
-    /// fast form: on other devices, in other dtypes, and on processors for whose bf16 there is
-    /// no kernel (all but those of 64-bit Arm with the bf16 extension).
-    ///
-    /// # Errors
-    /// Candle's own.
-    pub fn round_linear_to_bf16(&mut self) -> Result<bool> {
-        let mut all = true;
-        for layer in &mut self.layers {
-            for (_, linear) in layer.linear_mut() {
-                all &= linear.round_to_bf16()?;
-            }
-        }
-        Ok(all)
-    }
-
     /// Word, position and token type embeddings, normalized: `input_ids` `[B, N]` U32 to
     /// `[B, N, hidden_size]`. Token types default to 0.
     ///

@@ -60,7 +60,7 @@ impl TextEncoder {
     }
 
     /// Computes in these numbers from now on: the linear layers in `precision`
-    /// ([`BertModel::set_linear`]), and attention in fp32 for `F32`, in int8 as
+    /// ([`BertModel::set_linear`]), and attention in fp32 for `F32` and `Int16`, in int8 as
     /// [`AttentionConfig::int8`] for `Int8`.
     ///
     /// # Errors
@@ -68,7 +68,7 @@ impl TextEncoder {
     pub fn set_precision(&mut self, precision: Precision) -> Result<()> {
         self.model.set_linear(precision)?;
         self.model.set_attention(&match precision {
-            Precision::F32 => AttentionConfig::fp32(),
+            Precision::F32 | Precision::Int16 => AttentionConfig::fp32(),
             Precision::Int8 => AttentionConfig::int8(),
         });
         Ok(())

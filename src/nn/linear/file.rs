@@ -4,7 +4,7 @@
 //! metadata  "int8-linear"    JSON: version, and of each layer its name, precision, outputs and inputs
 //! tensors   "<name>.codes"   I8   [panels, groups, nr, group]   of int8: as the kernel reads them
 //!           "<name>.scales"  F32  [outputs]                     of int8
-//!           "<name>.weight"  F32  [outputs, inputs]             of f32
+//!           "<name>.weight"  F32  [outputs, inputs]             of f32 and int16, which are packed in a pass
 //!           "<name>.bias"    F32  [outputs]
 //! ```
 //!
@@ -12,7 +12,6 @@
 //! that reads them has the same, they are taken as they are; otherwise they are put in order, and the layer
 //! has the same bits.
 
-use super::float::FloatWeights;
 use super::int8::Int8Weights;
 use super::{Form, Linear, Precision, Weights};
 use crate::cpu::Level;
@@ -73,8 +72,8 @@ pub fn save_linear<'a>(
             tensors.push((format!("{name}.{part}"), dtype, shape.to_vec(), bytes));
         };
         match &packed.weights {
-            Weights::Float(weights) => {
-                let weights = le_bytes(&weights.unpacked()?);
+            Weights::Float(_) | Weights::Int16(_) => {
+                let weights = le_bytes(&packed.weights.unpacked());
                 add("weight", Dtype::F32, &[outputs, inputs], weights);
             }
             Weights::Int8(weights) => {
@@ -138,9 +137,10 @@ impl Reader<'_> {
     ) -> std::result::Result<Linear, String> {
         let LayerHeader { precision, outputs, inputs } = *about;
         let weights = match precision {
-            Precision::F32 => {
+            Precision::F32 | Precision::Int16 => {
                 let weights = self.f32(&format!("{name}.weight"), &[outputs, inputs])?;
-                Weights::Float(FloatWeights::new(level, &weights, (outputs, inputs)))
+                let weights = Weights::new(level, precision, &weights, (outputs, inputs));
+                weights.map_err(|e| format!("layer {name:?}: {e}"))?
             }
             Precision::Int8 => {
                 let codes = format!("{name}.codes");

@@ -1,7 +1,8 @@
 //! `x·W^T + b`, and what follows while the sums are in L1 or L2: an activation, a residual, a norm.
 
-use super::float::{FloatRows, FloatWeights};
+use super::float::FloatWeights;
 use super::int8::{Buffers, Int8Rows, Int8Weights, PANEL};
+use super::int16::{Int16Rows, Int16Weights};
 use super::tasks::{BLOCK, Grid, Task};
 use super::{Activation, Packed, Weights};
 use crate::cpu::plain::widest;
@@ -40,7 +41,7 @@ struct Scratch {
 /// Rows as weights multiply them, where those are not f32.
 #[derive(Default)]
 struct Prepared {
-    bf16: Vec<u16>,
+    int16: Int16Rows,
     int8: Int8Rows,
     buffers: Buffers,
 }
@@ -157,6 +158,8 @@ impl Packed {
         let macs = rows.saturating_mul(outputs).saturating_mul(depth);
         match &self.weights {
             Weights::Float(_) => Work { float_macs: macs, ..Work::default() },
+            // As fast as probabilities times values, which are multiplied the same way.
+            Weights::Int16(_) => Work { value_macs: macs, ..Work::default() },
             Weights::Int8(_) => Work { int8_macs: macs, ..Work::default() },
         }
     }
@@ -181,7 +184,8 @@ impl Grid {
 
 /// The rows of a task, as the weights multiply them.
 enum Left<'a> {
-    Float(&'a FloatWeights, FloatRows<'a>),
+    Float(&'a FloatWeights, (&'a [f32], usize)),
+    Int16(&'a Int16Weights, (&'a Int16Rows, usize)),
     Int8(&'a Int8Weights, &'a Int8Rows),
 }
 
@@ -189,8 +193,10 @@ impl<'a> Left<'a> {
     /// From `count` rows of f32.
     fn new(weights: &'a Weights, x: &'a [f32], count: usize, prepared: &'a mut Prepared) -> Self {
         match weights {
-            Weights::Float(weights) => {
-                Self::Float(weights, weights.rows(x, count, &mut prepared.bf16))
+            Weights::Float(weights) => Self::Float(weights, (x, count)),
+            Weights::Int16(weights) => {
+                weights.quantize(x, count, &mut prepared.int16);
+                Self::Int16(weights, (&prepared.int16, count))
             }
             Weights::Int8(weights) => {
                 let Prepared { int8, buffers, .. } = prepared;
@@ -209,8 +215,9 @@ impl<'a> Left<'a> {
     ) {
         match self {
             Self::Float(weights, rows) => {
-                weights.multiply(outputs.clone(), rows, &bias[outputs.start..], sums);
+                weights.multiply(outputs.clone(), *rows, &bias[outputs.start..], sums);
             }
+            Self::Int16(weights, rows) => weights.multiply(outputs, *rows, bias, sums),
             Self::Int8(weights, rows) => weights.multiply(outputs, rows, bias, sums),
         }
     }

@@ -23,7 +23,7 @@ fn layer(level: Level, precision: Precision, weight: &Tensor, bias: &Tensor) -> 
 
 /// Every level in every precision.
 fn all() -> impl Iterator<Item = (Level, Precision)> {
-    let precisions = [Precision::F32, Precision::Int8];
+    let precisions = [Precision::F32, Precision::Int16, Precision::Int8];
     runnable().into_iter().flat_map(move |level| precisions.map(|precision| (level, precision)))
 }
 
@@ -104,7 +104,7 @@ fn many_threads_give_the_same_bits_as_one() {
         let (x, weight) = (randn(&[m, depth]), randn(&[outputs, depth]));
         let norm = LayerNorm::new(randn(&[outputs]), randn(&[outputs]), 1e-5).unwrap();
         let (bias, residual) = (randn(&[outputs]), randn(&[m, outputs]));
-        for precision in [Precision::F32, Precision::Int8] {
+        for precision in [Precision::F32, Precision::Int16, Precision::Int8] {
             let layer = Linear::new(&weight, Some(&bias), precision).unwrap();
             assert_threads_change_nothing(|| layer.forward(&x).unwrap());
             let gelu = || layer.forward_activated(&x, Activation::Gelu).unwrap();
