@@ -2,6 +2,7 @@
 //! copied whole.
 
 use crate::cpu::contracts::Rows;
+use crate::memory::check_size;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Layout, Storage};
 use half::slice::HalfFloatSliceExt;
@@ -58,7 +59,8 @@ pub(crate) struct View<'a> {
 
 impl<'a> View<'a> {
     /// # Errors
-    /// [`Error::Rank`] unless the layout has rank 4, [`Error::DType`] unless f32, f16 or bf16.
+    /// [`Error::Rank`] unless the layout has rank 4, [`Error::DType`] unless f32, f16 or bf16,
+    /// [`Error::Shape`] for more elements than memory has addresses, which a stride of 0 makes possible.
     pub(crate) fn new(
         op: &'static str,
         tensor: &'static str,
@@ -71,6 +73,16 @@ impl<'a> View<'a> {
             let shape = layout.dims().to_vec();
             return Err(Error::Rank { op, tensor, shape, expected: "[B, H, S, D]" });
         };
+        Self::of((op, tensor), storage, layout, (dims, strides))
+    }
+
+    fn of(
+        (op, tensor): (&'static str, &'static str),
+        storage: &'a CpuStorage,
+        layout: &Layout,
+        (dims, strides): ([usize; 4], [usize; 4]),
+    ) -> Result<Self> {
+        check_size(op, tensor, &dims)?;
         Ok(Self { data: Data::new(op, tensor, storage, layout)?, dims, strides })
     }
 
@@ -78,7 +90,8 @@ impl<'a> View<'a> {
     /// two, so that `[B, N, H, D]`, heads merged, is `[B * N, H * D]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another rank, [`Error::DType`] unless f32, f16 or bf16.
+    /// [`Error::Shape`] for another rank, and more elements than memory has addresses, [`Error::DType`]
+    /// unless f32, f16 or bf16.
     pub(crate) fn of_rows(
         op: &'static str,
         tensor: &'static str,
@@ -96,7 +109,7 @@ impl<'a> View<'a> {
             let (shape, expected) = (layout.dims().to_vec(), "a tensor of rank 1 to 4".into());
             return Err(Error::Shape { op, tensor, shape, expected });
         };
-        Ok(Self { data: Data::new(op, tensor, storage, layout)?, dims, strides })
+        Self::of((op, tensor), storage, layout, (dims, strides))
     }
 
     /// Rows of f32 that follow each other, for [`View::merged`].

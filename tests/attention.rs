@@ -6,7 +6,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use candle_int8_attention::attention::{
     attention_probs, attention_scores_requantized, position_mask,
 };
-use candle_int8_attention::quant::{Granularity, Scheme};
+use candle_int8_attention::quant::{Granularity, Scheme, Smoothing};
 use candle_int8_attention::reference::unfused;
 use candle_int8_attention::{
     AttentionCall, AttentionConfig, AttnMask, Backend, Causal, Error, PvPrecision,
@@ -306,7 +306,7 @@ fn fused_equals_unfused_with_everything_that_changes_scores() -> TestResult {
         int8().alibi_slopes(vec![0.5, 0.1, 0.02, 0.0]),
         int8().window(Some(40), None),
         int8().window(Some(9), Some(3)),
-        plain.smoothing(false, false).softmax_scale(0.3),
+        plain.smoothing(Smoothing::None, Smoothing::None).softmax_scale(0.3),
     ];
     for mask in &masks {
         for config in &configs {

@@ -9,7 +9,7 @@ use candle_int8_attention::models::{
     BertModel, Calibration, CalibrationConfig, Calibrator, LayerSettings, LayeredModel, ModelFiles,
     StaticScales, TextEncoder, calibrate, run_layers,
 };
-use candle_int8_attention::quant::{Granularity, ObserverKind, Scheme};
+use candle_int8_attention::quant::{Granularity, ObserverKind, Scheme, Smoothing};
 use candle_int8_attention::{AttentionConfig, AttnMask, Backend, Error, attention};
 use common::randn;
 use std::path::{Path, PathBuf};
@@ -92,7 +92,7 @@ fn a_calibration_is_applied_saved_and_loaded() {
 
     loaded.apply(&mut model, StaticScales::PerHead).unwrap();
     let candidate = embeddings(&model, &passages[2..]).unwrap();
-    let sqnr = embedding_error(&reference, &candidate).sqnr_db();
+    let sqnr = embedding_error(&reference, &candidate).unwrap().sqnr_db();
     assert!(sqnr > 35.0 && sqnr.is_finite(), "{sqnr}");
 }
 
@@ -116,7 +116,8 @@ fn parts_of_a_text_are_merged() {
         }
         assert_eq!(merged.finish().unwrap(), whole.finish().unwrap());
     }
-    let other = Calibrator::new(CalibrationConfig { smooth_k: false, ..Default::default() });
+    let other =
+        Calibrator::new(CalibrationConfig { smooth_k: Smoothing::None, ..Default::default() });
     let mut calibrator = Calibrator::new(CalibrationConfig::default()).unwrap();
     let error = calibrator.merge(&other.unwrap()).unwrap_err().to_string();
     assert!(error.contains("expected the same"), "{error}");
@@ -206,7 +207,8 @@ fn calibrations_of_other_models_are_refused() {
 #[test]
 fn files_that_are_not_calibrations_are_refused() {
     let good = r#"{"format": "candle-int8-attention calibration", "version": 1, "calibration":
-        {"config": {"observer": "mse", "scheme": "symmetric", "smooth_k": true, "smooth_q": true},
+        {"config": {"observer": "mse", "scheme": "symmetric", "smooth_k": "head", "smooth_q": "block",
+         "rotate": true, "outliers": true},
         "tokens": 7, "layers": [{"q": [{"min": -1.0, "max": 2.5}], "k": [{"min": -1, "max": 1}]}]}}"#;
     let (_folder, path) = folder();
     std::fs::write(&path, good).unwrap();
@@ -263,8 +265,8 @@ fn layer_settings_are_applied_saved_and_loaded() {
 #[test]
 fn files_that_are_not_layer_settings_are_refused() {
     let good = r#"{"format": "candle-int8-attention layer settings", "version": 1, "layers": [
-        {"backend": "int8", "scheme": "affine", "granularity": "block:128/token", "smooth_k": true,
-         "smooth_q": false, "pv": "f32"}, {"backend": "fp32"}]}"#;
+        {"backend": "int8", "scheme": "affine", "granularity": "block:128/token", "smooth_k": "head",
+         "smooth_q": "none", "rotate": false, "outliers": false, "pv": "f32"}, {"backend": "fp32"}]}"#;
     let (_folder, path) = folder();
     std::fs::write(&path, good).unwrap();
     let settings = LayerSettings::load(&path).unwrap();
@@ -309,7 +311,8 @@ fn the_search_keeps_its_budget_and_the_model_its_attention() {
         let mut model = encoder().model;
         let reference = embeddings(&model, texts.1).unwrap();
         settings.apply(&mut model).unwrap();
-        let sqnr = embedding_error(&reference, &embeddings(&model, texts.1).unwrap()).sqnr_db();
+        let sqnr =
+            embedding_error(&reference, &embeddings(&model, texts.1).unwrap()).unwrap().sqnr_db();
         let promised = found.verified.embedding_sqnr_db;
         assert!(sqnr == promised || (sqnr - promised).abs() < 1e-9, "{sqnr} {found:?}");
     }

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_int8_attention::quant::{Granularity, Scheme};
+use candle_int8_attention::quant::{Granularity, Scheme, Smoothing};
 use candle_int8_attention::reference::{tensor_ops, unfused};
 use candle_int8_attention::{
     AttentionCall, AttentionConfig, AttnMask, Causal, PvPrecision, attention,
@@ -26,7 +26,7 @@ fn the_same_numbers_as_the_kernels() -> Result<()> {
     let keep = AttentionCall::default().with_mask(keep);
     for config in [
         int8.clone(),
-        blocks.smoothing(false, false),
+        blocks.smoothing(Smoothing::None, Smoothing::None),
         int8.clone().softcap(2.0),
         int8.alibi_slopes(vec![0.5, 0.25, 0.1, 0.0]).window(Some(30), None),
     ] {

@@ -15,7 +15,7 @@ mod kv_cache {
 }
 
 use candle_core::{DType, Device, Tensor};
-use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
+use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor, Rotation};
 use candle_int8_attention::{
     AttentionCall, AttentionConfig, AttnMask, CacheValues, Causal, Error, Int8KvCache,
     KeySmoothing, KvCacheConfig, PvPrecision, attention,
@@ -65,7 +65,13 @@ fn as_stored(k: &Tensor, v: &Tensor, config: &KvCacheConfig, offset: &Tensor) ->
         quantized.dequantize(&Device::Cpu).unwrap().reshape(x.shape()).unwrap()
     };
     let round = |dtype| v.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
-    let stored_k = per_token(&k.broadcast_sub(offset).unwrap()).broadcast_add(offset).unwrap();
+    let rotate = |x: &Tensor| {
+        let mut rows = values(x);
+        Rotation::new(x.dim(3).unwrap()).apply(&mut rows);
+        Tensor::from_vec(rows, x.shape(), &Device::Cpu).unwrap()
+    };
+    let codes = per_token(&rotate(&k.broadcast_sub(offset).unwrap()));
+    let stored_k = rotate(&codes).broadcast_add(offset).unwrap();
     let stored_v = match config.values {
         CacheValues::F16 => round(DType::F16),
         CacheValues::Bf16 => round(DType::BF16),

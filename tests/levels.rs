@@ -94,8 +94,12 @@ fn scores_have_the_same_bits_on_every_level() -> Result<()> {
                 [Granularity::PerToken, Granularity::PerHead, Granularity::PerBlock(16)]
             {
                 let plain = ScoreConfig::plain(scheme, granularity);
-                let smooth = ScoreConfig { smooth_k: true, smooth_q: true, ..plain.clone() };
-                for config in [plain.clone(), smooth] {
+                let whole = ScoreConfig {
+                    q: plain.q.clone(),
+                    k: plain.k.clone(),
+                    ..ScoreConfig::default()
+                };
+                for config in [plain.clone(), whole] {
                     let scores =
                         attention_scores(&q, &k, &config)?.flatten_all()?.to_vec1::<f32>()?;
                     let bits = hash(scores.iter().flat_map(|x| x.to_bits().to_le_bytes()));

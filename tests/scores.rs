@@ -8,6 +8,7 @@ use candle_int8_attention::attention::{
 };
 use candle_int8_attention::quant::{
     Granularity, QuantConfig, QuantParams, QuantizedTensor, RangeSource, Requantizer, Scheme,
+    Smoothing,
 };
 use candle_int8_attention::reference::tensor_ops;
 use candle_int8_attention::{Error, RequantConfig, RequantMode, ScoreConfig, attention_scores};
@@ -150,10 +151,20 @@ fn equals_tensor_ops_within_float_rounding_with_smoothing() -> TestResult {
         let one_code = 2.0 * 2.0 / 255.0 * largest(&q) * largest(&k);
         for scheme in [Scheme::Symmetric, Scheme::Affine] {
             for granularity in GRANULARITIES {
-                for (smooth_q, smooth_k) in [(true, false), (false, true), (true, true)] {
+                let (none, head, block) = (Smoothing::None, Smoothing::Head, Smoothing::Block);
+                for (smooth_q, smooth_k, rotate, outliers) in [
+                    (head, none, false, false),
+                    (none, head, false, true),
+                    (head, head, true, false),
+                    (block, none, false, true),
+                    (none, block, true, false),
+                    (block, block, true, true),
+                ] {
                     let config = ScoreConfig {
                         smooth_q,
                         smooth_k,
+                        rotate,
+                        outliers,
                         ..ScoreConfig::plain(scheme, granularity)
                     };
                     let op = attention_scores(&q, &k, &config)?;
@@ -314,8 +325,9 @@ fn nan_and_infinity_stay_in_their_rows_and_columns() -> TestResult {
         for granularity in GRANULARITIES {
             for scheme in [Scheme::Symmetric, Scheme::Affine] {
                 let plain = ScoreConfig::plain(scheme, granularity);
-                let smooth = ScoreConfig { smooth_k: true, smooth_q: true, ..plain.clone() };
-                for config in [plain, smooth] {
+                let (q, k) = (plain.q.clone(), plain.k.clone());
+                let whole = ScoreConfig { q, k, ..ScoreConfig::default() };
+                for config in [plain, whole] {
                     let op = attention_scores(&spoiled, &spoiled, &config)?;
                     let oracle = tensor_ops::attention_scores(&spoiled, &spoiled, &config)?;
                     for scores in [op, oracle] {

@@ -110,6 +110,35 @@ fn gradients_are_those_of_candles_unfused_attention() -> TestResult {
     Ok(())
 }
 
+/// A relative position bias, as in T5 and Swin: one number for each head and distance.
+#[test]
+fn a_learned_mask_gets_its_gradient() -> TestResult {
+    let (b, h, m, d) = (2, 4, 6, 8);
+    let [q, k, v] = [0; 3].map(|_| Var::from_tensor(&randn((b, h, m, d))).unwrap());
+    let table = Var::from_tensor(&randn((h, 2 * m - 1)))?;
+    let weight = randn((b, h, m, d));
+    let distances: Vec<u32> = (0..m * m).map(|i| (m - 1 + i / m - i % m) as u32).collect();
+    let distances = Tensor::new(distances, &Device::Cpu)?;
+    let bias = || table.index_select(&distances, 1)?.reshape((1, h, m, m));
+    let gradients = |out: Tensor| (out * &weight)?.sum_all()?.backward();
+    let plain = AttentionConfig::fp32();
+    let expected = gradients(unfused((&q, &k, &v), &plain, Some(&bias()?))?)?;
+    for (name, config, bound) in
+        [("fp32", plain, TOLERANCE), ("int8", AttentionConfig::int8(), 0.05)]
+    {
+        let found = gradients(attention(&q, &k, &v, AttnMask::Mask(bias()?), &config)?)?;
+        for var in [&table, &q, &k, &v] {
+            let found = found.get(var).unwrap_or_else(|| panic!("{name}: no gradient"));
+            let expected = expected.get(var).unwrap();
+            let size = largest(expected)?;
+            assert!(size > 0.1, "{name}: {size}");
+            let error = largest(&(found - expected)?)?;
+            assert!(error <= bound * size.max(1.0), "{name}: {error}, {size}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn a_query_that_sees_nothing_has_no_gradient() -> TestResult {
     let q = Var::from_tensor(&randn(&[1, 2, 4, 8]))?;

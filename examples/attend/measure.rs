@@ -91,5 +91,5 @@ fn probabilities(
         let (call, config) = masking.whole(config)?;
         flat(&attention_probs(&inputs.q, &inputs.k, call, &config)?)
     };
-    Ok(Some(ProbabilityDrift::of_rows(&probs(reference)?, &probs(candidate)?, n.max(1))))
+    Ok(Some(ProbabilityDrift::of_rows(&probs(reference)?, &probs(candidate)?, n.max(1))?))
 }

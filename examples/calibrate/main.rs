@@ -55,7 +55,7 @@ struct Args {
 
     /// Load ranges from this file, and collect none
     #[arg(long, value_name = "FILE", conflicts_with_all = ["observer", "scheme", "no_smooth_k",
-        "no_smooth_q"])]
+        "no_smooth_q", "no_rotate"])]
     ranges: Option<PathBuf>,
 
     /// What shares a static scale
@@ -66,13 +66,17 @@ struct Args {
     #[arg(long, value_name = "SCHEME", default_value = "symmetric")]
     scheme: Scheme,
 
-    /// Quantize the keys as they are; else their mean over tokens is subtracted
+    /// Subtract nothing from the keys; else the mean of each block of 64
     #[arg(long)]
     no_smooth_k: bool,
 
-    /// Quantize the queries as they are; else their mean over tokens is subtracted
+    /// Subtract nothing from the queries; else the mean of each block of 48
     #[arg(long)]
     no_smooth_q: bool,
+
+    /// Quantize queries and keys without rotating them before
+    #[arg(long)]
+    no_rotate: bool,
 
     /// Print JSON; an infinite ratio (no difference at all) is null
     #[arg(long)]
@@ -142,11 +146,14 @@ fn collect(args: &Args, model: &TextModel, passages: &Passages) -> Result<Vec<Ca
         ],
     };
     let of = |observer| {
+        let smoothing = |off: bool| if off { Smoothing::None } else { Smoothing::Block };
         let config = CalibrationConfig {
             observer,
             scheme: args.scheme,
-            smooth_k: !args.no_smooth_k,
-            smooth_q: !args.no_smooth_q,
+            smooth_k: smoothing(args.no_smooth_k),
+            smooth_q: smoothing(args.no_smooth_q),
+            rotate: !args.no_rotate,
+            ..CalibrationConfig::default()
         };
         Ok(calibrate(model, &passages.seen, config)?)
     };

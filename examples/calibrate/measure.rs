@@ -68,7 +68,7 @@ pub fn rows(
         for (layer, config) in model.attention_mut().into_iter().zip(way.configs) {
             layer.set_config(config);
         }
-        let embedding = embedding_error(&reference, &embeddings(model, passages)?);
+        let embedding = embedding_error(&reference, &embeddings(model, passages)?)?;
         rows.push(Row {
             scales: way.name,
             layer_sqnr_db: errors.iter().map(LayerErrors::mean_sqnr_db).collect(),
@@ -83,7 +83,7 @@ pub fn rows(
 /// A scale for each token, the default; and what differs from the static scales only in that
 /// ranges are from the data.
 fn dynamic_ways(layers: usize, config: CalibrationConfig, scales: StaticScales) -> [Way; 2] {
-    let CalibrationConfig { scheme, smooth_k, smooth_q, .. } = config;
+    let CalibrationConfig { scheme, smooth_k, smooth_q, rotate, outliers, .. } = config;
     let shared = match scales {
         StaticScales::PerHead => Granularity::PerHead,
         StaticScales::PerTensor => Granularity::PerTensor,
@@ -91,6 +91,8 @@ fn dynamic_ways(layers: usize, config: CalibrationConfig, scales: StaticScales) 
     [Granularity::PerToken, shared].map(|granularity| {
         let config = AttentionConfig::int8().scheme(scheme).granularity(granularity);
         let config = config.smoothing(smooth_k, smooth_q);
+        let config =
+            config.with_scores(|scores| (scores.rotate, scores.outliers) = (rotate, outliers));
         Way {
             name: format!("dynamic, {granularity}"),
             configs: vec![config; layers],
@@ -101,38 +103,13 @@ fn dynamic_ways(layers: usize, config: CalibrationConfig, scales: StaticScales) 
 
 /// The share of elements outside of their ranges.
 fn clipped(model: &TextModel, passages: &[Tensor], calibration: &Calibration) -> Result<f64> {
-    let CalibrationConfig { smooth_k, smooth_q, .. } = calibration.config;
     let (mut outside, mut all) = (0, 0);
     for ids in passages {
         run_layers(model, ids, &mut |layer, input| {
-            let LayerRanges { q, k } = &calibration.layers[layer];
-            for (tensor, ranges, smooth) in [(input.q, q, smooth_q), (input.k, k, smooth_k)] {
-                all += tensor.elem_count();
-                outside += count_outside(tensor, ranges, smooth)?;
-            }
+            let (found, of) = calibration.outside(layer, input.q, input.k)?;
+            (outside, all) = (outside + found, all + of);
             Ok(())
         })?;
     }
     Ok(outside as f64 / all.max(1) as f64)
-}
-
-/// Of `[B, H, S, D]`, with one range a head.
-fn count_outside(
-    tensor: &Tensor,
-    ranges: &[ValueRange],
-    smooth: bool,
-) -> candle_int8_attention::Result<usize> {
-    let (_, heads, tokens, depth) = tensor.dims4()?;
-    let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-    let mut outside = 0;
-    for (head, matrix) in values.chunks_exact((tokens * depth).max(1)).enumerate() {
-        let mean = if smooth { token_mean(matrix, depth) } else { vec![0.0; depth] };
-        let range = ranges[head % heads];
-        let row = |row: &[f32]| {
-            let smoothed = row.iter().zip(&mean).map(|(x, mean)| x - mean);
-            smoothed.filter(|x| *x < range.min || *x > range.max).count()
-        };
-        outside += matrix.chunks_exact(depth).map(row).sum::<usize>();
-    }
-    Ok(outside)
 }

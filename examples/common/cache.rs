@@ -25,9 +25,9 @@ pub struct CacheArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub recent: usize,
 
-    /// What an int8 cache subtracts from keys: the mean of 64 tokens that moves along with the text,
-    /// none, or the mean of this number of first tokens
-    #[arg(long, value_name = "moving|none|N", default_value = "moving")]
+    /// What an int8 cache subtracts from keys: from each group of 64 its own mean, nothing, or the mean of
+    /// this number of first tokens
+    #[arg(long, value_name = "groups|none|N", default_value = "groups")]
     pub key_smoothing: Smoothing,
 }
 
@@ -56,9 +56,9 @@ impl FromStr for Smoothing {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.parse() {
             _ if text == "none" => Ok(Self(KeySmoothing::None)),
-            _ if text == "moving" => Ok(Self(KeySmoothing::Moving)),
+            _ if text == "groups" => Ok(Self(KeySmoothing::Groups)),
             Ok(tokens) if tokens > 0 => Ok(Self(KeySmoothing::FirstTokens(tokens))),
-            _ => Err("expected moving, none, or a number of tokens from 1 on".into()),
+            _ => Err("expected groups, none, or a number of tokens from 1 on".into()),
         }
     }
 }
@@ -103,14 +103,14 @@ impl CacheArgs {
         })
     }
 
-    /// The cache in words: `keys int8 less a mean that moves along, values f16`.
+    /// The cache in words: `keys int8 less the mean of their group, values f16`.
     pub fn describe(&self) -> String {
         if self.cache == Keys::F32 {
             return "keys and values f32".into();
         }
         let less = match self.key_smoothing.0 {
             KeySmoothing::FirstTokens(tokens) => format!(" less the mean of the first {tokens}"),
-            KeySmoothing::Moving => " less a mean that moves along".to_string(),
+            KeySmoothing::Groups => " less the mean of their group".to_string(),
             _ => String::new(),
         };
         let mut words = format!(

@@ -1,7 +1,7 @@
 //! Flags that choose how scores are computed in int8.
 
 use candle_int8_attention::drift::Candidate;
-use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme};
+use candle_int8_attention::quant::{Granularity, QuantConfig, Scheme, Smoothing};
 use candle_int8_attention::{Int8Config, PvPrecision, RequantConfig, ScoreConfig};
 use std::str::FromStr;
 
@@ -42,21 +42,32 @@ pub struct QuantArgs {
     #[arg(long, value_name = "WHAT", default_value = "token")]
     pub granularity: Granularity,
 
-    /// Subtract from the keys their mean before quantizing (the default)
-    #[arg(long, overrides_with = "no_smooth_k")]
-    pub smooth_k: bool,
+    /// What is subtracted from the keys before they are quantized: none, head (the mean of all that are
+    /// seen) or block (the mean of 64)
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_value = "block",
+        default_missing_value = "block", overrides_with = "no_smooth_k")]
+    pub smooth_k: Smoothing,
 
-    /// Quantize the keys as they are
+    /// Subtract nothing from the keys
     #[arg(long)]
     pub no_smooth_k: bool,
 
-    /// Subtract from the queries their mean before quantizing (the default)
-    #[arg(long, overrides_with = "no_smooth_q")]
-    pub smooth_q: bool,
+    /// What is subtracted from the queries: none, head or block (the mean of 48)
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_value = "block",
+        default_missing_value = "block", overrides_with = "no_smooth_q")]
+    pub smooth_q: Smoothing,
 
-    /// Quantize the queries as they are
+    /// Subtract nothing from the queries
     #[arg(long)]
     pub no_smooth_q: bool,
+
+    /// Quantize queries and keys without rotating them before
+    #[arg(long)]
+    pub no_rotate: bool,
+
+    /// Quantize keys that stand out like all others
+    #[arg(long)]
+    pub no_outliers: bool,
 }
 
 impl QuantArgs {
@@ -66,8 +77,12 @@ impl QuantArgs {
         let options = [
             ("--scheme", self.scheme != default.scheme),
             ("--granularity", self.granularity != default.granularity),
+            ("--smooth-k", !self.no_smooth_k && self.smooth_k != Smoothing::Block),
             ("--no-smooth-k", self.no_smooth_k),
+            ("--smooth-q", !self.no_smooth_q && self.smooth_q != Smoothing::Block),
             ("--no-smooth-q", self.no_smooth_q),
+            ("--no-rotate", self.no_rotate),
+            ("--no-outliers", self.no_outliers),
         ];
         options.into_iter().filter_map(|(name, chosen)| chosen.then_some(name)).collect()
     }
@@ -82,8 +97,10 @@ impl QuantArgs {
         ScoreConfig {
             q: side.clone(),
             k: side,
-            smooth_k: !self.no_smooth_k,
-            smooth_q: !self.no_smooth_q,
+            smooth_k: if self.no_smooth_k { Smoothing::None } else { self.smooth_k },
+            smooth_q: if self.no_smooth_q { Smoothing::None } else { self.smooth_q },
+            rotate: !self.no_rotate,
+            outliers: !self.no_outliers,
         }
     }
 }
@@ -107,14 +124,19 @@ impl FromStr for Output {
     }
 }
 
-/// A configuration in words: `symmetric, per-token, smooth-K, smooth-Q, dequantized`.
+/// A configuration in words: `symmetric, per-token, K less block means, rotated, dequantized`.
 pub fn describe(config: &ScoreConfig, requant: Option<&RequantConfig>) -> String {
     let mut words = vec![config.q.scheme.to_string(), config.q.granularity.to_string()];
     if config.k.granularity != config.q.granularity {
         words.push(format!("keys {}", config.k.granularity));
     }
-    words.extend(config.smooth_k.then(|| "smooth-K".to_string()));
-    words.extend(config.smooth_q.then(|| "smooth-Q".to_string()));
+    for (side, smoothing) in [("K", config.smooth_k), ("Q", config.smooth_q)] {
+        if smoothing != Smoothing::None {
+            words.push(format!("{side} less {smoothing} means"));
+        }
+    }
+    words.extend(config.rotate.then(|| "rotated".to_string()));
+    words.extend(config.outliers.then(|| "outliers in f32".to_string()));
     words.push(match requant {
         Some(to) => format!("requantized {}", to.granularity),
         None => "dequantized".to_string(),

@@ -1,5 +1,6 @@
 //! A prompt as the model's chat template writes it.
 
+use super::memory::within;
 use anyhow::{Context, Result, anyhow};
 use candle_int8_attention::models::llama::LlamaTokenizer;
 use minijinja::syntax::SyntaxConfig;
@@ -8,6 +9,9 @@ use minijinja::{Environment, ErrorKind, Value, context};
 /// Instructions of a template: those of long chats take some thousands, and one that loops without
 /// end is stopped within seconds.
 const FUEL: u64 = 10_000_000;
+
+/// Bytes that a template may take: those of long chats take some kB.
+const MEMORY: usize = 256 << 20;
 
 /// The text of a chat in which it is the model's turn to answer `user`.
 pub fn render(tokenizer: &LlamaTokenizer, system: Option<&str>, user: &str) -> Result<String> {
@@ -18,15 +22,18 @@ pub fn render(tokenizer: &LlamaTokenizer, system: Option<&str>, user: &str) -> R
     let mut messages: Vec<Value> = Vec::new();
     messages.extend(system.map(|text| message("system", text)));
     messages.push(message("user", user));
-    let rendered = environment()?.render_str(
-        template,
-        context! {
-            messages => messages,
-            add_generation_prompt => true,
-            bos_token => tokenizer.bos_token().unwrap_or_default(),
-            eos_token => tokenizer.eos_token().unwrap_or_default(),
-        },
-    );
+    let environment = environment()?;
+    let rendered = within(MEMORY, || {
+        environment.render_str(
+            template,
+            context! {
+                messages => messages,
+                add_generation_prompt => true,
+                bos_token => tokenizer.bos_token().unwrap_or_default(),
+                eos_token => tokenizer.eos_token().unwrap_or_default(),
+            },
+        )
+    });
     rendered.context("the model's chat template cannot be used")
 }
 

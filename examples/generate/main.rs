@@ -16,6 +16,7 @@ mod common;
 mod compare;
 mod figures;
 mod generation;
+mod memory;
 mod sampler;
 
 use anyhow::Result;

@@ -57,8 +57,8 @@ impl Args {
         let scores = self.int8.scores();
         if self.cache.cache == Keys::Int8 && scores != ScoreConfig::default() {
             bail!(
-                "--scheme, --granularity, --no-smooth-k and --no-smooth-q are for keys that are \
-                 quantized with every call, expected --cache f32"
+                "--scheme, --granularity, --smooth-k, --smooth-q, --no-rotate and --no-outliers are for \
+                 keys that are quantized with every call, expected --cache f32"
             );
         }
         model.set_attention(&Int8Config { scores, ..Int8Config::default() }.into());

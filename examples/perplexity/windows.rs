@@ -86,9 +86,11 @@ pub fn compare(
         let vocabulary = fp32.len() / len;
         let rows = fp32.par_chunks_exact(vocabulary).zip(int8.par_chunks_exact(vocabulary));
         let came = ids[start + 1..][..len].par_iter();
-        tokens.par_extend(
-            rows.zip(came).map(|((a, b), &token)| TokenDrift::of_logits(a, b, token as usize)),
-        );
+        let drift = |((a, b), &token): ((&[f32], &[f32]), &u32)| {
+            TokenDrift::of_logits(a, b, token as usize)
+        };
+        let found: Result<Vec<_>, _> = rows.zip(came).map(drift).collect();
+        tokens.extend(found?);
     }
     Ok(tokens)
 }

@@ -44,7 +44,8 @@ pub struct Args {
     #[arg(
         long,
         conflicts_with_all = [
-            "scheme", "granularity", "smooth_k", "no_smooth_k", "smooth_q", "no_smooth_q", "output",
+            "scheme", "granularity", "smooth_k", "no_smooth_k", "smooth_q", "no_smooth_q",
+            "no_rotate", "no_outliers", "output",
         ]
     )]
     pub compare: bool,

@@ -45,11 +45,20 @@ fn candidates() -> Vec<Candidate> {
         ("token", "token"),
         ("token, smooth-K", "token+smooth-k"),
         ("token, smooth-K, smooth-Q", "token+smooth-k+smooth-q"),
+        ("token, local means", "token+local-k+local-q"),
+        ("token, local means, rotated", "token+local-k+local-q+rotate"),
+        ("token, local means, rotated, outliers", "token+local-k+local-q+rotate+outliers"),
         ("token, affine", "affine+token"),
-        ("token, affine, smooth-K, smooth-Q", "affine+token+smooth-k+smooth-q"),
-        ("default, requantized per tensor", "token+smooth-k+smooth-q+requantized:tensor"),
-        ("default, requantized per head", "token+smooth-k+smooth-q+requantized:head"),
-        ("default, requantized per token", "token+smooth-k+smooth-q+requantized:token"),
+        ("the same, affine", "affine+token+local-k+local-q+rotate+outliers"),
+        (
+            "default, requantized per tensor",
+            "token+local-k+local-q+rotate+outliers+requantized:tensor",
+        ),
+        ("default, requantized per head", "token+local-k+local-q+rotate+outliers+requantized:head"),
+        (
+            "default, requantized per token",
+            "token+local-k+local-q+rotate+outliers+requantized:token",
+        ),
     ];
     let candidate = |(name, words): (&str, &str)| Candidate {
         name: name.into(),
@@ -147,7 +156,9 @@ impl Comparison {
              Only the scores differ. `*` is the default.\n\n\
              - Scales: shared by the whole tensor, a head, a block of tokens (of queries/of keys), or\n  \
              for one token alone. Symmetric unless it says affine (zero may lie anywhere).\n\
-             - Smooth-K, smooth-Q: the mean over tokens is taken off before rounding and put back after.\n\
+             - Smooth-K, smooth-Q: the mean over tokens is taken off before rounding and put back after;\n  \
+             local means are those of 64 keys, of 48 queries. Rotated: by a Hadamard matrix. Outliers:\n  \
+             keys that stand out have scores in f32.\n\
              - Requantized: the scores become int8 and f32 again; otherwise int32 becomes f32 at once.\n\
              - SQNR: signal to error of the attention output. 20 dB is an error of 10 %, 40 dB of 1 %;\n  \
              6 dB more halve it. Mean, mean of the lowest layer, and lowest head.\n\

@@ -61,13 +61,13 @@ pub fn drift_per_head(fp32: &Path, int8: &Path) -> Result<Vec<HeadDrift>> {
     let of_head = |head: usize| {
         let probs = head * tokens * tokens..(head + 1) * tokens * tokens;
         let output = head * tokens * dim..(head + 1) * tokens * dim;
-        HeadDrift {
+        Ok(HeadDrift {
             head,
             output: Drift::of_outputs(&a[output.clone()], &b[output]),
-            probabilities: ProbabilityDrift::of_rows(&p[probs.clone()], &q[probs], tokens),
-        }
+            probabilities: ProbabilityDrift::of_rows(&p[probs.clone()], &q[probs], tokens.max(1))?,
+        })
     };
-    Ok((0..heads).into_par_iter().map(of_head).collect())
+    (0..heads).into_par_iter().map(of_head).collect()
 }
 
 /// The head with the lowest signal-to-noise ratio.

@@ -79,8 +79,8 @@ pub fn of_attention(
         Stage::shared("keys K", k)?,
         Stage::shared("values V (not in int8)", &block.v)?,
     ];
-    let q_smooth = smooth("Q minus its mean", q, config.smooth_q, &mut stages)?;
-    let k_smooth = smooth("K minus its mean", k, config.smooth_k, &mut stages)?;
+    let q_smooth = smooth("Q", q, (config.smooth_q, QUERY_BLOCK), config.rotate, &mut stages)?;
+    let k_smooth = smooth("K", k, (config.smooth_k, KEY_BLOCK), config.rotate, &mut stages)?;
     stages.push(codes("Q as int8", &q_smooth, &config.q)?);
     stages.push(codes("K as int8", &k_smooth, &config.k)?);
     stages.extend(scores(block, (&q_smooth, &k_smooth), candidate)?);
@@ -89,13 +89,32 @@ pub fn of_attention(
     Ok(stages)
 }
 
-/// `x` minus its mean over tokens, and a stage for it; `x` itself when smoothing is off.
-fn smooth(name: &str, x: &Tensor, on: bool, stages: &mut Vec<Stage>) -> Result<Tensor> {
-    if !on {
-        return Ok(x.clone());
+/// `x` minus its mean over tokens, rotated, with a stage for each of these that is on.
+fn smooth(
+    name: &str,
+    x: &Tensor,
+    (smoothing, block): (Smoothing, usize),
+    rotate: bool,
+    stages: &mut Vec<Stage>,
+) -> Result<Tensor> {
+    let mut smoothed = x.clone();
+    if smoothing != Smoothing::None {
+        let tokens = x.dim(D::Minus2)?;
+        let block = if smoothing == Smoothing::Block { block } else { tokens.max(1) };
+        let less_mean = |start: usize| {
+            let rows = x.narrow(D::Minus2, start, block.min(tokens - start))?;
+            rows.broadcast_sub(&rows.mean_keepdim(D::Minus2)?)
+        };
+        let blocks = (0..tokens).step_by(block).map(less_mean);
+        smoothed = Tensor::cat(&blocks.collect::<candle_core::Result<Vec<_>>>()?, D::Minus2)?;
+        stages.push(Stage::shared(&format!("{name} minus its mean"), &smoothed)?);
     }
-    let smoothed = x.broadcast_sub(&x.mean_keepdim(D::Minus2)?)?;
-    stages.push(Stage::shared(name, &smoothed)?);
+    if rotate {
+        let mut rows = flat(&smoothed)?;
+        Rotation::new(x.dim(D::Minus1)?).apply(&mut rows);
+        smoothed = Tensor::from_vec(rows, x.dims(), x.device())?;
+        stages.push(Stage::shared(&format!("{name} rotated"), &smoothed)?);
+    }
     Ok(smoothed)
 }
 
@@ -118,7 +137,8 @@ fn scores(
     let config = &candidate.config.scores;
     let fp32 = block.q.contiguous()?.matmul(&block.k.t()?.contiguous()?)?;
     // An int32 cannot hold what smoothing adds back, so the smoothed tensors go in as they are.
-    let raw = ScoreConfig { smooth_q: false, smooth_k: false, ..config.clone() };
+    let (q, k) = (config.q.clone(), config.k.clone());
+    let raw = ScoreConfig { q, k, ..ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken) };
     let int32 = attention_scores_int32(q_smooth, k_smooth, &raw)?;
     let dequantized = attention_scores(&block.q, &block.k, config)?;
     let mut stages = vec![

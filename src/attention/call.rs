@@ -27,13 +27,17 @@ use candle_nn::attention::AttnMask;
 #[non_exhaustive]
 pub struct AttentionCall {
     /// Broadcasts to `[B, H, M, N]`: U8 (boolean, non-zero = attend) or float (added to the scaled
-    /// scores). Minus infinity and the smallest finite number of the mask's dtype both mean masked.
+    /// scores). Minus infinity and the smallest finite number of the mask's dtype both mean masked. NaN is
+    /// NaN: a query that sees such a key, by its position and lengths, has a result of NaN.
     pub mask: Option<Tensor>,
     /// Where the queries stand, and that they see no key behind their own.
     pub causal: Option<Causal>,
     /// How many keys of each sequence of the batch are real; the others are not seen. A cache
     /// knows its own lengths, and takes shorter ones.
     pub kv_lens: Option<Vec<usize>>,
+    /// How many queries of each sequence of the batch are real; the others are padding: they see no
+    /// key, give zeros, and have no influence on others.
+    pub q_lens: Option<Vec<usize>>,
 }
 
 /// The key at which a query stands: its own, and the last that it sees.
@@ -42,9 +46,10 @@ pub struct AttentionCall {
 pub enum Causal {
     /// Query `i` stands at key `i + offset`, as in [`AttnMask::Causal`].
     Offset(usize),
-    /// The queries are the last `M` of the keys of their sequence: of
-    /// [`kv_lens`](AttentionCall::kv_lens) where they are given, or of what is in a cache. A query
-    /// that would stand before the first key sees nothing.
+    /// The queries are the last of the keys of their sequence: of
+    /// [`kv_lens`](AttentionCall::kv_lens) where they are given, or of what is in a cache; all `M` of
+    /// them, or the first [`q_lens`](AttentionCall::q_lens) where those are given. A query that would
+    /// stand before the first key sees nothing.
     End,
     /// The first query of each sequence stands at this key. After an append of chunks of different
     /// lengths to a cache that is the length each sequence had before.
@@ -71,6 +76,11 @@ impl AttentionCall {
     /// The same for a batch whose sequences have these numbers of keys.
     pub fn with_kv_lens(self, lens: Vec<usize>) -> Self {
         Self { kv_lens: Some(lens), ..self }
+    }
+
+    /// The same for a batch whose sequences have these numbers of queries.
+    pub fn with_q_lens(self, lens: Vec<usize>) -> Self {
+        Self { q_lens: Some(lens), ..self }
     }
 }
 

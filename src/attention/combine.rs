@@ -2,6 +2,7 @@
 
 use super::mask::{attended, unsupported};
 use super::visible::Visible;
+use crate::memory::check_size;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -13,7 +14,7 @@ use candle_core::{DType, Device, Tensor};
 /// last it is `N - M`, which may be negative: then the first queries see nothing.
 ///
 /// # Errors
-/// Candle's own, if the device cannot hold the mask.
+/// [`Error::Shape`] for a mask larger than the address space; Candle's own, if the device cannot hold it.
 pub fn position_mask(
     (queries, keys): (usize, usize),
     offset: isize,
@@ -21,6 +22,7 @@ pub fn position_mask(
     right: Option<usize>,
     device: &Device,
 ) -> Result<Tensor> {
+    check_size("position_mask", "the mask", &[queries, keys])?;
     let mask = Visible::around(keys, offset, left, right).to_tensor(1, queries, device)?;
     Ok(mask.reshape((queries, keys))?)
 }
@@ -47,7 +49,7 @@ pub fn position_mask(
 ///
 /// # Errors
 /// [`Error::DType`] for a mask that is neither U8 nor a float, or a `keep` that is not U8;
-/// [`Error::Shape`] if they do not broadcast.
+/// [`Error::Shape`] if they do not broadcast, or to more than memory has addresses.
 pub fn restrict_mask(mask: &Tensor, keep: &Tensor) -> Result<Tensor> {
     if keep.dtype() != DType::U8 {
         return Err(unsupported(keep.dtype()));
@@ -59,6 +61,7 @@ pub fn restrict_mask(mask: &Tensor, keep: &Tensor) -> Result<Tensor> {
         shape: keep.dims().to_vec(),
         expected: format!("something that broadcasts with the mask {:?}", mask.dims()),
     })?;
+    check_size("restrict_mask", "the mask with keep", shape.dims())?;
     let (mask, keep) = (mask.broadcast_as(&shape)?, keep.broadcast_as(&shape)?);
     let both = (attended(&mask)? * keep.ne(0u8)?)?;
     match mask.dtype() {

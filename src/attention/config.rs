@@ -3,7 +3,9 @@
 use super::AttentionSpec;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
-use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
+use crate::quant::{
+    Conditioning, Granularity, QuantConfig, RangeSource, Rotation, Scheme, Smoothing,
+};
 use crate::{Error, Result};
 
 /// How scores are quantized.
@@ -15,45 +17,76 @@ pub struct ScoreConfig {
     pub q: QuantConfig,
     /// How the keys are quantized.
     pub k: QuantConfig,
-    /// Subtract from the keys their mean over tokens before quantizing, and add `q·mean(K)` back
-    /// to every row of scores.
-    pub smooth_k: bool,
-    /// Subtract from the queries their mean over tokens before quantizing, and add
-    /// `mean(Q)·k` back to every column of scores.
-    pub smooth_q: bool,
+    /// What is subtracted from the keys before they are quantized; `q·mean(K)` is added back to the
+    /// scores.
+    pub smooth_k: Smoothing,
+    /// What is subtracted from the queries before they are quantized; `mean(Q)·k` is added back to the
+    /// scores.
+    pub smooth_q: Smoothing,
+    /// Whether queries and keys, smoothed, are both multiplied by the same orthogonal matrix before they are
+    /// quantized, which evens their channels out and changes no score: see
+    /// [`Rotation`](crate::quant::Rotation).
+    pub rotate: bool,
+    /// Whether keys that stand out of their block of 64 are left out of its mean and its range and have
+    /// their scores computed in f32: attention sinks (Xiao et al. 2023, arXiv:2309.17453), which many queries
+    /// attend to. A key stands out if its largest element, as it would be quantized, is more than 4
+    /// times what the others of its block have on average. Queries that stand out of their block of 48
+    /// are left out of its mean and range.
+    pub outliers: bool,
 }
 
 impl Default for ScoreConfig {
-    /// Symmetric, one scale a token, smooth-K and smooth-Q: of the configurations measured in the README, the most accurate that needs no
-    /// zero-point correction of every score (affine codes gain 1 dB more).
+    /// Symmetric, one scale a token, smoothed by blocks, rotated, outliers apart: of the configurations
+    /// measured in docs/accuracy.md the most accurate that needs no zero-point correction of every score.
     fn default() -> Self {
         Self {
             q: QuantConfig::default(),
             k: QuantConfig::default(),
-            smooth_k: true,
-            smooth_q: true,
+            smooth_k: Smoothing::Block,
+            smooth_q: Smoothing::Block,
+            rotate: true,
+            outliers: true,
         }
     }
 }
 
 impl ScoreConfig {
-    /// The same scheme and granularity for queries and keys, without smoothing.
+    /// The same scheme and granularity for queries and keys, and nothing else: no smoothing, no rotation,
+    /// outliers like all others.
     pub fn plain(scheme: Scheme, granularity: Granularity) -> Self {
         let side = QuantConfig { scheme, granularity, ..QuantConfig::default() };
-        Self { q: side.clone(), k: side, smooth_k: false, smooth_q: false }
+        let none = Smoothing::None;
+        Self {
+            q: side.clone(),
+            k: side,
+            smooth_k: none,
+            smooth_q: none,
+            rotate: false,
+            outliers: false,
+        }
     }
 
-    /// Whether something in f32 is added to the int32 sums.
-    pub(crate) fn is_smoothed(&self) -> bool {
-        self.smooth_k || self.smooth_q
+    /// What is done to rows of `depth` elements, of queries and of keys, before they are quantized.
+    pub(crate) fn conditioning(&self, depth: usize) -> (Conditioning, Conditioning) {
+        let rotation = self.rotate.then(|| Rotation::new(depth));
+        let of = |smoothing| Conditioning { smoothing, rotation, outliers: self.outliers };
+        (of(self.smooth_q), of(self.smooth_k))
+    }
+
+    /// What is added to the int32 sums in f32, in words; `None` if nothing is.
+    pub(crate) fn adds_floats(&self) -> Option<String> {
+        let Self { smooth_k, smooth_q, outliers, .. } = self;
+        let nothing = [smooth_k, smooth_q] == [&Smoothing::None; 2] && !outliers;
+        let words = format!("smooth_k {smooth_k}, smooth_q {smooth_q} and outliers {outliers}");
+        (!nothing).then_some(words)
     }
 }
 
 /// How int32 scores become int8 scores.
 ///
-/// Without smoothing codes come straight from the int32 sums, in the arithmetic that `mode` names,
-/// with static parameters equal to the bit to ONNX Runtime's `QLinearMatMul` and to gemmlowp. What
-/// smoothing adds to the sums is in f32, so with it scores are rounded from f32.
+/// With neither smoothing nor outliers apart codes come straight from the int32 sums, in the arithmetic that
+/// `mode` names, with static parameters equal to the bit to ONNX Runtime's `QLinearMatMul` and to gemmlowp.
+/// What those add to the sums is in f32, so with them scores are rounded from f32.
 ///
 /// More fields may be added: end an expression in `..RequantConfig::default()`.
 #[derive(Debug, Clone, PartialEq)]
@@ -257,9 +290,14 @@ impl AttentionConfig {
         })
     }
 
-    /// The same with or without smooth-K and smooth-Q; chooses int8.
-    pub fn smoothing(self, k: bool, q: bool) -> Self {
+    /// The same with this smoothing of keys and of queries; chooses int8.
+    pub fn smoothing(self, k: Smoothing, q: Smoothing) -> Self {
         self.with_int8(|int8| (int8.scores.smooth_k, int8.scores.smooth_q) = (k, q))
+    }
+
+    /// The same with scores whose other choices `change` makes; chooses int8.
+    pub fn with_scores(self, change: impl FnOnce(&mut ScoreConfig)) -> Self {
+        self.with_int8(|int8| change(&mut int8.scores))
     }
 
     /// The same with this precision of P·V; chooses int8.
@@ -343,6 +381,10 @@ mod tests {
         let plain = AttentionConfig::from(Int8Config { scores, ..Int8Config::default() });
         let built =
             AttentionConfig::fp32().scheme(Scheme::Affine).granularity(Granularity::PerHead);
-        assert_eq!(built.smoothing(false, false), plain);
+        let built = built.smoothing(Smoothing::None, Smoothing::None);
+        assert_eq!(
+            built.with_scores(|scores| (scores.rotate, scores.outliers) = (false, false)),
+            plain
+        );
     }
 }

@@ -6,10 +6,9 @@
 //! ```
 
 use super::engine::{KeyValues, Queries, QueryBlock, Rows, Running, Tile, gather};
-use super::tensor_values::{accumulate, tiles};
+use super::tensor_values::{accumulate, large, large_rows, tiles};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, LANES, Rows as Matrix};
-use crate::cpu::plain::widest;
 use crate::memory::overwrite;
 use crate::product::{PackedMatrix, Start, StoredMatrix};
 use crate::view::View;
@@ -75,8 +74,15 @@ impl KeyValues for FloatHead<'_> {
             }
             Float::InPlace(all) => {
                 let queries = Matrix::new(&queries.values, rows, depth, depth);
-                score_in_place(self.level, (queries, part(all, keys)), self.factor, scores, stride);
+                score_in_place(self.level, (queries, all.part(keys)), self.factor, scores, stride);
             }
+        }
+    }
+
+    fn large(&self, keys: Range<usize>) -> Vec<usize> {
+        match &self.values {
+            Float::Packed(values) => large(values, keys),
+            Float::InPlace(all) => large_rows(all.part(keys.clone()), keys),
         }
     }
 
@@ -93,7 +99,7 @@ impl KeyValues for FloatHead<'_> {
     ) {
         match &self.values {
             Float::Packed(values) => accumulate(values, keys, tile, running, sums),
-            Float::InPlace(all) => accumulate_in_place(self.level, part(all, keys), tile, sums),
+            Float::InPlace(all) => accumulate_in_place(self.level, all.part(keys), tile, sums),
         }
     }
 }
@@ -108,7 +114,7 @@ pub(super) fn score_in_place(
 ) {
     for (query, scores) in queries.iter().zip(scores.chunks_mut(stride)) {
         let scores = &mut scores[..keys.count()];
-        level.dots(keys, None, query, scores);
+        level.dots(keys, query, scores);
         scores.iter_mut().for_each(|score| *score *= factor);
     }
 }
@@ -121,7 +127,7 @@ pub(super) fn accumulate_in_place(
     sums: &mut [f32],
 ) {
     debug_assert_eq!(tile.probs.format(), Format::F32);
-    if widest!(all_finite, values, Matrix<'_> => bool) {
+    if tile.large.is_empty() {
         let (shape, stride) = ((values.count(), values.depth()), values.stride());
         let matrix = StoredMatrix::of_f32(values.data(), shape, stride);
         return matrix.accumulate(level, tile.scores, tile.stride, sums);
@@ -133,17 +139,6 @@ pub(super) fn accumulate_in_place(
             sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);
         }
     }
-}
-
-/// Some of the rows.
-fn part<'a>(all: &Matrix<'a>, rows: Range<usize>) -> Matrix<'a> {
-    let data = all.data().get(rows.start * all.stride()..).unwrap_or_default();
-    Matrix::new(data, rows.len(), all.depth(), all.stride())
-}
-
-#[inline(always)]
-fn all_finite(rows: Matrix<'_>) -> bool {
-    rows.iter().all(|row| row.iter().fold(true, |all, x| all & (x.abs() <= f32::MAX)))
 }
 
 /// Whether values of this width can be multiplied where they lie.

@@ -1,90 +1,123 @@
 //! The keys of one head of a tensor in int8, ready for its queries, with its values.
 
-use super::engine::{KeyValues, QueryBlock, Rows, Running, Tile, blocks};
-use super::keys::{PackedKeys, SmoothQ};
-use super::operand::QuantizedRows;
+use super::engine::{KeyValues, QueryBlock, Rows, Running, Tile};
+use super::keys::PackedKeys;
+use super::operand::{Buffers, QuantizedRows};
 use super::scorer::Scorer;
-use super::tensor_values::{accumulate, tiles};
+use super::tensor_values::{accumulate, large, tiles};
 use crate::cpu::contracts::Format;
-use crate::memory::overwrite;
+use crate::memory::{Kept, overwrite};
 use crate::parallel::Pace;
 use crate::product::{PackedMatrix, RhsChunk};
-use std::cell::RefCell;
+use crate::quant::Smoothing;
 use std::ops::Range;
 
-/// Keys `tokens` of a head, and where they go.
+/// Keys `keys` of a head, and where they go.
 struct KeyChunk<'a> {
-    tokens: Range<usize>,
+    keys: Range<usize>,
     rhs: RhsChunk<'a>,
     scales: &'a mut [f32],
     zeros: &'a mut [i32],
     sums: &'a mut [i32],
+    /// As the codes are, `[keys, D]`, and the means of their blocks.
+    conditioned: &'a mut [f32],
+    means: &'a mut [f32],
 }
 
 /// Keys that one thread packs at a time, where a head is shared by several.
 const CHUNK: usize = 128;
 
 impl Scorer<'_> {
-    /// Quantizes and packs the keys of `head` in the place of those that are there.
+    /// Quantizes and packs the keys of `head` that are seen in the place of those that are there.
     pub(super) fn pack_keys(&self, head: usize, pace: Pace, keys: &mut PackedKeys) {
-        let (tokens, depth) = (self.k.view().tokens(), self.depth());
-        let padded = tokens.next_multiple_of(self.key_step());
+        let (count, depth, block) = (self.seen.keys(head).len(), self.depth(), self.k.block());
+        let padded = count.next_multiple_of(self.key_step());
         keys.head = head;
-        keys.rhs.reset(tokens, depth);
+        keys.rhs.reset(count, depth);
         keys.scales.resize(padded, 0.0);
         keys.zeros.resize(padded, 0);
         keys.sums.resize(padded, 0);
-        self.k.find_mean(head, &mut keys.mean);
-        // Panels do not depend on each other.
-        let size = CHUNK.next_multiple_of(self.key_step());
+        let smoothing = self.k.conditioning().smoothing;
+        keys.block = if smoothing == Smoothing::Block { block } else { usize::MAX };
+        let blocks = count.div_ceil(block);
+        keys.means.resize(if smoothing == Smoothing::None { 0 } else { blocks * depth }, 0.0);
+        keys.conditioned.resize(if self.smooths_queries() { count * depth } else { 0 }, 0.0);
+        let head_mean =
+            Kept::with(&PACKING, KEPT, |(_, buffers)| self.k.head_mean(head, &self.seen, buffers));
+        let size = CHUNK.next_multiple_of(self.key_step()).next_multiple_of(block);
+        let mut conditioned = keys.conditioned.chunks_mut(size * depth.max(1));
+        let mut means = keys.means.chunks_mut(size / block * depth.max(1));
         let chunks = (keys.rhs.chunks_mut(size))
             .zip(keys.scales.chunks_mut(size))
             .zip(keys.zeros.chunks_mut(size).zip(keys.sums.chunks_mut(size)))
             .enumerate()
             .map(|(index, ((rhs, scales), (zeros, sums)))| {
-                let tokens = index * size..((index + 1) * size).min(tokens);
-                KeyChunk { tokens, rhs, scales, zeros, sums }
+                let keys = index * size..((index + 1) * size).min(count);
+                let conditioned = conditioned.next().unwrap_or_default();
+                let means = means.next().unwrap_or_default();
+                KeyChunk { keys, rhs, scales, zeros, sums, conditioned, means }
             });
-        pace.for_each(chunks, |chunk| self.pack_chunk(head, keys.mean.get(), chunk));
-        self.smooth_queries(pace, keys);
+        // Panels do not depend on each other.
+        let outliers = pace.map(chunks, |chunk| self.pack_chunk(head, head_mean.as_deref(), chunk));
+        keys.outliers = outliers.concat();
+        self.keep_outliers(keys);
+        self.find_query_means(keys);
     }
 
-    fn pack_chunk(&self, head: usize, mean: Option<&[f32]>, mut chunk: KeyChunk<'_>) {
-        PACKING.with_borrow_mut(|(rows, buffer)| {
-            for block in blocks(chunk.tokens.len()) {
-                let tokens = chunk.tokens.start + block.start..chunk.tokens.start + block.end;
-                let values = self.k.view().rows(head, tokens.clone(), buffer);
-                self.k.quantize(values, (head, tokens), mean, rows);
+    /// Returns the keys that stand out.
+    fn pack_chunk(
+        &self,
+        head: usize,
+        head_mean: Option<&[f32]>,
+        mut chunk: KeyChunk<'_>,
+    ) -> Vec<usize> {
+        let depth = self.depth();
+        let mut outliers = Vec::new();
+        Kept::with(&PACKING, KEPT, |(rows, buffers)| {
+            for (index, block) in self.k.blocks(chunk.keys.len()).enumerate() {
+                let keys = chunk.keys.start + block.start..chunk.keys.start + block.end;
+                self.k.quantize((head, keys.clone()), head_mean, &self.seen, buffers, rows);
+                if !chunk.conditioned.is_empty() {
+                    let to = &mut chunk.conditioned[block.start * depth..block.end * depth];
+                    self.k.copy_conditioned((head, keys.clone()), &self.seen, buffers, to);
+                }
+                let Buffers { conditioned, .. } = &*buffers;
+                for &outlier in &conditioned.outliers {
+                    rows.forget(outlier, depth);
+                }
+                let first = outliers.len();
+                outliers.extend(conditioned.outliers.iter().map(|outlier| keys.start + outlier));
+                outliers[first..].sort_unstable();
+                if let (Some(mean), true) = (conditioned.mean(), depth > 0) {
+                    chunk.means[index * depth..][..depth].copy_from_slice(mean);
+                }
                 chunk.rhs.put(block.start, &rows.codes, &rows.sums);
                 chunk.scales[block.clone()].copy_from_slice(&rows.scales);
                 chunk.zeros[block.clone()].copy_from_slice(&rows.zeros);
                 chunk.sums[block].copy_from_slice(&rows.sums);
             }
         });
+        outliers
     }
 
-    /// The mean of the queries of each query head, and its scores with the smoothed keys.
-    fn smooth_queries(&self, pace: Pace, keys: &mut PackedKeys) {
-        let (tokens, padded) = (self.k.view().tokens(), keys.scales.len());
-        let heads = self.query_heads(keys.head);
-        keys.smooth_q.resize_with(heads.len(), SmoothQ::default);
-        for (head, smooth) in heads.zip(&mut keys.smooth_q) {
-            self.q.find_mean(head, &mut smooth.mean);
-            smooth.biases.resize(padded, 0.0);
-            let Some(mean) = smooth.mean.get() else {
-                smooth.biases.fill(0.0);
-                continue;
-            };
-            let chunks = smooth.biases[..tokens].chunks_mut(CHUNK).enumerate();
-            pace.for_each(chunks, |(index, biases)| {
-                PACKING.with_borrow_mut(|(_, buffer)| {
-                    let tokens = index * CHUNK..index * CHUNK + biases.len();
-                    let rows = self.k.view().rows(keys.head, tokens, buffer);
-                    self.level.dots(rows, keys.mean.get(), mean, biases);
-                    biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
-                });
-            });
+    /// Copies the rows of the keys that stand out.
+    fn keep_outliers(&self, keys: &mut PackedKeys) {
+        keys.outlier_rows.clear();
+        let (mut buffer, mut gathered) = (Vec::new(), Vec::new());
+        for &key in &keys.outliers {
+            let at = (keys.head, key..key + 1);
+            let row = self.k.rows(at, &self.seen, &mut buffer, &mut gathered);
+            keys.outlier_rows.extend_from_slice(row.row(0));
         }
+    }
+
+    fn find_query_means(&self, keys: &mut PackedKeys) {
+        let heads = self.query_heads(keys.head);
+        let mean = |head: usize| {
+            Kept::with(&PACKING, KEPT, |(_, buffers)| self.q.head_mean(head, &self.seen, buffers))
+        };
+        keys.query_means.clear();
+        keys.query_means.extend(heads.map(mean));
     }
 }
 
@@ -118,6 +151,10 @@ impl KeyValues for Int8Head<'_> {
         self.scorer.score(self.keys, queries, keys, scores, stride);
     }
 
+    fn large(&self, keys: Range<usize>) -> Vec<usize> {
+        large(self.values, keys)
+    }
+
     fn format(&self, _rows: usize) -> Format {
         self.values.format()
     }
@@ -135,5 +172,8 @@ impl KeyValues for Int8Head<'_> {
 
 thread_local! {
     /// What a thread packs with, kept so that a block allocates nothing.
-    static PACKING: RefCell<(QuantizedRows, Vec<f32>)> = RefCell::default();
+    static PACKING: Kept<(QuantizedRows, Buffers)> = const { Kept::new() };
 }
+
+/// Bytes of that which a thread keeps: blocks of keys that are a few thousand numbers deep.
+const KEPT: usize = 1 << 20;

@@ -1,28 +1,30 @@
 //! The keys of one head of a tensor in int8.
 
-use super::operand::Mean;
 use crate::cpu::Level;
+use crate::memory::Footprint;
 use crate::product::PackedRhs;
 
-/// The keys of one head, quantized, packed and shared by its query heads. All vectors are padded
-/// to whole panels of the kernel; what stands in the padding does not matter.
+/// The keys of one head that are seen, quantized, packed and shared by its query heads. What is one a key
+/// is padded to whole panels of the kernel; what stands in the padding does not matter.
 pub(super) struct PackedKeys {
     pub head: usize,
     pub rhs: PackedRhs,
     pub scales: Vec<f32>,
     pub zeros: Vec<i32>,
     pub sums: Vec<i32>,
-    /// What smooth-K subtracted.
-    pub mean: Mean,
-    /// Smooth-Q, for each query head that shares these keys.
-    pub smooth_q: Vec<SmoothQ>,
-}
-
-/// What smooth-Q subtracts from the queries of one head, and the score of that with every key.
-#[derive(Default)]
-pub(super) struct SmoothQ {
-    pub mean: Mean,
-    pub biases: Vec<f32>,
+    /// `[N, D]`, conditioned as the codes are, where queries are smoothed: their mean is multiplied with
+    /// these.
+    pub conditioned: Vec<f32>,
+    /// What smoothing subtracted, `[blocks, D]`; empty without smoothing.
+    pub means: Vec<f32>,
+    /// Keys of a block.
+    pub block: usize,
+    /// The keys that stand out of their block, in order, whose scores are in f32, and their rows.
+    pub outliers: Vec<usize>,
+    pub outlier_rows: Vec<f32>,
+    /// What is subtracted from the queries of each query head that shares these keys, where it is the same
+    /// for all of a head.
+    pub query_means: Vec<Option<Vec<f32>>>,
 }
 
 impl PackedKeys {
@@ -37,13 +39,28 @@ impl PackedKeys {
             scales: Vec::new(),
             zeros: Vec::new(),
             sums: Vec::new(),
-            mean: Mean::default(),
-            smooth_q: Vec::new(),
+            conditioned: Vec::new(),
+            means: Vec::new(),
+            block: 1,
+            outliers: Vec::new(),
+            outlier_rows: Vec::new(),
+            query_means: Vec::new(),
         }
     }
 
-    /// Bytes of memory in use.
-    pub(super) fn memory(&self) -> usize {
-        self.rhs.memory() + size_of::<f32>() * (3 + self.smooth_q.len()) * self.scales.len()
+    /// Blocks of keys that have a bias of their own for each query.
+    pub(super) fn blocks(&self) -> usize {
+        self.rhs.rows().div_ceil(self.block).max(1)
+    }
+}
+
+impl Footprint for PackedKeys {
+    fn footprint(&self) -> usize {
+        let Self { rhs, scales, zeros, sums, conditioned, means, outliers, outlier_rows, .. } =
+            self;
+        let codes = scales.footprint() + zeros.footprint() + sums.footprint();
+        let floats = conditioned.footprint() + means.footprint() + outlier_rows.footprint();
+        let query_means: usize = self.query_means.iter().map(Footprint::footprint).sum();
+        rhs.footprint() + codes + floats + outliers.footprint() + query_means
     }
 }

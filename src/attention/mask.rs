@@ -29,7 +29,7 @@ pub(crate) fn apply_tensor(scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// 1 where `mask` lets a score through, 0 where it masks it.
+/// 1 where `mask` lets a score through, 0 where it masks it. A NaN masks nothing: the score becomes NaN.
 ///
 /// # Errors
 /// [`Error::DType`] if it is neither U8 (boolean) nor a float (additive).
@@ -37,7 +37,7 @@ pub(crate) fn attended(mask: &Tensor) -> Result<Tensor> {
     match mask.dtype() {
         DType::U8 => Ok(mask.ne(0u8)?),
         DType::F32 | DType::F16 | DType::BF16 | DType::F64 => {
-            Ok(mask.gt(masked_below(mask.dtype()))?)
+            Ok(mask.le(masked_below(mask.dtype()))?.eq(0u8)?)
         }
         dtype => Err(unsupported(dtype)),
     }

@@ -14,6 +14,7 @@ mod call;
 mod combine;
 mod config;
 mod engine;
+mod failure;
 mod flash;
 mod float_head;
 mod int8_head;
@@ -26,6 +27,7 @@ mod operand;
 mod requantized;
 mod scorer;
 mod scores;
+mod seen;
 pub(crate) mod shapes;
 mod spec;
 mod tensor_values;
@@ -59,6 +61,9 @@ use candle_core::Tensor;
 /// [`AttnMask`](candle_nn::attention::AttnMask), of which [`Causal`](candle_nn::attention::AttnMask::Causal)
 /// lets query `i` attend to keys `j <= i + kv_offset`. A query with every key masked gives zeros.
 ///
+/// What is finite in fp32 attention is finite here, up to values of `f32::MAX` and scores of 2.3e38 (they are
+/// multiplied by log2(e)). A query or key that holds NaN or infinity makes its own scores NaN, and no others.
+///
 /// On a CPU both backends are one fused op. On other devices int8 is
 /// [`tensor_ops::attention`](crate::reference::tensor_ops::attention), which has the same scores and holds
 /// all `M * N` of them. Gradients are those of fp32 attention
@@ -79,7 +84,7 @@ use candle_core::Tensor;
 /// Those of [`attention_scores`]; [`Error::Shape`](crate::Error::Shape) for a `v` or a mask that
 /// does not fit; [`Error::DType`](crate::Error::DType) for a mask that is neither U8 nor float;
 /// [`Error::Mismatch`](crate::Error::Mismatch) for lengths, positions or slopes that do not match
-/// the shapes; [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a scale, softcap or
+/// the shapes; [`Error::Shape`](crate::Error::Shape) for more elements than memory has addresses; [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a scale, softcap or
 /// slope that makes no sense; [`Error::Unsupported`](crate::Error::Unsupported) for a precision of
 /// P·V for which this machine has no instruction.
 pub fn attention(

@@ -2,25 +2,25 @@
 
 use super::config::{AttentionConfig, Backend, Int8Config};
 use super::engine::{Element, Engine, MaskView, Modifiers, Queries};
+use super::failure::Failure;
 use super::float_head::{FEW, Float, FloatHead, in_place};
 use super::int8_head::Int8Head;
 use super::keys::PackedKeys;
 use super::mask::broadcast_mask;
-use super::scorer::{ScoreScale, Scorer, check_product};
+use super::scorer::{ScoreScale, Scorer};
+use super::seen::Seen;
 use super::tensor_values::pack_values;
 use super::visible::Visible;
-use super::{AttentionCall, AttentionSpec, shapes};
+use super::{AttentionCall, shapes};
 use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
-use crate::memory::written;
+use crate::memory::{Footprint, Kept, written};
 use crate::parallel::Work;
 use crate::product::PackedMatrix;
 use crate::reference::unfused;
 use crate::view::View;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, Var};
-use std::cell::Cell;
-use std::f32::consts::LOG2_E;
 
 /// `attention` on the CPU; shapes and dtypes are checked.
 pub(super) fn attention(
@@ -31,18 +31,23 @@ pub(super) fn attention(
     config: &AttentionConfig,
 ) -> Result<Tensor> {
     let ((b, h, m, d), n) = (q.dims4()?, k.dim(2)?);
-    // Candle turns an error from inside an op into text, so what can fail is asked before.
     let level = Level::active()?;
     config.spec.scale(d)?;
     if let Backend::Int8(int8) = &config.backend {
-        check_product(d, &int8.scores)?;
+        int8.scores.check(q.dims(), k.dims())?;
         int8.pv.format(level)?;
     }
     let visible = Visible::new((b, m, n), &call, &config.spec)?;
     let mask = call.mask.as_ref();
+    shapes::check_cpu(
+        "attention",
+        &mask.map(|mask| ("mask", mask)).into_iter().collect::<Vec<_>>(),
+    )?;
     let mask = mask.map(|mask| broadcast_mask(&mask.detach(), &[b, h, m, n])).transpose()?;
     let call = AttentionCall { mask, ..call };
-    Ok(q.apply_op3(k, v, Attention { level, call, visible, config: config.clone() })?)
+    let failure = Failure::default();
+    let op = Attention { level, call, visible, config: config.clone(), failure: failure.clone() };
+    failure.of(q.apply_op3(k, v, op))
 }
 
 struct Attention {
@@ -51,6 +56,7 @@ struct Attention {
     call: AttentionCall,
     visible: Visible,
     config: AttentionConfig,
+    failure: Failure,
 }
 
 /// The inputs of a call.
@@ -72,18 +78,42 @@ struct KeptFloat {
     values: PackedMatrix,
 }
 
+impl Footprint for KeptInt8 {
+    fn footprint(&self) -> usize {
+        self.keys.footprint() + self.values.footprint()
+    }
+}
+
+impl Footprint for KeptFloat {
+    fn footprint(&self) -> usize {
+        self.keys.footprint() + self.values.footprint()
+    }
+}
+
 thread_local! {
-    static INT8: Cell<Option<KeptInt8>> = const { Cell::new(None) };
-    static FLOAT: Cell<Option<KeptFloat>> = const { Cell::new(None) };
+    static INT8: Kept<Option<KeptInt8>> = const { Kept::new() };
+    static FLOAT: Kept<Option<KeptFloat>> = const { Kept::new() };
 }
 
 impl Attention {
-    fn forward(&self, inputs: Inputs<'_>, dtype: DType) -> Result<CpuStorage> {
-        Ok(match dtype {
+    fn forward(
+        &self,
+        [(q, q_layout), (k, k_layout), (v, v_layout)]: [(&CpuStorage, &Layout); 3],
+    ) -> Result<(CpuStorage, Shape)> {
+        let op = "attention";
+        let dtype = candle_core::backend::BackendStorage::dtype(q);
+        shapes::check_attention(op, q_layout.dims(), k_layout.dims(), v_layout.dims())?;
+        let q = View::new(op, "q", q, q_layout)?;
+        let (k, v) = (View::new(op, "k", k, k_layout)?, View::new(op, "v", v, v_layout)?);
+        let [b, h, m, _] = q.dims();
+        let shape = Shape::from(vec![b, h, m, v.depth()]);
+        let inputs = Inputs { q, k, v };
+        let storage = match dtype {
             DType::F16 => CpuStorage::F16(self.run(inputs)?),
             DType::BF16 => CpuStorage::BF16(self.run(inputs)?),
             _ => CpuStorage::F32(self.run(inputs)?),
-        })
+        };
+        Ok((storage, shape))
     }
 
     /// The output `[B, H, M, Dv]`.
@@ -91,32 +121,30 @@ impl Attention {
         let ([b, h, m, d], n) = (inputs.q.dims(), inputs.k.tokens());
         // The guard keeps the mask's storage readable while the engine runs.
         let guard = self.call.mask.as_ref().map(Tensor::storage_and_layout);
-        let mut mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
-        let mut visible = self.visible.clone();
-        if let Some(Ok(seen)) = &mask
-            && let Some(lens) = seen.lens((b, n))
-        {
-            visible.limit(&lens);
-            mask = None;
-        }
+        let mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
+        let mask = mask.transpose()?;
         let group = h.checked_div(inputs.k.dims()[1]).unwrap_or(0);
-        let AttentionSpec { softcap, alibi_slopes: slopes, .. } = self.config.spec.clone();
+        let seen = Seen::of(&self.visible, mask.as_ref(), [b, h, m, n], group);
+        // Keys that it hides from everyone are not there.
+        let mask = mask.filter(|mask| !mask.only_hides_keys());
+        let spec = &self.config.spec;
         let engine = Engine {
             level: self.level,
             queries: Queries { heads: h, tokens: m, group, apart: false },
             value_dim: inputs.v.depth(),
-            visible,
+            visible: self.visible.clone(),
             sinks: 0,
             window: None,
-            modifiers: Modifiers { softcap, slopes, mask: mask.transpose()? },
+            modifiers: Modifiers::new(spec, spec.scale(d)?, mask),
+            seen: Some(&seen),
         };
         let len = [b, h, m, engine.value_dim].iter().product();
         if len == 0 || n == 0 {
             return Ok(vec![T::default(); len]);
         }
         match &self.config.backend {
-            Backend::Int8(int8) => self.run_int8(inputs, engine, int8, len),
-            Backend::Fp32 => Ok(run_fp32(inputs, engine, self.config.spec.scale(d)?, len)),
+            Backend::Int8(int8) => self.run_int8(inputs, engine, (int8, seen.clone()), len),
+            Backend::Fp32 => Ok(run_fp32(inputs, (engine, &seen), len)),
         }
     }
 
@@ -124,17 +152,14 @@ impl Attention {
         &self,
         Inputs { q, k, v }: Inputs<'_>,
         mut engine: Engine<'_>,
-        int8: &Int8Config,
+        (int8, seen): (&Int8Config, Seen),
         len: usize,
     ) -> Result<Vec<T>> {
-        let scale = self.config.spec.scale(q.depth())?;
-        // A softcap bends the true score, so the row's constant matters, and log2(e) comes after.
-        let scale = match self.config.spec.softcap {
-            Some(_) => ScoreScale { factor: scale, row_constants: true },
-            None => ScoreScale { factor: scale * LOG2_E, row_constants: false },
-        };
+        // A softcap bends the true score, so the row's constant matters.
+        let (factor, row_constants) = (engine.modifiers.factor(), engine.modifiers.bends());
+        let scale = ScoreScale { factor, row_constants };
         let format = int8.pv.format(engine.level)?;
-        let scorer = Scorer::prepare(q, k, &int8.scores, scale)?;
+        let scorer = Scorer::prepare(q, k, &int8.scores, scale, seen)?;
         engine.queries.apart = true;
         let scores = scorer.dims().iter().product::<usize>();
         let work = Work {
@@ -144,24 +169,25 @@ impl Attention {
             ..Work::default()
         };
         let level = engine.level;
-        // SAFETY: the key heads cover the output, and the engine writes all of it.
+        // SAFETY: `Engine::run` writes every element, or panics.
         Ok(unsafe {
             written(len, |out| {
                 engine.run(work, out, |pace, head, attend| {
-                    let kept = INT8.take().filter(|kept| {
-                        (kept.values.level(), kept.values.format()) == (level, format)
+                    Kept::with(&INT8, KEPT, |kept| {
+                        let fits = |kept: &KeptInt8| {
+                            (kept.values.level(), kept.values.format()) == (level, format)
+                        };
+                        let KeptInt8 { keys, values } = match kept.take().filter(fits) {
+                            Some(fitting) => kept.insert(fitting),
+                            None => kept.insert(KeptInt8 {
+                                keys: PackedKeys::new(level),
+                                values: PackedMatrix::new(level, format, 0, 0),
+                            }),
+                        };
+                        scorer.pack_keys(head, pace, keys);
+                        pack_values(&v, head, &scorer.seen, values);
+                        attend(&Int8Head { scorer: &scorer, keys, values });
                     });
-                    let mut kept = kept.unwrap_or_else(|| KeptInt8 {
-                        keys: PackedKeys::new(level),
-                        values: PackedMatrix::new(level, format, 0, 0),
-                    });
-                    scorer.pack_keys(head, pace, &mut kept.keys);
-                    pack_values(&v, head, &mut kept.values);
-                    let KeptInt8 { keys, values } = &kept;
-                    attend(&Int8Head { scorer: &scorer, keys, values });
-                    if keys.memory() + values.memory() <= KEPT {
-                        INT8.set(Some(kept));
-                    }
                 })
             })
         })
@@ -179,12 +205,10 @@ fn elements(scores: usize, q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
 
 fn run_fp32<T: Element>(
     Inputs { q, k, v }: Inputs<'_>,
-    engine: Engine<'_>,
-    scale: f32,
+    (engine, seen): (Engine<'_>, &Seen),
     len: usize,
 ) -> Vec<T> {
-    let level = engine.level;
-    let factor = if engine.modifiers.softcap.is_some() { scale } else { scale * LOG2_E };
+    let (level, factor) = (engine.level, engine.modifiers.factor());
     let ([b, h, m, d], [_, _, tokens, value_dim]) = (q.dims(), v.dims());
     let rows = engine.queries.group * m;
     let scores = b * h * m * tokens;
@@ -193,39 +217,39 @@ fn run_fp32<T: Element>(
         elements: elements(scores, &q, &k, &v),
         ..Work::default()
     };
-    // SAFETY: the key heads cover the output, and the engine writes all of it.
+    // SAFETY: `Engine::run` writes every element, or panics.
     unsafe {
         written(len, |out| {
             engine.run(work, out, |_, head, attend| {
-                let kept = FLOAT.take().filter(|kept| kept.values.level() == level);
-                let new = || PackedMatrix::new(level, Format::F32, 0, 0);
-                let mut kept = kept.unwrap_or_else(|| KeptFloat { keys: new(), values: new() });
-                let [mut key_rows, mut value_rows] = [Vec::new(), Vec::new()];
-                let keys = k.rows(head, 0..tokens, &mut key_rows);
-                let keys = if rows <= FEW {
-                    Float::InPlace(keys)
-                } else {
-                    kept.keys.reset_columns(d, tokens);
-                    kept.keys.put_columns(0, keys, factor);
-                    Float::Packed(&kept.keys)
-                };
-                let values = if in_place(rows, value_dim) {
-                    Float::InPlace(v.rows(head, 0..tokens, &mut value_rows))
-                } else {
-                    pack_values(&v, head, &mut kept.values);
-                    Float::Packed(&kept.values)
-                };
-                attend(&FloatHead {
-                    level,
-                    queries: &q,
-                    shape: engine.queries,
-                    keys,
-                    values,
-                    factor,
+                Kept::with(&FLOAT, 4 * KEPT, |kept| {
+                    let new = || PackedMatrix::new(level, Format::F32, 0, 0);
+                    let kept = match kept.take().filter(|kept| kept.values.level() == level) {
+                        Some(fitting) => kept.insert(fitting),
+                        None => kept.insert(KeptFloat { keys: new(), values: new() }),
+                    };
+                    let [mut buffer, mut gathered, mut value_buffer, mut value_gathered] =
+                        [const { Vec::new() }; 4];
+                    let count = seen.keys(head).len();
+                    let all = |view, buffer, gathered| {
+                        seen.keys(head).rows(view, head, 0..count, buffer, gathered)
+                    };
+                    let keys = all(&k, &mut buffer, &mut gathered);
+                    let keys = if rows <= FEW {
+                        Float::InPlace(keys)
+                    } else {
+                        kept.keys.reset_columns(d, count);
+                        kept.keys.put_columns(0, keys, factor);
+                        Float::Packed(&kept.keys)
+                    };
+                    let values = if in_place(rows, value_dim) {
+                        Float::InPlace(all(&v, &mut value_buffer, &mut value_gathered))
+                    } else {
+                        pack_values(&v, head, seen, &mut kept.values);
+                        Float::Packed(&kept.values)
+                    };
+                    let (queries, shape) = (&q, engine.queries);
+                    attend(&FloatHead { level, queries, shape, keys, values, factor });
                 });
-                if kept.keys.memory() + kept.values.memory() <= 4 * KEPT {
-                    FLOAT.set(Some(kept));
-                }
             })
         })
     }
@@ -248,14 +272,7 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let op = "attention";
-        let dtype = candle_core::backend::BackendStorage::dtype(q);
-        shapes::check_attention(op, q_layout.dims(), k_layout.dims(), v_layout.dims())?;
-        let q = View::new(op, "q", q, q_layout)?;
-        let (k, v) = (View::new(op, "k", k, k_layout)?, View::new(op, "v", v, v_layout)?);
-        let [b, h, m, _] = q.dims();
-        let shape = Shape::from(vec![b, h, m, v.depth()]);
-        Ok((self.forward(Inputs { q, k, v }, dtype)?, shape))
+        self.failure.keep(self.forward([(q, q_layout), (k, k_layout), (v, v_layout)]))
     }
 
     /// That of the same attention in fp32, recomputed with tensor operations: for int8 scores it is

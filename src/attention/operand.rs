@@ -1,41 +1,47 @@
 //! One side of the product: a float tensor, and how its rows become codes.
 
-use super::engine::blocks;
+use super::seen::Seen;
+use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::memory::Footprint;
 use crate::parallel;
 use crate::quant::rows::{RowParams, quantize_block, row_range};
 use crate::quant::{
-    Granularity, MeanSums, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange, static_params,
+    Conditioned, Conditioning, Granularity, KEY_BLOCK, MeanSums, QUERY_BLOCK, QuantConfig,
+    QuantParams, RangeSource, Scheme, Smoothing, ValueRange,
 };
 use crate::view::View;
-use crate::{Error, Result};
+use std::ops::Range;
 
-/// A float tensor `[B, H, S, D]` with the choices of its quantization.
+/// Whose rows they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Queries,
+    Keys,
+}
+
+/// A float tensor `[B, H, S, D]` with the choices of its quantization. Rows of keys are counted among those
+/// that are seen.
 pub(super) struct Operand<'a> {
     level: Level,
+    side: Side,
     view: View<'a>,
     scheme: Scheme,
     granularity: Granularity,
-    smooth: bool,
+    conditioning: Conditioning,
+    /// Whether parameters come from the data.
+    dynamic: bool,
     /// One a group; `None` when every row has its own, found when the row is quantized.
     params: Option<Vec<QuantParams>>,
 }
 
-/// What smoothing subtracts from the rows of one head, with the memory that finding it takes.
+/// Memory for rows on their way to codes.
 #[derive(Default)]
-pub(super) struct Mean {
-    values: Vec<f32>,
-    used: bool,
-    sums: MeanSums,
-    buffer: Vec<f32>,
-}
-
-impl Mean {
-    /// `None` without smoothing.
-    pub(super) fn get(&self) -> Option<&[f32]> {
-        self.used.then_some(&self.values)
-    }
+pub(super) struct Buffers {
+    rows: Vec<f32>,
+    gathered: Vec<f32>,
+    pub conditioned: Conditioned,
 }
 
 /// Some rows of a head, quantized.
@@ -52,29 +58,24 @@ pub(super) struct QuantizedRows {
 }
 
 impl<'a> Operand<'a> {
-    /// Finds the ranges that the configuration asks for. Rows that are not finite take no part.
+    /// Finds the ranges that the configuration asks for. Rows that are not finite, or that take no part,
+    /// do not count.
     pub(super) fn prepare(
         level: Level,
-        view: View<'a>,
+        (side, view): (Side, View<'a>),
         config: &QuantConfig,
-        smooth: bool,
+        conditioning: Conditioning,
+        seen: &Seen,
     ) -> Result<Self> {
-        let groups = config.granularity.groups(view.heads(), view.tokens())?;
+        let (groups, given) = config.groups(&view.dims())?;
         let (scheme, granularity) = (config.scheme, config.granularity);
-        let mut operand = Self { level, view, scheme, granularity, smooth, params: None };
-        operand.params = match (&config.range, granularity) {
-            (RangeSource::Static(given), granularity) => {
-                if let Some(other) = given.iter().find(|p| p.scheme() != scheme) {
-                    return Err(Error::Contradiction(format!(
-                        "static parameters are {}, but the scheme is {scheme}",
-                        other.scheme(),
-                    )));
-                }
-                Some(static_params(given, granularity, &operand.view.dims(), groups)?)
-            }
-            (RangeSource::Dynamic, Granularity::PerToken) => None,
-            (RangeSource::Dynamic, _) => Some(operand.dynamic_params(groups)),
-        };
+        let dynamic = config.range == RangeSource::Dynamic;
+        let params = given;
+        let mut operand =
+            Self { level, side, view, scheme, granularity, conditioning, dynamic, params };
+        if dynamic && granularity != Granularity::PerToken {
+            operand.params = Some(operand.dynamic_params(groups, seen));
+        }
         Ok(operand)
     }
 
@@ -87,67 +88,193 @@ impl<'a> Operand<'a> {
         self.scheme == Scheme::Symmetric
     }
 
-    /// The scale of every row without smoothing, NaN for one that is not finite, in row-major
+    pub(super) fn conditioning(&self) -> &Conditioning {
+        &self.conditioning
+    }
+
+    /// Rows that share a mean where smoothing is local.
+    pub(super) fn block(&self) -> usize {
+        match self.side {
+            Side::Queries => QUERY_BLOCK,
+            Side::Keys => KEY_BLOCK,
+        }
+    }
+
+    /// How many rows of a head there are to quantize.
+    pub(super) fn count(&self, head: usize, seen: &Seen) -> usize {
+        match self.side {
+            Side::Queries => self.view.tokens(),
+            Side::Keys => seen.keys(head).len(),
+        }
+    }
+
+    /// `0..count` in blocks.
+    pub(super) fn blocks(&self, count: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let block = self.block();
+        (0..count).step_by(block).map(move |start| start..(start + block).min(count))
+    }
+
+    /// The rows as they are.
+    pub(super) fn rows<'b>(
+        &'b self,
+        (head, rows): (usize, Range<usize>),
+        seen: &Seen,
+        buffer: &'b mut Vec<f32>,
+        gathered: &'b mut Vec<f32>,
+    ) -> Rows<'b> {
+        match self.side {
+            Side::Queries => self.view.rows(head, rows, buffer),
+            Side::Keys => seen.keys(head).rows(&self.view, head, rows, buffer, gathered),
+        }
+    }
+
+    /// The scale of every row without conditioning, NaN for one that is not finite, in row-major
     /// order.
-    pub(super) fn all_scales(&self) -> Vec<f32> {
-        let (mut scales, mut buffer) = (Vec::new(), Vec::new());
+    pub(super) fn all_scales(&self, seen: &Seen) -> Vec<f32> {
+        let (mut scales, mut buffers) = (Vec::new(), Buffers::default());
         let mut quantized = QuantizedRows::default();
         for head in 0..self.view.heads() {
-            for tokens in blocks(self.view.tokens()) {
-                let rows = self.view.rows(head, tokens.clone(), &mut buffer);
-                self.quantize(rows, (head, tokens), None, &mut quantized);
+            for rows in self.blocks(self.count(head, seen)) {
+                self.quantize((head, rows), None, seen, &mut buffers, &mut quantized);
                 scales.extend_from_slice(&quantized.scales);
             }
         }
         scales
     }
 
-    /// What smoothing subtracts from the rows of a head: their mean, without those that are not
-    /// finite.
-    pub(super) fn find_mean(&self, head: usize, mean: &mut Mean) {
-        mean.used = self.smooth;
-        if self.smooth {
-            mean.sums.start(self.view.depth());
-            for block in blocks(self.view.tokens()) {
-                mean.sums.add(self.view.rows(head, block, &mut mean.buffer));
-            }
-            mean.sums.finish(&mut mean.values);
+    /// The mean of all rows of a head that take part and are finite, where it is that one which is
+    /// subtracted.
+    pub(super) fn head_mean(
+        &self,
+        head: usize,
+        seen: &Seen,
+        buffers: &mut Buffers,
+    ) -> Option<Vec<f32>> {
+        if self.conditioning.smoothing != Smoothing::Head {
+            return None;
         }
+        let (mut sums, mut mean) = (MeanSums::default(), Vec::new());
+        let Buffers { rows: buffer, gathered, .. } = buffers;
+        sums.start(self.view.depth());
+        for block in self.blocks(self.count(head, seen)) {
+            let rows = self.rows((head, block.clone()), seen, buffer, gathered);
+            for run in self.runs_of_parts(head, block.clone(), seen) {
+                sums.add(rows.part(run.start - block.start..run.end - block.start));
+            }
+        }
+        sums.finish(&mut mean);
+        Some(mean)
     }
 
-    /// Quantizes the rows `tokens` of head `head`, less their `mean`, into `out`.
+    /// Those of `rows` that take part.
+    fn runs_of_parts(&self, head: usize, rows: Range<usize>, seen: &Seen) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for row in rows.filter(|&row| self.takes_part(head, row, seen)) {
+            match runs.last_mut() {
+                Some(run) if run.end == row => run.end += 1,
+                _ => runs.push(row..row + 1),
+            }
+        }
+        runs
+    }
+
+    fn takes_part(&self, head: usize, row: usize, seen: &Seen) -> bool {
+        self.side == Side::Keys || seen.asks(head, row)
+    }
+
+    /// Conditions rows of a head into the buffers; returns whether there was anything to do. Where smoothing
+    /// is local, they are one block.
+    pub(super) fn condition(
+        &self,
+        (head, rows): (usize, Range<usize>),
+        head_mean: Option<&[f32]>,
+        seen: &Seen,
+        buffers: &mut Buffers,
+    ) -> bool {
+        if self.conditioning.is_nothing() {
+            buffers.conditioned.clear();
+            return false;
+        }
+        let Buffers { rows: buffer, gathered, conditioned } = buffers;
+        let start = rows.start;
+        let values = self.rows((head, rows), seen, buffer, gathered);
+        let takes_part = |row: usize| self.takes_part(head, start + row, seen);
+        self.conditioning.apply(values, &takes_part, head_mean, conditioned);
+        true
+    }
+
+    /// Quantizes rows of a head, conditioned in the buffers, into `out`.
     pub(super) fn quantize(
         &self,
-        rows: Rows<'_>,
-        (head, tokens): (usize, std::ops::Range<usize>),
-        mean: Option<&[f32]>,
+        (head, rows): (usize, Range<usize>),
+        head_mean: Option<&[f32]>,
+        seen: &Seen,
+        buffers: &mut Buffers,
         out: &mut QuantizedRows,
     ) {
-        let given: Vec<QuantParams>;
-        let params = match &self.params {
-            None => RowParams::Own(self.scheme),
-            Some(params) => {
-                let of_token =
-                    |token| params[self.granularity.group(head, token, self.view.tokens())];
-                given = tokens.map(of_token).collect();
-                RowParams::Given(&given)
-            }
-        };
-        out.resize(rows.count(), rows.depth());
-        if rows.depth() == 0 {
+        let (depth, count) = (self.view.depth(), rows.len());
+        out.resize(count, depth);
+        let conditioned = self.condition((head, rows.clone()), head_mean, seen, buffers);
+        if depth == 0 {
             // Sums of nothing are 0 at any scale.
             out.scales.fill(1.0);
             out.zeros.fill(0);
             return out.sums.fill(0);
         }
+        let Buffers { rows: buffer, gathered, conditioned: block } = buffers;
+        let values = match conditioned {
+            true => Rows::contiguous(&block.values, depth),
+            false => self.rows((head, rows.clone()), seen, buffer, gathered),
+        };
+        let mut given: Vec<QuantParams>;
+        let params = match &self.params {
+            None => RowParams::Own(self.scheme),
+            Some(_) => {
+                given = rows.map(|row| self.params_of(head, row, seen)).collect();
+                for &row in block.outliers.iter().filter(|_| self.dynamic) {
+                    let range = row_range(values.row(row)).range;
+                    given[row] = QuantParams::from_finite_range(self.scheme, range);
+                }
+                RowParams::Given(&given)
+            }
+        };
         let QuantizedRows { codes, scales, zeros, sums } = out;
-        quantize_block(self.level, rows, mean, params, BlockCodes { codes, scales, zeros, sums });
+        quantize_block(self.level, values, params, BlockCodes { codes, scales, zeros, sums });
     }
 
-    /// The parameters of every group, from the ranges of the smoothed data.
-    fn dynamic_params(&self, groups: usize) -> Vec<QuantParams> {
+    /// Copies rows that were quantized last, conditioned.
+    pub(super) fn copy_conditioned(
+        &self,
+        rows: (usize, Range<usize>),
+        seen: &Seen,
+        buffers: &mut Buffers,
+        to: &mut [f32],
+    ) {
+        let Buffers { rows: buffer, gathered, conditioned } = buffers;
+        if !self.conditioning.is_nothing() {
+            return to.copy_from_slice(&conditioned.values);
+        }
+        let rows = self.rows(rows, seen, buffer, gathered);
+        let to = to.chunks_exact_mut(rows.depth().max(1));
+        rows.iter().zip(to).for_each(|(row, to)| to.copy_from_slice(row));
+    }
+
+    /// Those of the group of a row.
+    fn params_of(&self, head: usize, row: usize, seen: &Seen) -> QuantParams {
+        let tokens = self.view.tokens();
+        // What is given is given for the keys as they are in the tensor.
+        let row = match self.side {
+            Side::Keys if !self.dynamic => seen.keys(head).key(row),
+            _ => row,
+        };
+        self.params.as_ref().expect("parameters by group")
+            [self.granularity.group(head, row, tokens)]
+    }
+
+    /// The parameters of every group, from the ranges of the conditioned data.
+    fn dynamic_params(&self, groups: usize, seen: &Seen) -> Vec<QuantParams> {
         let mut ranges = vec![ValueRange::EMPTY; groups];
-        let found = parallel::map(0..self.view.heads(), |head| self.head_ranges(head));
+        let found = parallel::map(0..self.view.heads(), |head| self.head_ranges(head, seen));
         for (group, range) in found.into_iter().flatten() {
             ranges[group] = ranges[group].union(range);
         }
@@ -155,21 +282,26 @@ impl<'a> Operand<'a> {
     }
 
     /// The range of each group that has rows in `head`.
-    fn head_ranges(&self, head: usize) -> Vec<(usize, ValueRange)> {
+    fn head_ranges(&self, head: usize, seen: &Seen) -> Vec<(usize, ValueRange)> {
         let (depth, tokens) = (self.view.depth(), self.view.tokens());
-        let (zeros, mut mean) = (vec![0.0; depth], Mean::default());
-        self.find_mean(head, &mut mean);
-        let mean = mean.get().unwrap_or(&zeros);
+        let mut buffers = Buffers::default();
+        let mean = self.head_mean(head, seen, &mut buffers);
         let mut ranges: Vec<(usize, ValueRange)> = Vec::new();
-        let (mut buffer, mut smoothed) = (Vec::new(), vec![0.0; depth]);
-        for block in blocks(tokens) {
-            let rows = self.view.rows(head, block.clone(), &mut buffer);
-            for (token, row) in block.zip(rows.iter()) {
-                let from = row.iter().zip(mean);
-                smoothed.iter_mut().zip(from).for_each(|(to, (x, mean))| *to = x - mean);
-                let found = row_range(&smoothed);
-                let range = if found.finite { found.range } else { ValueRange::EMPTY };
-                let group = self.granularity.group(head, token, tokens);
+        for block in self.blocks(self.count(head, seen)).filter(|_| depth > 0) {
+            let conditioned =
+                self.condition((head, block.clone()), mean.as_deref(), seen, &mut buffers);
+            let Buffers { rows: buffer, gathered, conditioned: found } = &mut buffers;
+            let values = match conditioned {
+                true => Rows::contiguous(&found.values, depth),
+                false => self.rows((head, block.clone()), seen, buffer, gathered),
+            };
+            for (index, row) in block.enumerate() {
+                if !self.takes_part(head, row, seen) || found.outliers.contains(&index) {
+                    continue;
+                }
+                let range = row_range(values.row(index));
+                let range = if range.finite { range.range } else { ValueRange::EMPTY };
+                let group = self.granularity.group(head, row, tokens);
                 match ranges.last_mut() {
                     Some((last, union)) if *last == group => *union = union.union(range),
                     _ => ranges.push((group, range)),
@@ -181,10 +313,29 @@ impl<'a> Operand<'a> {
 }
 
 impl QuantizedRows {
+    /// Makes one of the rows 0.
+    pub(super) fn forget(&mut self, row: usize, depth: usize) {
+        self.codes[row * depth..(row + 1) * depth].fill(0);
+        (self.scales[row], self.zeros[row], self.sums[row]) = (0.0, 0, 0);
+    }
+
     pub(super) fn resize(&mut self, rows: usize, depth: usize) {
         self.codes.resize(rows * depth, 0);
         self.scales.resize(rows, 0.0);
         self.zeros.resize(rows, 0);
         self.sums.resize(rows, 0);
+    }
+}
+
+impl Footprint for Buffers {
+    fn footprint(&self) -> usize {
+        self.rows.footprint() + self.gathered.footprint() + self.conditioned.footprint()
+    }
+}
+
+impl Footprint for QuantizedRows {
+    fn footprint(&self) -> usize {
+        let Self { codes, scales, zeros, sums } = self;
+        codes.footprint() + scales.footprint() + zeros.footprint() + sums.footprint()
     }
 }

@@ -16,11 +16,10 @@ impl RequantConfig {
     /// # Errors
     /// [`Error::Contradiction`] if it cannot be with scores of `config`.
     pub(crate) fn check(&self, config: &ScoreConfig) -> Result<()> {
-        if self.mode == RequantMode::FixedPoint && config.is_smoothed() {
+        if let (RequantMode::FixedPoint, Some(found)) = (self.mode, config.adds_floats()) {
             return Err(Error::Contradiction(format!(
-                "fixed-point requantization with smooth_k = {} and smooth_q = {}: smoothing adds f32 \
-                 corrections to the sums; turn it off or requantize in fp32",
-                config.smooth_k, config.smooth_q
+                "fixed-point requantization with {found}: what those add to the sums is in f32; turn \
+                 them off or requantize in fp32"
             )));
         }
         let RangeSource::Static(given) = &self.range else { return Ok(()) };
@@ -43,17 +42,16 @@ pub(super) fn requantize(
     to: &RequantConfig,
 ) -> Result<QuantizedTensor> {
     to.check(config)?;
-    let scorer = Scorer::prepare(q, k, config, ScoreScale::RAW)?;
+    let scorer = Scorer::of_all(q, k, config, ScoreScale::RAW)?;
     let dims = scorer.dims();
-    if config.is_smoothed() {
-        // What smoothing adds is in f32.
+    if config.adds_floats().is_some() {
         return QuantizedTensor::quantize_slice(&scorer.all_scores(), &dims, &to.to_quant_config());
     }
     let all = Sums {
         dims,
         sums: scorer.all_sums(),
-        q_scales: scorer.q.all_scales(),
-        k_scales: scorer.k.all_scales(),
+        q_scales: scorer.q.all_scales(&scorer.seen),
+        k_scales: scorer.k.all_scales(&scorer.seen),
         k_heads: scorer.k.view().dims()[1],
     };
     all.requantize(to)

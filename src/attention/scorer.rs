@@ -3,15 +3,16 @@
 use super::ScoreConfig;
 use super::engine::{BLOCK, QueryBlock, Rows, blocks};
 use super::keys::PackedKeys;
-use super::operand::Operand;
+use super::operand::{Operand, Side};
+use super::seen::Seen;
 use crate::cpu::Level;
-use crate::memory::written;
+use crate::cpu::contracts::Rows as Matrix;
+use crate::memory::{Kept, written};
 use crate::parallel::{Pace, Work};
 use crate::product::{self, ScoreScales, ZeroCorrection};
-use crate::quant::Scheme;
+use crate::quant::{Scheme, Smoothing};
 use crate::view::View;
 use crate::{Error, Result};
-use std::cell::{Cell, RefCell};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -20,8 +21,8 @@ use std::ops::Range;
 pub(super) struct ScoreScale {
     /// Multiplies every score.
     pub factor: f32,
-    /// Whether smooth-K's correction, the same for a whole row, is added. A softmax does not see
-    /// it, and is more exact without.
+    /// Whether what smooth-K adds to a whole row is added. A softmax does not see it, and is more exact
+    /// without.
     pub row_constants: bool,
 }
 
@@ -38,20 +39,38 @@ pub(super) struct Scorer<'a> {
     /// Query heads that share a key head.
     group: usize,
     pub scale: ScoreScale,
+    /// What takes part.
+    pub seen: Seen,
 }
 
-/// The level in use, for a product of this depth. Ops ask before Candle calls them too, because Candle
-/// turns an error from inside an op into text.
+/// The level in use, for a product of this depth.
 ///
 /// # Errors
 /// [`Error::Level`] for a forced level that cannot be used, [`Error::Depth`] beyond the limit.
 pub(super) fn check_product(depth: usize, config: &ScoreConfig) -> Result<Level> {
-    let affine = [config.q.scheme, config.k.scheme].contains(&Scheme::Affine);
-    let limit = product::max_depth(affine);
-    if depth > limit {
-        return Err(Error::Depth { depth, limit });
-    }
+    config.check_depth(depth)?;
     Level::active()
+}
+
+impl ScoreConfig {
+    /// # Errors
+    /// Those that concern only the configuration and the shapes of `q` and `k`: [`Error::Depth`] and those of
+    /// [`QuantConfig::groups`](crate::quant::QuantConfig).
+    pub(crate) fn check(&self, q: &[usize], k: &[usize]) -> Result<()> {
+        self.check_depth(q.last().copied().unwrap_or(0))?;
+        self.q.groups(q)?;
+        self.k.groups(k)?;
+        Ok(())
+    }
+
+    fn check_depth(&self, depth: usize) -> Result<()> {
+        let affine = [self.q.scheme, self.k.scheme].contains(&Scheme::Affine);
+        let limit = product::max_depth(affine);
+        if depth > limit {
+            return Err(Error::Depth { depth, limit });
+        }
+        Ok(())
+    }
 }
 
 impl<'a> Scorer<'a> {
@@ -65,14 +84,31 @@ impl<'a> Scorer<'a> {
         k: View<'a>,
         config: &ScoreConfig,
         scale: ScoreScale,
+        seen: Seen,
     ) -> Result<Self> {
         let level = check_product(q.depth(), config)?;
+        let (of_q, of_k) = config.conditioning(q.depth());
         let (q, k) = (
-            Operand::prepare(level, q, &config.q, config.smooth_q)?,
-            Operand::prepare(level, k, &config.k, config.smooth_k)?,
+            Operand::prepare(level, (Side::Queries, q), &config.q, of_q, &seen)?,
+            Operand::prepare(level, (Side::Keys, k), &config.k, of_k, &seen)?,
         );
         let group = (q.view().dims()[1]).checked_div(k.view().dims()[1]).unwrap_or(0);
-        Ok(Self { level, q, k, group, scale })
+        Ok(Self { level, q, k, group, scale, seen })
+    }
+
+    /// [`Scorer::prepare`] where everything takes part.
+    ///
+    /// # Errors
+    /// Those of [`Scorer::prepare`].
+    pub(super) fn of_all(
+        q: View<'a>,
+        k: View<'a>,
+        config: &ScoreConfig,
+        scale: ScoreScale,
+    ) -> Result<Self> {
+        let group = q.dims()[1].checked_div(k.dims()[1]).unwrap_or(0);
+        let seen = Seen::all(k.heads(), group, k.tokens());
+        Self::prepare(q, k, config, scale, seen)
     }
 
     /// `[B, H, M, N]`.
@@ -86,14 +122,14 @@ impl<'a> Scorer<'a> {
         self.q.view().depth()
     }
 
-    /// `B * H_kv`.
-    pub(super) fn key_heads(&self) -> usize {
-        self.k.view().heads()
-    }
-
     /// The query heads, counted over the batch, that share the keys of key head `head`.
     pub(super) fn query_heads(&self, head: usize) -> Range<usize> {
         head * self.group..(head + 1) * self.group
+    }
+
+    /// Whether something is subtracted from queries.
+    pub(super) fn smooths_queries(&self) -> bool {
+        self.q.conditioning().smoothing != Smoothing::None
     }
 
     /// Keys are scored in steps of this many.
@@ -108,23 +144,58 @@ impl<'a> Scorer<'a> {
         let head = self.query_heads(keys.head).start + block.member;
         let first = block.member * tokens;
         let tokens = rows.range.start - first..rows.range.end - first;
-        let q_mean = keys.smooth_q[block.member].mean.get();
-        let QueryBlock { buffer, rows, biases, terms, .. } = &mut *block;
-        let values = self.q.view().rows(head, tokens.clone(), buffer);
-        self.q.quantize(values, (head, tokens), q_mean, rows);
-        let count = values.count();
-        biases.clear();
-        biases.resize(count, 0.0);
-        if let (Some(k_mean), true) = (keys.mean.get(), self.scale.row_constants) {
-            // Smooth-K's correction, with the queries as they are: the same for a whole row.
-            self.level.dots(values, None, k_mean, biases);
-            biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
-        }
+        let q_mean = keys.query_means[block.member].as_deref();
+        let QueryBlock { buffer, rows, terms, conditioning, .. } = &mut *block;
+        self.q.quantize((head, tokens.clone()), q_mean, &self.seen, conditioning, rows);
+        let count = tokens.len();
         terms.clear();
         let sums = rows.sums.iter().zip(&rows.zeros);
         terms.extend(sums.map(|(sum, zero)| sum - depth as i32 * zero));
         rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
+        let mut rows = std::mem::take(buffer);
+        let values = self.q.view().rows(head, tokens, &mut rows);
+        self.find_biases(keys, values, block);
+        block.buffer = rows;
         block.pack(self.level, count, depth);
+    }
+
+    /// What smoothing took away from the scores of a block, and the scores of keys that stand out.
+    fn find_biases(&self, keys: &PackedKeys, queries: Matrix<'_>, block: &mut QueryBlock) {
+        let (count, depth, blocks) = (queries.count(), self.depth(), keys.blocks());
+        let QueryBlock { rows, biases, key_biases, outliers, conditioning, .. } = block;
+        let mut dots = vec![0.0; count];
+        let mut dots_with = |vector: &[f32]| {
+            self.level.dots(queries, vector, &mut dots);
+            dots.iter_mut().for_each(|dot| *dot *= self.scale.factor);
+            dots.clone()
+        };
+        biases.clear();
+        biases.resize(count * blocks, 0.0);
+        // What all scores of a row have in common matters where some have it in themselves.
+        let matters = self.scale.row_constants || blocks > 1 || !keys.outliers.is_empty();
+        if depth > 0 && matters {
+            // With the queries as they are.
+            for (index, mean) in keys.means.chunks_exact(depth).take(blocks).enumerate() {
+                let biases = biases[index..].iter_mut().step_by(blocks);
+                biases.zip(dots_with(mean)).for_each(|(bias, dot)| *bias = dot);
+            }
+        }
+        outliers.clear();
+        for row in keys.outlier_rows.chunks_exact(depth.max(1)) {
+            // Those of a query that is not finite are NaN, as with all other keys.
+            let poison = rows.scales.iter().map(|scale| scale * 0.0);
+            outliers.extend(dots_with(row).into_iter().zip(poison).map(|(dot, x)| dot + x));
+        }
+        key_biases.clear();
+        key_biases.resize(keys.scales.len(), 0.0);
+        let Some(mean) = conditioning.conditioned.mean().filter(|_| depth > 0) else { return };
+        let mut mean = mean.to_vec();
+        if let Some(rotation) = self.q.conditioning().rotation {
+            rotation.apply(&mut mean);
+        }
+        let biases = &mut key_biases[..keys.rhs.rows()];
+        self.level.dots(Matrix::contiguous(&keys.conditioned, depth), &mean, biases);
+        biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
     }
 
     /// Zero points and sums, unless both sides are symmetric.
@@ -151,11 +222,20 @@ impl<'a> Scorer<'a> {
         let scales = ScoreScales {
             row_scales: &block.rows.scales,
             row_biases: &block.biases,
+            bias_columns: keys.block,
             column_scales: &keys.scales,
-            column_biases: &keys.smooth_q[block.member].biases,
+            column_biases: &block.key_biases,
             zeros: self.zeros(keys, block),
         };
-        product::score_tiles(block.packed(), &keys.rhs, columns, &scales, out, stride);
+        product::score_tiles(block.packed(), &keys.rhs, columns.clone(), &scales, out, stride);
+        let rows = block.rows.scales.len();
+        for (index, &key) in keys.outliers.iter().enumerate() {
+            if columns.contains(&key) {
+                let exact = &block.outliers[index * rows..(index + 1) * rows];
+                let places = out[key - columns.start..].iter_mut().step_by(stride);
+                places.zip(exact).for_each(|(out, exact)| _ = out.write(*exact));
+            }
+        }
     }
 
     /// All f32 scores, `[B, H, M, N]`.
@@ -190,44 +270,47 @@ impl<'a> Scorer<'a> {
         let [b, h, m, n] = self.dims();
         let len = b * h * m * n;
         let work = Work {
-            int8_macs: len * self.depth(),
-            elements: (b * h * m + self.key_heads() * n) * self.depth() + 2 * len,
+            int8_macs: len.saturating_mul(self.depth()),
+            elements: (self.q.view().len() + self.k.view().len()).saturating_add(2 * len),
             ..Work::default()
         };
         let of_head = |pace: Pace, head: usize, out: &mut [MaybeUninit<T>]| {
-            let mut keys = KEYS.take().unwrap_or_else(|| PackedKeys::new(self.level));
-            self.pack_keys(head, pace, &mut keys);
-            // Blocks end with their query head.
-            let blocks = out.chunks_mut(m * n).enumerate().flat_map(|(member, out)| {
-                let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
-                blocks.map(move |(tokens, out)| {
-                    let range = member * m + tokens.start..member * m + tokens.end;
-                    (Rows { head, range }, out)
-                })
-            });
-            pace.for_each(blocks, |(rows, out)| {
-                QUERIES.with_borrow_mut(|block| {
-                    self.quantize_queries(&keys, &rows, block);
-                    f(&keys, block, out);
+            Kept::with(&KEYS, PackedKeys::KEPT, |keys| {
+                let keys = keys.get_or_insert_with(|| PackedKeys::new(self.level));
+                self.pack_keys(head, pace, keys);
+                // Blocks end with their query head.
+                let blocks = out.chunks_mut(m * n).enumerate().flat_map(|(member, out)| {
+                    let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
+                    blocks.map(move |(tokens, out)| {
+                        let range = member * m + tokens.start..member * m + tokens.end;
+                        (Rows { head, range }, out)
+                    })
+                });
+                pace.for_each(blocks, |(rows, out)| {
+                    Kept::with(&QUERIES, KEPT, |block| {
+                        self.quantize_queries(keys, &rows, block);
+                        f(keys, block, out);
+                    });
                 });
             });
-            if keys.memory() <= PackedKeys::KEPT {
-                KEYS.set(Some(keys));
-            }
         };
         let all = |out: &mut [MaybeUninit<T>]| {
             if len > 0 {
                 work.for_each_chunk(out, self.group * m * n, of_head);
             }
         };
-        // SAFETY: the blocks of all heads cover the result, and `f` writes all of each.
+        // SAFETY: `len` is the product of all dims of the result, which the views' and the ops' checks keep
+        // from overflowing, so the blocks of all heads cover it; `f` writes all of each.
         unsafe { written(len, all) }
     }
 }
 
 thread_local! {
     /// The queries that a thread works on, kept so that a block allocates nothing.
-    static QUERIES: RefCell<QueryBlock> = RefCell::default();
+    static QUERIES: Kept<QueryBlock> = const { Kept::new() };
     /// The keys of the head before, whose memory is used again.
-    static KEYS: Cell<Option<PackedKeys>> = const { Cell::new(None) };
+    static KEYS: Kept<Option<PackedKeys>> = const { Kept::new() };
 }
+
+/// Bytes of queries that a thread keeps: blocks that are a few thousand numbers deep.
+const KEPT: usize = 1 << 20;

@@ -1,6 +1,7 @@
 //! Raw attention scores `q·k^T` through int8: the custom op, and the variants that return integers.
 
 use super::config::{RequantConfig, ScoreConfig};
+use super::failure::Failure;
 use super::requantized::requantize;
 use super::scorer::{ScoreScale, Scorer, check_product};
 use super::shapes::{self, check_scores};
@@ -45,7 +46,7 @@ const OP: &str = "attention_scores";
 /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     check(q, k, config)?;
-    Ok(q.apply_op2(k, ScoreOp { config: config.clone(), output: Output::Dequantized })?)
+    ScoreOp::new(config, Output::Dequantized).apply(q, k)
 }
 
 /// The int32 sums themselves, zero points corrected, as an I32 tensor `[B, H, M, N]`; arguments as
@@ -57,7 +58,8 @@ pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<
 pub fn attention_scores_int32(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     check(q, k, config)?;
     config.check_int32()?;
-    Ok(q.apply_op2_no_bwd(k, &ScoreOp { config: config.clone(), output: Output::Int32 })?)
+    let op = ScoreOp::new(config, Output::Int32);
+    op.failure.of(q.apply_op2_no_bwd(k, &op))
 }
 
 /// [`attention_scores`] that went through int8: requantized, then dequantized, f32 `[B, H, M, N]`.
@@ -74,8 +76,7 @@ pub fn attention_scores_requantized(
 ) -> Result<Tensor> {
     check(q, k, config)?;
     to.check(config)?;
-    let output = Output::Requantized(to.clone());
-    Ok(q.apply_op2(k, ScoreOp { config: config.clone(), output })?)
+    ScoreOp::new(config, Output::Requantized(to.clone())).apply(q, k)
 }
 
 /// The int8 codes of the scores `[B, H, M, N]`, with their scales and zero points; arguments as
@@ -121,14 +122,13 @@ impl ScoreConfig {
     /// # Errors
     /// [`Error::Contradiction`] if an int32 cannot hold the scores.
     pub(crate) fn check_int32(&self) -> Result<()> {
-        if self.is_smoothed() {
-            return Err(Error::Contradiction(format!(
-                "int32 scores with smooth_k = {} and smooth_q = {}: an int32 cannot hold the \
-                 correction; turn smoothing off or ask for dequantized scores",
-                self.smooth_k, self.smooth_q
-            )));
+        match self.adds_floats() {
+            Some(found) => Err(Error::Contradiction(format!(
+                "int32 scores with {found}: an int32 cannot hold what those add to the sums; turn them \
+                 off or ask for dequantized scores"
+            ))),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -142,9 +142,19 @@ enum Output {
 struct ScoreOp {
     config: ScoreConfig,
     output: Output,
+    failure: Failure,
 }
 
 impl ScoreOp {
+    fn new(config: &ScoreConfig, output: Output) -> Self {
+        Self { config: config.clone(), output, failure: Failure::default() }
+    }
+
+    fn apply(self, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        let failure = self.failure.clone();
+        failure.of(q.apply_op2(k, self))
+    }
+
     fn forward(
         &self,
         (q, q_layout): (&CpuStorage, &Layout),
@@ -157,7 +167,7 @@ impl ScoreOp {
             let shape = Shape::from(codes.shape());
             return Ok((CpuStorage::F32(codes.dequantize_to_vec()), shape));
         }
-        let scorer = Scorer::prepare(q, k, &self.config, ScoreScale::RAW)?;
+        let scorer = Scorer::of_all(q, k, &self.config, ScoreScale::RAW)?;
         let storage = match self.output {
             Output::Int32 => CpuStorage::I32(scorer.all_sums()),
             _ => CpuStorage::F32(scorer.all_scores()),
@@ -178,7 +188,7 @@ impl CustomOp2 for ScoreOp {
         k: &CpuStorage,
         k_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.forward((q, q_layout), (k, k_layout))?)
+        self.failure.keep(self.forward((q, q_layout), (k, k_layout)))
     }
 
     /// Straight-through: `dq = g·k` and `dk = g^T·q`, summed over the query heads of a key head.

@@ -1,5 +1,6 @@
 //! What must hold between the tensors of one call.
 
+use crate::memory::check_size;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -26,15 +27,14 @@ pub(crate) fn check_scores(op: &'static str, q: &[usize], k: &[usize]) -> Result
     let [b, h, m, d] = dims4(op, "q", q, Q)?;
     let [b_k, h_kv, n, d_k] = dims4(op, "k", k, K)?;
     let divides = h_kv != 0 && h.is_multiple_of(h_kv) || h == h_kv;
-    if [b, h, m, n].iter().try_fold(4usize, |bytes, x| bytes.checked_mul(*x)).is_none() {
-        let expected = format!("fewer scores with q {q:?} than memory has addresses");
+    if !(b_k == b && d_k == d && divides) {
+        let expected = format!("[{b}, H_kv dividing {h}, {n}, {d}] to match q {q:?}");
         return Err(Error::Shape { op, tensor: "k", shape: k.to_vec(), expected });
     }
-    if b_k == b && d_k == d && divides {
-        return Ok(());
-    }
-    let expected = format!("[{b}, H_kv dividing {h}, {n}, {d}] to match q {q:?}");
-    Err(Error::Shape { op, tensor: "k", shape: k.to_vec(), expected })
+    check_size(op, "q", q)?;
+    // Keys may be repeated for the query heads that share them.
+    check_size(op, "k, a head for each of q,", &[b, h, n, d])?;
+    check_size(op, "the scores of q and k", &[b, h, m, n])
 }
 
 /// `v` against `k`, which fits `q`.
@@ -45,13 +45,15 @@ pub(crate) fn check_attention(
     v: &[usize],
 ) -> Result<()> {
     check_scores(op, q, k)?;
+    let [_, h, m, _] = dims4(op, "q", q, Q)?;
     let [b, h_kv, n, _] = dims4(op, "k", k, K)?;
-    let [b_v, h_v, n_v, _] = dims4(op, "v", v, V)?;
-    if (b_v, h_v, n_v) == (b, h_kv, n) {
-        return Ok(());
+    let [b_v, h_v, n_v, value_dim] = dims4(op, "v", v, V)?;
+    if (b_v, h_v, n_v) != (b, h_kv, n) {
+        let expected = format!("[{b}, {h_kv}, {n}, Dv] to match k {k:?}");
+        return Err(Error::Shape { op, tensor: "v", shape: v.to_vec(), expected });
     }
-    let expected = format!("[{b}, {h_kv}, {n}, Dv] to match k {k:?}");
-    Err(Error::Shape { op, tensor: "v", shape: v.to_vec(), expected })
+    check_size(op, "v, a head for each of q,", &[b, h, n, value_dim])?;
+    check_size(op, "the result", &[b, h, m, value_dim])
 }
 
 /// All tensors of a dtype that the kernels read.

@@ -1,31 +1,37 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
 use super::engine::{Probs, Running, TILE, Tile};
-use crate::cpu::contracts::RUN;
-use crate::product::PackedMatrix;
+use super::seen::Seen;
+use crate::cpu::contracts::{RUN, Rows as Matrix};
+use crate::cpu::plain::widest;
+use crate::memory::Kept;
+use crate::product::{LARGEST, PackedMatrix};
 use crate::view::View;
-use std::cell::RefCell;
 use std::ops::Range;
 
 thread_local! {
     /// Where values are gathered that do not lie together.
-    static GATHERED: RefCell<(Vec<f32>, Vec<f32>)> = RefCell::default();
+    static GATHERED: Kept<(Vec<f32>, (Vec<f32>, Vec<f32>))> = const { Kept::new() };
 }
 
-/// Packs the values of `head` in the place of those that are there.
-pub(super) fn pack_values(values: &View<'_>, head: usize, packed: &mut PackedMatrix) {
-    packed.reset(values.tokens(), values.depth());
-    GATHERED.with_borrow_mut(|(gathered, buffer)| {
-        let tokens = values.tokens();
-        let blocks = (0..tokens).step_by(RUN).map(|start| start..(start + RUN).min(tokens));
+/// Bytes of that which a thread keeps: blocks of values that are a few thousand numbers wide.
+const KEPT: usize = 1 << 20;
+
+/// Packs the values of `head` that are seen in the place of those that are there.
+pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &mut PackedMatrix) {
+    let seen = seen.keys(head);
+    packed.reset(seen.len(), values.depth());
+    Kept::with(&GATHERED, KEPT, |(buffer, (gathered, slice))| {
+        let count = seen.len();
+        let blocks = (0..count).step_by(RUN).map(|start| start..(start + RUN).min(count));
         if packed.needs_ranges() {
             for block in blocks.clone() {
-                packed.observe(values.rows(head, block, gathered).as_slice(buffer));
+                packed.observe(seen.rows(values, head, block, buffer, gathered).as_slice(slice));
             }
         }
         for block in blocks {
-            let rows = values.rows(head, block.clone(), gathered);
-            packed.put(block.start, rows.as_slice(buffer));
+            let rows = seen.rows(values, head, block.clone(), buffer, gathered);
+            packed.put(block.start, rows.as_slice(slice));
         }
     });
 }
@@ -35,6 +41,32 @@ pub(super) fn tiles(seen: Range<usize>, step: usize) -> Vec<Range<usize>> {
     let step = step.next_multiple_of(RUN);
     let starts = (seen.start / step * step..seen.end).step_by(TILE);
     starts.map(|start| start..(start + TILE).min(seen.end)).collect()
+}
+
+/// Those of `keys` with a value beyond [`LARGEST`], infinity or NaN, which stands beside the matrix.
+pub(super) fn large(values: &PackedMatrix, keys: Range<usize>) -> Vec<usize> {
+    let beside =
+        values.exceptions().iter().filter(|(key, row)| keys.contains(key) && !is_ordinary(row));
+    beside.map(|(key, _)| *key).collect()
+}
+
+/// Those of `keys`, of which these are the values, that have a value beyond [`LARGEST`], infinity or NaN.
+pub(super) fn large_rows(values: Matrix<'_>, keys: Range<usize>) -> Vec<usize> {
+    if widest!(all_ordinary, values, Matrix<'_> => bool) {
+        return Vec::new();
+    }
+    let rows = keys.zip(values.iter()).filter(|(_, row)| !is_ordinary(row));
+    rows.map(|(key, _)| key).collect()
+}
+
+#[inline(always)]
+fn all_ordinary(rows: Matrix<'_>) -> bool {
+    rows.iter().all(is_ordinary)
+}
+
+#[inline(always)]
+fn is_ordinary(row: &[f32]) -> bool {
+    row.iter().fold(true, |all, x| all & (x.abs() <= LARGEST))
 }
 
 /// Adds values of `keys`, multiplied by their probabilities.

@@ -14,6 +14,7 @@ pub(crate) struct Visible {
     left: Option<usize>,
     right: Option<usize>,
     lens: Option<Vec<usize>>,
+    q_lens: Option<Vec<usize>>,
 }
 
 /// Query `i` stands at the position of key `i + offset`.
@@ -25,28 +26,39 @@ enum Offsets {
 }
 
 impl Offsets {
-    fn new(
-        (batch, queries, keys): (usize, usize, usize),
-        causal: Option<&Causal>,
-        lens: Option<&[usize]>,
-    ) -> Result<Self> {
+    fn new((batch, queries, keys): (usize, usize, usize), call: &AttentionCall) -> Result<Self> {
         let large = |x: usize| isize::try_from(x).unwrap_or(isize::MAX / 2);
-        let end = |keys: usize| keys as isize - queries as isize;
-        Ok(match (causal, lens) {
-            (Some(Causal::Offset(offset)), _) => Self::One(large(*offset)),
-            (Some(Causal::From(starts)), _) if starts.len() != batch => {
+        Ok(match &call.causal {
+            Some(Causal::Offset(offset)) => Self::One(large(*offset)),
+            Some(Causal::From(starts)) if starts.len() != batch => {
                 let found = starts.len();
                 let problem = format!("{found} first positions for a batch of {batch}");
                 return Err(Error::Mismatch(problem));
             }
-            (Some(Causal::From(starts)), _) => {
+            Some(Causal::From(starts)) => {
                 Self::Each(starts.iter().map(|&start| large(start)).collect())
             }
-            (Some(Causal::End), Some(lens)) => {
-                Self::Each(lens.iter().map(|&len| end(len)).collect())
+            Some(Causal::End) if call.kv_lens.is_some() || call.q_lens.is_some() => {
+                Self::ends(call, queries, |_| keys, batch)
             }
-            (Some(Causal::End) | None, _) => Self::One(end(keys)),
+            Some(Causal::End) | None => Self::One(keys as isize - queries as isize),
         })
+    }
+
+    /// Each sequence's queries at the end of its own keys, of which there are `held` unless the call says
+    /// otherwise.
+    fn ends(
+        call: &AttentionCall,
+        queries: usize,
+        held: impl Fn(usize) -> usize,
+        batch: usize,
+    ) -> Self {
+        let own = |lens: &Option<Vec<usize>>, sequence: usize| lens.as_ref().map(|l| l[sequence]);
+        let end = |sequence: usize| {
+            let keys = own(&call.kv_lens, sequence).unwrap_or_else(|| held(sequence));
+            keys as isize - own(&call.q_lens, sequence).unwrap_or(queries) as isize
+        };
+        Self::Each((0..batch).map(end).collect())
     }
 
     fn of(&self, sequence: usize) -> isize {
@@ -66,24 +78,16 @@ impl Visible {
         call: &AttentionCall,
         spec: &AttentionSpec,
     ) -> Result<Self> {
-        if let Some(lens) = &call.kv_lens {
-            if lens.len() != batch {
-                let found = lens.len();
-                return Err(Error::Mismatch(format!("{found} kv_lens for a batch of {batch}")));
-            }
-            if let Some(len) = lens.iter().find(|&&len| len > keys) {
-                let problem = format!("kv_lens holds {len}, but there are {keys} keys");
-                return Err(Error::Mismatch(problem));
-            }
-        }
-        let (causal, lens) = (call.causal.as_ref(), call.kv_lens.as_deref());
+        check_lens("kv_lens", call.kv_lens.as_deref(), batch, (keys, "keys"))?;
+        check_lens("q_lens", call.q_lens.as_deref(), batch, (queries, "queries"))?;
         Ok(Self {
             keys,
-            offsets: Offsets::new((batch, queries, keys), causal, lens)?,
-            causal: causal.is_some(),
+            offsets: Offsets::new((batch, queries, keys), call)?,
+            causal: call.causal.is_some(),
             left: spec.window_left,
             right: spec.window_right,
             lens: call.kv_lens.clone(),
+            q_lens: call.q_lens.clone(),
         })
     }
 
@@ -101,8 +105,7 @@ impl Visible {
         let keys = held.iter().copied().max().unwrap_or(0);
         let mut visible = Self::new((held.len(), queries, keys), call, spec)?;
         if let (None | Some(Causal::End), None) = (&call.causal, &call.kv_lens) {
-            let ends = held.iter().map(|&len| len as isize - queries as isize);
-            visible.offsets = Offsets::Each(ends.collect());
+            visible.offsets = Offsets::ends(call, queries, |index| held[index], held.len());
         }
         if let Some(lens) = &call.kv_lens
             && let Some((len, held)) = lens.iter().zip(held).find(|(len, held)| len > held)
@@ -127,7 +130,15 @@ impl Visible {
         left: Option<usize>,
         right: Option<usize>,
     ) -> Self {
-        Self { keys, offsets: Offsets::One(offset), causal: false, left, right, lens: None }
+        Self {
+            keys,
+            offsets: Offsets::One(offset),
+            causal: false,
+            left,
+            right,
+            lens: None,
+            q_lens: None,
+        }
     }
 
     /// The position of query `query` of a sequence among the keys.
@@ -142,6 +153,9 @@ impl Visible {
 
     /// The keys that query `query` of sequence `batch` sees.
     pub(crate) fn range(&self, batch: usize, query: usize) -> Range<usize> {
+        if self.q_lens.as_ref().is_some_and(|lens| query >= lens[batch]) {
+            return 0..0;
+        }
         let at = self.position(batch, query);
         let len = self.lens.as_ref().map_or(self.keys, |lens| lens[batch]);
         let clamp = |x: isize| x.clamp(0, len as isize) as usize;
@@ -154,7 +168,14 @@ impl Visible {
 
     /// Whether every query sees every key.
     pub(crate) fn is_everything(&self) -> bool {
-        !self.causal && self.left.is_none() && self.right.is_none() && self.lens.is_none()
+        let everywhere = !self.causal && self.left.is_none() && self.right.is_none();
+        everywhere && self.lens.is_none() && self.q_lens.is_none()
+    }
+
+    /// Whether all queries of a sequence see the same keys.
+    pub(crate) fn is_one_for_all_queries(&self, batch: usize, queries: usize) -> bool {
+        let all = self.range(batch, 0);
+        (1..queries).all(|query| self.range(batch, query) == all)
     }
 
     /// The same as a boolean tensor, `[B, 1, M, N]`.
@@ -170,6 +191,23 @@ impl Visible {
         }
         Ok(Tensor::from_vec(keep, (batch, 1, queries, self.keys), device)?)
     }
+}
+
+/// # Errors
+/// [`Error::Mismatch`] unless there is a length for each sequence, none above `most`.
+fn check_lens(
+    name: &str,
+    lens: Option<&[usize]>,
+    batch: usize,
+    (most, what): (usize, &str),
+) -> Result<()> {
+    let Some(lens) = lens else { return Ok(()) };
+    let problem = match lens.iter().find(|&&len| len > most) {
+        _ if lens.len() != batch => format!("{} {name} for a batch of {batch}", lens.len()),
+        Some(len) => format!("{name} holds {len}, but there are {most} {what}"),
+        None => return Ok(()),
+    };
+    Err(Error::Mismatch(problem))
 }
 
 #[cfg(test)]

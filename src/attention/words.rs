@@ -1,7 +1,7 @@
 //! A configuration of the precision in words, and in JSON.
 
 use super::config::{Backend, Int8Config, PvPrecision, ScoreConfig};
-use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme};
+use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme, Smoothing};
 use crate::{Error, Result};
 use serde::de::{Error as _, IgnoredAny};
 use serde::ser::Error as _;
@@ -12,7 +12,8 @@ use std::str::FromStr;
 
 /// The words that there are, for messages.
 const WORDS: &str = "symmetric, affine, tensor, head, token, block:N, block:M/N, smooth-k, smooth-q, \
-                     f32, bf16, int16, int8, auto; or default, or sage";
+                     local-k, local-q, rotate, outliers, f32, bf16, int16, int8, \
+                     auto; or default, or sage";
 
 impl Int8Config {
     /// The plainest configuration, from which words start: symmetric, per token, nothing smoothed,
@@ -28,7 +29,7 @@ impl Int8Config {
         let mut sage = Self::plain();
         sage.scores.q.granularity = Granularity::PerBlock(128);
         sage.scores.k.granularity = Granularity::PerBlock(64);
-        sage.scores.smooth_k = true;
+        sage.scores.smooth_k = Smoothing::Head;
         sage
     }
 }
@@ -42,7 +43,10 @@ impl Int8Config {
 /// |---|---|---|
 /// | `symmetric`, `affine` | where the integer zero lies | `"scheme": "symmetric"` |
 /// | `tensor`, `head`, `token`, `block:N` | what shares a scale | `"granularity": "token"` |
-/// | `smooth-k`, `smooth-q` | subtract the mean of keys, of queries | `"smooth_k": true` |
+/// | `smooth-k`, `smooth-q` | subtract the mean of keys, of queries | `"smooth_k": "head"` |
+/// | `local-k`, `local-q` | the mean of a block of keys, of queries | `"smooth_k": "block"` |
+/// | `rotate` | multiply both by a Hadamard matrix | `"rotate": true` |
+/// | `outliers` | keys that stand out in f32 | `"outliers": true` |
 /// | `f32`, `bf16`, `int16`, `int8`, `auto` | precision of P·V | `"pv": "auto"` |
 /// | `default` | alone: this crate's default | |
 /// | `sage` | alone: SageAttention's recipe | |
@@ -58,13 +62,14 @@ impl Int8Config {
 /// ```
 /// use candle_int8_attention::{Backend, Int8Config};
 ///
-/// let config: Int8Config = "token + smooth-k + bf16".parse()?;
-/// assert!(config.scores.smooth_k && !config.scores.smooth_q);
-/// assert_eq!(config.to_string(), "symmetric+token+smooth-k+bf16");
+/// let config: Int8Config = "token + local-k + rotate + bf16".parse()?;
+/// assert!(config.scores.rotate && !config.scores.outliers);
+/// assert_eq!(config.to_string(), "symmetric+token+local-k+rotate+bf16");
 /// assert!("token+smoth-k".parse::<Int8Config>().unwrap_err().to_string().contains("smoth-k"));
 ///
 /// let json = r#"{ "backend": "int8", "scheme": "symmetric", "granularity": "token",
-///                 "smooth_k": true, "smooth_q": false, "pv": "bf16" }"#;
+///                 "smooth_k": "block", "smooth_q": "none", "rotate": true, "outliers": false,
+///                 "pv": "bf16" }"#;
 /// assert_eq!(serde_json::from_str::<Backend>(json).unwrap(), Backend::Int8(config));
 /// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
@@ -104,7 +109,23 @@ enum Choice {
     Granularity,
     SmoothK,
     SmoothQ,
+    Rotate,
+    Outliers,
     Pv,
+}
+
+/// What a word for smoothing, of whichever side, means.
+fn smoothing(word: &str) -> Smoothing {
+    if word.starts_with("local") { Smoothing::Block } else { Smoothing::Head }
+}
+
+/// The word for smoothing of a side; `None` where there is none.
+fn smoothing_word(smoothing: Smoothing, side: &str) -> Option<String> {
+    match smoothing {
+        Smoothing::None => None,
+        Smoothing::Head => Some(format!("smooth-{side}")),
+        Smoothing::Block => Some(format!("local-{side}")),
+    }
 }
 
 impl Int8Config {
@@ -112,13 +133,21 @@ impl Int8Config {
     fn choose(&mut self, word: &str) -> Option<Choice> {
         let Self { scores, pv } = self;
         match word {
-            "smooth-k" => {
-                scores.smooth_k = true;
+            "smooth-k" | "local-k" => {
+                scores.smooth_k = smoothing(word);
                 return Some(Choice::SmoothK);
             }
-            "smooth-q" => {
-                scores.smooth_q = true;
+            "smooth-q" | "local-q" => {
+                scores.smooth_q = smoothing(word);
                 return Some(Choice::SmoothQ);
+            }
+            "rotate" => {
+                scores.rotate = true;
+                return Some(Choice::Rotate);
+            }
+            "outliers" => {
+                scores.outliers = true;
+                return Some(Choice::Outliers);
             }
             _ => {}
         }
@@ -140,15 +169,17 @@ impl fmt::Display for Int8Config {
     /// All choices, the smoothing that is off left out. Static ranges show as `static`, which cannot
     /// be read back.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ScoreConfig { q, k, smooth_k, smooth_q } = &self.scores;
+        let ScoreConfig { q, k, smooth_k, smooth_q, rotate, outliers } = &self.scores;
         write!(f, "{}+{}", Sides(q.scheme, k.scheme), Sides(q.granularity, k.granularity))?;
-        let is_static = self.is_static();
-        for (on, word) in [(is_static, "static"), (*smooth_k, "smooth-k"), (*smooth_q, "smooth-q")]
-        {
-            if on {
-                write!(f, "+{word}")?;
-            }
-        }
+        let on = |on: bool, word: &str| on.then(|| word.to_string());
+        let words = [
+            on(self.is_static(), "static"),
+            smoothing_word(*smooth_k, "k"),
+            smoothing_word(*smooth_q, "q"),
+            on(*rotate, "rotate"),
+            on(*outliers, "outliers"),
+        ];
+        words.into_iter().flatten().try_for_each(|word| write!(f, "+{word}"))?;
         write!(f, "+{}", self.pv)
     }
 }
@@ -270,8 +301,10 @@ impl<'de, T: Worded> Deserialize<'de> for Sides<T> {
 struct Int8Form {
     scheme: Sides<Scheme>,
     granularity: Sides<Granularity>,
-    smooth_k: bool,
-    smooth_q: bool,
+    smooth_k: Smoothing,
+    smooth_q: Smoothing,
+    rotate: bool,
+    outliers: bool,
     pv: PvPrecision,
 }
 
@@ -297,12 +330,15 @@ fn no_settings<'de, D: Deserializer<'de>>(other_keys: D) -> std::result::Result<
 impl Int8Form {
     /// `None` for static ranges.
     fn of(config: &Int8Config) -> Option<Self> {
-        let Int8Config { scores: ScoreConfig { q, k, smooth_k, smooth_q }, pv } = config;
+        let Int8Config { scores, pv } = config;
+        let ScoreConfig { q, k, smooth_k, smooth_q, rotate, outliers } = scores;
         (!config.is_static()).then_some(Self {
             scheme: Sides(q.scheme, k.scheme),
             granularity: Sides(q.granularity, k.granularity),
             smooth_k: *smooth_k,
             smooth_q: *smooth_q,
+            rotate: *rotate,
+            outliers: *outliers,
             pv: *pv,
         })
     }
@@ -310,9 +346,9 @@ impl Int8Form {
     fn config(self) -> Int8Config {
         let side =
             |scheme, granularity| QuantConfig { scheme, granularity, range: RangeSource::Dynamic };
-        let Self { scheme, granularity, smooth_k, smooth_q, pv } = self;
+        let Self { scheme, granularity, smooth_k, smooth_q, rotate, outliers, pv } = self;
         let (q, k) = (side(scheme.0, granularity.0), side(scheme.1, granularity.1));
-        Int8Config { scores: ScoreConfig { q, k, smooth_k, smooth_q }, pv }
+        Int8Config { scores: ScoreConfig { q, k, smooth_k, smooth_q, rotate, outliers }, pv }
     }
 }
 

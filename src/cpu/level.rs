@@ -291,19 +291,14 @@ impl Level {
         unsafe { (self.entry.softmax.exp_int16)(job) }
     }
 
-    /// Symmetric codes with a scale a row, after subtracting `offset` from each row if there is one.
+    /// Symmetric codes with a scale a row.
     ///
     /// # Panics
     /// Unless all lengths fit the rows.
-    pub(crate) fn quantize_symmetric(
-        self,
-        rows: Rows<'_>,
-        offset: Option<&[f32]>,
-        out: BlockCodes<'_>,
-    ) {
-        out.check(rows, offset);
+    pub(crate) fn quantize_symmetric(self, rows: Rows<'_>, out: BlockCodes<'_>) {
+        out.check(rows);
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.entry.rows.quantize_symmetric)(rows, offset, out) }
+        unsafe { (self.entry.rows.quantize_symmetric)(rows, out) }
     }
 
     /// Rows of `depth` elements times the matrix of [`Rotation`](crate::quant::Rotation), in place.
@@ -316,21 +311,14 @@ impl Level {
         unsafe { (self.entry.rows.rotate)(depth, rows) }
     }
 
-    /// The dot product of `vector` with every row, less `offset` if there is one.
+    /// The dot product of `vector` with every row.
     ///
     /// # Panics
     /// Unless all lengths fit the rows.
-    pub(crate) fn dots(
-        self,
-        rows: Rows<'_>,
-        offset: Option<&[f32]>,
-        vector: &[f32],
-        out: &mut [f32],
-    ) {
+    pub(crate) fn dots(self, rows: Rows<'_>, vector: &[f32], out: &mut [f32]) {
         assert_eq!((rows.depth(), rows.count()), (vector.len(), out.len()));
-        assert!(offset.is_none_or(|offset| offset.len() == vector.len()));
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.entry.rows.dots)(rows, offset, vector, out) }
+        unsafe { (self.entry.rows.dots)(rows, vector, out) }
     }
 }
 

@@ -5,7 +5,7 @@ use crate::attention::{
     AttentionCall, AttentionConfig, Int8Config, PvPrecision, RequantConfig, ScoreConfig, attention,
     attention_scores,
 };
-use crate::quant::{Granularity, RangeSource};
+use crate::quant::{Granularity, RangeSource, Smoothing};
 use crate::reference::unfused;
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -21,8 +21,8 @@ use std::str::FromStr;
 ///
 /// ```
 /// use candle_int8_attention::drift::Candidate;
-/// let candidate: Candidate = "token+smooth-k+bf16".parse()?;
-/// assert!(candidate.config.scores.smooth_k && candidate.requant.is_none());
+/// let candidate: Candidate = "token+local-k+rotate+bf16".parse()?;
+/// assert!(candidate.config.scores.rotate && candidate.requant.is_none());
 /// assert!("token+smoth-k".parse::<Candidate>().unwrap_err().to_string().contains("smoth-k"));
 /// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
@@ -65,27 +65,29 @@ impl Candidate {
     pub fn all() -> Vec<Self> {
         let words = [
             "default",
-            "token+smooth-k+smooth-q+f32",
+            "token+local-k+local-q+rotate+outliers+f32",
             "sage",
             "tensor",
             "head",
             "block:64",
             "token",
-            "token+smooth-q",
             "token+smooth-k",
-            "head+smooth-k+smooth-q",
+            "token+smooth-k+smooth-q",
+            "token+local-k+local-q",
+            "token+local-k+local-q+rotate",
+            "head+local-k+local-q+rotate+outliers",
             "affine+token",
-            "affine+token+smooth-k+smooth-q",
-            "token+smooth-k+smooth-q+requantized:token",
-            "token+smooth-k+smooth-q+requantized:head",
-            "token+smooth-k+smooth-q+requantized:tensor",
+            "affine+token+local-k+local-q+rotate+outliers",
+            "token+local-k+local-q+rotate+outliers+requantized:token",
+            "token+local-k+local-q+rotate+outliers+requantized:head",
+            "token+local-k+local-q+rotate+outliers+requantized:tensor",
         ];
         words.iter().map(|word| word.parse().expect("a list of known words")).collect()
     }
 
     /// All of the configuration in words.
     pub fn description(&self) -> String {
-        let ScoreConfig { q, k, smooth_k, smooth_q } = &self.config.scores;
+        let ScoreConfig { q, k, smooth_k, smooth_q, rotate, outliers } = &self.config.scores;
         let mut words = vec![q.scheme.to_string(), q.granularity.to_string()];
         if k.scheme != q.scheme {
             words.push(format!("keys {}", k.scheme));
@@ -98,8 +100,13 @@ impl Candidate {
                 words.push(format!("{side} with static ranges"));
             }
         }
-        words.extend(smooth_k.then(|| "smooth-K".to_string()));
-        words.extend(smooth_q.then(|| "smooth-Q".to_string()));
+        for (side, smoothing) in [("keys", smooth_k), ("queries", smooth_q)] {
+            if *smoothing != Smoothing::None {
+                words.push(format!("{side} less the mean of their {smoothing}"));
+            }
+        }
+        words.extend(rotate.then(|| "rotated".to_string()));
+        words.extend(outliers.then(|| "outliers in f32".to_string()));
         words.push(match &self.requant {
             Some(to) => format!("requantized {}", to.granularity),
             None => "dequantized".to_string(),

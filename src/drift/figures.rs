@@ -1,6 +1,7 @@
 //! The sets of numbers that are shown together.
 
 use super::{ErrorSums, metrics};
+use crate::Error;
 use crate::drift::sums::nan_max;
 use serde::{Deserialize, Serialize};
 
@@ -73,11 +74,20 @@ impl ProbabilityDrift {
     /// A row whose reference is all zeros belongs to a query that may see no key (a fully masked
     /// row); it is left out. Without any row to compare, everything is 0 and the agreement 1.
     ///
-    /// # Panics
-    /// If the lengths differ or are not a multiple of `row_len`, or if `row_len` is 0.
-    pub fn of_rows(reference: &[f32], candidate: &[f32], row_len: usize) -> Self {
-        assert_eq!(reference.len(), candidate.len(), "slices to compare differ in length");
-        assert_eq!(reference.len() % row_len, 0, "not a whole number of rows");
+    /// # Errors
+    /// [`Error::Mismatch`] if the lengths differ, [`Error::InvalidArgument`] unless they are a multiple of
+    /// `row_len`, and that is not 0.
+    pub fn of_rows(reference: &[f32], candidate: &[f32], row_len: usize) -> crate::Result<Self> {
+        let (found, expected) = (candidate.len(), reference.len());
+        if found != expected {
+            let problem = format!("{found} probabilities, expected {expected} as in the reference");
+            return Err(Error::Mismatch(problem));
+        }
+        if row_len == 0 || !expected.is_multiple_of(row_len) {
+            let problem =
+                format!("{expected} probabilities in rows of {row_len}, expected whole rows");
+            return Err(Error::InvalidArgument(problem));
+        }
         let mut sum = Self {
             rows: 0,
             mean_kl: 0.0,
@@ -96,7 +106,7 @@ impl ProbabilityDrift {
             sum.mean_total_variation += metrics::total_variation(p, q);
             sum.top1_agreement += f64::from(u8::from(metrics::same_top1(p, q)));
         }
-        sum.divided_by_rows()
+        Ok(sum.divided_by_rows())
     }
 
     fn divided_by_rows(self) -> Self {
@@ -140,7 +150,7 @@ mod tests {
     fn rows_are_averaged_and_masked_rows_left_out() {
         let p = [0.5, 0.25, 0.125, 0.125, 0.0, 0.0, 0.0, 0.0, 0.75, 0.25, 0.0, 0.0];
         let q = [0.25, 0.25, 0.375, 0.125, 0.0, 0.0, 0.0, 0.0, 0.625, 0.25, 0.125, 0.0];
-        let drift = ProbabilityDrift::of_rows(&p, &q, 4);
+        let drift = ProbabilityDrift::of_rows(&p, &q, 4).unwrap();
         assert_eq!(drift.rows, 2);
         let (first, second) = (0.209_247_054_196_458_9, 0.136_741_167_595_465_95);
         assert!((drift.mean_kl - (first + second) / 2.0).abs() < 1e-12, "{drift:?}");
@@ -150,9 +160,19 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_do_not_fit_are_an_error() {
+        let drift = ProbabilityDrift::of_rows(&[0.5; 4], &[0.5; 2], 2);
+        assert!(matches!(drift, Err(Error::Mismatch(_))), "{drift:?}");
+        for row_len in [0, 3, 5] {
+            let drift = ProbabilityDrift::of_rows(&[0.5; 4], &[0.5; 4], row_len);
+            assert!(matches!(drift, Err(Error::InvalidArgument(_))), "{drift:?}");
+        }
+    }
+
+    #[test]
     fn nothing_to_compare_is_no_drift() {
         for rows in [&[][..], &[0.0; 8][..]] {
-            let drift = ProbabilityDrift::of_rows(rows, rows, 4);
+            let drift = ProbabilityDrift::of_rows(rows, rows, 4).unwrap();
             assert_eq!((drift.rows, drift.mean_kl, drift.top1_agreement), (0, 0.0, 1.0));
         }
     }
@@ -163,7 +183,7 @@ mod tests {
         for value in [drift.cosine, drift.relative_l1, drift.rmse, drift.max_abs, drift.sqnr_db] {
             assert!(value.is_nan(), "{drift:?}");
         }
-        let drift = ProbabilityDrift::of_rows(&[0.5; 4], &[f32::NAN, 0.5, 0.5, 0.5], 2);
+        let drift = ProbabilityDrift::of_rows(&[0.5; 4], &[f32::NAN, 0.5, 0.5, 0.5], 2).unwrap();
         assert!(drift.mean_kl.is_nan() && drift.max_kl.is_nan());
         assert_eq!(drift.top1_agreement, 0.5);
     }

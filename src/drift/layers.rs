@@ -139,13 +139,20 @@ pub fn embeddings<'a, M: LayeredModel<Input: 'a>>(
 
 /// How far embeddings are from their reference.
 ///
-/// # Panics
-/// If they do not have the same lengths.
-pub fn embedding_error(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Energy {
-    assert_eq!(reference.len(), candidate.len(), "embeddings to compare differ in number");
+/// # Errors
+/// [`Error::Mismatch`] unless there are as many of both, each as long as its reference.
+pub fn embedding_error(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Result<Energy> {
+    let lens = |all: &[Vec<f32>]| all.iter().map(Vec::len).collect::<Vec<_>>();
+    if lens(reference) != lens(candidate) {
+        return Err(Error::Mismatch(format!(
+            "embeddings of {:?} numbers, expected {:?} as in the reference",
+            lens(candidate),
+            lens(reference)
+        )));
+    }
     let mut energy = Energy::default();
     reference.iter().zip(candidate).for_each(|(a, b)| energy.add(a, b));
-    energy
+    Ok(energy)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What the precision of linear layers costs, product by product, and the cheapest that keeps a budget.
 
-use super::layers::{Energy, embedding_error, embeddings};
+use super::layers::{embedding_error, embeddings};
 use super::metrics::{cosine, lowest};
 use crate::Result;
 use crate::models::{LayeredModel, NamedLinear};
@@ -18,10 +18,10 @@ pub struct EmbeddingErrors {
 }
 
 impl EmbeddingErrors {
-    fn of(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Self {
-        let energy: Energy = embedding_error(reference, candidate);
+    fn of(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Result<Self> {
+        let energy = embedding_error(reference, candidate)?;
         let cosines = reference.iter().zip(candidate).map(|(a, b)| cosine(a, b));
-        Self { sqnr_db: energy.sqnr_db(), min_cosine: lowest(cosines) }
+        Ok(Self { sqnr_db: energy.sqnr_db(), min_cosine: lowest(cosines) })
     }
 }
 
@@ -152,7 +152,7 @@ fn errors_of<M: LayeredModel<Input: Sized>>(
     let found = embeddings(model, passages);
     let mut all = model.linear_mut();
     before.into_iter().for_each(|(index, linear)| *all[index].linear = linear);
-    Ok(EmbeddingErrors::of(reference, &found?))
+    EmbeddingErrors::of(reference, &found?)
 }
 
 /// Packs products in other precisions; returns what was there.

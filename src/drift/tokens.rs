@@ -2,6 +2,7 @@
 //! text, as language models are compared.
 
 use super::sums::nan_max;
+use crate::{Error, Result};
 use serde::Serialize;
 
 /// What becomes of the prediction of one token.
@@ -22,10 +23,18 @@ impl TokenDrift {
     /// From the logits of both for one position, and the token that came there. NaN in a logit
     /// gives NaN.
     ///
-    /// # Panics
-    /// If the lengths differ, or `token` is not one of them.
-    pub fn of_logits(reference: &[f32], candidate: &[f32], token: usize) -> Self {
-        assert_eq!(reference.len(), candidate.len(), "logits to compare differ in length");
+    /// # Errors
+    /// [`Error::Mismatch`] if the lengths differ, [`Error::InvalidArgument`] if `token` is not one of them.
+    pub fn of_logits(reference: &[f32], candidate: &[f32], token: usize) -> Result<Self> {
+        let (found, expected) = (candidate.len(), reference.len());
+        if found != expected {
+            let problem = format!("{found} logits, expected {expected} as in the reference");
+            return Err(Error::Mismatch(problem));
+        }
+        if token >= expected {
+            let problem = format!("token {token}, expected less than {expected}");
+            return Err(Error::InvalidArgument(problem));
+        }
         let (top_a, top_b) = (top(reference), top(candidate));
         let largest = |of: &[f32], top: Option<usize>| top.map_or(f64::NAN, |i| f64::from(of[i]));
         let (max_a, max_b) = (largest(reference, top_a), largest(candidate, top_b));
@@ -42,13 +51,13 @@ impl TokenDrift {
         }
         let (ln_sum_a, ln_sum_b) = (max_a + sum_a.ln(), max_b + sum_b.ln());
         let kl = moved / sum_a - ln_sum_a + ln_sum_b;
-        Self {
+        Ok(Self {
             nll_reference: ln_sum_a - f64::from(reference[token]),
             nll_candidate: ln_sum_b - f64::from(candidate[token]),
             // Rounding can push the divergence of equal rows below 0; NaN stays.
             kl: if kl < 0.0 { 0.0 } else { kl },
             same_top: top_a.is_some() && top_a == top_b,
-        }
+        })
     }
 
     /// How much the probability of the token that came rose.
@@ -220,7 +229,7 @@ mod tests {
     #[test]
     fn a_token_equals_its_definition() {
         let (p, q) = ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25]);
-        let drift = TokenDrift::of_logits(&logits(&p, 3.0), &logits(&q, -2.0), 1);
+        let drift = TokenDrift::of_logits(&logits(&p, 3.0), &logits(&q, -2.0), 1).unwrap();
         let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-6, "{found}");
         near(drift.nll_reference, 4f64.ln());
         near(drift.nll_candidate, 2f64.ln());
@@ -230,9 +239,18 @@ mod tests {
     }
 
     #[test]
+    fn logits_that_do_not_fit_are_an_error() {
+        assert!(matches!(TokenDrift::of_logits(&[0.0], &[0.0; 2], 0), Err(Error::Mismatch(_))));
+        for (row, token) in [(&[][..], 0), (&[0.0; 3][..], 3), (&[0.0; 3][..], usize::MAX)] {
+            let drift = TokenDrift::of_logits(row, row, token);
+            assert!(matches!(drift, Err(Error::InvalidArgument(_))), "{drift:?}");
+        }
+    }
+
+    #[test]
     fn equal_logits_do_not_drift() {
         let row: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin() * 20.0).collect();
-        let drift = TokenDrift::of_logits(&row, &row, 17);
+        let drift = TokenDrift::of_logits(&row, &row, 17).unwrap();
         assert!(drift.kl < 1e-12 && drift.same_top);
         assert_eq!(drift.nll_reference, drift.nll_candidate);
     }
@@ -240,10 +258,10 @@ mod tests {
     #[test]
     fn impossible_tokens_do_not_count_and_nan_does() {
         let (impossible, nan) = ([0.0, f32::NEG_INFINITY], [0.0, f32::NAN]);
-        close(TokenDrift::of_logits(&impossible, &[0.0, 0.0], 0).kl, 2f64.ln());
-        assert_eq!(TokenDrift::of_logits(&impossible, &impossible, 0).kl, 0.0);
-        assert!(TokenDrift::of_logits(&nan, &[0.0, 0.0], 0).kl.is_nan());
-        assert!(TokenDrift::of_logits(&[0.0, 0.0], &nan, 0).kl.is_nan());
+        close(TokenDrift::of_logits(&impossible, &[0.0, 0.0], 0).unwrap().kl, 2f64.ln());
+        assert_eq!(TokenDrift::of_logits(&impossible, &impossible, 0).unwrap().kl, 0.0);
+        assert!(TokenDrift::of_logits(&nan, &[0.0, 0.0], 0).unwrap().kl.is_nan());
+        assert!(TokenDrift::of_logits(&[0.0, 0.0], &nan, 0).unwrap().kl.is_nan());
     }
 
     /// Expected values: the formulas in Python; standard errors are `stdev / sqrt(n)`.

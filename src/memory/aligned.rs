@@ -1,5 +1,7 @@
 //! Bytes that start on a cache line.
 
+use super::Footprint;
+
 /// One cache line; buffers of these start on a line, so no vector load straddles two.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -40,5 +42,11 @@ impl AlignedBytes {
 
     pub(crate) fn as_ptr(&self) -> *const u8 {
         self.0.as_ptr().cast()
+    }
+}
+
+impl Footprint for AlignedBytes {
+    fn footprint(&self) -> usize {
+        self.0.footprint()
     }
 }

@@ -1,7 +1,12 @@
-//! Memory for results and operands: written once, aligned, in huge pages where that helps.
+//! Memory for results and operands: sizes that are checked, written once, aligned, in huge pages where that
+//! helps, kept by threads as long as it is little.
 
 mod aligned;
+mod kept;
+mod sizes;
 mod uninit;
 
 pub(crate) use aligned::AlignedBytes;
+pub(crate) use kept::{Footprint, Kept};
+pub(crate) use sizes::check_size;
 pub(crate) use uninit::{overwrite, written};

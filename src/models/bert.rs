@@ -4,6 +4,7 @@ use super::files::{ModelFiles, Weights, unused_head};
 use super::packed::Sequences;
 use super::{BertConfig, HiddenAct};
 use crate::attention::{AttentionConfig, QuantizedAttention};
+use crate::memory::check_size;
 use crate::nn::{Activation, LayerNorm, Linear, Precision};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -114,7 +115,8 @@ impl BertModel {
     /// `[B, N, hidden_size]`. Token types default to 0.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `N` exceeds `max_position_embeddings` or the shapes do not fit,
+    /// [`Error::Shape`] if `N` exceeds `max_position_embeddings`, the shapes do not fit or the batch is larger
+    /// than memory has addresses,
     /// [`Error::DType`] unless ids are U32, [`Error::InvalidArgument`] for an id outside of its table.
     pub fn embed(&self, input_ids: &Tensor, token_type_ids: Option<&Tensor>) -> Result<Tensor> {
         const OP: &str = "BertModel::embed";
@@ -127,6 +129,9 @@ impl BertModel {
                 return Err(Error::Shape { op: OP, tensor: "input_ids", shape, expected });
             }
         };
+        // The widest tensors of a forward pass: of a feed-forward block, and of q, k and v as one.
+        let width = self.config.intermediate_size.max(3 * self.config.hidden_size);
+        check_size(OP, "what comes of input_ids", &[b, n, width])?;
         let words = look_up(OP, "input_ids", &self.words, input_ids)?;
         let types = match token_type_ids {
             Some(ids) if ids.dims() == input_ids.dims() => {

@@ -2,20 +2,21 @@
 //!
 //! A scale of its own for each token cannot be known beforehand, so static scales are per head or
 //! per tensor. Smoothing stays dynamic: the mean of this very text is subtracted, exactly added
-//! back as ever, and the static range is that of what is left. A mean costs one pass over the
-//! data, much less than what follows, and without it a range would have to cover every offset that
-//! any text may have.
+//! back as ever, and the static range is that of what is left, rotated, outliers apart. A mean costs one
+//! pass over the data, much less than what follows, and without it a range would have to cover every
+//! offset that any text may have.
 
 use super::{LayeredModel, run_layers};
 use crate::attention::AttentionConfig;
 use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig};
 use crate::files::{corrupt, read_text, write};
+use crate::memory::check_size;
 use crate::quant::{
-    Granularity, Observer, ObserverKind, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange,
-    token_mean,
+    ConditionedHead, Conditioning, Granularity, KEY_BLOCK, Observer, ObserverKind, QUERY_BLOCK,
+    QuantConfig, QuantParams, RangeSource, Scheme, Smoothing, ValueRange,
 };
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -29,23 +30,37 @@ pub struct CalibrationConfig {
     pub observer: ObserverKind,
     /// Symmetric or affine codes.
     pub scheme: Scheme,
-    /// Whether the mean of the keys is subtracted before.
-    pub smooth_k: bool,
-    /// Whether the mean of the queries is.
-    pub smooth_q: bool,
+    /// What is subtracted from the keys before.
+    pub smooth_k: Smoothing,
+    /// What is subtracted from the queries.
+    pub smooth_q: Smoothing,
+    /// Whether both are rotated.
+    pub rotate: bool,
+    /// Whether what stands out is left out.
+    pub outliers: bool,
+}
+
+impl CalibrationConfig {
+    /// Scores that are quantized so.
+    fn scores(&self, q: QuantConfig, k: QuantConfig) -> ScoreConfig {
+        let Self { smooth_k, smooth_q, rotate, outliers, .. } = *self;
+        ScoreConfig { q, k, smooth_k, smooth_q, rotate, outliers }
+    }
+
+    /// What is done to queries and to keys of `depth` elements before they are quantized.
+    fn conditioning(&self, depth: usize) -> (Conditioning, Conditioning) {
+        self.scores(QuantConfig::default(), QuantConfig::default()).conditioning(depth)
+    }
 }
 
 impl Default for CalibrationConfig {
-    /// Symmetric, smoothed, all that was seen. On the attention of MiniLM models this keeps 3 to 10 dB
+    /// Symmetric, conditioned as in [`ScoreConfig::default`], all that was seen. On the attention of MiniLM models this keeps 3 to 10 dB
     /// more in the worst head than observers that clip: the largest elements of queries and keys
     /// are those that decide where a softmax looks.
     fn default() -> Self {
-        Self {
-            observer: ObserverKind::MinMax,
-            scheme: Scheme::Symmetric,
-            smooth_k: true,
-            smooth_q: true,
-        }
+        let ScoreConfig { smooth_k, smooth_q, rotate, outliers, .. } = ScoreConfig::default();
+        let (observer, scheme) = (ObserverKind::MinMax, Scheme::Symmetric);
+        Self { observer, scheme, smooth_k, smooth_q, rotate, outliers }
     }
 }
 
@@ -108,8 +123,8 @@ impl Calibrator {
         }
         let known = self.layers.get(layer);
         // Both sides are read before either is counted.
-        let q = Side::read("q", q, known.map_or(0, |layer| layer.q.len()), self.config.smooth_q)?;
-        let k = Side::read("k", k, known.map_or(0, |layer| layer.k.len()), self.config.smooth_k)?;
+        let known = known.map_or((0, 0), |layer| (layer.q.len(), layer.k.len()));
+        let (q, k) = both_sides(&self.config, (q, k), known)?;
         if self.layers.len() <= layer {
             self.layers.resize_with(layer + 1, LayerObservers::default);
         }
@@ -192,19 +207,33 @@ impl Calibrator {
 /// More layers than any model has: a number beyond is a mistake, and would only take memory.
 const MAX_LAYERS: usize = 1 << 16;
 
-/// Queries or keys of a layer, `[B, H, S, D]`, smoothed.
+/// Queries or keys of a layer, `[B, H, S, D]`, conditioned, without what stands out.
 struct Side {
-    values: Vec<f32>,
+    /// One a head of each sequence.
+    matrices: Vec<Vec<f32>>,
     heads: usize,
-    /// `S * D`
-    matrix: usize,
     /// `B * S`
     tokens: usize,
 }
 
+/// Queries and keys of a layer that has had `known` heads of each so far, if it has had any.
+fn both_sides(
+    config: &CalibrationConfig,
+    (q, k): (&Tensor, &Tensor),
+    known: (usize, usize),
+) -> Result<(Side, Side)> {
+    let of = |tensor: &Tensor| config.conditioning(tensor.dim(D::Minus1).unwrap_or(0));
+    let q = Side::read(("q", q), known.0, (&of(q).0, QUERY_BLOCK))?;
+    let k = Side::read(("k", k), known.1, (&of(k).1, KEY_BLOCK))?;
+    Ok((q, k))
+}
+
 impl Side {
-    /// Of a layer that has had `known` heads so far, if it has had any.
-    fn read(name: &'static str, tensor: &Tensor, known: usize, smooth: bool) -> Result<Self> {
+    fn read(
+        (name, tensor): (&'static str, &Tensor),
+        known: usize,
+        (conditioning, block): (&Conditioning, usize),
+    ) -> Result<Self> {
         const OP: &str = "Calibrator::observe";
         let shape = tensor.dims().to_vec();
         let &[batch, heads, tokens, depth] = tensor.dims() else {
@@ -214,22 +243,23 @@ impl Side {
             let expected = format!("the {known} heads seen before");
             return Err(Error::Shape { op: OP, tensor: name, shape, expected });
         }
+        check_size(OP, name, &shape)?;
         if !tensor.dtype().is_float() {
             let (dtype, expected) = (tensor.dtype(), "F32, F16, BF16 or F64");
             return Err(Error::DType { op: OP, tensor: name, dtype, expected });
         }
-        let mut values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let side = |values| Self { values, heads, matrix: tokens * depth, tokens: batch * tokens };
+        let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if values.is_empty() {
-            return Ok(Self { tokens: 0, ..side(values) });
+            return Ok(Self { matrices: Vec::new(), heads, tokens: 0 });
         }
-        for matrix in values.chunks_exact_mut(tokens * depth).filter(|_| smooth) {
-            let mean = token_mean(matrix, depth);
-            for row in matrix.chunks_exact_mut(depth) {
-                row.iter_mut().zip(&mean).for_each(|(x, mean)| *x -= mean);
-            }
-        }
-        Ok(side(values))
+        let without_outliers = |matrix: &[f32]| {
+            let head = ConditionedHead::new(conditioning, matrix, depth, block);
+            let rows = head.values.chunks_exact(depth).enumerate();
+            let rows = rows.filter(|(row, _)| !head.outliers.contains(row));
+            rows.flat_map(|(_, row)| row.iter().copied()).collect()
+        };
+        let matrices = values.chunks_exact(tokens * depth).map(without_outliers).collect();
+        Ok(Self { matrices, heads, tokens: batch * tokens })
     }
 
     /// Feeds the heads to their observers.
@@ -237,11 +267,19 @@ impl Side {
         if observers.is_empty() {
             *observers = (0..self.heads).map(|_| Observer::new(kind)).collect::<Result<_>>()?;
         }
-        let matrices = self.values.chunks_exact(self.matrix.max(1));
-        for (matrix, head) in matrices.zip((0..self.heads).cycle()) {
+        for (matrix, head) in self.matrices.iter().zip((0..self.heads).cycle()) {
             observers[head].observe(matrix);
         }
         Ok(())
+    }
+
+    /// How many elements lie outside of the range of their head, and how many there are.
+    fn outside(&self, ranges: &[ValueRange]) -> (usize, usize) {
+        let of_matrix = |(matrix, range): (&Vec<f32>, &ValueRange)| {
+            matrix.iter().filter(|x| **x < range.min || **x > range.max).count()
+        };
+        let all = self.matrices.iter().map(Vec::len).sum();
+        (self.matrices.iter().zip(ranges.iter().cycle()).map(of_matrix).sum(), all)
     }
 }
 
@@ -311,14 +349,26 @@ impl Calibration {
             Backend::Int8(int8) => int8.pv,
             Backend::Fp32 => PvPrecision::default(),
         };
-        let scores = ScoreConfig {
-            q: self.side(&ranges.q, scales)?,
-            k: self.side(&ranges.k, scales)?,
-            smooth_k: self.config.smooth_k,
-            smooth_q: self.config.smooth_q,
-        };
+        let (q, k) = (self.side(&ranges.q, scales)?, self.side(&ranges.k, scales)?);
+        let scores = self.config.scores(q, k);
         let backend = Backend::Int8(Int8Config { scores, pv });
         Ok(base.with_backend(backend))
+    }
+
+    /// How many elements of queries `[B, H, M, D]` and keys `[B, H_kv, N, D]` of a layer lie outside of the
+    /// ranges of their heads, where their codes saturate; and how many there are. Both without what stands
+    /// out.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if there is no such layer, and those of [`Calibrator::observe`].
+    pub fn outside(&self, layer: usize, q: &Tensor, k: &Tensor) -> Result<(usize, usize)> {
+        let Some(ranges) = self.layers.get(layer) else {
+            let layers = self.layers.len();
+            return Err(Error::Mismatch(format!("layer {layer} of a calibration of {layers}")));
+        };
+        let (q, k) = both_sides(&self.config, (q, k), (ranges.q.len(), ranges.k.len()))?;
+        let ((q_outside, q_all), (k_outside, k_all)) = (q.outside(&ranges.q), k.outside(&ranges.k));
+        Ok((q_outside + k_outside, q_all + k_all))
     }
 
     fn side(&self, ranges: &[ValueRange], scales: StaticScales) -> Result<QuantConfig> {

@@ -85,14 +85,26 @@ struct Rounds {
     caller: Thread,
 }
 
+/// Invitations that no thread has taken up yet.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+
+/// More are not sent out: a pool that is busy with something else for long would otherwise be left one
+/// by every loop, and threads that are free take up theirs at once.
+const MOST_WAITING: usize = 256;
+
 /// Asks `helpers` threads of the pool for help: one directly, which asks the others, because
 /// waking a thread takes the one that wakes it some µs.
 fn invite(rounds: &Arc<Rounds>, helpers: usize) {
     if helpers == 0 {
         return;
     }
+    if WAITING.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING {
+        WAITING.fetch_sub(1, Ordering::Relaxed);
+        return;
+    }
     let rounds = Arc::clone(rounds);
     rayon::spawn(move || {
+        WAITING.fetch_sub(1, Ordering::Relaxed);
         let others = helpers - 1;
         if rounds.next.load(Ordering::Relaxed) < rounds.count {
             invite(&rounds, others / 2);
@@ -194,6 +206,39 @@ mod tests {
             done.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(done.into_inner(), 5);
+    }
+
+    /// Threads that never come leave as many invitations as there may be, not one for each loop.
+    #[test]
+    fn a_busy_pool_is_left_a_bounded_number_of_jobs() {
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let held = Mutex::new(held);
+        let threads = rayon::current_num_threads();
+        let entered = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Every thread of the pool waits until this test lets it go.
+                rayon::broadcast(|_| {
+                    entered.fetch_add(1, Ordering::Relaxed);
+                    _ = held.lock().expect("nobody panics here").recv();
+                })
+            });
+            while entered.load(Ordering::Relaxed) < threads {
+                std::thread::yield_now();
+            }
+            // Its own, so that a failure lets the threads go as well.
+            let release = release;
+            let done = AtomicUsize::new(0);
+            for _ in 0..10 * MOST_WAITING {
+                for_each_index(2, |_| _ = done.fetch_add(1, Ordering::Relaxed));
+                let waiting = WAITING.load(Ordering::Relaxed);
+                // Others that run beside this test may be about to take one back.
+                assert!(waiting <= MOST_WAITING + 64, "{waiting}");
+            }
+            assert_eq!(done.into_inner(), 20 * MOST_WAITING);
+            assert!(threads == 1 || WAITING.load(Ordering::Relaxed) >= MOST_WAITING);
+            (0..threads).for_each(|_| release.send(()).expect("somebody waits"));
+        });
     }
 
     #[test]

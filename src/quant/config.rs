@@ -1,6 +1,6 @@
 //! The choices of a quantization: granularity, source of the range, and with the scheme all of them.
 
-use super::{QuantParams, Scheme};
+use super::{QuantParams, Scheme, static_params};
 use crate::{Error, Result};
 
 /// What shares one scale (and zero point), for a tensor `[.., S, D]` of `S` tokens.
@@ -24,17 +24,21 @@ impl Granularity {
     /// How many groups a tensor of `heads` matrices with `tokens` rows each has.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a block of 0 tokens.
+    /// [`Error::InvalidArgument`] for a block of 0 tokens, and more groups than can be counted.
     pub fn groups(self, heads: usize, tokens: usize) -> Result<usize> {
-        match self {
-            Granularity::PerTensor => Ok(usize::from(heads * tokens > 0)),
-            Granularity::PerHead => Ok(heads * usize::from(tokens > 0)),
-            Granularity::PerToken => Ok(heads * tokens),
-            Granularity::PerBlock(0) => Err(Error::InvalidArgument(
-                "a block of 0 tokens; per-block needs at least 1".into(),
-            )),
-            Granularity::PerBlock(n) => Ok(heads * tokens.div_ceil(n)),
-        }
+        let in_head = match self {
+            Granularity::PerTensor => return Ok(usize::from(heads > 0 && tokens > 0)),
+            Granularity::PerHead => usize::from(tokens > 0),
+            Granularity::PerToken => tokens,
+            Granularity::PerBlock(0) => {
+                let problem = "a block of 0 tokens; per-block needs at least 1";
+                return Err(Error::InvalidArgument(problem.into()));
+            }
+            Granularity::PerBlock(n) => tokens.div_ceil(n),
+        };
+        heads.checked_mul(in_head).ok_or_else(|| {
+            Error::InvalidArgument(format!("{heads} heads of {in_head} groups, which overflows"))
+        })
     }
 
     /// The group of row `token` in matrix `head`.
@@ -106,4 +110,25 @@ pub struct QuantConfig {
     pub granularity: Granularity,
     /// Dynamic or static range.
     pub range: RangeSource,
+}
+
+impl QuantConfig {
+    /// The number of groups of a tensor of this shape, `[.., S, D]`, and their parameters where they are given.
+    ///
+    /// # Errors
+    /// Those of [`Granularity::groups`]; [`Error::Contradiction`] for parameters of another scheme,
+    /// [`Error::Mismatch`] for another number of them.
+    pub(crate) fn groups(&self, shape: &[usize]) -> Result<(usize, Option<Vec<QuantParams>>)> {
+        let [heads @ .., tokens, _] = shape else { return Ok((0, None)) };
+        let groups = self.granularity.groups(heads.iter().product(), *tokens)?;
+        let RangeSource::Static(given) = &self.range else { return Ok((groups, None)) };
+        if let Some(other) = given.iter().find(|params| params.scheme() != self.scheme) {
+            return Err(Error::Contradiction(format!(
+                "static parameters are {}, but the scheme is {}",
+                other.scheme(),
+                self.scheme
+            )));
+        }
+        Ok((groups, Some(static_params(given, self.granularity, shape, groups)?)))
+    }
 }

@@ -13,6 +13,7 @@
 //! Rounding is to nearest, ties to even, then saturating, except in the requantization mode that
 //! is named after gemmlowp's fixed-point arithmetic.
 
+mod condition;
 mod config;
 mod observers;
 mod params;
@@ -23,6 +24,8 @@ mod scheme;
 mod smooth;
 mod tensor;
 
+pub(crate) use condition::{Conditioned, ConditionedHead, Conditioning};
+pub use condition::{KEY_BLOCK, QUERY_BLOCK};
 pub use config::{Granularity, QuantConfig, RangeSource};
 pub use observers::{Histogram, MinMax, MovingAverage, Observer, ObserverKind};
 pub use params::{QuantParams, ValueRange};
@@ -30,6 +33,6 @@ pub use requantize::{FixedPointMultiplier, Requantizer};
 pub use rotation::Rotation;
 pub use scheme::Scheme;
 pub(crate) use smooth::MeanSums;
-pub use smooth::token_mean;
+pub use smooth::{Smoothing, token_mean};
 pub(crate) use tensor::static_params;
 pub use tensor::{CodeStorage, QuantizedTensor};

@@ -30,20 +30,19 @@ pub(crate) enum RowParams<'a> {
     Given(&'a [QuantParams]),
 }
 
-/// Quantizes a block row by row, after subtracting `offset` from each row if there is one.
+/// Quantizes a block row by row.
 pub(crate) fn quantize_block(
     level: Level,
     rows: Rows<'_>,
-    offset: Option<&[f32]>,
     params: RowParams<'_>,
     out: BlockCodes<'_>,
 ) {
     if let RowParams::Own(Scheme::Symmetric) = params {
-        return level.quantize_symmetric(rows, offset, out);
+        return level.quantize_symmetric(rows, out);
     }
-    out.check(rows, offset);
-    type Arguments<'a> = (Rows<'a>, Option<&'a [f32]>, RowParams<'a>, BlockCodes<'a>);
-    widest!(quantize_block_body, (rows, offset, params, out), Arguments<'_> => ());
+    out.check(rows);
+    type Arguments<'a> = (Rows<'a>, RowParams<'a>, BlockCodes<'a>);
+    widest!(quantize_block_body, (rows, params, out), Arguments<'_> => ());
 }
 
 /// Smallest and largest element of `row`, and whether all of it is finite.
@@ -68,20 +67,9 @@ fn row_range_body(row: &[f32]) -> RowRange {
 }
 
 #[inline(always)]
-fn quantize_block_body(
-    (rows, offset, params, out): (Rows<'_>, Option<&[f32]>, RowParams<'_>, BlockCodes<'_>),
-) {
+fn quantize_block_body((rows, params, out): (Rows<'_>, RowParams<'_>, BlockCodes<'_>)) {
     let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
-    let mut smoothed = vec![0.0; if offset.is_some() { rows.depth() } else { 0 }];
     for (row, (values, codes)) in rows.iter().zip(codes).enumerate() {
-        let values = match offset {
-            Some(offset) => {
-                let from = values.iter().zip(offset);
-                smoothed.iter_mut().zip(from).for_each(|(to, (x, o))| *to = x - o);
-                smoothed.as_slice()
-            }
-            None => values,
-        };
         let (finite, params) = match params {
             RowParams::Own(scheme) => {
                 let found = row_range_body(values);
@@ -212,15 +200,13 @@ mod tests {
             }
         }
 
-        /// Rows that overlap, less an offset, on every level.
+        /// Rows that overlap, on every level.
         #[test]
         fn levels_agree(
             data in prop::collection::vec(any_finite(), 90),
             depth in 1usize..40,
-            offset in prop::option::of(prop::collection::vec(-2f32..2.0, 40)),
         ) {
             let rows = Rows::new(&data, 6, depth, 10);
-            let offset = offset.as_ref().map(|offset| &offset[..depth]);
             let run = |f: &dyn Fn(BlockCodes<'_>)| {
                 let mut codes = vec![1i8; 6 * depth];
                 let (mut scales, mut zeros, mut sums) = ([9f32; 6], [9i32; 6], [9i32; 6]);
@@ -231,17 +217,15 @@ mod tests {
             };
             let symmetric = RowParams::Own(Scheme::Symmetric);
             let levels = runnable();
-            let on = |level: Level| run(&|out| quantize_block(level, rows, offset, symmetric, out));
+            let on = |level: Level| run(&|out| quantize_block(level, rows, symmetric, out));
             let portable = on(*levels.last().unwrap());
             for level in levels {
                 prop_assert_eq!(&on(level), &portable, "{:?}", level);
             }
             for (i, row) in rows.iter().enumerate() {
-                let smoothed = row.iter().enumerate().map(|(d, x)| x - offset.map_or(0.0, |o| o[d]));
-                let smoothed: Vec<f32> = smoothed.collect();
-                let range = row_range(&smoothed).range;
+                let range = row_range(row).range;
                 let params = QuantParams::from_range(Scheme::Symmetric, range).unwrap();
-                let expected: Vec<i8> = smoothed.iter().map(|&x| params.quantize(x)).collect();
+                let expected: Vec<i8> = row.iter().map(|&x| params.quantize(x)).collect();
                 prop_assert_eq!(&portable.0[i * depth..(i + 1) * depth], expected);
                 prop_assert_eq!(portable.1[i], params.scale());
             }
@@ -264,7 +248,7 @@ mod tests {
             let out = BlockCodes {
                 codes: &mut codes, scales: &mut scales, zeros: &mut zeros, sums: &mut sums,
             };
-            quantize_block(runnable()[0], Rows::contiguous(&values, 19), None, RowParams::Own(scheme), out);
+            quantize_block(runnable()[0], Rows::contiguous(&values, 19), RowParams::Own(scheme), out);
             for (i, row) in values.chunks_exact(19).enumerate() {
                 if row.iter().any(|x| x.is_nan()) {
                     prop_assert!(scales[i].is_nan() && zeros[i] == 0 && sums[i] == 0);
@@ -308,11 +292,11 @@ mod tests {
         let (two, three) = (a.repeat(2), a.repeat(3));
         for level in runnable() {
             let mut out = [0.0; 2];
-            level.dots(Rows::contiguous(&two, 37), None, &a, &mut out);
+            level.dots(Rows::contiguous(&two, 37), &a, &mut out);
             assert_eq!(out, [(0..37).map(|i| (i * i) as f32).sum::<f32>(); 2]);
-            // Rows that overlap, less an offset: 0, 1, 2.. minus 1, and 2, 3, 4.. minus 1.
-            level.dots(Rows::new(&a, 2, 20, 2), Some(&[1.0; 20]), &[1.0; 20], &mut out);
-            assert_eq!(out, [170.0, 210.0]);
+            // Rows that overlap: 0, 1, 2.. and 2, 3, 4..
+            level.dots(Rows::new(&a, 2, 20, 2), &[1.0; 20], &mut out);
+            assert_eq!(out, [190.0, 230.0]);
         }
         let mut sums = vec![1.0; 37];
         assert_eq!(accumulate_finite(&mut sums, Rows::contiguous(&three, 37), &mut Vec::new()), 3);
@@ -332,14 +316,12 @@ mod tests {
         fn dots_have_the_same_bits_on_every_level(
             data in prop::collection::vec(-4f32..4.0, 120),
             depth in 0usize..40,
-            offset in prop::option::of(prop::collection::vec(-2f32..2.0, 40)),
             vector in prop::collection::vec(-2f32..2.0, 40),
         ) {
             let rows = Rows::new(&data, 20, depth, 4);
-            let offset = offset.as_ref().map(|offset| &offset[..depth]);
             let on = |level: Level| {
                 let mut out = [7f32; 20];
-                level.dots(rows, offset, &vector[..depth], &mut out);
+                level.dots(rows, &vector[..depth], &mut out);
                 out.map(f32::to_bits)
             };
             let levels = runnable();

@@ -9,12 +9,58 @@
 //!       + q·c            one f32 per query: smooth-K's correction
 //! ```
 //!
-//! The softmax does not see `q·c`, which is the same for all keys, but raw scores do. Any constant
-//! is exact; the mean over tokens removes most of the range. Smooth-K is from SageAttention (Zhang
-//! et al. 2024, arXiv:2410.02367), smooth-Q from SageAttention2 (arXiv:2411.10958).
+//! Any constant is exact; the mean over tokens removes most of the range. With one constant for all
+//! keys of a head a softmax does not see `q·c`, but raw scores do; with one for each block of keys it does.
+//! Smooth-K is from SageAttention (Zhang et al. 2024, arXiv:2410.02367), smooth-Q, by blocks of queries,
+//! from SageAttention2 (arXiv:2411.10958).
 
 use super::rows::accumulate_finite;
 use crate::cpu::contracts::Rows;
+use crate::memory::Footprint;
+use crate::{Error, Result};
+
+/// What is subtracted from the rows of a head before they are quantized.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Smoothing {
+    /// Nothing.
+    None,
+    /// The mean of all its rows that are seen.
+    Head,
+    /// For each block of rows its own mean: 48 queries that follow each other, or 64 keys. It follows
+    /// what changes along the sequence, and the codes of a block depend on that block alone.
+    #[default]
+    Block,
+}
+
+impl std::str::FromStr for Smoothing {
+    type Err = Error;
+
+    /// `none`, `head` or `block`.
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "none" => Ok(Self::None),
+            "head" => Ok(Self::Head),
+            "block" => Ok(Self::Block),
+            _ => Err(Error::InvalidArgument(format!(
+                "smoothing {text:?}, expected none, head or block"
+            ))),
+        }
+    }
+}
+
+impl std::fmt::Display for Smoothing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Head => "head",
+            Self::Block => "block",
+        })
+    }
+}
 
 /// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that
 /// are summed in f32. Rows that hold NaN or infinity do not count; without any other the mean is 0.
@@ -53,6 +99,12 @@ impl MeanSums {
         let rows = self.rows.max(1) as f64;
         mean.clear();
         mean.extend(self.sums.iter().map(|sum| (sum / rows) as f32));
+    }
+}
+
+impl Footprint for MeanSums {
+    fn footprint(&self) -> usize {
+        self.sums.footprint() + self.block.footprint()
     }
 }
 

@@ -97,6 +97,8 @@ impl QuantizedTensor {
                 expected: "F32, F16, BF16 or F64",
             });
         }
+        // Before anything is made of it.
+        matrix_dims(tensor.dims())?;
         let flat = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         Self::quantize_slice(&flat, tensor.dims(), config)
     }

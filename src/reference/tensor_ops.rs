@@ -6,10 +6,10 @@
 //! by itself where its tensors are not on a CPU. Codes are held as integers in floating point,
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
-use super::steps::{attention_with, fp32_scores, repeat_heads};
-use crate::attention::shapes::check_scores;
+use super::steps::{attention_with, repeat_heads, straight_through};
+use crate::attention::shapes::{check_float, check_scores};
 use crate::attention::{AttentionCall, AttentionConfig, RequantConfig, RequantMode, ScoreConfig};
-use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
+use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme, Smoothing};
 use crate::{Error, Result};
 use candle_core::{D, DType, Tensor};
 
@@ -23,10 +23,12 @@ struct Codes {
     steps: Tensor,
     /// `[B, H, S, 1]`.
     scales: Tensor,
-    /// The smoothed f32 rows.
-    values: Tensor,
-    /// `[B, H, 1, D]`, what smoothing took away.
-    mean: Option<Tensor>,
+    /// The f32 rows.
+    rows: Tensor,
+    /// `[B, H, S, D]`, what smoothing took away from each.
+    means: Option<Tensor>,
+    /// `[B, H, S, 1]`, U8: the rows that stand out.
+    outliers: Option<Tensor>,
 }
 
 /// [`attention()`](crate::attention()) with Candle's tensor operations, on any device: the same
@@ -100,8 +102,9 @@ pub fn attention_scores_requantized(
         let sums = q.product(&k)?.to_dtype(DType::F32)?;
         let real = q.dequantize(&k, &sums)?;
         let to = to.to_quant_config();
-        if config.is_smoothed() {
-            let codes = Codes::quantize(&real, &to, false)?;
+        to.groups(real.dims())?;
+        if config.adds_floats().is_some() {
+            let codes = Codes::quantize(&real, &to, &Conditioner::NONE)?;
             return Ok(codes.steps.broadcast_mul(&codes.scales)?);
         }
         let (_, clean) = without_bad_rows(&real)?;
@@ -122,45 +125,52 @@ fn of_codes(
     dtype: DType,
     scores: impl FnOnce(Codes, Codes) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    check_scores("tensor_ops::attention_scores", q.dims(), k.dims())?;
+    const OP: &str = "tensor_ops::attention_scores";
+    check_float(OP, &[("q", q), ("k", k)])?;
+    check_scores(OP, q.dims(), k.dims())?;
+    config.check(q.dims(), k.dims())?;
     let (q, k) = (q.detach(), repeat_heads(&k.detach(), q.dim(1)?)?);
     let (b, h, m, d) = q.dims4()?;
     let n = k.dim(2)?;
-    if b * h * m * n * d == 0 {
+    if [b, h, m, n, d].contains(&0) {
         return Ok(Tensor::zeros((b, h, m, n), dtype, q.device())?);
     }
+    let of = |smoothing, block| {
+        let ScoreConfig { rotate, outliers, .. } = *config;
+        Conditioner { smoothing, rotate, outliers, block }
+    };
     scores(
-        Codes::quantize(&q, &config.q, config.smooth_q)?,
-        Codes::quantize(&k, &config.k, config.smooth_k)?,
+        Codes::quantize(&q, &config.q, &of(config.smooth_q, 48))?,
+        Codes::quantize(&k, &config.k, &of(config.smooth_k, 64))?,
     )
 }
 
-/// `scores` with the gradient of `q·k^T`.
-fn straight_through(q: &Tensor, k: &Tensor, scores: Tensor) -> Result<Tensor> {
-    if !(q.track_op() || k.track_op()) {
-        return Ok(scores);
-    }
-    // Zero, with the gradient of the exact scores.
-    let exact = fp32_scores(q, k)?;
-    let zero = (&exact - exact.detach())?;
-    Ok((scores + zero)?)
-}
-
 impl Codes {
-    fn quantize(x: &Tensor, config: &QuantConfig, smooth: bool) -> Result<Self> {
-        let x = x.to_dtype(DType::F32)?.contiguous()?;
-        let (finite, clean) = without_bad_rows(&x)?;
-        let mean = if smooth { Some(token_mean(&clean, &finite)?) } else { None };
-        let values = match &mean {
-            Some(mean) => x.broadcast_sub(mean)?,
-            None => x,
-        };
+    fn quantize(x: &Tensor, config: &QuantConfig, how: &Conditioner) -> Result<Self> {
+        let rows = x.to_dtype(DType::F32)?.contiguous()?;
+        let Conditioned { values, means, outliers } = how.apply(&rows)?;
         let (finite, clean) = without_bad_rows(&values)?;
-        let (scales, zeros) = params(&clean, config)?;
+        let counted = match &outliers {
+            Some(outliers) => without(&clean, outliers)?,
+            None => clean.clone(),
+        };
+        let (scales, zeros) = params(&counted, config)?;
+        let (scales, zeros) = match (&outliers, &config.range) {
+            // Those have ranges of their own.
+            (Some(outliers), RangeSource::Dynamic) => {
+                let token = QuantConfig { granularity: Granularity::PerToken, ..config.clone() };
+                let (own_scales, own_zeros) = params(&clean, &token)?;
+                (
+                    outliers.where_cond(&own_scales, &scales)?,
+                    outliers.where_cond(&own_zeros, &zeros)?,
+                )
+            }
+            _ => (scales, zeros),
+        };
         let steps = round(&clean.broadcast_div(&scales)?, &zeros, config.scheme)?;
         let nan = Tensor::new(f32::NAN, clean.device())?.broadcast_as(scales.shape())?;
         let scales = finite.where_cond(&scales, &nan)?;
-        Ok(Self { steps, scales, values, mean })
+        Ok(Self { steps, scales, rows, means, outliers })
     }
 
     /// The exact integer product, in f32 where that is exact and in f64 elsewhere.
@@ -171,21 +181,156 @@ impl Codes {
         Ok(q.matmul(&k.t()?)?)
     }
 
-    /// `sums * scale_q * scale_k + mean(q)·k' + q·mean(k)`.
+    /// `sums * scale_q * scale_k + mean(q)·(k - mean(k)) + q·mean(k)`, and `q·k` for keys that stand out.
     fn dequantize(&self, k: &Codes, sums: &Tensor) -> Result<Tensor> {
         let mut scores = sums.broadcast_mul(&self.scales)?.broadcast_mul(&k.scales.t()?)?;
-        if let Some(mean) = &self.mean {
-            scores = scores.broadcast_add(&mean.matmul(&k.values.t()?)?)?;
+        if let Some(means) = &self.means {
+            let smoothed = match &k.means {
+                Some(means) => (&k.rows - means)?,
+                None => k.rows.clone(),
+            };
+            scores = (scores + means.matmul(&smoothed.t()?)?)?;
         }
-        if let Some(mean) = &k.mean {
-            let mut bias = self.values.matmul(&mean.t()?)?;
-            if let Some(q_mean) = &self.mean {
-                bias = bias.broadcast_add(&q_mean.matmul(&mean.t()?)?)?;
-            }
-            scores = scores.broadcast_add(&bias)?;
+        if let Some(means) = &k.means {
+            scores = (scores + self.rows.matmul(&means.t()?)?)?;
         }
-        Ok(scores)
+        let Some(outliers) = &k.outliers else { return Ok(scores) };
+        // Those of a query that is not finite are NaN, as with all other keys.
+        let exact = self.rows.matmul(&k.rows.t()?)?.broadcast_add(&(&self.scales * 0.0)?)?;
+        let outliers = outliers.t()?.broadcast_as(scores.shape())?;
+        Ok(outliers.where_cond(&exact, &scores)?)
     }
+}
+
+/// What is done to rows before they are quantized.
+struct Conditioner {
+    smoothing: Smoothing,
+    rotate: bool,
+    outliers: bool,
+    /// Rows of a block.
+    block: usize,
+}
+
+struct Conditioned {
+    values: Tensor,
+    /// `[B, H, S, D]`
+    means: Option<Tensor>,
+    /// `[B, H, S, 1]`, U8.
+    outliers: Option<Tensor>,
+}
+
+impl Conditioner {
+    const NONE: Self =
+        Self { smoothing: Smoothing::None, rotate: false, outliers: false, block: 1 };
+
+    fn apply(&self, rows: &Tensor) -> Result<Conditioned> {
+        let (b, h, s, _) = rows.dims4()?;
+        let mut marks = vec![0u8; b * h * s];
+        loop {
+            let outliers = Tensor::from_slice(&marks, (b, h, s, 1), rows.device())?;
+            let means = self.means(rows, &outliers)?;
+            let values = match &means {
+                Some(means) => (rows - means)?,
+                None => rows.clone(),
+            };
+            let values = if self.rotate { rotate(&values)? } else { values };
+            if !self.outliers {
+                return Ok(Conditioned { values, means, outliers: None });
+            }
+            if !self.mark_outliers(&values, &mut marks)? {
+                return Ok(Conditioned { values, means, outliers: Some(outliers) });
+            }
+        }
+    }
+
+    /// What is subtracted from each row.
+    fn means(&self, rows: &Tensor, outliers: &Tensor) -> Result<Option<Tensor>> {
+        let block = match self.smoothing {
+            Smoothing::None => return Ok(None),
+            Smoothing::Head => rows.dim(2)?,
+            Smoothing::Block => self.block,
+        };
+        let (finite, clean) = without_bad_rows(rows)?;
+        let (counts, clean) = match self.smoothing {
+            Smoothing::Block => ((&finite - (&finite * outliers)?)?, without(&clean, outliers)?),
+            _ => (finite, clean),
+        };
+        let of_block = |start: usize| -> Result<Tensor> {
+            let len = block.min(rows.dim(2)? - start);
+            let mean = token_mean(&clean.narrow(2, start, len)?, &counts.narrow(2, start, len)?)?;
+            Ok(mean.broadcast_as(rows.narrow(2, start, len)?.shape())?)
+        };
+        let blocks = (0..rows.dim(2)?).step_by(block.max(1)).map(of_block);
+        Ok(Some(Tensor::cat(&blocks.collect::<Result<Vec<_>>>()?, 2)?.contiguous()?))
+    }
+
+    /// Marks in each block the row that stands out most; returns whether there was one.
+    fn mark_outliers(&self, values: &Tensor, marks: &mut [u8]) -> Result<bool> {
+        let magnitudes = values.abs()?.max(D::Minus1)?.flatten_all()?.to_vec1::<f32>()?;
+        let finite = without_bad_rows(values)?.0.flatten_all()?.to_vec1::<u8>()?;
+        let tokens = values.dim(2)?.max(1);
+        let mut found = false;
+        for head in 0..marks.len() / tokens {
+            for start in (0..tokens).step_by(self.block) {
+                let rows = head * tokens + start..head * tokens + tokens.min(start + self.block);
+                let most = (rows.len() / 4).max(1);
+                let marked = rows.clone().filter(|&row| marks[row] != 0).count();
+                let others = rows.filter(|&row| finite[row] != 0 && marks[row] == 0);
+                if marked < most
+                    && let Some(row) = stands_out(others, &magnitudes)
+                {
+                    marks[row] = 1;
+                    found = true;
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The row with the largest magnitude, if that is 4 times what the others have on average, or among `n` rows
+/// `0.7 (n - 1)` times.
+fn stands_out(rows: impl Iterator<Item = usize> + Clone, magnitudes: &[f32]) -> Option<usize> {
+    let mut largest = None::<usize>;
+    for row in rows.clone() {
+        if magnitudes[row] > largest.map_or(0.0, |row| magnitudes[row]) {
+            largest = Some(row);
+        }
+    }
+    let largest = largest?;
+    let others = rows.clone().filter(|&row| row != largest).map(|row| f64::from(magnitudes[row]));
+    let count = rows.count();
+    let mean = others.sum::<f64>() / (count - 1).max(1) as f64;
+    let limit = 4f64.min(f64::from(0.7 * (count - 1) as f32));
+    (count > 1 && f64::from(magnitudes[largest]) > limit * mean).then_some(largest)
+}
+
+/// Every row times an orthonormal Hadamard matrix in blocks of powers of two, at most 128: see
+/// [`Rotation`](crate::quant::Rotation).
+fn rotate(rows: &Tensor) -> Result<Tensor> {
+    let (depth, mut start) = (rows.dim(D::Minus1)?, 0);
+    let mut blocks = Vec::new();
+    while start < depth {
+        let size = 1 << (depth - start).min(128).ilog2();
+        let mut block =
+            (rows.narrow(D::Minus1, start, size)?.contiguous()? / f64::from(size as f32).sqrt())?;
+        let mut apart = 1;
+        while apart < size {
+            let (pairs, whole) = (block.elem_count() / (2 * apart), block.shape().clone());
+            let halves = block.reshape((pairs, 2, apart))?;
+            let (a, b) = (halves.narrow(1, 0, 1)?, halves.narrow(1, 1, 1)?);
+            block = Tensor::cat(&[(&a + &b)?, (a - b)?], 1)?.reshape(whole)?;
+            apart *= 2;
+        }
+        blocks.push(block);
+        start += size;
+    }
+    Ok(Tensor::cat(&blocks, D::Minus1)?)
+}
+
+/// `x` with zeros in the rows that are marked.
+fn without(x: &Tensor, marks: &Tensor) -> Result<Tensor> {
+    Ok(marks.broadcast_as(x.shape())?.where_cond(&x.zeros_like()?, x)?)
 }
 
 /// Which rows are finite, `[B, H, S, 1]` U8, and `x` with zeros in the others.

@@ -153,8 +153,8 @@ fn every_token_is_in_a_page_or_in_f32() -> Result<()> {
     check(
         windowed,
         &[
-            (|parts| parts.header["window"] = Value::Null, "256..900 in pages"),
-            (|parts| parts.header["window"] = 700.into(), "256..900 in pages"),
+            (|parts| parts.header["window"] = Value::Null, "256..896 in pages"),
+            (|parts| parts.header["window"] = 700.into(), "256..896 in pages"),
             (|parts| parts.header["sinks"] = 3.into(), "expected (F32, [2, 3, 16])"),
         ],
     )
@@ -204,12 +204,14 @@ fn lengths_beyond_any_cache_are_refused() -> Result<()> {
 #[test]
 fn tokens_in_f32_are_those_of_the_configuration() -> Result<()> {
     fn with_sinks(folder: &Path) -> Result<Parts> {
-        saved(KvCacheConfig { sinks: 4, recent: 8, ..KvCacheConfig::default() }, folder)
+        let key_smoothing = KeySmoothing::FirstTokens(64);
+        let config = KvCacheConfig { key_smoothing, sinks: 4, recent: 8, ..Default::default() };
+        saved(config, folder)
     }
     check(
         with_sinks,
         &[
-            (|parts| parts.header["recent"] = 7.into(), "8 tokens in f32, expected the 7 recent"),
+            (|parts| parts.header["recent"] = 7.into(), "8 tokens in f32, expected at most 7"),
             (|parts| parts.header["sinks"] = 900.into(), "4..592 in pages"),
         ],
     )
@@ -262,22 +264,31 @@ fn offsets_are_there_and_those_of_the_configuration() -> Result<()> {
         let key_smoothing = KeySmoothing::Given(vec![vec![0.5; 16], vec![0.25; 16]]);
         saved(KvCacheConfig { key_smoothing, ..KvCacheConfig::default() }, folder)
     }
+    fn first(folder: &Path) -> Result<Parts> {
+        let key_smoothing = KeySmoothing::FirstTokens(64);
+        saved(KvCacheConfig { key_smoothing, ..KvCacheConfig::default() }, folder)
+    }
     let missing: Change = |parts| drop(parts.tensors.remove("0.offset"));
     let other: Change = |parts| parts.set("0.offset", 3, 7.0);
     check(
         default,
         &[
-            (missing, "600 tokens without a key offset"),
-            (|parts| parts.set("0.offset", 3, f32::NAN), "key offset of NaN"),
             (|parts| parts.set("0.offsets", 3, f32::NAN), "key offset of NaN"),
             (|parts| drop(parts.tensors.remove("0.offsets")), "0.offsets"),
         ],
     )?;
-    check(none, &[(missing, "without a key offset"), (other, "another key offset")])?;
+    check(
+        first,
+        &[
+            (missing, "another key offset"),
+            (|parts| parts.set("0.offset", 3, f32::NAN), "key offset of NaN"),
+        ],
+    )?;
+    check(none, &[(missing, "another key offset"), (other, "another key offset")])?;
     check(
         given,
         &[
-            (missing, "without a key offset"),
+            (missing, "another key offset"),
             (other, "another key offset"),
             (|parts| parts.set("key_smoothing", 3, f32::NAN), "expected finite"),
             (|parts| drop(parts.tensors.remove("key_smoothing")), "key_smoothing"),
@@ -333,4 +344,34 @@ fn what_loads_can_be_used() -> Result<()> {
     let out = cache.attention(&q, AttentionCall::causal(), &AttentionConfig::int8())?;
     assert_eq!(out.dims(), [1, 4, 3, 16]);
     Ok(())
+}
+
+#[test]
+fn keys_that_stand_out_and_the_last_group_are_those_of_their_places() -> Result<()> {
+    fn outliers(folder: &Path) -> Result<Parts> {
+        let mut cache = Int8KvCache::new(KvCacheConfig::default());
+        let (k, v) = (tensor((1, 2, 320, 16), 1)?, tensor((1, 2, 320, 16), 2)?);
+        let mut data = k.flatten_all()?.to_vec1::<f32>()?;
+        data[100 * 16] = 3e4;
+        data[200 * 16] = 3e4;
+        cache.append(&Tensor::from_vec(data, (1, 2, 320, 16), &Device::Cpu)?, &v)?;
+        let path = folder.join("good");
+        cache.save(&path)?;
+        Parts::of(&std::fs::read(path)?)
+    }
+    fn at(parts: &mut Parts, token: u32) {
+        let data = &mut parts.tensors.get_mut("0.outliers_at").expect("outliers").2;
+        data[4..8].copy_from_slice(&token.to_le_bytes());
+    }
+    check(
+        outliers,
+        &[
+            (|parts| at(parts, 101), "token 101 has codes and a key in f32"),
+            (|parts| at(parts, 320), "names head 0, token 320"),
+            (|parts| at(parts, 200), "not in the order of their tokens"),
+            (|parts| parts.header["outliers"] = false.into(), "token 100 has codes and a key"),
+            (|parts| drop(parts.tensors.remove("0.last.keys")), "0.last.keys"),
+            (|parts| parts.header["key_smoothing"] = "none".into(), "another key offset"),
+        ],
+    )
 }

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 const SLOW: Duration = Duration::from_secs(10);
 
 /// A number of the environment.
-fn setting(name: &str, default: u64) -> u64 {
+fn setting<T: std::str::FromStr>(name: &str, default: T) -> T {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
@@ -138,8 +138,8 @@ fn try_all(
     (whole, header): (&[u8], std::ops::Range<usize>),
     use_it: impl Fn(&Path, &Path) -> Result<()>,
 ) -> Result<()> {
-    let seed = setting("CANDLE_INT8_FUZZ_SEED", 1);
-    let rounds = rounds * setting("CANDLE_INT8_FUZZ_ROUNDS", 1);
+    let seed: u64 = setting("CANDLE_INT8_FUZZ_SEED", 1);
+    let rounds = (rounds as f64 * setting("CANDLE_INT8_FUZZ_ROUNDS", 1.0)).ceil() as u64;
     let folder = tempfile::tempdir()?;
     let path = folder.path().join(name);
     eprintln!("{format}: {rounds} files, CANDLE_INT8_FUZZ_SEED={seed}, in {}", path.display());

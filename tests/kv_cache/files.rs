@@ -83,13 +83,13 @@ fn damaged_files_are_refused() {
     };
     for (from, to, says) in [
         (r#"version\":1"#, r#"version\":7"#, "format version 7"),
-        (r#"len\":300"#, r#"len\":299"#, "299 tokens"),
-        (r#"packed\":300"#, r#"packed\":256"#, "0.keys"),
-        (r#"first\":0"#, r#"first\":1"#, "1..300 in pages"),
-        (r#"[1,2,16,16]"#, r#"[1,4,16,16]"#, "expected (I8, [4, 300, 16])"),
+        (r#"len\":300"#, r#"len\":299"#, "0.recent.keys"),
+        (r#"packed\":256"#, r#"packed\":192"#, "0.keys"),
+        (r#"first\":0"#, r#"first\":1"#, "1..256 in pages"),
+        (r#"[1,2,16,16]"#, r#"[1,4,16,16]"#, "expected (I8, [4, 256, 16])"),
         (r#"[1,2,16,16]"#, r#"[2,2,16,16]"#, "1 sequences"),
         (r#"values\":\"int8"#, r#"values\":\"bf16"#, "expected (BF16"),
-        ("0.offset", "9.offset", "300 tokens without a key offset"),
+        ("0.offsets", "9.offsets", "0.offsets"),
         ("0.key_scales", "0.kex_scales", "0.key_scales"),
     ] {
         let text = message(&replaced(from, to));

@@ -39,7 +39,7 @@ fn a_moving_offset_follows_a_bias_that_turns() {
         let square = (out - &exact).unwrap().sqr().unwrap().sum_all().unwrap();
         square.to_scalar::<f32>().unwrap().sqrt()
     };
-    let moving = error(KeySmoothing::Moving);
+    let moving = error(KeySmoothing::Groups);
     for other in
         [KeySmoothing::None, KeySmoothing::FirstTokens(64), KeySmoothing::FirstTokens(4096)]
     {

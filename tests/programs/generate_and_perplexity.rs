@@ -64,12 +64,14 @@ fn text_goes_to_stdout_and_figures_to_stderr() -> Result<()> {
 
 /// A template is a program in the model's file.
 #[test]
-fn a_chat_template_cannot_run_for_ever() -> Result<()> {
+fn a_chat_template_cannot_run_for_ever_or_take_all_memory() -> Result<()> {
     let numbers = "range(90000)";
     let loops =
         format!("{{% for a in {numbers} %}}{{% for b in {numbers} %}}{{% endfor %}}{{% endfor %}}");
     let deep = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}";
-    for template in [loops.as_str(), deep] {
+    let doubles = "{% set all = namespace(text='x') %}{% for i in range(60) %}{% set all.text = \
+                   all.text ~ all.text %}{% endfor %}{{ all.text }}";
+    for template in [loops.as_str(), deep, doubles] {
         let file = Tiny::new(true)?.gguf(GgmlDType::Q8_0)?;
         let program = gguf_file::Value::String(template.to_string());
         let model = Model::of(&file.set("tokenizer.chat_template", program))?;

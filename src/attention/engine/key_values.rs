@@ -2,9 +2,10 @@
 
 use super::queries::Rows;
 use super::softmax::{Running, Tile};
-use crate::attention::operand::QuantizedRows;
+use crate::attention::operand::{Buffers, QuantizedRows};
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
+use crate::memory::Footprint;
 use crate::product::PackedLhs;
 use std::ops::Range;
 
@@ -14,14 +15,22 @@ use std::ops::Range;
 pub(in crate::attention) struct QueryBlock {
     /// The rows as they are, `[rows, D]`, where they are needed so.
     pub values: Vec<f32>,
+    /// The same, rotated.
+    pub rotated: Vec<f32>,
     /// Where rows are gathered that do not lie together.
     pub buffer: Vec<f32>,
     /// Codes and scales.
     pub rows: QuantizedRows,
     /// The codes, packed.
     pub lhs: Option<PackedLhs>,
-    /// What is added to all scores of a row.
+    /// What is added to all scores of a row, or to those of a block of keys: `[rows, blocks]`.
     pub biases: Vec<f32>,
+    /// What is added to all scores of a key.
+    pub key_biases: Vec<f32>,
+    /// Scores of keys that stand out, `[keys, rows]`.
+    pub outliers: Vec<f32>,
+    /// What conditioning takes.
+    pub conditioning: Buffers,
     /// Sums of codes, less what zero points take away.
     pub terms: Vec<i32>,
     /// Among the query heads that share keys, where all rows are of one.
@@ -39,6 +48,16 @@ impl QueryBlock {
     /// The packed codes.
     pub(in crate::attention) fn packed(&self) -> &PackedLhs {
         self.lhs.as_ref().expect("queries are quantized before they are scored")
+    }
+}
+
+impl Footprint for QueryBlock {
+    fn footprint(&self) -> usize {
+        let Self { values, rotated, buffer, rows, lhs, biases, key_biases, outliers, .. } = self;
+        let rows_of = values.footprint() + rotated.footprint() + buffer.footprint();
+        let biases = biases.footprint() + key_biases.footprint() + outliers.footprint();
+        let rest = self.terms.footprint() + self.conditioning.footprint();
+        rows_of + biases + rows.footprint() + lhs.footprint() + rest
     }
 }
 
@@ -66,6 +85,9 @@ pub(in crate::attention) trait KeyValues: Sync {
     /// row-major, rows `stride` elements apart. Where that leaves room, up to one step more is overwritten
     /// behind each row, and the rows behind the last.
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize);
+
+    /// Those of a tile of keys that have a value beyond [`LARGEST`](crate::product::LARGEST), infinity or NaN.
+    fn large(&self, keys: Range<usize>) -> Vec<usize>;
 
     /// The format of probabilities for this many rows.
     fn format(&self, rows: usize) -> Format;

@@ -1,27 +1,87 @@
 //! What comes between scores and softmax besides a scale: softcap, ALiBi, a mask tensor.
 
 use super::mask::MaskView;
+use crate::attention::AttentionSpec;
 use crate::cpu::plain::softmax::exp2;
 use crate::cpu::plain::widest;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-/// Softcap, then ALiBi, then the mask.
+/// Softcap, then ALiBi, then the mask; and the scale before them, which sets the unit of all of them.
 pub(in crate::attention) struct Modifiers<'a> {
-    pub softcap: Option<f32>,
+    /// Multiplies every product of a query and a key.
+    factor: f32,
+    /// Scores are in units of this times log2: 1, unless the numbers of the model are so large that scores
+    /// would overflow on the way.
+    unit: f32,
+    softcap: Option<f32>,
     /// One a query head.
-    pub slopes: Option<Vec<f32>>,
-    pub mask: Option<MaskView<'a>>,
+    slopes: Option<Vec<f32>>,
+    mask: Option<MaskView<'a>>,
 }
 
-impl Modifiers<'_> {
+/// A scale or softcap up to 2^64 leaves room for what is multiplied with it.
+const LARGE_FACTOR: i32 = 64;
+
+/// A slope up to 2^32 does too, whatever the distance.
+const LARGE_SLOPE: i32 = 32;
+
+/// The power of two in a finite number.
+fn exponent(x: f32) -> i32 {
+    (x.to_bits() >> 23 & 0xff) as i32 - 127
+}
+
+/// 1, or the power of two that brings all numbers of a model down to where they leave room.
+fn unit(spec: &AttentionSpec, scale: f32) -> f32 {
+    let slopes = spec.alibi_slopes.iter().flatten();
+    let factors = [Some(scale), spec.softcap].into_iter().flatten();
+    let beyond = (slopes.map(|slope| exponent(*slope) - LARGE_SLOPE))
+        .chain(factors.map(|factor| exponent(factor) - LARGE_FACTOR));
+    // At most 2^95.
+    f32::from_bits((127 + beyond.max().unwrap_or(0).max(0)).cast_unsigned() << 23)
+}
+
+impl<'a> Modifiers<'a> {
+    /// Those of a model, whose factor on scores is `scale`, and of a call.
+    pub(in crate::attention) fn new(
+        spec: &AttentionSpec,
+        scale: f32,
+        mask: Option<MaskView<'a>>,
+    ) -> Self {
+        let unit = unit(spec, scale);
+        let (scale, slopes) = (scale / unit, spec.alibi_slopes.as_ref());
+        Self {
+            // A softcap bends the score itself; log2(e) comes after it.
+            factor: if spec.softcap.is_some() { scale } else { scale * LOG2_E },
+            unit,
+            softcap: spec.softcap.map(|cap| cap / unit),
+            slopes: slopes.map(|slopes| slopes.iter().map(|slope| slope / unit).collect()),
+            mask,
+        }
+    }
+
+    /// Multiplies every product of a query and a key.
+    pub(in crate::attention) fn factor(&self) -> f32 {
+        self.factor
+    }
+
+    /// Whether scores are bent.
+    pub(in crate::attention) fn bends(&self) -> bool {
+        self.softcap.is_some()
+    }
+
+    /// Scores are in units of this times log2.
+    pub(super) fn unit(&self) -> f32 {
+        self.unit
+    }
+
     /// Whether scores stay as they are.
     pub(super) fn is_nothing(&self) -> bool {
         self.softcap.is_none() && self.slopes.is_none() && self.mask.is_none()
     }
 
     /// Changes the scores of `keys` for one query, `at` its batch element, head and token, and
-    /// leaves them in units of log2. Its place among the keys is `position`.
+    /// leaves them in their unit. Its place among the keys is `position`.
     pub(super) fn apply(
         &self,
         at: [usize; 3],
@@ -39,7 +99,7 @@ impl Modifiers<'_> {
             widest!(alibi, (&mut *scores, slope, distance), (&mut [f32], f32, f32) => ());
         }
         if let Some(mask) = &self.mask {
-            mask.apply(at, keys, scores);
+            mask.apply(at, keys, LOG2_E / self.unit, scores);
         }
     }
 }
@@ -71,6 +131,23 @@ fn alibi((scores, slope, distance): (&mut [f32], f32, f32)) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Ordinary models keep log2; the others come down to where a product with any distance is finite.
+    #[test]
+    fn the_unit_is_as_large_as_the_numbers_ask_for() {
+        let unit = |scale, softcap, slopes: &[f32]| {
+            let alibi_slopes = Some(slopes.to_vec());
+            unit(&AttentionSpec { softcap, alibi_slopes, ..AttentionSpec::default() }, scale)
+        };
+        for scale in [0.0, 1e-40, 0.125, -1.0, 1e19] {
+            assert_eq!(unit(scale, Some(50.0), &[0.5, -1e9]), 1.0, "{scale}");
+        }
+        assert_eq!(unit(2f32.powi(65), None, &[]), 2.0);
+        assert_eq!(unit(-f32::MAX, None, &[]), 2f32.powi(63));
+        assert_eq!(unit(1.0, Some(f32::MAX), &[1.0]), 2f32.powi(63));
+        assert_eq!(unit(1.0, None, &[0.0, -2f32.powi(40), 1.0]), 256.0);
+        assert_eq!(unit(f32::MAX, None, &[f32::MAX]), 2f32.powi(95));
+    }
 
     #[test]
     fn softcap_is_cap_times_tanh() {

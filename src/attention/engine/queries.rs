@@ -4,7 +4,7 @@ use crate::view::View;
 use std::ops::Range;
 
 /// Rows that are prepared and multiplied at a time; they fit L1 and L2 at any head dim.
-pub(in crate::attention) const BLOCK: usize = 48;
+pub(in crate::attention) const BLOCK: usize = crate::quant::QUERY_BLOCK;
 
 /// `0..count` in runs of [`BLOCK`].
 pub(in crate::attention) fn blocks(count: usize) -> impl Iterator<Item = Range<usize>> {

@@ -6,11 +6,12 @@ use super::output::Element;
 use super::partial::Partial;
 use super::queries::{Queries, Rows};
 use super::softmax::{Probs, Tile, softmax_tile};
+use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, Int8Run, LANES, RUN};
+use crate::memory::{Footprint, Kept};
 use crate::parallel::{Pace, Work};
-use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -39,6 +40,8 @@ pub(in crate::attention) struct Engine<'a> {
     /// Keys to the left of its position that a query sees at most, the sinks apart.
     pub window: Option<usize>,
     pub modifiers: Modifiers<'a>,
+    /// The keys that take part, where keys and values are those alone; `None` where they are all.
+    pub seen: Option<&'a Seen>,
 }
 
 /// A row of a block.
@@ -76,29 +79,54 @@ struct Buffers {
     scales: Vec<f32>,
 }
 
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+impl Footprint for Scratch {
+    fn footprint(&self) -> usize {
+        let Self { queries, buffers, partial } = self;
+        queries.footprint() + buffers.footprint() + partial.footprint()
+    }
 }
 
-/// Bytes of scores that a thread keeps for the next block.
+impl Footprint for Buffers {
+    fn footprint(&self) -> usize {
+        let Self { stride: _, scores, inside, halves, codes, runs, words, scales } = self;
+        let runs = runs.footprint() + scales.footprint();
+        let probs = halves.footprint() + codes.footprint() + words.footprint() + runs;
+        scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
+    }
+}
+
+thread_local! {
+    static SCRATCH: Kept<Scratch> = const { Kept::new() };
+}
+
+/// Bytes that a thread keeps for the next block.
 const KEPT: usize = 4 << 20;
 
 impl Engine<'_> {
-    /// Fills the output, `[B, H, M, Dv]`, of all key heads. `with_head` brings the keys and values of a
-    /// head into their form and calls what it is given with them. Heads and blocks do not depend on each
-    /// other, so the result is the same with any number of threads.
+    /// Fills the output, `[B, H, M, Dv]`, of all key heads: every element is written. `with_head` brings the
+    /// keys and values of a head into their form and calls what it is given with them. Heads and blocks do
+    /// not depend on each other, so the result is the same with any number of threads.
+    ///
+    /// # Panics
+    /// Unless the output is that of whole heads, and where `with_head` does not make the call.
     pub(in crate::attention) fn run<T: Element>(
         &self,
         work: Work,
         out: &mut [MaybeUninit<T>],
         with_head: impl Fn(Pace, usize, &mut dyn FnMut(&dyn KeyValues)) + Sync,
     ) {
-        let per_head = self.queries.rows() * self.value_dim;
         if out.is_empty() {
             return;
         }
+        let per_head = self.queries.rows() * self.value_dim;
+        assert!(out.len().is_multiple_of(per_head), "the output of whole heads");
         work.for_each_chunk(out, per_head, |pace, head, out| {
-            with_head(pace, head, &mut |from| self.attend_head::<T>(pace, from, head, &mut *out));
+            let mut written = false;
+            with_head(pace, head, &mut |from| {
+                self.attend_head::<T>(pace, from, head, &mut *out);
+                written = true;
+            });
+            assert!(written, "head {head} was left out");
         });
     }
 
@@ -149,14 +177,17 @@ impl Engine<'_> {
         });
         let mut merged = Partial::default();
         merged.start(seen.len(), from.width());
-        parts.iter().for_each(|part| merged.merge(part));
+        parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
         merged.finish(self.value_dim, out);
     }
 
     /// What a row sees.
     fn row(&self, head: usize, row: usize) -> Row {
         let at = self.queries.at(head, row);
-        let range = self.visible.range(at[0], at[2]);
+        let mut range = self.visible.range(at[0], at[2]);
+        if let Some(seen) = self.seen {
+            range = seen.keys(head).places(range);
+        }
         let sinks = range.start.min(self.sinks)..range.end.min(self.sinks);
         Row { at, seen: self.behind_sinks(range, at[0], at[2]), sinks }
     }
@@ -193,7 +224,7 @@ impl Engine<'_> {
         from.prepare(rows, queries);
         buffers.start(from, seen.len(), tiles);
         for tile in tiles {
-            self.tile(from, queries, seen, tile.clone(), (buffers, partial));
+            self.tile(from, queries, (rows, seen), tile.clone(), (buffers, partial));
         }
     }
 
@@ -202,7 +233,7 @@ impl Engine<'_> {
         &self,
         from: &dyn KeyValues,
         queries: &QueryBlock,
-        seen: &[Row],
+        (rows, seen): (&Rows, &[Row]),
         keys: Range<usize>,
         (buffers, partial): (&mut Buffers, &mut Partial),
     ) {
@@ -214,7 +245,10 @@ impl Engine<'_> {
             let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
             clamp(seen.start)..clamp(seen.end)
         }));
-        self.modify(seen, keys.start, buffers);
+        self.modify((rows.head, seen), keys.start, buffers);
+        let mut large = from.large(keys.clone());
+        large.iter_mut().for_each(|key| *key -= keys.start);
+        self.refer(&large, buffers, partial);
         let Buffers { scores, inside, halves, codes, runs, words, scales, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
@@ -222,32 +256,58 @@ impl Engine<'_> {
             Format::Int8 => Probs::Int8 { codes, runs },
             Format::Int16 => Probs::Int16 { codes: words, scales },
         };
-        let mut tile = Tile { scores, stride, keys: keys.len(), visible: inside, probs };
+        let visible = &*inside;
+        let mut tile = Tile { scores, stride, keys: keys.len(), visible, probs, large: &large };
         softmax_tile(self.level, &mut tile, &mut partial.running);
         partial.rescale();
         from.accumulate(keys, &mut tile, &partial.running, &mut partial.sums);
     }
 
+    /// What keeps numbers finite that are close to the end of their range, row by row: scores in units beyond
+    /// log2 become distances from the largest so far, and sums make room for large values.
+    fn refer(&self, large: &[usize], buffers: &mut Buffers, partial: &mut Partial) {
+        let unit = self.modifiers.unit();
+        if unit == 1.0 && large.is_empty() {
+            return;
+        }
+        let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
+        for (row, (scores, inside)) in rows.enumerate() {
+            let seen = &mut scores[inside.clone()];
+            if unit != 1.0 {
+                partial.refer(row, self.level.max(seen), unit, seen);
+            }
+            let sees = |key: &usize| inside.contains(key) && scores[*key] != f32::NEG_INFINITY;
+            if large.iter().any(sees) {
+                partial.make_room(row, self.level.max(&scores[inside.clone()]));
+            }
+        }
+    }
+
     /// Softcap, ALiBi and mask of the scores that are seen.
-    fn modify(&self, seen: &[Row], first: usize, buffers: &mut Buffers) {
+    fn modify(&self, (head, seen): (usize, &[Row]), first: usize, buffers: &mut Buffers) {
         if self.modifiers.is_nothing() {
             return;
         }
         let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
         for (row, (scores, inside)) in seen.iter().zip(rows) {
-            let keys = first + inside.start..first + inside.end;
             let position = self.visible.position(row.at[0], row.at[2]);
-            self.modifiers.apply(row.at, position, keys, &mut scores[inside.clone()]);
+            let places = first + inside.start..first + inside.end;
+            let scores = &mut scores[inside.clone()];
+            match self.seen {
+                None => self.modifiers.apply(row.at, position, places, scores),
+                Some(seen) => {
+                    for (start, keys) in seen.keys(head).runs(places) {
+                        let scores = &mut scores[start..start + keys.len()];
+                        self.modifiers.apply(row.at, position, keys, scores);
+                    }
+                }
+            }
         }
     }
 }
 
 fn with_scratch<T>(f: impl FnOnce(&mut Scratch) -> T) -> T {
-    SCRATCH.with_borrow_mut(|scratch| {
-        let result = f(scratch);
-        scratch.buffers.forget_beyond(KEPT);
-        result
-    })
+    Kept::with(&SCRATCH, KEPT, f)
 }
 
 impl Buffers {
@@ -273,13 +333,6 @@ impl Buffers {
                 let scales = rows * self.stride.div_ceil(RUN);
                 self.scales.resize(grow(scales, self.scales.len()), 0.0);
             }
-        }
-    }
-
-    /// Gives memory back that a block of unusual size has asked for.
-    fn forget_beyond(&mut self, bytes: usize) {
-        if self.scores.len() * size_of::<f32>() > bytes {
-            *self = Self::default();
         }
     }
 }

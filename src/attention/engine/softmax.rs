@@ -64,10 +64,12 @@ pub(in crate::attention) struct Tile<'a> {
     /// The keys of the tile that each query sees.
     pub visible: &'a [Range<usize>],
     pub probs: Probs<'a>,
+    /// Keys whose values are [large](super::KeyValues::large), counted from the first of the tile.
+    pub large: &'a [usize],
 }
 
 impl Tile<'_> {
-    /// Adds a value that its format cannot hold, where a row sees its key, which is counted from the
+    /// Adds a value that stands beside the others, where a row sees its key, which is counted from the
     /// tile's first. `sums` is `[rows, width]`.
     pub(in crate::attention) fn add_exception(
         &self,
@@ -380,7 +382,7 @@ mod tests {
             };
             let inside = clamp(visible.start)..clamp(visible.end);
             let (scores, visible) = (&mut buffer, std::slice::from_ref(&inside));
-            let mut job = Tile { scores, stride, keys: keys.len(), visible, probs };
+            let mut job = Tile { scores, stride, keys: keys.len(), visible, probs, large: &[] };
             softmax_tile(level, &mut job, &mut running);
             all.iter_mut().for_each(|p| *p *= running[0].rescale);
             let written: Vec<f32> = match format {

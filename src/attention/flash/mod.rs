@@ -11,6 +11,7 @@ pub use varlen::flash_attn_varlen_cpu;
 
 use super::mask::{attended, keep};
 use super::{AttentionCall, AttentionConfig, AttentionSpec, Causal, attention};
+use crate::memory::check_size;
 use crate::reference::repeat_heads;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, WithDType};
@@ -105,6 +106,7 @@ fn heads_first(op: &'static str, tensor: &'static str, x: &Tensor) -> Result<Ten
         let shape = x.dims().to_vec();
         return Err(Error::Rank { op, tensor, shape, expected: "(B, S, H, D)" });
     }
+    check_size(op, tensor, x.dims())?;
     let x = x.transpose(1, 2)?;
     Ok(if x.dtype() == DType::F64 { x.to_dtype(DType::F32)? } else { x })
 }
@@ -120,7 +122,12 @@ fn same_heads(op: &'static str, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)
         let expected = format!("a number of heads that divides, or is divided by, the {h_k} of k");
         return Err(Error::Shape { op, tensor: "v", shape: v.dims().to_vec(), expected });
     }
-    Ok((repeat_heads(&k, most)?, repeat_heads(&v, most)?))
+    let repeat = |tensor, x: &Tensor| {
+        let (b, _, n, d) = x.dims4()?;
+        check_size(op, tensor, &[b, most, n, d])?;
+        repeat_heads(x, most)
+    };
+    Ok((repeat("k, a head for each of v,", &k)?, repeat("v, a head for each of k,", &v)?))
 }
 
 /// Candle's ALiBi slopes: powers of `2^(-max_bias / n)`, `n` a power of two.
@@ -157,9 +164,12 @@ fn scaled(mask: &Tensor, slopes: Vec<f32>) -> Result<Tensor> {
             mask.dtype()
         )));
     }
+    check_size(OP, "the mask", mask.dims())?;
     // The smallest number would no longer mean masked after the multiplication.
     let attended = attended(mask)?;
     let slopes = Tensor::from_vec(slopes, ((), 1, 1), mask.device())?;
+    let shape = mask.shape().broadcast_shape_binary_op(slopes.shape(), OP)?;
+    check_size(OP, "the mask, one for each head,", shape.dims())?;
     let scaled = mask.to_dtype(DType::F32)?.broadcast_mul(&slopes)?;
     keep(&scaled, &attended)
 }

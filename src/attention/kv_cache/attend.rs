@@ -7,7 +7,7 @@ use crate::attention::AttentionCall;
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
 use crate::attention::engine::{Element, Engine, MaskView, Modifiers, Queries};
 use crate::attention::mask::broadcast_mask;
-use crate::attention::shapes::{check_cpu, check_float, check_scores};
+use crate::attention::shapes::{check_attention, check_cpu, check_float};
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
@@ -17,7 +17,6 @@ use crate::view::{View, cpu};
 use crate::{Error, Result};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Storage, Tensor};
-use std::f32::consts::LOG2_E;
 
 const OP: &str = "Int8KvCache::attention";
 
@@ -68,11 +67,11 @@ impl Int8KvCache {
             visible: Visible::of_cache(&self.lens(), m, &call, spec)?,
             sinks: self.config.sinks,
             window: self.config.window,
-            modifiers: Modifiers { softcap: spec.softcap, slopes: spec.alibi_slopes.clone(), mask },
+            modifiers: Modifiers::new(spec, scale, mask),
+            seen: None,
         };
         self.check_dropped(&engine)?;
-        // A softcap bends the score itself; log2(e) comes after it.
-        let factor = if spec.softcap.is_some() { scale } else { scale * LOG2_E };
+        let factor = engine.modifiers.factor();
         let heads =
             CacheHeads { cache: self, queries: &queries, factor, many: int8.pv.format(level)? };
         let storage = match q.dtype() {
@@ -133,12 +132,15 @@ impl Int8KvCache {
         };
         let [b, h, m, d] = queries.dims();
         let keys = [self.sequences.len(), heads, self.len(), dims.depth];
-        if check_scores(OP, &[b, h, m, d], &keys).is_err() {
+        let divides = heads != 0 && h.is_multiple_of(heads) || h == heads;
+        if !(divides && (b, d) == (keys[0], keys[3])) {
             let shape = vec![b, h, m, d];
             let expected =
                 format!("[{}, a multiple of {heads}, M, {}] to match the cache", keys[0], keys[3]);
             return Err(Error::Shape { op: OP, tensor: "q", shape, expected });
         }
+        let values = [keys[0], heads, keys[2], dims.value_dim];
+        check_attention(OP, &[b, h, m, d], &keys, &values)?;
         Ok((heads, dims.value_dim))
     }
 }
@@ -167,7 +169,7 @@ impl CacheHeads<'_> {
             elements: scores.saturating_add(b * heads * self.cache.len() * (depth + value_dim)),
             ..Work::default()
         };
-        // SAFETY: the heads cover the output, and the engine writes all of it.
+        // SAFETY: `Engine::run` writes every element, or panics.
         unsafe {
             written(len, |out| {
                 engine.run(work, out, |_, index, attend| {

@@ -11,6 +11,12 @@ use candle_core::{DType, Tensor};
 pub struct KvCacheConfig {
     /// What is subtracted from keys before they are quantized.
     pub key_smoothing: KeySmoothing,
+    /// Whether keys and queries are multiplied by the same orthogonal matrix before they are quantized, as
+    /// [`ScoreConfig::rotate`](crate::ScoreConfig::rotate) says.
+    pub rotate: bool,
+    /// Whether keys that stand out of their group are kept in f32, as
+    /// [`ScoreConfig::outliers`](crate::ScoreConfig::outliers) says; with smoothing by groups only.
+    pub outliers: bool,
     /// How values are stored.
     pub values: CacheValues,
     /// The first tokens of every sequence, kept in f32. Some models give their first tokens huge
@@ -27,11 +33,13 @@ pub struct KvCacheConfig {
 }
 
 impl Default for KvCacheConfig {
-    /// Smoothing that moves along, values in f16, nothing kept in f32 beyond the first 64 tokens
-    /// while they wait for their mean, no limits.
+    /// Keys smoothed by groups, rotated, outliers apart; values in f16; in f32 only the tokens of the last
+    /// group that is complete and of the one that is not; no limits.
     fn default() -> Self {
         Self {
             key_smoothing: KeySmoothing::default(),
+            rotate: true,
+            outliers: true,
             values: CacheValues::default(),
             sinks: 0,
             recent: 0,
@@ -52,8 +60,8 @@ impl KvCacheConfig {
 /// Zhang et al. 2024, arXiv:2410.02367); its exact effect is added back to the scores. It takes out
 /// of the codes what all keys of a head share, a bias for example.
 ///
-/// That of a key is known before the key is quantized, and stays: no key is ever quantized twice, and
-/// codes do not depend on how tokens were cut into chunks.
+/// It is known before a key is quantized, and stays: no key is ever quantized twice, and codes do not
+/// depend on how tokens were cut into chunks.
 #[derive(Debug, Clone, PartialEq, Default)]
 #[non_exhaustive]
 pub enum KeySmoothing {
@@ -62,11 +70,10 @@ pub enum KeySmoothing {
     /// The mean over this many tokens, the first ones after the sinks. They wait in f32 until all
     /// of them are there.
     FirstTokens(usize),
-    /// For each group of 64 tokens the mean of the keys in the group before, as they are stored; for
-    /// the first group its own, which waits in f32 until it is complete. It follows what changes
-    /// slowly with the position, as rotary embeddings make a bias do, for `D` numbers a group.
+    /// For each group of 64 tokens its own mean: they wait in f32 until the group is complete. It follows
+    /// what changes with the position, as rotary embeddings make a bias do, for `D` numbers a group.
     #[default]
-    Moving,
+    Groups,
     /// Known from calibration: one vector of `D` elements for each of `H_kv` heads.
     Given(Vec<Vec<f32>>),
 }
@@ -104,8 +111,8 @@ impl KeySmoothing {
     }
 }
 
-/// How the cache stores values. A value that f16 or bf16 cannot hold as a finite number, or int8
-/// not at all, is kept in f32.
+/// How the cache stores values. The values of a token stay in f32 where one of them is NaN, infinite,
+/// larger than f16 holds as a finite number, or beyond 2^95.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]

@@ -8,8 +8,11 @@
 //!           "<b>.value_scales" F32  [H_kv, T]        of int8 values only
 //!           "<b>.sinks.keys"   F32  [H_kv, S, D]     and values, for tokens kept in f32
 //!           "<b>.recent.keys"  F32  [H_kv, R, D]     and values
-//!           "<b>.offset"       F32  [H_kv, D]        of the next key, once it is known
-//!           "<b>.offsets"      F32  [H_kv, G, D]     of the groups in pages, where they move
+//!           "<b>.last.keys"    F32  [H_kv, L, D]     and values, of the last group in pages
+//!           "<b>.offset"       F32  [H_kv, D]        of all keys, once it is known
+//!           "<b>.offsets"      F32  [H_kv, G, D]     of the groups in pages, where each has its own
+//!           "<b>.outliers"     F32  [E, D]           keys that stand out of their group,
+//!           "<b>.outliers_at"  U32  [E, 2]           with their heads and tokens
 //!           "<b>.exceptions"   F32  [E, Dv]          values that their format cannot hold,
 //!           "<b>.exceptions_at" U32 [E, 2]           with their heads and tokens
 //!           "key_smoothing"       F32  [H_kv, D]        if the configuration gives one
@@ -36,6 +39,9 @@ const KEY: &str = "int8-kv-cache";
 /// Of this version of the format.
 const VERSION: u32 = 1;
 
+/// Tokens in f32, by what keeps them.
+const ROWS: [&str; 3] = ["sinks", "recent", "last"];
+
 /// More heads than any model has: a number beyond is a damaged file.
 const MAX_HEADS: usize = 1 << 16;
 
@@ -54,6 +60,8 @@ const MAX_TOKENS_WITHOUT_BYTES: usize = 1 << 20;
 struct Header {
     version: u32,
     key_smoothing: SmoothingKind,
+    rotate: bool,
+    outliers: bool,
     values: CacheValues,
     sinks: usize,
     recent: usize,
@@ -69,7 +77,7 @@ struct Header {
 enum SmoothingKind {
     None,
     FirstTokens(usize),
-    Moving,
+    Groups,
     Given,
 }
 
@@ -116,9 +124,11 @@ impl Int8KvCache {
             key_smoothing: match config.key_smoothing {
                 KeySmoothing::None => SmoothingKind::None,
                 KeySmoothing::FirstTokens(tokens) => SmoothingKind::FirstTokens(tokens),
-                KeySmoothing::Moving => SmoothingKind::Moving,
+                KeySmoothing::Groups => SmoothingKind::Groups,
                 KeySmoothing::Given(_) => SmoothingKind::Given,
             },
+            rotate: config.rotate,
+            outliers: config.outliers,
             values: config.values,
             sinks: config.sinks,
             recent: config.recent,
@@ -195,7 +205,7 @@ impl Writer {
             let scales = heads.iter().flat_map(|head| head.values.scales.iter().copied());
             self.f32(&name("value_scales"), &[h, tokens], scales.collect());
         }
-        for (index, which) in ["sinks", "recent"].into_iter().enumerate() {
+        for (index, which) in ROWS.into_iter().enumerate() {
             let rows: Vec<_> = heads.iter().map(|head| &head.rows[index]).collect();
             let keys = rows.iter().flat_map(|rows| rows.keys.iter().copied()).collect();
             let values = rows.iter().flat_map(|rows| rows.values.iter().copied()).collect();
@@ -212,17 +222,29 @@ impl Writer {
             let groups = offsets.len() / (h * depth);
             self.f32(&name("offsets"), &[h, groups, depth], offsets);
         }
-        let found = |(head, stored): (usize, &Stored)| {
+        self.rows_apart(&name("exceptions"), value_dim, heads, |head| &head.exceptions);
+        self.rows_apart(&name("outliers"), depth, heads, |head| &head.outliers);
+    }
+
+    /// Rows of some tokens, and whose they are.
+    fn rows_apart(
+        &mut self,
+        name: &str,
+        width: usize,
+        heads: &[Stored],
+        of: impl Fn(&Stored) -> &Vec<(usize, Vec<f32>)>,
+    ) {
+        let found = |(head, stored)| {
             let at = move |(token, _): &(usize, _)| [head as u32, *token as u32];
-            stored.exceptions.iter().map(at).collect::<Vec<_>>()
+            of(stored).iter().map(at).collect::<Vec<_>>()
         };
         let at: Vec<[u32; 2]> = heads.iter().enumerate().flat_map(found).collect();
         if !at.is_empty() {
             let bytes = at.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
-            self.bytes(&name("exceptions_at"), Dtype::U32, &[at.len(), 2], bytes);
-            let rows = heads.iter().flat_map(|head| &head.exceptions);
+            self.bytes(&format!("{name}_at"), Dtype::U32, &[at.len(), 2], bytes);
+            let rows = heads.iter().flat_map(of);
             let rows = rows.flat_map(|(_, row)| row.iter().copied()).collect();
-            self.f32(&name("exceptions"), &[at.len(), value_dim], rows);
+            self.f32(name, &[at.len(), width], rows);
         }
     }
 }
@@ -251,11 +273,20 @@ impl<'a> Reader<'a> {
         let key_smoothing = match header.key_smoothing {
             SmoothingKind::None => KeySmoothing::None,
             SmoothingKind::FirstTokens(tokens) => KeySmoothing::FirstTokens(tokens),
-            SmoothingKind::Moving => KeySmoothing::Moving,
+            SmoothingKind::Groups => KeySmoothing::Groups,
             SmoothingKind::Given => KeySmoothing::Given(reader.key_smoothing()?),
         };
-        let Header { values, sinks, recent, window, capacity, .. } = header;
-        let config = KvCacheConfig { key_smoothing, values, sinks, recent, window, capacity };
+        let Header { rotate, outliers, values, sinks, recent, window, capacity, .. } = header;
+        let config = KvCacheConfig {
+            key_smoothing,
+            rotate,
+            outliers,
+            values,
+            sinks,
+            recent,
+            window,
+            capacity,
+        };
         let Some([batch, heads, depth, value_dim]) = header.dims else {
             if !header.sequences.is_empty() {
                 return Err(format!("{} sequences without dims", header.sequences.len()));
@@ -322,8 +353,11 @@ impl<'a> Reader<'a> {
     fn key_smoothing(&self) -> Checked<Vec<Vec<f32>>> {
         let shape = self.shape("key_smoothing").ok_or("no tensor \"key_smoothing\"")?;
         let all = self.f32("key_smoothing", &shape)?;
-        let depth = shape.last().copied().unwrap_or(0).max(1);
-        Ok(all.chunks(depth).map(<[f32]>::to_vec).collect())
+        // Vectors without elements take no bytes that would bound their number.
+        let &[heads @ ..=MAX_HEADS, depth] = shape.as_slice() else {
+            return Err(format!("key smoothing of shape {shape:?}, expected [H_kv, D]"));
+        };
+        Ok((0..heads).map(|head| all[head * depth..][..depth].to_vec()).collect())
     }
 
     /// The heads of a sequence.
@@ -373,8 +407,9 @@ impl<'a> Reader<'a> {
                 head.values.scales = part(&scales, heads, h).to_vec();
             });
         }
-        let kept = [len.min(config.sinks), len.saturating_sub(packed)];
-        for ((index, which), tokens) in ["sinks", "recent"].into_iter().enumerate().zip(kept) {
+        let last = self.shape(&name("last.keys")).and_then(|shape| shape.get(1).copied());
+        let kept = [len.min(config.sinks), len.saturating_sub(packed), last.unwrap_or(0)];
+        for ((index, which), tokens) in ROWS.into_iter().enumerate().zip(kept) {
             let keys = self.f32(&name(&format!("{which}.keys")), &[heads, tokens, depth])?;
             let shape = [heads, tokens, value_dim];
             let values = self.f32(&name(&format!("{which}.values")), &shape)?;
@@ -391,14 +426,20 @@ impl<'a> Reader<'a> {
                 head.offset = Some(part(&offsets, heads, h).to_vec());
             });
         }
-        if config.key_smoothing == KeySmoothing::Moving && tokens > 0 && depth > 0 {
+        if config.key_smoothing == KeySmoothing::Groups && tokens > 0 && depth > 0 {
             let groups = Stored::groups(first..packed).len();
             let offsets = self.f32(&name("offsets"), &[heads, groups, depth])?;
             all.iter_mut().enumerate().for_each(|(h, head)| {
                 head.offsets = part(&offsets, heads, h).to_vec();
             });
         }
-        self.exceptions(b, &mut all, first..packed)?;
+        let pages = first..packed;
+        for (head, token, row) in self.rows_apart(&name("exceptions"), value_dim, heads, &pages)? {
+            all[head].exceptions.push((token, row));
+        }
+        for (head, token, row) in self.rows_apart(&name("outliers"), depth, heads, &pages)? {
+            all[head].outliers.push((token, row));
+        }
         for (h, head) in all.iter().enumerate() {
             head.check(h, first, config)
                 .map_err(|problem| format!("sequence {b}, head {h}: {problem}"))?;
@@ -406,24 +447,29 @@ impl<'a> Reader<'a> {
         Ok(all)
     }
 
-    /// The values of a sequence that their format cannot hold.
-    fn exceptions(&self, b: usize, heads: &mut [Stored], tokens: Range<usize>) -> Checked<()> {
-        let name = format!("{b}.exceptions_at");
-        let Some(shape) = self.shape(&name) else { return Ok(()) };
+    /// Rows of some tokens in pages: head, token, row of each.
+    fn rows_apart(
+        &self,
+        name: &str,
+        width: usize,
+        heads: usize,
+        tokens: &Range<usize>,
+    ) -> Checked<Vec<(usize, usize, Vec<f32>)>> {
+        let at_name = format!("{name}_at");
+        let Some(shape) = self.shape(&at_name) else { return Ok(Vec::new()) };
         let count = shape.first().copied().unwrap_or(0);
-        let at = self.bytes(&name, Dtype::U32, &[count, 2])?;
-        let value_dim = heads.first().map_or(0, |head| head.dims.value_dim);
-        let rows = self.f32(&format!("{b}.exceptions"), &[count, value_dim])?;
+        let at = self.bytes(&at_name, Dtype::U32, &[count, 2])?;
+        let rows = self.f32(name, &[count, width])?;
         let numbers = at.as_chunks::<4>().0.iter().map(|x| u32::from_le_bytes(*x) as usize);
         let numbers: Vec<usize> = numbers.collect();
-        for (at, row) in numbers.chunks_exact(2).zip(rows.chunks_exact(value_dim.max(1))) {
-            let (head, token) = (at[0], at[1]);
-            if head >= heads.len() || !tokens.contains(&token) {
-                return Err(format!("{name} names head {head}, token {token}"));
+        let rows = numbers.chunks_exact(2).zip(rows.chunks_exact(width.max(1)));
+        rows.map(|(at, row)| match (at[0], at[1]) {
+            (head, token) if head >= heads || !tokens.contains(&token) => {
+                Err(format!("{at_name} names head {head}, token {token}"))
             }
-            heads[head].exceptions.push((token, row.to_vec()));
-        }
-        Ok(())
+            (head, token) => Ok((head, token, row.to_vec())),
+        })
+        .collect()
     }
 }
 

@@ -2,18 +2,21 @@
 //!
 //! ```text
 //! tokens   0 .. sinks        sinks .. packed            packed .. len
-//!          f32               codes, in pages            f32: recent ones, or waiting for the offset
+//!          f32               codes, in pages            f32: recent ones, or waiting for their group
 //!                            (the oldest dropped by a window)
 //! ```
 //!
-//! A token never moves back to the left: once its key is quantized it stays as it is.
+//! Once its key is quantized a token stays as it is. The tokens of the last group that was packed are kept in
+//! f32 too, so that a truncation that ends among them leaves no trace of what was taken back.
 
 use super::config::{CacheValues, KeySmoothing, KvCacheConfig};
 use super::values::Values;
+use crate::attention::operand::QuantizedRows;
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes};
+use crate::memory::Footprint;
 use crate::product::PackedRhs;
-use crate::quant::token_mean;
+use crate::quant::{Conditioned, Conditioning, KEY_BLOCK, Rotation, Smoothing, token_mean};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,25 +24,28 @@ use std::sync::Arc;
 /// Tokens of a page: a multiple of every kernel's panel, and long enough for the memory to stream.
 pub(super) const PAGE: usize = 256;
 
-/// Tokens that share a moving offset: a multiple of every kernel's panel.
-pub(super) const GROUP: usize = 64;
+/// Tokens that share an offset: a multiple of every kernel's panel.
+pub(super) const GROUP: usize = KEY_BLOCK;
 
 /// The codes of some tokens that follow each other.
 #[derive(Clone)]
 pub(super) struct Page {
     pub keys: PackedRhs,
     pub key_scales: Vec<f32>,
-    /// What was subtracted from the keys of each group, `[PAGE / GROUP, D]`, where offsets move;
+    /// What was subtracted from the keys of each group, `[PAGE / GROUP, D]`, where each has its own;
     /// otherwise empty.
     pub offsets: Vec<f32>,
+    /// The keys that stand out of their group, by slot, as they are.
+    pub outliers: Vec<(usize, Vec<f32>)>,
     pub values: Values,
 }
 
 impl Page {
-    fn new(level: Level, dims: Dims, format: CacheValues, moving: bool) -> Self {
-        let groups = if moving { PAGE / GROUP } else { 0 };
+    fn new(level: Level, dims: Dims, format: CacheValues, local: bool) -> Self {
+        let groups = if local { PAGE / GROUP } else { 0 };
         Self {
             offsets: vec![0.0; groups * dims.depth],
+            outliers: Vec::new(),
             keys: PackedRhs::new(level, PAGE, dims.depth),
             key_scales: vec![0.0; PAGE],
             values: Values::new(format, PAGE, dims.value_dim),
@@ -48,11 +54,12 @@ impl Page {
 
     /// Bytes in memory.
     fn size(&self) -> usize {
-        let numbers = self.key_scales.len() + self.offsets.len();
-        self.keys.memory() + numbers * size_of::<f32>() + self.values.size()
+        let outliers: usize = self.outliers.iter().map(|(_, row)| row.len()).sum();
+        let numbers = self.key_scales.len() + self.offsets.len() + outliers;
+        self.keys.footprint() + numbers * size_of::<f32>() + self.values.size()
     }
 
-    /// What was subtracted from the keys of a group, where offsets move.
+    /// What was subtracted from the keys of a group, where each has its own.
     pub(super) fn offset(&mut self, group: usize, depth: usize) -> &mut [f32] {
         &mut self.offsets[group * depth..(group + 1) * depth]
     }
@@ -61,6 +68,12 @@ impl Page {
     pub(super) fn put_codes(&mut self, first: usize, codes: &[i8], scales: &[f32], sums: &[i32]) {
         self.keys.put(first, codes, sums);
         self.key_scales[first..first + scales.len()].copy_from_slice(scales);
+    }
+
+    /// Forgets the tokens from a slot on, which are not seen any more.
+    fn truncate(&mut self, used: usize) {
+        self.values.truncate(used);
+        self.outliers.retain(|(slot, _)| *slot < used);
     }
 }
 
@@ -80,10 +93,28 @@ pub(super) struct Rows {
 }
 
 impl Rows {
+    /// Makes room for a group at a time.
     fn extend(&mut self, other: RowsRef<'_>) {
+        let tokens = (self.tokens + other.tokens).next_multiple_of(GROUP) - self.tokens;
+        let width = |row: &[f32]| row.len().checked_div(other.tokens).unwrap_or(0);
+        self.keys.reserve_exact(tokens * width(other.keys));
+        self.values.reserve_exact(tokens * width(other.values));
         self.keys.extend_from_slice(other.keys);
         self.values.extend_from_slice(other.values);
         self.tokens += other.tokens;
+    }
+
+    /// Takes the first `tokens` out.
+    fn take(&mut self, tokens: usize, dims: Dims) -> Rows {
+        if tokens == self.tokens {
+            return std::mem::take(self);
+        }
+        self.tokens -= tokens;
+        Rows {
+            keys: self.keys.drain(..tokens * dims.depth).collect(),
+            values: self.values.drain(..tokens * dims.value_dim).collect(),
+            tokens,
+        }
     }
 
     fn truncate(&mut self, tokens: usize, dims: Dims) {
@@ -94,7 +125,7 @@ impl Rows {
     }
 
     fn size(&self) -> usize {
-        size_of_val(self.keys.as_slice()) + size_of_val(self.values.as_slice())
+        size_of::<f32>() * (self.keys.capacity() + self.values.capacity())
     }
 }
 
@@ -133,10 +164,25 @@ pub(super) struct Head {
     /// Tokens before this one are in pages, or sinks.
     pub packed: usize,
     pub recent: Rows,
-    /// What is subtracted from the next key; `None` until it is known.
+    /// The tokens of the last group in pages, where groups wait until they are complete.
+    pub last: Rows,
+    /// What is subtracted from keys, where it is one for all of them: `None` until it is known.
     pub offset: Option<Vec<f32>>,
     /// Whether each group has an offset of its own.
-    pub moving: bool,
+    pub local: bool,
+    pub rotation: Option<Rotation>,
+    /// Whether keys that stand out are kept as they are.
+    outliers: bool,
+}
+
+/// What an append changes of a head, but for the slots of pages that were not in use.
+pub(super) struct Mark {
+    sinks: usize,
+    pages: usize,
+    packed: usize,
+    recent: Rows,
+    last: Rows,
+    offset: Option<Vec<f32>>,
 }
 
 impl Head {
@@ -151,12 +197,15 @@ impl Head {
             first_page: config.sinks / PAGE,
             packed: config.sinks,
             recent: Rows::default(),
+            last: Rows::default(),
             offset: match &config.key_smoothing {
                 KeySmoothing::None => Some(vec![0.0; dims.depth]),
-                KeySmoothing::FirstTokens(_) | KeySmoothing::Moving => None,
+                KeySmoothing::FirstTokens(_) | KeySmoothing::Groups => None,
                 KeySmoothing::Given(offsets) => Some(offsets[head].clone()),
             },
-            moving: config.key_smoothing == KeySmoothing::Moving,
+            local: config.key_smoothing == KeySmoothing::Groups,
+            rotation: config.rotate.then(|| Rotation::new(dims.depth)),
+            outliers: config.outliers,
         }
     }
 
@@ -186,6 +235,27 @@ impl Head {
             .map(|(start, page)| (start, PAGE.min(self.packed - start), page))
     }
 
+    /// How it is before an append.
+    pub(super) fn mark(&self) -> Mark {
+        Mark {
+            sinks: self.sinks.tokens,
+            pages: self.pages.len(),
+            packed: self.packed,
+            recent: self.recent.clone(),
+            last: self.last.clone(),
+            offset: self.offset.clone(),
+        }
+    }
+
+    /// Takes back an append that has ended anywhere.
+    pub(super) fn restore(&mut self, mark: Mark) {
+        let Mark { sinks, pages, packed, recent, last, offset } = mark;
+        self.sinks.truncate(sinks, self.dims);
+        self.pages.truncate(pages);
+        (self.packed, self.recent, self.last, self.offset) = (packed, recent, last, offset);
+        self.forget_unused();
+    }
+
     /// Adds tokens at the end.
     pub(super) fn append(&mut self, rows: RowsRef<'_>, config: &KvCacheConfig) {
         let missing = self.sink_count - self.sinks.tokens;
@@ -195,105 +265,73 @@ impl Head {
         if self.offset.is_none() {
             self.offset = self.first_mean(&config.key_smoothing);
         }
-        if let Some(offset) = self.offset.take() {
-            self.pack(self.recent.tokens.saturating_sub(config.recent), offset);
+        let mut packer = Packer::default();
+        while let Some(tokens) = self.next_run(self.recent.tokens.saturating_sub(config.recent)) {
+            self.pack(tokens, &mut packer);
         }
     }
 
     /// The mean of the first tokens, once they are there. Until then nothing is packed.
     fn first_mean(&self, offset: &KeySmoothing) -> Option<Vec<f32>> {
-        let tokens = match *offset {
-            KeySmoothing::FirstTokens(tokens) => tokens,
-            KeySmoothing::Moving => GROUP,
-            KeySmoothing::None | KeySmoothing::Given(_) => return None,
-        };
+        let KeySmoothing::FirstTokens(tokens) = *offset else { return None };
         let depth = self.dims.depth;
         let complete = self.recent.tokens >= tokens;
         complete.then(|| token_mean(&self.recent.keys[..tokens * depth], depth))
     }
 
-    /// Quantizes the first `tokens` of the recent ones.
-    fn pack(&mut self, tokens: usize, mut offset: Vec<f32>) {
-        let Dims { depth, value_dim } = self.dims;
-        let mut packer = KeyCodes::default();
-        let mut recent = std::mem::take(&mut self.recent);
-        let mut done = 0;
-        while done < tokens {
-            let slot = self.packed % PAGE;
-            let step = if self.moving { GROUP } else { PAGE };
-            let count = (step - slot % step).min(tokens - done);
-            let rows = done..done + count;
-            packer.quantize(
-                self.level,
-                &recent.keys[rows.start * depth..rows.end * depth],
-                &offset,
-                count,
-            );
-            let (moving, level) = (self.moving, self.level);
-            let page = self.last_page();
-            if moving {
-                page.offset(slot / GROUP, depth).copy_from_slice(&offset);
-            }
-            page.put_codes(slot, &packer.codes, &packer.scales, &packer.sums);
-            page.values.put(
-                level,
-                slot,
-                &recent.values[rows.start * value_dim..rows.end * value_dim],
-            );
-            self.packed += count;
-            done += count;
-            offset = self.moved_offset().unwrap_or(offset);
-        }
-        self.offset = Some(offset);
-        recent.keys.drain(..tokens * depth);
-        recent.values.drain(..tokens * value_dim);
-        recent.tokens -= tokens;
-        self.recent = recent;
+    /// How many of the first `ready` recent tokens are packed next.
+    fn next_run(&self, ready: usize) -> Option<usize> {
+        let step = if self.local { GROUP } else { PAGE };
+        let rest = step - self.packed % step;
+        let waits = match self.local {
+            // A group that a truncation cut keeps its offset.
+            true => ready < rest && !self.in_group(),
+            false => self.offset.is_none(),
+        };
+        (ready > 0 && !waits).then_some(rest.min(ready))
     }
 
-    /// What is subtracted from the next packed token, as far as pages say so.
-    fn moved_offset(&self) -> Option<Vec<f32>> {
-        let depth = self.dims.depth;
-        let in_group = self.packed % GROUP;
-        if !self.moving {
-            return None;
-        }
-        if in_group == 0 && self.packed > self.sink_count {
-            return self.group_mean(self.packed - GROUP);
-        }
-        let page = self.pages.get((self.packed / PAGE).checked_sub(self.first_page)?)?;
-        let group = self.packed % PAGE / GROUP;
-        page.offsets.get(group * depth..(group + 1) * depth).map(<[f32]>::to_vec)
+    /// Whether the group of the next packed token has tokens in pages.
+    fn in_group(&self) -> bool {
+        self.packed > (self.packed / GROUP * GROUP).max(self.sink_count)
     }
 
-    /// The mean of the keys in a group that starts with token `start`, as they are stored. What is
-    /// not finite does not count.
-    fn group_mean(&self, start: usize) -> Option<Vec<f32>> {
-        let depth = self.dims.depth;
-        let page = self.pages.get((start / PAGE).checked_sub(self.first_page)?)?;
-        let group = start % PAGE / GROUP;
-        let mut mean: Vec<f64> = vec![0.0; depth];
-        let (mut codes, mut count) = (vec![0i8; depth], 0);
-        for token in start.max(self.sink_count)..start + GROUP {
-            let slot = token % PAGE;
-            let scale = page.key_scales[slot];
-            if scale.is_finite() {
-                page.keys.get(slot, &mut codes);
-                let codes = mean.iter_mut().zip(&codes);
-                codes.for_each(|(sum, &code)| *sum += f64::from(scale) * f64::from(code));
-                count += 1;
-            }
+    /// Quantizes the first `tokens` of the recent ones, which are in one page, and in one group where each
+    /// has its own offset.
+    fn pack(&mut self, tokens: usize, packer: &mut Packer) {
+        let (dims, slot, level) = (self.dims, self.packed % PAGE, self.level);
+        let group = slot / GROUP;
+        let rows = self.recent.take(tokens, dims);
+        let known = match self.local {
+            true if self.in_group() => Some(self.last_page().offset(group, dims.depth).to_vec()),
+            true => None,
+            false => self.offset.clone(),
+        };
+        packer.quantize(self, &rows, known.as_deref());
+        let local = self.local;
+        let page = self.last_page();
+        page.put_codes(slot, &packer.rows.codes, &packer.rows.scales, &packer.rows.sums);
+        page.values.put(level, slot, &rows.values);
+        if local && let Some(mean) = packer.conditioned.mean() {
+            page.offset(group, dims.depth).copy_from_slice(mean);
         }
-        let offset = &page.offsets[group * depth..(group + 1) * depth];
-        let mean = mean.iter().zip(offset);
-        Some(mean.map(|(sum, x)| (sum / f64::from(count.max(1)) + f64::from(*x)) as f32).collect())
+        for &row in &packer.conditioned.outliers {
+            let key = rows.keys[row * dims.depth..(row + 1) * dims.depth].to_vec();
+            page.outliers.push((slot + row, key));
+        }
+        page.outliers.sort_unstable_by_key(|(slot, _)| *slot);
+        self.packed += tokens;
+        if local {
+            // One that a truncation cut is not known any more as it was.
+            self.last = if known.is_none() { rows } else { Rows::default() };
+        }
     }
 
     /// The page that the next packed token belongs to.
     pub(super) fn last_page(&mut self) -> &mut Page {
         let index = self.packed / PAGE - self.first_page;
         if index == self.pages.len() {
-            let page = Page::new(self.level, self.dims, self.format, self.moving);
+            let page = Page::new(self.level, self.dims, self.format, self.local);
             self.pages.push_back(Arc::new(page));
         }
         self.page(index)
@@ -321,17 +359,29 @@ impl Head {
         if len >= self.packed {
             return;
         }
-        self.packed = len.max(self.sink_count);
-        self.offset = self.moved_offset().or(self.offset.take());
+        let last = std::mem::take(&mut self.last);
+        if len > self.packed - last.tokens {
+            // Its group was not complete yet: it waits again.
+            self.packed -= last.tokens;
+            self.recent = last;
+            self.recent.truncate(len - self.packed, self.dims);
+        } else {
+            self.packed = len.max(self.sink_count);
+        }
         if self.packed <= self.first_page * PAGE {
             // Everything that was kept is forgotten, and with it that something was dropped.
             self.pages.clear();
             self.first_page = self.packed / PAGE;
         }
         self.pages.truncate(self.packed.div_ceil(PAGE) - self.first_page);
+        self.forget_unused();
+    }
+
+    /// Forgets what stands beside the values of a page, in slots of it that are not in use.
+    fn forget_unused(&mut self) {
         let used = self.packed % PAGE;
         if used > 0 && !self.pages.is_empty() {
-            self.page(self.pages.len() - 1).values.truncate(used);
+            self.page(self.pages.len() - 1).truncate(used);
         }
     }
 
@@ -339,35 +389,37 @@ impl Head {
     pub(super) fn size(&self) -> usize {
         let pages: usize = self.pages.iter().map(|page| page.size()).sum();
         let offset = self.offset.as_ref().map_or(0, |offset| size_of_val(offset.as_slice()));
-        pages + self.sinks.size() + self.recent.size() + offset
+        pages + self.sinks.size() + self.recent.size() + self.last.size() + offset
     }
 }
 
 /// Keys on their way into a page.
 #[derive(Default)]
-struct KeyCodes {
-    codes: Vec<i8>,
-    scales: Vec<f32>,
-    zeros: Vec<i32>,
-    sums: Vec<i32>,
+struct Packer {
+    conditioned: Conditioned,
+    rows: QuantizedRows,
 }
 
-impl KeyCodes {
-    fn quantize(&mut self, level: Level, keys: &[f32], offset: &[f32], tokens: usize) {
-        self.codes.resize(keys.len(), 0);
-        self.scales.resize(tokens, 1.0);
-        self.zeros.resize(tokens, 0);
-        self.sums.resize(tokens, 0);
-        if offset.is_empty() {
-            return;
+impl Packer {
+    /// Quantizes keys less an offset that is known, or less their own mean.
+    fn quantize(&mut self, head: &Head, rows: &Rows, known: Option<&[f32]>) {
+        let depth = head.dims.depth;
+        self.rows.resize(rows.tokens, depth);
+        if depth == 0 {
+            return self.rows.scales.fill(1.0);
         }
-        let out = BlockCodes {
-            codes: &mut self.codes,
-            scales: &mut self.scales,
-            zeros: &mut self.zeros,
-            sums: &mut self.sums,
-        };
-        let rows = contracts::Rows::contiguous(keys, offset.len());
-        level.quantize_symmetric(rows, Some(offset), out);
+        let smoothing = if known.is_some() { Smoothing::Head } else { Smoothing::Block };
+        let outliers = head.outliers && known.is_none();
+        let conditioning = Conditioning { smoothing, rotation: head.rotation, outliers };
+        let keys = contracts::Rows::contiguous(&rows.keys, depth);
+        conditioning.apply(keys, &|_| true, known, &mut self.conditioned);
+        let QuantizedRows { codes, scales, zeros, sums } = &mut self.rows;
+        let conditioned = contracts::Rows::contiguous(&self.conditioned.values, depth);
+        head.level.quantize_symmetric(conditioned, BlockCodes { codes, scales, zeros, sums });
+        for &row in &self.conditioned.outliers {
+            self.rows.forget(row, depth);
+            // That of codes which are all 0.
+            self.rows.scales[row] = 1.0;
+        }
     }
 }

@@ -18,12 +18,14 @@ pub use config::{CacheValues, KeySmoothing, KvCacheConfig};
 use super::engine::blocks;
 use super::shapes::{check_cpu, check_float};
 use crate::cpu::Level;
+use crate::memory::check_size;
 use crate::parallel::Work;
 use crate::product;
 use crate::view::{View, cpu};
 use crate::{Error, Result};
 use candle_core::Tensor;
-use head::{Dims, Head, PAGE, RowsRef};
+use head::{Dims, Head, Mark, PAGE, RowsRef};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 /// A cache of keys and values with int8 keys, for one layer of a model.
 ///
@@ -125,7 +127,7 @@ impl Int8KvCache {
     /// [`Error::Capacity`] beyond a fixed capacity, [`Error::Mismatch`] for a key smoothing that
     /// does not fit, [`Error::InvalidArgument`] for one that is not finite, [`Error::Depth`] beyond the depth limit, [`Error::Level`] if
     /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used. The
-    /// cache is then as it was before.
+    /// cache is then as it was before, and so it is after a panic.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
         let lens = match k.dims() {
             [b, _, s, _] => vec![*s; *b],
@@ -148,22 +150,41 @@ impl Int8KvCache {
         let k = View::new(OP, "k", cpu(&k.0)?, k.1)?;
         let v = View::new(OP, "v", cpu(&v.0)?, v.1)?;
         let empty = self.check_append(&k, &v, lens)?;
+        let is_first = self.shape.is_none();
         self.shape = Some((k.dims()[1], Dims { depth: k.depth(), value_dim: v.depth() }));
         self.sequences.extend(empty);
+        let heads = || self.sequences.iter().flat_map(|sequence| &sequence.heads);
+        let marks: Vec<Mark> = heads().map(Head::mark).collect();
+        let ended = catch_unwind(AssertUnwindSafe(|| self.append_rows((&k, &v), lens)));
+        if let Err(panic) = ended {
+            let heads = self.sequences.iter_mut().flat_map(|sequence| &mut sequence.heads);
+            heads.zip(marks).for_each(|(head, mark)| head.restore(mark));
+            if is_first {
+                self.reset();
+            }
+            resume_unwind(panic);
+        }
+        let window = self.config.window;
+        for (sequence, &len) in self.sequences.iter_mut().zip(lens) {
+            if let Some(window) = window {
+                // What the next query does not see, but for a page that a truncation may ask for.
+                let unseen = sequence.len.saturating_sub(window.saturating_add(PAGE));
+                sequence.heads.iter_mut().for_each(|head| head.drop_before(unseen));
+            }
+            sequence.len += len;
+        }
+        Ok(())
+    }
+
+    /// Appends to every head, of the first `lens[b]` tokens of a sequence.
+    fn append_rows(&mut self, (k, v): (&View<'_>, &View<'_>), lens: &[usize]) {
         let config = &self.config;
         let tasks: Vec<(usize, usize, &mut Head)> = (self.sequences.iter_mut().zip(lens))
-            .flat_map(|(sequence, &len)| {
-                sequence.len += len;
-                sequence.heads.iter_mut().map(move |head| (len, head))
-            })
+            .flat_map(|(sequence, &len)| sequence.heads.iter_mut().map(move |head| (len, head)))
             .enumerate()
             .map(|(index, (len, head))| (index, len, head))
             .collect();
         let append = |(index, len, head): (usize, usize, &mut Head)| {
-            if let Some(window) = config.window {
-                // What the next query does not see, but for a page that a truncation may ask for.
-                head.drop_before(head.len().saturating_sub(window.saturating_add(PAGE)));
-            }
             let [mut k_gathered, mut v_gathered, mut k_slice, mut v_slice] = Default::default();
             for block in blocks(len) {
                 let tokens = block.len();
@@ -173,7 +194,6 @@ impl Int8KvCache {
             }
         };
         Work { elements: k.len() + v.len(), ..Work::default() }.for_each(tasks, append);
-        Ok(())
     }
 
     /// Everything that can be wrong with an append; the sequences of a cache that has none yet.
@@ -196,12 +216,13 @@ impl Int8KvCache {
         if depth > limit {
             return Err(Error::Depth { depth, limit });
         }
-        if let Some(capacity) = self.config.capacity {
-            let held = self.lens().into_iter().chain(std::iter::repeat(0));
-            for (held, &added) in held.zip(lens) {
-                if held + added > capacity {
-                    return Err(Error::Capacity { held, added, capacity });
-                }
+        check_size(op, "a page of keys", &[h, PAGE, depth])?;
+        check_size(op, "a page of values", &[h, PAGE, value_dim])?;
+        let capacity = self.config.capacity.unwrap_or(usize::MAX);
+        let held = self.lens().into_iter().chain(std::iter::repeat(0));
+        for (held, &added) in held.zip(lens) {
+            if held.checked_add(added).is_none_or(|len| len > capacity) {
+                return Err(Error::Capacity { held, added, capacity });
             }
         }
         let dims = Dims { depth, value_dim };
@@ -224,7 +245,9 @@ impl Int8KvCache {
     }
 
     /// Shortens every sequence to at most `len` tokens, for example to take back tokens that a
-    /// speculation got wrong. What is subtracted from keys stays as it is.
+    /// speculation got wrong. Where keys are smoothed by groups and `len` is in the last complete group of 64 or
+    /// behind it, that leaves no trace; further back, tokens that stay in a group which is cut stay as they
+    /// were quantized with it.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a window has dropped tokens that a query after `len` tokens would see.
@@ -276,5 +299,47 @@ impl Int8KvCache {
     pub fn reset(&mut self) {
         self.shape = None;
         self.sequences.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::{AttentionCall, AttentionConfig};
+    use crate::quant::Rotation;
+    use crate::testing::{largest_difference, randn};
+
+    /// What a cache holds, as a query sees it.
+    fn seen(cache: &Int8KvCache, q: &Tensor) -> Tensor {
+        cache.attention(q, AttentionCall::causal(), &AttentionConfig::int8()).unwrap()
+    }
+
+    /// Whatever of the heads had been done by then: tokens of others are in pages already.
+    #[test]
+    fn an_append_that_panics_leaves_the_cache_as_it_was() {
+        let q = randn((1, 4, 1, 16));
+        for (first, config) in [
+            (30, KvCacheConfig::default()),
+            (70, KvCacheConfig { sinks: 80, ..KvCacheConfig::default() }),
+            (300, KvCacheConfig { sinks: 3, recent: 20, ..KvCacheConfig::int8_values() }),
+            (900, KvCacheConfig { window: Some(100), ..KvCacheConfig::default() }),
+        ] {
+            let mut cache = Int8KvCache::new(config);
+            let kv = randn((1, 4, first, 16));
+            cache.append(&kv, &kv).unwrap();
+            let (before, mut expected) = (cache.memory_bytes(), cache.clone());
+            // A rotation of another depth fits no key.
+            let rotation = cache.sequences[0].heads[2].rotation.replace(Rotation::new(17));
+            let bad = randn((1, 4, 400, 16));
+            let failed = catch_unwind(AssertUnwindSafe(|| cache.append(&bad, &bad)));
+            assert!(failed.is_err(), "{first}: appended");
+            cache.sequences[0].heads[2].rotation = rotation;
+            assert!(cache.lens() == expected.lens() && cache.memory_bytes() <= before);
+            let more = randn((1, 4, 200, 16));
+            for cache in [&mut cache, &mut expected] {
+                cache.append(&more, &more).unwrap();
+            }
+            assert_eq!(largest_difference(&seen(&cache, &q), &seen(&expected, &q)), 0.0, "{first}");
+        }
     }
 }

@@ -7,18 +7,17 @@
 //! For few rows of queries values are multiplied as they are stored, with probabilities in f32; for many it
 //! pays to bring them into the order of faster kernels first, tile by tile.
 
-use super::head::{GROUP, Head, PAGE, Rows as FloatRows};
+use super::head::{GROUP, Head, PAGE, Page, Rows as FloatRows};
 use crate::attention::engine::{KeyValues, Queries, QueryBlock, Rows, Running, TILE, Tile, gather};
 use crate::attention::float_head::{accumulate_in_place, score_in_place};
 use crate::attention::operand::QuantizedRows;
-use crate::attention::tensor_values::accumulate;
+use crate::attention::tensor_values::{accumulate, large_rows};
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes, Format, LANES};
 use crate::cpu::plain::widest;
-use crate::memory::overwrite;
+use crate::memory::{Kept, overwrite};
 use crate::product::{self, PackedMatrix, ScoreScales};
 use crate::view::View;
-use std::cell::RefCell;
 use std::ops::Range;
 
 /// Up to this many rows, values are multiplied as they are stored.
@@ -45,8 +44,11 @@ enum Place {
 
 thread_local! {
     /// The values of a tile in another order, and in f32.
-    static VALUES: RefCell<(Option<PackedMatrix>, Vec<f32>)> = RefCell::default();
+    static VALUES: Kept<(Option<PackedMatrix>, Vec<f32>)> = const { Kept::new() };
 }
+
+/// Bytes of that which a thread keeps: tiles of values that are a thousand numbers wide.
+const KEPT: usize = 4 << 20;
 
 impl CacheHead<'_> {
     fn place(&self, keys: &Range<usize>) -> Place {
@@ -69,14 +71,17 @@ impl CacheHead<'_> {
         }
     }
 
-    /// What an offset that was subtracted from keys adds to the scores of each query.
-    fn bias(&self, queries: &[f32], offset: &[f32], biases: &mut [f32]) {
+    /// Writes what an offset that was subtracted from keys adds to the scores of each query, the first of
+    /// `biases` and every `step`th after it.
+    fn bias(&self, queries: &[f32], offset: &[f32], biases: &mut [f32], step: usize) {
         if offset.is_empty() {
             return;
         }
         let rows = contracts::Rows::contiguous(queries, offset.len());
-        self.level.dots(rows, None, offset, biases);
-        biases.iter_mut().for_each(|bias| *bias *= self.factor);
+        let mut dots = vec![0.0; rows.count()];
+        self.level.dots(rows, offset, &mut dots);
+        let places = biases.iter_mut().step_by(step);
+        places.zip(dots).for_each(|(bias, dot)| *bias = dot * self.factor);
     }
 
     /// Int8 scores.
@@ -89,30 +94,50 @@ impl CacheHead<'_> {
     ) {
         const NO_BIAS: [f32; PAGE] = [0.0; PAGE];
         let (depth, rows) = (self.head.dims.depth, queries.rows.scales.len() / 2);
+        let groups = if self.head.local { PAGE / GROUP } else { 1 };
         let mut biases = queries.biases.clone();
+        biases.resize(2 * rows * groups, 0.0);
         for (start, used, page) in self.head.pages_of(tokens.clone()) {
             let slots = tokens.start.saturating_sub(start)..used.min(tokens.end - start);
-            let step = if page.offsets.is_empty() { PAGE } else { GROUP };
-            for first in (slots.start / step * step..slots.end).step_by(step) {
-                if !page.offsets.is_empty() {
-                    let offset = &page.offsets[first / GROUP * depth..(first / GROUP + 1) * depth];
-                    self.bias(&queries.values, offset, &mut biases[..rows]);
-                }
-                let scales = ScoreScales {
-                    row_scales: &queries.rows.scales,
-                    row_biases: &biases,
-                    column_scales: &page.key_scales,
-                    column_biases: &NO_BIAS,
-                    zeros: None,
-                };
-                let columns = first.max(slots.start)..(first + step).min(slots.end);
-                // SAFETY: `score_tiles` writes numbers.
-                let out = unsafe { overwrite(&mut scores[start + columns.start - tokens.start..]) };
-                product::score_tiles(queries.packed(), &page.keys, columns, &scales, out, stride);
+            for (group, offset) in page.offsets.chunks_exact(depth.max(1)).enumerate() {
+                self.bias(&queries.values, offset, &mut biases[group..], groups);
             }
+            let scales = ScoreScales {
+                row_scales: &queries.rows.scales,
+                row_biases: &biases,
+                bias_columns: PAGE / groups,
+                column_scales: &page.key_scales,
+                column_biases: &NO_BIAS,
+                zeros: None,
+            };
+            let out = &mut scores[start + slots.start - tokens.start..];
+            // SAFETY: `score_tiles` writes numbers.
+            let all = unsafe { overwrite(out) };
+            product::score_tiles(queries.packed(), &page.keys, slots.clone(), &scales, all, stride);
+            self.score_outliers(queries, page, slots, out, stride);
         }
         let (first, left_over) = scores[..2 * rows * stride].split_at_mut(rows * stride);
         widest!(add, (first, &*left_over), (&mut [f32], &[f32]) => ());
+    }
+
+    /// Scores of the keys of a page that stand out, in both halves of the rows.
+    fn score_outliers(
+        &self,
+        queries: &QueryBlock,
+        page: &Page,
+        slots: Range<usize>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        let rows = queries.rows.scales.len() / 2;
+        for (slot, key) in page.outliers.iter().filter(|(slot, _)| slots.contains(slot)) {
+            let column = &mut scores[slot - slots.start..];
+            column[rows * stride..].iter_mut().step_by(stride).take(rows).for_each(|x| *x = 0.0);
+            self.bias(&queries.values, key, column, stride);
+            // Those of a query that is not finite are NaN, as with all other keys.
+            let poison = queries.rows.scales[..rows].iter().map(|scale| scale * 0.0);
+            column.iter_mut().step_by(stride).zip(poison).for_each(|(score, x)| *score += x);
+        }
     }
 
     /// Multiplies values as they are stored with probabilities in f32.
@@ -152,7 +177,7 @@ impl CacheHead<'_> {
             let values = contracts::Rows::contiguous(values, dim);
             return accumulate_in_place(self.level, values, tile, sums);
         }
-        VALUES.with_borrow_mut(|(_, padded)| {
+        Kept::with(&VALUES, KEPT, |(_, padded)| {
             padded.clear();
             padded.resize(values.len() / dim * width, 0.0);
             for (padded, row) in padded.chunks_exact_mut(width).zip(values.chunks_exact(dim)) {
@@ -172,7 +197,7 @@ impl CacheHead<'_> {
         sums: &mut [f32],
     ) {
         let dim = self.head.dims.value_dim;
-        VALUES.with_borrow_mut(|(kept, rows)| {
+        Kept::with(&VALUES, KEPT, |(kept, rows)| {
             let packed = kept.take().filter(|packed| {
                 (packed.level(), packed.format()) == (self.level, tile.probs.format())
             });
@@ -232,15 +257,19 @@ impl KeyValues for CacheHead<'_> {
     }
 
     fn prepare(&self, rows: &Rows, queries: &mut QueryBlock) {
-        let QueryBlock { values, buffer, rows: codes, biases, .. } = queries;
+        let QueryBlock { values, rotated, buffer, rows: codes, biases, .. } = queries;
         gather(self.queries, &self.shape, rows, values, buffer);
         let (count, depth) = (rows.range.len(), self.head.dims.depth);
-        two_codes(self.level, values, (count, depth), codes, buffer);
+        rotated.clone_from(values);
+        if let Some(rotation) = self.head.rotation {
+            rotation.apply(rotated);
+        }
+        two_codes(self.level, rotated, (count, depth), codes, buffer);
         codes.scales.iter_mut().for_each(|x| *x *= self.factor);
         biases.clear();
         biases.resize(2 * count, 0.0);
         if let Some(offset) = &self.head.offset {
-            self.bias(values, offset, &mut biases[..count]);
+            self.bias(values, offset, biases, 1);
         }
         queries.pack(self.level, 2 * count, depth);
     }
@@ -255,6 +284,19 @@ impl KeyValues for CacheHead<'_> {
         let rows = queries.rows.scales.len() / 2;
         let queries = contracts::Rows::new(&queries.values, rows, depth, depth);
         score_in_place(self.level, (queries, of_keys), self.factor, scores, stride);
+    }
+
+    fn large(&self, keys: Range<usize>) -> Vec<usize> {
+        let dim = self.head.dims.value_dim;
+        if let Some((rows, first)) = self.float_rows(&keys) {
+            let part = &rows.values[(keys.start - first) * dim..(keys.end - first) * dim];
+            return large_rows(contracts::Rows::new(part, keys.len(), dim, dim), keys);
+        }
+        let pages = self.head.pages_of(keys.clone());
+        let beside = pages.flat_map(|(start, _, page)| {
+            page.values.exceptions().iter().map(move |(slot, _)| start + slot)
+        });
+        beside.filter(|key| keys.contains(key)).collect()
     }
 
     fn format(&self, rows: usize) -> Format {
@@ -311,7 +353,7 @@ fn two_codes(
     let mut quantize = |values: &[f32], codes: &mut [i8], scales: &mut [f32]| {
         let (zeros, sums) = (&mut zeros[..rows], &mut sums[..rows]);
         let out = BlockCodes { codes, scales, zeros, sums };
-        level.quantize_symmetric(contracts::Rows::contiguous(values, depth), None, out);
+        level.quantize_symmetric(contracts::Rows::contiguous(values, depth), out);
     };
     quantize(values, first, first_scales);
     left_over.clear();

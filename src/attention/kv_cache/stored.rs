@@ -17,10 +17,12 @@ pub(super) struct Stored {
     pub values: StoredRows,
     /// Values that their format cannot hold, by token.
     pub exceptions: Vec<(usize, Vec<f32>)>,
-    /// Sinks, and the recent tokens.
-    pub rows: [Rows; 2],
+    /// Keys that stand out of their group, by token.
+    pub outliers: Vec<(usize, Vec<f32>)>,
+    /// Sinks, the recent tokens, and those of the last group in pages.
+    pub rows: [Rows; 3],
     pub offset: Option<Vec<f32>>,
-    /// Those of the groups with tokens in pages, where offsets move: `[groups, D]`.
+    /// Those of the groups with tokens in pages, where each has its own: `[groups, D]`.
     pub offsets: Vec<f32>,
 }
 
@@ -33,7 +35,8 @@ impl Stored {
             key_scales: Vec::new(),
             values: StoredRows { bytes: Vec::new(), scales: Vec::new() },
             exceptions: Vec::new(),
-            rows: [Rows::default(), Rows::default()],
+            outliers: Vec::new(),
+            rows: Default::default(),
             offset: None,
             offsets: Vec::new(),
         }
@@ -76,40 +79,65 @@ impl Stored {
             return Err(format!("a key scale of {scale}, expected a positive number"));
         }
         self.check_offset(head, config)?;
+        self.check_last(first + self.tokens, config)?;
+        self.check_outliers(first, config)?;
         self.check_values(config.values)?;
         self.check_exceptions(first, config.values)
     }
 
-    /// Whether the offset of the next key is there where it must be known, and what it must be.
+    /// Whether the offset of keys is there where it must be known, and what it must be.
     fn check_offset(&self, head: usize, config: &KvCacheConfig) -> Result<(), String> {
         if self.offset.iter().flatten().chain(&self.offsets).any(|x| x.is_nan()) {
             return Err("a key offset of NaN".into());
         }
         let waiting = self.rows[1].tokens;
-        let first = match config.key_smoothing {
-            KeySmoothing::FirstTokens(tokens) => tokens.max(1),
-            KeySmoothing::Moving => GROUP,
-            KeySmoothing::None | KeySmoothing::Given(_) => 0,
+        let most = match config.key_smoothing {
+            KeySmoothing::Groups => config.recent.saturating_add(GROUP - 1),
+            KeySmoothing::FirstTokens(tokens) if self.offset.is_none() => tokens.max(1) - 1,
+            _ => config.recent,
         };
-        let Some(offset) = &self.offset else {
-            return match self.tokens == 0 && waiting < first {
-                true => Ok(()),
-                false => Err(format!("{} tokens without a key offset", self.tokens + waiting)),
-            };
-        };
-        if waiting > config.recent {
-            let recent = config.recent;
-            return Err(format!("{waiting} tokens in f32, expected the {recent} recent ones"));
+        if waiting > most {
+            return Err(format!("{waiting} tokens in f32, expected at most {most}"));
         }
-        let as_configured = match &config.key_smoothing {
-            KeySmoothing::None => offset.iter().all(|x| *x == 0.0),
-            KeySmoothing::Given(given) => given.get(head) == Some(offset),
-            KeySmoothing::FirstTokens(_) | KeySmoothing::Moving => true,
+        let as_configured = match (&config.key_smoothing, &self.offset) {
+            (KeySmoothing::None, Some(offset)) => offset.iter().all(|x| *x == 0.0),
+            (KeySmoothing::Given(given), Some(offset)) => given.get(head) == Some(offset),
+            (KeySmoothing::FirstTokens(_), offset) => offset.is_some() || self.tokens == 0,
+            (KeySmoothing::Groups, offset) => offset.is_none(),
+            (KeySmoothing::None | KeySmoothing::Given(_), None) => false,
         };
         match as_configured {
             true => Ok(()),
             false => Err("another key offset than the configuration has".into()),
         }
+    }
+
+    /// The last group is kept in f32 whole or not at all.
+    fn check_last(&self, packed: usize, config: &KvCacheConfig) -> Result<(), String> {
+        let tokens = self.rows[2].tokens;
+        let start = (packed.saturating_sub(1) / GROUP * GROUP).max(config.sinks);
+        let whole = config.key_smoothing == KeySmoothing::Groups
+            && packed.is_multiple_of(GROUP)
+            && tokens == packed.saturating_sub(start);
+        match tokens == 0 || whole && tokens <= self.tokens {
+            true => Ok(()),
+            false => Err(format!("{tokens} tokens of a last group that ends with token {packed}")),
+        }
+    }
+
+    /// Each token has one key at most, and no codes in its place.
+    fn check_outliers(&self, first: usize, config: &KvCacheConfig) -> Result<(), String> {
+        if !self.outliers.is_sorted_by(|(a, _), (b, _)| a < b) {
+            return Err("outliers that are not in the order of their tokens".into());
+        }
+        let depth = self.dims.depth;
+        for (token, _) in &self.outliers {
+            let codes = &self.keys[(token - first) * depth..(token - first + 1) * depth];
+            if !config.outliers || codes.iter().any(|code| *code != 0) {
+                return Err(format!("token {token} has codes and a key in f32"));
+            }
+        }
+        Ok(())
     }
 
     /// Values in pages are what their format holds; all else is an exception.
@@ -118,9 +146,14 @@ impl Stored {
         let halves = || bytes.as_chunks::<2>().0.iter().copied();
         let held = match format {
             CacheValues::F16 => halves().all(|x| f16::from_le_bytes(x).is_finite()),
-            CacheValues::Bf16 => halves().all(|x| bf16::from_le_bytes(x).is_finite()),
+            CacheValues::Bf16 => {
+                halves().all(|x| bf16::from_le_bytes(x).to_f32().abs() <= format.limit())
+            }
             CacheValues::Int8 => {
-                scales.iter().all(|x| is_scale(*x)) && !bytes.contains(&(i8::MIN as u8))
+                // The largest code stands for the largest value, but for rounding.
+                let most = format.limit() / 126.0;
+                let scales = scales.iter().all(|x| is_scale(*x) && *x <= most);
+                scales && !bytes.contains(&(i8::MIN as u8))
             }
         };
         match held {
@@ -159,7 +192,7 @@ impl Stored {
             }
             stored.key_scales.extend_from_slice(&page.key_scales[slots.clone()]);
             let groups = slots.start / GROUP..slots.end.div_ceil(GROUP);
-            let depth = if head.moving { head.dims.depth } else { 0 };
+            let depth = if head.local { head.dims.depth } else { 0 };
             let offsets = &page.offsets[groups.start * depth..groups.end * depth];
             stored.offsets.extend_from_slice(offsets);
             let rows = page.values.stored(slots);
@@ -167,10 +200,11 @@ impl Stored {
             stored.values.scales.extend(rows.scales);
             let mut exceptions = page.values.exceptions().to_vec();
             exceptions.sort_by_key(|(slot, _)| *slot);
-            let by_token = exceptions.into_iter().map(|(slot, row)| (start + slot, row));
-            stored.exceptions.extend(by_token);
+            let by_token = |(slot, row)| (start + slot, row);
+            stored.exceptions.extend(exceptions.into_iter().map(by_token));
+            stored.outliers.extend(page.outliers.iter().cloned().map(by_token));
         }
-        stored.rows = [head.sinks.clone(), head.recent.clone()];
+        stored.rows = [head.sinks.clone(), head.recent.clone(), head.last.clone()];
         stored.offset = head.offset.clone();
         stored
     }
@@ -208,7 +242,7 @@ impl Head {
             self.packed += count;
             done += count;
         }
-        if self.moving {
+        if self.local {
             let groups = Stored::groups(first..self.packed);
             for (group, offset) in groups.zip(stored.offsets.chunks_exact(depth.max(1))) {
                 let index = group * GROUP / PAGE - self.first_page;
@@ -220,7 +254,11 @@ impl Head {
             let index = token / PAGE - self.first_page;
             self.page(index).values.restore_exception(token % PAGE, row);
         }
-        [self.sinks, self.recent] = stored.rows;
+        for (token, row) in stored.outliers {
+            let index = token / PAGE - self.first_page;
+            self.page(index).outliers.push((token % PAGE, row));
+        }
+        [self.sinks, self.recent, self.last] = stored.rows;
         self.offset = stored.offset;
         self
     }

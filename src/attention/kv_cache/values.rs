@@ -5,7 +5,7 @@ use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, LANES, Rows, Stored, bf16_bits};
 use crate::cpu::plain::widest;
 use crate::memory::AlignedBytes;
-use crate::product::StoredMatrix;
+use crate::product::{LARGEST, StoredMatrix};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -50,9 +50,7 @@ impl CacheValues {
         match self {
             // What rounds to infinity is not held.
             CacheValues::F16 => 65_519.0,
-            CacheValues::Bf16 => bf16::MAX.to_f32(),
-            // A product of scale and code stays finite, whatever the rounding.
-            CacheValues::Int8 => f32::MAX / 2.0,
+            CacheValues::Bf16 | CacheValues::Int8 => LARGEST,
         }
     }
 }
@@ -132,7 +130,7 @@ impl Values {
                     zeros: &mut [0],
                     sums: &mut [0],
                 };
-                level.quantize_symmetric(Rows::contiguous(row, row.len()), None, codes_out);
+                level.quantize_symmetric(Rows::contiguous(row, row.len()), codes_out);
                 out.iter_mut().zip(codes).for_each(|(out, code)| *out = code as u8);
             }
         }

@@ -58,6 +58,12 @@ impl<'a> Rows<'a> {
         buffer
     }
 
+    /// Some of the rows.
+    pub(crate) fn part(&self, rows: std::ops::Range<usize>) -> Self {
+        let data = self.data.get(rows.start * self.stride..).unwrap_or_default();
+        Self::new(data, rows.len(), self.depth, self.stride)
+    }
+
     /// The rows, first to last.
     #[inline(always)]
     pub(crate) fn iter(self) -> impl Iterator<Item = &'a [f32]> {
@@ -85,13 +91,12 @@ pub(crate) struct BlockCodes<'a> {
 
 impl BlockCodes<'_> {
     /// # Panics
-    /// Unless there is room for the codes of `rows`, and an offset has their depth.
-    pub(crate) fn check(&self, rows: Rows<'_>, offset: Option<&[f32]>) {
+    /// Unless there is room for the codes of `rows`.
+    pub(crate) fn check(&self, rows: Rows<'_>) {
         let count = rows.count();
         assert_eq!(Some(self.codes.len()), count.checked_mul(rows.depth()));
         let lens = [self.scales.len(), self.zeros.len(), self.sums.len()];
         assert!(lens.iter().all(|&len| len == count), "{lens:?} for {count} rows");
-        assert!(offset.is_none_or(|offset| offset.len() == rows.depth()));
     }
 }
 
@@ -104,21 +109,17 @@ pub(crate) const ROTATED: usize = 128;
 pub(crate) struct RowKernels {
     /// Name in reports.
     pub name: &'static str,
-    /// Symmetric codes with a scale a row, after subtracting a vector of `depth` numbers from each row
-    /// if there is one: `(rows, offset, out)`. Lengths are checked by the caller.
+    /// Symmetric codes with a scale a row: `(rows, out)`. Lengths are checked by the caller.
     ///
     /// # Safety
     /// The instructions are there; so for the other.
-    pub quantize_symmetric: unsafe fn(Rows<'_>, Option<&[f32]>, BlockCodes<'_>),
+    pub quantize_symmetric: unsafe fn(Rows<'_>, BlockCodes<'_>),
     /// Multiplies rows of `depth` elements by the matrix of [`Rotation`](crate::quant::Rotation), in place:
     /// `(depth, rows)`, of which only whole rows are there. A block is multiplied by its factor first; then
     /// come the sums and differences of elements that are 1, 2, 4 .. apart, each rounded.
     pub rotate: unsafe fn(usize, &mut [f32]),
-    /// The dot product of a vector with every row, less an offset if there is one:
-    /// `(rows, offset, vector, out)`. Sums of 16 lanes, each product and each addition rounded, that are
+    /// The dot product of a vector with every row: `(rows, vector, out)`. Sums of 16 lanes, each product and
+    /// each addition rounded, that are
     /// added up as [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
-    pub dots: Dots,
+    pub dots: unsafe fn(Rows<'_>, &[f32], &mut [f32]),
 }
-
-/// `(rows, offset, vector, out)`: see [`RowKernels::dots`].
-pub(crate) type Dots = unsafe fn(Rows<'_>, Option<&[f32]>, &[f32], &mut [f32]);

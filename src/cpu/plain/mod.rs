@@ -86,20 +86,14 @@ macro_rules! plain_kernels {
         $(#[target_feature(enable = $features)])?
         fn quantize_symmetric(
             rows: crate::cpu::contracts::Rows<'_>,
-            offset: Option<&[f32]>,
             out: crate::cpu::contracts::BlockCodes<'_>,
         ) {
-            crate::cpu::plain::rows::quantize_symmetric(rows, offset, out);
+            crate::cpu::plain::rows::quantize_symmetric(rows, out);
         }
 
         $(#[target_feature(enable = $features)])?
-        fn dots(
-            rows: crate::cpu::contracts::Rows<'_>,
-            offset: Option<&[f32]>,
-            vector: &[f32],
-            out: &mut [f32],
-        ) {
-            crate::cpu::plain::rows::dots(rows, offset, vector, out);
+        fn dots(rows: crate::cpu::contracts::Rows<'_>, vector: &[f32], out: &mut [f32]) {
+            crate::cpu::plain::rows::dots(rows, vector, out);
         }
 
         $(#[target_feature(enable = $features)])?

@@ -75,19 +75,10 @@ pub(crate) fn quantize_row(
 
 /// [`RowKernels::quantize_symmetric`](crate::cpu::contracts::RowKernels::quantize_symmetric).
 #[inline(always)]
-pub(crate) fn quantize_symmetric(rows: Rows<'_>, offset: Option<&[f32]>, out: BlockCodes<'_>) {
+pub(crate) fn quantize_symmetric(rows: Rows<'_>, out: BlockCodes<'_>) {
     let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
-    let mut smoothed = vec![0.0; if offset.is_some() { rows.depth() } else { 0 }];
     out.zeros.fill(0);
     for (row, (values, codes)) in rows.iter().zip(codes).enumerate() {
-        let values = match offset {
-            Some(offset) => {
-                let from = values.iter().zip(offset);
-                smoothed.iter_mut().zip(from).for_each(|(to, (x, o))| *to = x - o);
-                smoothed.as_slice()
-            }
-            None => values,
-        };
         let (max, finite) = max_magnitude(values);
         if finite {
             out.scales[row] = symmetric_scale(max);
@@ -101,32 +92,13 @@ pub(crate) fn quantize_symmetric(rows: Rows<'_>, offset: Option<&[f32]>, out: Bl
 
 /// [`RowKernels::dots`](crate::cpu::contracts::RowKernels::dots).
 #[inline(always)]
-pub(crate) fn dots(rows: Rows<'_>, offset: Option<&[f32]>, vector: &[f32], out: &mut [f32]) {
-    match offset {
-        Some(offset) => {
-            for (row, out) in rows.iter().zip(out) {
-                let part = |at: usize| {
-                    let (x, o) = (lanes_or_zeros(row, at), lanes_or_zeros(offset, at));
-                    each_lane(|i| x[i] - o[i])
-                };
-                *out = dot(row.len(), part, vector);
-            }
+pub(crate) fn dots(rows: Rows<'_>, vector: &[f32], out: &mut [f32]) {
+    for (row, out) in rows.iter().zip(out) {
+        let mut sums = [0f32; LANES];
+        for at in (0..row.len()).step_by(LANES) {
+            let (x, y) = (lanes_or_zeros(row, at), lanes_or_zeros(vector, at));
+            sums = each_lane(|i| x[i] * y[i] + sums[i]);
         }
-        None => {
-            for (row, out) in rows.iter().zip(out) {
-                *out = dot(row.len(), |at| lanes_or_zeros(row, at), vector);
-            }
-        }
+        *out = sum_lanes(sums);
     }
-}
-
-/// The sum of products of `len` elements, of which `part(at)` are 16 from `at` on.
-#[inline(always)]
-fn dot(len: usize, part: impl Fn(usize) -> [f32; LANES], vector: &[f32]) -> f32 {
-    let mut sums = [0f32; LANES];
-    for at in (0..len).step_by(LANES) {
-        let (x, y) = (part(at), lanes_or_zeros(vector, at));
-        sums = each_lane(|i| x[i] * y[i] + sums[i]);
-    }
-    sum_lanes(sums)
 }

@@ -5,9 +5,11 @@ use crate::attention::{AttentionCall, AttentionConfig, Backend, attention};
 use crate::drift::Candidate;
 use crate::drift::metrics::entropy;
 use crate::models::Attend;
-use crate::quant::{QuantConfig, QuantizedTensor, token_mean};
+use crate::quant::{
+    ConditionedHead, Conditioning, KEY_BLOCK, QUERY_BLOCK, QuantConfig, QuantizedTensor,
+};
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
 use std::time::Instant;
 
@@ -167,16 +169,17 @@ pub(crate) struct Int8Stages {
 impl Int8Stages {
     pub fn of(call: &Call, candidate: &Candidate) -> Result<Self> {
         let scores = &candidate.config.scores;
+        let (of_q, of_k) = scores.conditioning(call.q.dim(D::Minus1)?);
         Ok(Self {
-            q: Rounded::of(&call.q, &scores.q, scores.smooth_q)?,
-            k: Rounded::of(&call.k, &scores.k, scores.smooth_k)?,
+            q: Rounded::of(&call.q, &scores.q, (&of_q, QUERY_BLOCK))?,
+            k: Rounded::of(&call.k, &scores.k, (&of_k, KEY_BLOCK))?,
             scores: flat(&candidate.scores(&call.q, &call.k)?)?,
             probabilities: call.probabilities(Some(candidate))?,
         })
     }
 }
 
-/// A tensor `[1, H, S, D]` as its int8 codes have it: quantized and back, means added again.
+/// A tensor `[1, H, S, D]` as its int8 codes have it: conditioned, quantized, and back.
 pub(crate) struct Rounded {
     /// Flat.
     pub values: Vec<f32>,
@@ -186,16 +189,27 @@ pub(crate) struct Rounded {
 }
 
 impl Rounded {
-    pub fn of(tensor: &Tensor, config: &QuantConfig, smooth: bool) -> Result<Self> {
+    pub fn of(
+        tensor: &Tensor,
+        config: &QuantConfig,
+        (conditioning, block): (&Conditioning, usize),
+    ) -> Result<Self> {
         let shape = tensor.dims().to_vec();
         let (_, heads, tokens, depth) = tensor.dims4()?;
+        let original = flat(&tensor.to_dtype(DType::F32)?)?;
         let matrix = (tokens * depth).max(1);
-        let mut values = flat(&tensor.to_dtype(DType::F32)?)?;
-        let means: Vec<Vec<f32>> = match smooth {
-            true => values.chunks(matrix).map(|head| token_mean(head, depth)).collect(),
-            false => vec![vec![0.0; depth]; heads],
-        };
-        shift(&mut values, &means, matrix, |x, mean| x - mean);
+        let condition = |head| ConditionedHead::new(conditioning, head, depth, block);
+        let conditioned: Vec<_> = original.chunks(matrix).map(condition).collect();
+        // What stands out is not in the range of the others.
+        let outliers = conditioned.iter().enumerate().flat_map(|(head, conditioned)| {
+            conditioned.outliers.iter().map(move |row| head * tokens + row)
+        });
+        let outliers: Vec<usize> = outliers.collect();
+        let mut values =
+            conditioned.iter().flat_map(|head| head.values.clone()).collect::<Vec<_>>();
+        for row in &outliers {
+            values[row * depth..(row + 1) * depth].fill(0.0);
+        }
         let quantized = QuantizedTensor::quantize_slice(&values, &shape, config)?;
         let mut real = quantized.dequantize_to_vec();
         let beyond = |(i, (x, y)): (usize, (&f32, &f32))| {
@@ -205,21 +219,18 @@ impl Rounded {
         let all: Vec<bool> = values.iter().zip(&real).enumerate().map(beyond).collect();
         let count = |head: &[bool]| head.iter().filter(|&&clipped| clipped).count() as u64;
         let clipped = all.chunks(matrix).map(count).collect();
-        shift(&mut real, &means, matrix, |x, mean| x + mean);
+        for (real, head) in real.chunks_mut(matrix).zip(&conditioned) {
+            head.undo(real, depth);
+        }
+        for row in outliers {
+            let elements = row * depth..(row + 1) * depth;
+            real[elements.clone()].copy_from_slice(&original[elements]);
+        }
         Ok(Self { values: real, clipped, shape })
     }
 
     pub fn tensor(&self) -> Result<Tensor> {
         Ok(Tensor::from_slice(&self.values, self.shape.as_slice(), &Device::Cpu)?)
-    }
-}
-
-/// Applies `f` to every element and the mean of its channel.
-fn shift(values: &mut [f32], means: &[Vec<f32>], matrix: usize, f: fn(f32, f32) -> f32) {
-    for (head, mean) in values.chunks_mut(matrix).zip(means) {
-        for row in head.chunks_mut(mean.len().max(1)) {
-            row.iter_mut().zip(mean).for_each(|(x, &mean)| *x = f(*x, mean));
-        }
     }
 }
 

@@ -80,17 +80,21 @@ impl SearchConfig {
     }
 }
 
-/// Per tensor, head and token without smoothing, with smooth-K and with both, symmetric; per token
-/// with both, affine; each with P·V in every precision: f32, the default of this machine, int8.
+/// Per tensor, head and token as they are, with both sides smoothed by blocks, and with all that the default
+/// does, symmetric; per token with all of it, affine; each with P·V in every precision: f32, the default of
+/// this machine, int8.
 pub fn candidates() -> Vec<Int8Config> {
     use Granularity::{PerHead, PerTensor, PerToken};
-    let smoothing = [(false, false), (true, false), (true, true)];
-    let symmetric = [PerTensor, PerHead, PerToken].into_iter().flat_map(|granularity| {
-        let plain = move || ScoreConfig::plain(Scheme::Symmetric, granularity);
-        smoothing.map(|(smooth_k, smooth_q)| ScoreConfig { smooth_k, smooth_q, ..plain() })
-    });
-    let affine = ScoreConfig::plain(Scheme::Affine, PerToken);
-    let affine = ScoreConfig { smooth_k: true, smooth_q: true, ..affine };
+    let of = |scheme, granularity| {
+        let plain = ScoreConfig::plain(scheme, granularity);
+        let (q, k) = (plain.q.clone(), plain.k.clone());
+        let whole = ScoreConfig { q, k, ..ScoreConfig::default() };
+        [plain, ScoreConfig { rotate: false, outliers: false, ..whole.clone() }, whole]
+    };
+    let symmetric = [PerTensor, PerHead, PerToken];
+    let symmetric =
+        symmetric.into_iter().flat_map(|granularity| of(Scheme::Symmetric, granularity));
+    let [.., affine] = of(Scheme::Affine, PerToken);
     let precisions = [PvPrecision::Int8, PvPrecision::Auto, PvPrecision::F32];
     let all = symmetric.chain([affine]);
     all.flat_map(|scores| precisions.map(|pv| Int8Config { scores: scores.clone(), pv })).collect()
@@ -279,7 +283,7 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
                 .collect();
             self.set_layers(&settings);
             let found = embeddings(&*self.model, self.passages)?;
-            let energy = embedding_error(&reference, &found);
+            let energy = embedding_error(&reference, &found)?;
             let seconds: f64 =
                 menus.iter().zip(chosen).map(|(menu, &choice)| menu.get(choice).seconds).sum();
             (self.progress)(&format!(
@@ -311,7 +315,7 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
         self.set_layers(settings);
         let found = embeddings(&*self.model, passages)?;
         Ok(Figures {
-            embedding_sqnr_db: embedding_error(&reference, &found).sqnr_db(),
+            embedding_sqnr_db: embedding_error(&reference, &found)?.sqnr_db(),
             layer_sqnr_db: layers.iter().map(LayerErrors::mean_sqnr_db).collect(),
             worst_head_db: layers.iter().map(LayerErrors::worst_head_db).collect(),
         })

@@ -8,6 +8,7 @@ use super::linear::{Matrix, WeightFormat};
 use super::rope::Rope;
 use super::weights::{Loader, Part, Shards, Source};
 use crate::attention::{AttentionConfig, KvCacheConfig};
+use crate::memory::check_size;
 use crate::models::files::unused_head;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -229,7 +230,8 @@ impl LlamaModel {
     /// attention, and returns `[B, H, N, head_dim]`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if there is no such layer; those of `attend`; Candle's own.
+    /// [`Error::InvalidArgument`] if there is no such layer, [`Error::Shape`] for hidden states of another
+    /// shape; those of `attend`; Candle's own.
     pub fn layer_with(
         &self,
         index: usize,
@@ -242,7 +244,17 @@ impl LlamaModel {
                 "layer {index}, expected less than {layers}"
             )));
         };
-        let rotation = self.rope.at(0, hidden.dim(1)?, &self.device)?;
+        const OP: &str = "LlamaModel::layer_with";
+        let (batch, tokens) = match *hidden.dims() {
+            [batch, tokens, width] if width == self.config.hidden_size => (batch, tokens),
+            ref shape => {
+                let expected = format!("[B, N, {}]", self.config.hidden_size);
+                let shape = shape.to_vec();
+                return Err(Error::Shape { op: OP, tensor: "hidden", shape, expected });
+            }
+        };
+        self.check_batch(OP, batch, tokens)?;
+        let rotation = self.rope.at(0, tokens, &self.device)?;
         layer.forward_with(hidden, &rotation, attend)
     }
 
@@ -289,6 +301,7 @@ impl LlamaModel {
                 return Err(Error::Shape { op: OP, tensor: "input_ids", shape, expected });
             }
         };
+        self.check_batch(OP, ids.dims()[0], tokens)?;
         let rows = self.config.vocab_size;
         let ids = ids.flatten_all()?.to_vec1::<u32>()?;
         match ids.into_iter().find(|&id| id as usize >= rows) {
@@ -297,5 +310,15 @@ impl LlamaModel {
             ))),
             None => Ok(tokens),
         }
+    }
+
+    /// # Errors
+    /// [`Error::Shape`] for a batch of which memory has no addresses for the widest tensors of a forward pass:
+    /// of a feed-forward block, of all heads, and the logits.
+    fn check_batch(&self, op: &'static str, batch: usize, tokens: usize) -> Result<()> {
+        let LlamaConfig { hidden_size, intermediate_size, vocab_size, .. } = self.config;
+        let heads = self.config.num_attention_heads * self.config.head_dim;
+        let width = hidden_size.max(intermediate_size).max(heads).max(vocab_size);
+        check_size(op, "the widest tensor of a forward pass", &[batch, tokens, width])
     }
 }

@@ -154,6 +154,8 @@ impl Int8Weights {
         let scales = ScoreScales {
             row_scales: &rows.scales,
             row_biases: &rows.zeros,
+            // One for all columns.
+            bias_columns: self.outputs().max(1).next_multiple_of(self.panel_width()),
             column_scales: &self.scales,
             column_biases: bias,
             zeros: None,
@@ -211,7 +213,7 @@ impl Buffers {
             zeros: &mut self.zeros,
             sums: &mut self.sums,
         };
-        level.quantize_symmetric(Rows::new(&self.rotated, count, depth, depth), None, out);
+        level.quantize_symmetric(Rows::new(&self.rotated, count, depth, depth), out);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::product::{Epilogue, multiply, multiply_twice};
 use super::{Activation, OP, Packed, misshaped};
 use crate::Result;
-use crate::memory::written;
+use crate::memory::{check_size, written};
 use crate::nn::layer_norm::FusedNorm;
 use crate::view::View;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
@@ -67,10 +67,11 @@ impl Fused<'_> {
         residual: Option<&[f32]>,
     ) -> Result<(CpuStorage, Shape)> {
         let shape = self.shape(layout.dims())?;
+        check_size(OP, "the result", &shape)?;
         let x = View::of_rows(OP, "x", x, layout)?;
         let epilogue = Epilogue { residual, activation: self.activation, norm: self.norm };
         let len = shape.iter().product();
-        // SAFETY: both write every element.
+        // SAFETY: both panic unless `out` is as long as its rows times its outputs, and write every element.
         let out = unsafe {
             written(len, |out| match self.before {
                 Some(before) => multiply_twice(&x, before, self.layer, epilogue, out),

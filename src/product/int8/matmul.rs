@@ -3,7 +3,7 @@
 use super::pack::{PackedLhs, PackedRhs};
 use super::tiles::{ZeroCorrection, int_tiles};
 use crate::cpu::Level;
-use crate::memory::written;
+use crate::memory::{check_size, written};
 use crate::parallel::Work;
 use crate::{Error, Result};
 use std::mem::MaybeUninit;
@@ -44,19 +44,19 @@ impl ZeroPoints<'_> {
         }
     }
 
-    /// One for each of `rows`, each within `allowed`.
-    fn expand(
+    /// Whether there is one for each of `rows`, each within `allowed`.
+    fn check(
         &self,
         rows: usize,
         tensor: &'static str,
         allowed: std::ops::RangeInclusive<i32>,
-    ) -> Result<Vec<i32>> {
-        let zeros = match *self {
-            ZeroPoints::Zero => vec![0; rows],
-            ZeroPoints::Uniform(zero) => vec![zero; rows],
-            ZeroPoints::PerRow(zeros) => zeros.to_vec(),
+    ) -> Result<()> {
+        let zeros = match self {
+            ZeroPoints::Zero => &[],
+            ZeroPoints::Uniform(zero) => std::slice::from_ref(zero),
+            ZeroPoints::PerRow(zeros) => *zeros,
         };
-        if zeros.len() != rows {
+        if matches!(self, ZeroPoints::PerRow(_)) && zeros.len() != rows {
             let expected = format!("one for each of {rows} rows");
             let shape = vec![zeros.len()];
             return Err(Error::Shape { op: "matmul_nt", tensor, shape, expected });
@@ -67,7 +67,16 @@ impl ZeroPoints<'_> {
                 allowed.start(),
                 allowed.end()
             ))),
-            None => Ok(zeros),
+            None => Ok(()),
+        }
+    }
+
+    /// One for each of `rows`.
+    fn expand(&self, rows: usize) -> Vec<i32> {
+        match *self {
+            ZeroPoints::Zero => vec![0; rows],
+            ZeroPoints::Uniform(zero) => vec![zero; rows],
+            ZeroPoints::PerRow(zeros) => zeros.to_vec(),
         }
     }
 }
@@ -97,7 +106,8 @@ pub const fn max_depth(with_zero_points: bool) -> usize {
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`] if a slice's length is not what `(M, N, D)` says, [`Error::Depth`] beyond
+/// [`Error::Shape`] if a slice's length is not what `(M, N, D)` says, or `[M, D]`, `[N, D]` or the result
+/// `[M, N]` is larger than the address space, [`Error::Depth`] beyond
 /// [`max_depth`], [`Error::QuantParams`] for a zero point that is not a code of its side,
 /// [`Error::Level`] if [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
 pub fn matmul_nt(
@@ -118,10 +128,9 @@ pub(super) fn matmul_nt_with(
     rhs_zeros: ZeroPoints<'_>,
     (m, n, depth): (usize, usize, usize),
 ) -> Result<Vec<i32>> {
-    let Some(len) = m.checked_mul(n) else {
-        let expected = "a product M * N that fits the address space".into();
-        return Err(Error::Shape { op: "matmul_nt", tensor: "out", shape: vec![m, n], expected });
-    };
+    for (tensor, shape) in [("lhs", [m, depth]), ("rhs", [n, depth]), ("out", [m, n])] {
+        check_size("matmul_nt", tensor, &shape)?;
+    }
     let lhs_len = match lhs {
         Lhs::I8(lhs) => lhs.len(),
         Lhs::U8(lhs) => lhs.len(),
@@ -132,18 +141,25 @@ pub(super) fn matmul_nt_with(
     if depth > limit {
         return Err(Error::Depth { depth, limit });
     }
+    let of_lhs = if let Lhs::I8(_) = lhs { -128..=127 } else { 0..=255 };
+    lhs_zeros.check(m, "lhs_zeros", of_lhs)?;
+    rhs_zeros.check(n, "rhs_zeros", -128..=127)?;
+    let len = m * n;
+    if len == 0 {
+        return Ok(Vec::new());
+    }
 
     // Unsigned codes are signed ones shifted by 128, zero points included.
     let (signed, shift);
     let (lhs, lhs_zeros) = match lhs {
-        Lhs::I8(lhs) => (lhs, lhs_zeros.expand(m, "lhs_zeros", -128..=127)?),
+        Lhs::I8(lhs) => (lhs, lhs_zeros.expand(m)),
         Lhs::U8(lhs) => {
-            shift = lhs_zeros.expand(m, "lhs_zeros", 0..=255)?;
+            shift = lhs_zeros.expand(m);
             signed = lhs.iter().map(|&a| (a ^ 0x80) as i8).collect::<Vec<_>>();
             (signed.as_slice(), shift.iter().map(|zero| zero - 128).collect())
         }
     };
-    let mut rhs_zeros = rhs_zeros.expand(n, "rhs_zeros", -128..=127)?;
+    let mut rhs_zeros = rhs_zeros.expand(n);
 
     let mut column_sums = row_sums(rhs, n, depth);
     let mut keys = PackedRhs::new(level, n, depth);
@@ -174,11 +190,10 @@ pub(super) fn matmul_nt_with(
     };
     let work = Work { int8_macs: len.saturating_mul(depth), elements: len, ..Work::default() };
     let all = |out: &mut [MaybeUninit<i32>]| {
-        if len > 0 {
-            work.for_each(out.chunks_mut(ROW_BLOCK * n).enumerate().collect(), block);
-        }
+        work.for_each(out.chunks_mut(ROW_BLOCK * n).enumerate().collect(), block);
     };
-    // SAFETY: the blocks cover all rows, and `int_tiles` writes every sum of a block.
+    // SAFETY: `len` is M * N, checked not to overflow. The blocks of whole rows cover all of it, and
+    // `int_tiles` writes every sum of a block.
     Ok(unsafe { written(len, all) })
 }
 

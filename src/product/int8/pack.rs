@@ -2,7 +2,7 @@
 
 use crate::cpu::Level;
 use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput};
-use crate::memory::AlignedBytes;
+use crate::memory::{AlignedBytes, Footprint};
 
 /// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
 /// pointers into panels are sound only if the buffer has the size that it should have.
@@ -240,7 +240,9 @@ impl PackedRhs {
         assert!(row < self.rows && codes.len() == self.depth);
         let Geometry { nr, group, .. } = self.geometry;
         let panel = row / nr * nr * self.depth.div_ceil(group) * group;
-        let groups = self.bytes.as_slice()[panel + row % nr * group..].chunks(nr * group);
+        // Without a depth there are no bytes.
+        let bytes = self.bytes.as_slice().get(panel + row % nr * group..).unwrap_or_default();
+        let groups = bytes.chunks(nr * group);
         for (codes, bytes) in codes.chunks_mut(group).zip(groups) {
             codes.iter_mut().zip(bytes).for_each(|(code, &byte)| *code = byte as i8);
         }
@@ -283,11 +285,6 @@ impl PackedRhs {
         self.rows
     }
 
-    /// Bytes of memory in use.
-    pub(crate) fn memory(&self) -> usize {
-        self.bytes.len() + size_of_val(self.init.as_slice())
-    }
-
     /// The panel that starts at row `row`, a multiple of the kernel's `nr`.
     fn panel(&self, row: usize) -> *const i8 {
         let Geometry { nr, group, .. } = self.geometry;
@@ -308,5 +305,17 @@ impl PackedRhs {
 
     pub(super) fn depth(&self) -> usize {
         self.depth
+    }
+}
+
+impl Footprint for PackedLhs {
+    fn footprint(&self) -> usize {
+        self.bytes.footprint()
+    }
+}
+
+impl Footprint for PackedRhs {
+    fn footprint(&self) -> usize {
+        self.bytes.footprint() + self.init.footprint()
     }
 }

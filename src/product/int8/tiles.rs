@@ -41,7 +41,10 @@ impl ZeroCorrection<'_> {
 /// are padded to whole panels.
 pub(crate) struct ScoreScales<'a> {
     pub row_scales: &'a [f32],
+    /// `[rows, blocks]`: a bias for each block of columns.
     pub row_biases: &'a [f32],
+    /// Columns of a block, a multiple of the kernel's `nr` unless there is only one.
+    pub bias_columns: usize,
     pub column_scales: &'a [f32],
     pub column_biases: &'a [f32],
     /// Zero points, unless both sides are symmetric.
@@ -125,13 +128,13 @@ pub(crate) fn score_tiles(
         // outside of the buffer.
         let whole = at + nr <= stride && at + (panel.rows - 1) * stride + nr <= out.len();
         if whole && scales.zeros.is_none() {
-            let tile = scales.tile(out[at..].as_mut_ptr().cast(), stride, 0, columns.start);
+            let tile = scales.tile(rhs, out[at..].as_mut_ptr().cast(), stride, (0, columns.start));
             // SAFETY: as in `int_tiles` for the panel. The scales and biases were checked to cover
             // all rows and whole panels of columns, and every row of the panel lies inside `out`.
             return unsafe { level.int8_scores(panel, tile) };
         }
         for_each_tile(mr, panel, |rows, input| {
-            let tile = scales.tile(edge.as_mut_ptr(), nr, rows.start, columns.start);
+            let tile = scales.tile(rhs, edge.as_mut_ptr(), nr, (rows.start, columns.start));
             match &scales.zeros {
                 // SAFETY: as above; `edge` holds any tile.
                 None => unsafe { level.int8_scores(input, tile) },
@@ -154,18 +157,34 @@ impl ScoreScales<'_> {
     fn check(&self, lhs: &PackedLhs, rhs: &PackedRhs, nr: usize) {
         let columns = rhs.rows().next_multiple_of(nr);
         assert_eq!(self.row_scales.len(), lhs.rows());
-        assert_eq!(self.row_biases.len(), lhs.rows());
+        let blocks = self.bias_blocks(rhs);
+        assert_eq!(Some(self.row_biases.len()), lhs.rows().checked_mul(blocks));
+        assert!(blocks == 1 || self.bias_columns.is_multiple_of(nr));
         assert!(self.column_scales.len() >= columns);
         assert!(self.column_biases.len() >= columns);
     }
 
+    /// Blocks of columns that have a bias of their own for each row.
+    fn bias_blocks(&self, rhs: &PackedRhs) -> usize {
+        rhs.rows().div_ceil(self.bias_columns).max(1)
+    }
+
     /// A tile from `row` and `column` on that goes to `out`.
-    fn tile(&self, out: *mut f32, stride: usize, row: usize, column: usize) -> ScoreTile {
+    fn tile(
+        &self,
+        rhs: &PackedRhs,
+        out: *mut f32,
+        stride: usize,
+        (row, column): (usize, usize),
+    ) -> ScoreTile {
+        let bias_stride = self.bias_blocks(rhs);
+        let bias = row * bias_stride + column / self.bias_columns;
         ScoreTile {
             out,
             stride,
             row_scales: self.row_scales[row..].as_ptr(),
-            row_biases: self.row_biases[row..].as_ptr(),
+            row_biases: self.row_biases[bias..].as_ptr(),
+            bias_stride,
             column_scales: self.column_scales[column..].as_ptr(),
             column_biases: self.column_biases[column..].as_ptr(),
         }
@@ -200,6 +219,9 @@ mod tests {
     /// What the output holds where no kernel may write, and wherever one forgot to.
     const POISON: f32 = f32::from_bits(0x7fc0_dead);
 
+    /// A multiple of every kernel's `nr`.
+    const BIAS_COLUMNS: usize = 64;
+
     /// Operands with their scales and zero points.
     struct Case {
         dims: (usize, usize, usize),
@@ -226,7 +248,12 @@ mod tests {
                 rhs: codes(rng, n * depth),
                 row_zeros: zeros(rng, m),
                 column_zeros: zeros(rng, n),
-                factors: [floats(rng, m), floats(rng, m), floats(rng, n), floats(rng, n)],
+                factors: [
+                    floats(rng, m),
+                    floats(rng, m * n.div_ceil(BIAS_COLUMNS).max(1)),
+                    floats(rng, n),
+                    floats(rng, n),
+                ],
             }
         }
 
@@ -239,7 +266,8 @@ mod tests {
                 a.iter().zip(b).map(|(&a, &b)| (i32::from(a) - za) * (i32::from(b) - zb));
             let [row_scales, row_biases, column_scales, column_biases] = &self.factors;
             let scaled = products.sum::<i32>() as f32 * row_scales[row] * column_scales[column];
-            scaled + column_biases[column] + row_biases[row]
+            let blocks = self.dims.1.div_ceil(BIAS_COLUMNS).max(1);
+            scaled + column_biases[column] + row_biases[row * blocks + column / BIAS_COLUMNS]
         }
 
         /// The scores of `level`, rows `stride` elements apart, in poisoned memory.
@@ -268,6 +296,7 @@ mod tests {
             let scales = ScoreScales {
                 row_scales: &self.factors[0],
                 row_biases: &self.factors[1],
+                bias_columns: BIAS_COLUMNS,
                 column_scales: &pad_f32(&self.factors[2]),
                 column_biases: &pad_f32(&self.factors[3]),
                 zeros: affine.then_some(zeros),

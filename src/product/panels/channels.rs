@@ -8,11 +8,10 @@
 //! costs nothing: `sum_j p_j (offset + scale * code_j)` is `offset * sum_j p_j` and the integer
 //! product, whatever the probabilities sum to.
 
+use super::LARGEST;
 use crate::cpu::contracts::{Int8Run, LANES};
 use crate::cpu::plain::{each_lane, lanes, widest};
-
-/// A magnitude that takes part in ranges; the width of a range between two of these is finite.
-pub(super) const LARGEST: f32 = f32::MAX / 2.0;
+use crate::memory::Footprint;
 
 /// The largest code.
 const CODE_MAX: f32 = 127.0;
@@ -38,6 +37,12 @@ impl Channels {
             scales: vec![0.0; depth.next_multiple_of(LANES)],
             inverses: vec![0.0; depth.next_multiple_of(LANES)],
         }
+    }
+
+    /// Bytes of memory.
+    pub(super) fn footprint(&self) -> usize {
+        let Self { low, high, offsets, scales, inverses } = self;
+        [low, high, offsets, scales, inverses].map(Footprint::footprint).iter().sum()
     }
 
     /// Widens the ranges to row-major `rows`; those with a larger magnitude than [`LARGEST`] or

@@ -1,13 +1,14 @@
 //! A matrix in the order a kernel reads it, and the products with it.
 
-use super::channels::{Channels, Dequantize, LARGEST, code, dequantize};
+use super::LARGEST;
+use super::channels::{Channels, Dequantize, code, dequantize};
 use super::runs::{RunScales, code16, outliers};
 use crate::cpu::Level;
 use crate::cpu::contracts::{
     Format, GROUP, Int8Run, LANES, Panel, PanelProduct, RUN, Rows, bf16_bits,
 };
 use crate::cpu::plain::{each_lane, lanes, widest};
-use crate::memory::AlignedBytes;
+use crate::memory::{AlignedBytes, Footprint};
 use std::borrow::Cow;
 use std::mem::MaybeUninit;
 use std::ops::{BitOr, Range, Shl};
@@ -18,8 +19,8 @@ const INT8_ROWS: usize = 24;
 /// A matrix `[K, C]` for products `[M, K] x [K, C]`: the values of a head (K keys, C channels), its keys
 /// transposed (K channels, C keys), or the weights of a linear layer, transposed.
 ///
-/// Rows that the format cannot hold as finite numbers take no part in the product and are kept
-/// beside, so that a NaN of a masked key does not leak through `0 * NaN`.
+/// Rows with a number beyond [`LARGEST`] or NaN take no part in the product and are kept beside, so that sums
+/// are finite, and a NaN of a masked key does not leak through `0 * NaN`.
 pub(crate) struct PackedMatrix {
     level: Level,
     product: &'static PanelProduct,
@@ -126,12 +127,7 @@ impl PackedMatrix {
         self.product.vectors * LANES
     }
 
-    /// Bytes of memory in use.
-    pub(crate) fn memory(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// The rows that are not finite (in the format), with what they add to the sums for a 1 on the
+    /// The rows with a number beyond [`LARGEST`] or NaN, with what they add to the sums for a 1 on the
     /// left side.
     pub(crate) fn exceptions(&self) -> &[(usize, Vec<f32>)] {
         &self.exceptions
@@ -184,12 +180,7 @@ impl PackedMatrix {
 
     /// Rows from `first` on, those that the format cannot hold kept beside.
     fn without_exceptions<'a>(&mut self, first: usize, rows: &'a [f32]) -> Cow<'a, [f32]> {
-        let limit = match self.product.format {
-            Format::F32 | Format::Int16 => f32::MAX,
-            Format::Bf16 => half::bf16::MAX.to_f32(),
-            Format::Int8 => LARGEST,
-        };
-        let fits = |rows: &[f32]| widest!(all_below, (rows, limit), (&[f32], f32) => bool);
+        let fits = |rows: &[f32]| widest!(all_below, (rows, LARGEST), (&[f32], f32) => bool);
         if fits(rows) {
             return Cow::Borrowed(rows);
         }
@@ -587,6 +578,14 @@ impl PackedMatrix {
             start: std::ptr::null(),
             start_stride: 0,
         }
+    }
+}
+
+impl Footprint for PackedMatrix {
+    fn footprint(&self) -> usize {
+        let rows = self.exceptions.iter().map(|(_, row)| row.footprint() + size_of_val(row));
+        let channels = self.channels.as_ref().map_or(0, Channels::footprint);
+        self.bytes.footprint() + self.fill.footprint() + channels + rows.sum::<usize>()
     }
 }
 

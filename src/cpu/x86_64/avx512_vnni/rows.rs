@@ -13,25 +13,9 @@ pub(crate) const ROWS: RowKernels =
     RowKernels { name: super::NAME, quantize_symmetric, dots, rotate: super::rotate::rotate };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn quantize_symmetric(rows: Rows<'_>, offset: Option<&[f32]>, out: BlockCodes<'_>) {
-    match offset {
-        Some(offset) => quantize_rows::<true>(rows, offset, out),
-        None => quantize_rows::<false>(rows, &[], out),
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn dots(rows: Rows<'_>, offset: Option<&[f32]>, vector: &[f32], out: &mut [f32]) {
-    match offset {
-        Some(offset) => dot_rows::<true>(rows, offset, vector, out),
-        None => dot_rows::<false>(rows, &[], vector, out),
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn quantize_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], out: BlockCodes<'_>) {
+fn quantize_symmetric(rows: Rows<'_>, out: BlockCodes<'_>) {
     let depth = rows.depth();
-    let row = |row: usize| Row::<OFFSET> { row: rows.row(row), offset };
+    let row = |row: usize| Row(rows.row(row));
     out.zeros.fill(0);
     for start in (0..rows.count()).step_by(LANES) {
         let count = LANES.min(rows.count() - start);
@@ -78,12 +62,11 @@ fn scales(max: __m512i) -> (__m512, __m512, __mmask16) {
 }
 
 #[target_feature(enable = "avx512f")]
-fn dot_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], vector: &[f32], out: &mut [f32]) {
+fn dots(rows: Rows<'_>, vector: &[f32], out: &mut [f32]) {
     for (index, out) in out.chunks_mut(LANES).enumerate() {
         let mut sums = [_mm512_setzero_ps(); LANES];
         for (i, sum) in sums[..out.len()].iter_mut().enumerate() {
-            let row = Row::<OFFSET> { row: rows.row(index * LANES + i), offset };
-            row.for_each_chunk(|at, len, x| {
+            Row(rows.row(index * LANES + i)).for_each_chunk(|at, len, x| {
                 // Not fused, so that levels without such an instruction give the same bits.
                 *sum = _mm512_add_ps(_mm512_mul_ps(x, load(vector, at, len)), *sum);
             });
@@ -94,12 +77,8 @@ fn dot_rows<const OFFSET: bool>(rows: Rows<'_>, offset: &[f32], vector: &[f32], 
     }
 }
 
-/// A row and what is subtracted from it, if `OFFSET`.
 #[derive(Clone, Copy)]
-struct Row<'a, const OFFSET: bool> {
-    row: &'a [f32],
-    offset: &'a [f32],
-}
+struct Row<'a>(&'a [f32]);
 
 /// Multiplying by a reciprocal is 4 times as fast as dividing. Its two roundings of a number up to
 /// 127 are off by at most `127 * 2^-23 = 1.5e-5`, which only near a tie can give another code.
@@ -125,21 +104,18 @@ fn load(from: &[f32], at: usize, len: usize) -> __m512 {
     }
 }
 
-impl<const OFFSET: bool> Row<'_, OFFSET> {
+impl Row<'_> {
     /// Calls `f(at, len, elements)` for every 16 elements, and for the rest.
     #[target_feature(enable = "avx512f")]
     #[inline]
     fn for_each_chunk(self, mut f: impl FnMut(usize, usize, __m512)) {
-        let part = |at: usize, len: usize| {
-            let x = load(self.row, at, len);
-            if OFFSET { _mm512_sub_ps(x, load(self.offset, at, len)) } else { x }
-        };
-        let whole = self.row.len() / LANES * LANES;
+        let whole = self.0.len() / LANES * LANES;
         for at in (0..whole).step_by(LANES) {
-            f(at, LANES, part(at, LANES));
+            f(at, LANES, load(self.0, at, LANES));
         }
-        if whole < self.row.len() {
-            f(whole, self.row.len() - whole, part(whole, self.row.len() - whole));
+        if whole < self.0.len() {
+            let rest = self.0.len() - whole;
+            f(whole, rest, load(self.0, whole, rest));
         }
     }
 

@@ -1,0 +1,295 @@
+//! What is done to rows before they are quantized: a mean is subtracted, rows that stand out are found,
+//! and all are rotated.
+//!
+//! ```text
+//! rows of a block -> less their mean -> rotated -> does one stand out? -> again, without it in the mean
+//! ```
+
+use super::rotation::Rotation;
+use super::smooth::{MeanSums, Smoothing, token_mean};
+use crate::cpu::contracts::Rows;
+use crate::cpu::plain::rows::max_magnitude;
+use crate::cpu::plain::widest;
+use crate::memory::Footprint;
+
+/// Queries that share a mean where smoothing is local ([`Smoothing::Block`]): those that the engine takes at
+/// a time.
+pub const QUERY_BLOCK: usize = 48;
+
+/// Keys that share a mean where smoothing is local: whole panels of every kernel.
+pub const KEY_BLOCK: usize = 64;
+
+/// The choices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Conditioning {
+    pub smoothing: Smoothing,
+    pub rotation: Option<Rotation>,
+    /// Whether rows that stand out are left out of the mean, and reported.
+    pub outliers: bool,
+}
+
+/// A row stands out if its largest magnitude is more than this many times what the others have on
+/// average. Among 64 normal rows of 16 to 128 elements the largest reaches 1.7; the first key of a language
+/// model reaches 10 and more.
+const STANDS_OUT: f32 = 4.0;
+
+/// Rows of a block, conditioned. The memory is kept for the next block.
+#[derive(Default)]
+pub(crate) struct Conditioned {
+    /// `[rows, D]`.
+    pub values: Vec<f32>,
+    /// What was subtracted, if anything.
+    mean: Vec<f32>,
+    smoothed: bool,
+    /// The rows that stand out, in the order in which they were found.
+    pub outliers: Vec<usize>,
+    sums: MeanSums,
+    magnitudes: Vec<f32>,
+}
+
+impl Conditioning {
+    /// Whether rows are quantized as they are.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.smoothing == Smoothing::None && self.rotation.is_none() && !self.outliers
+    }
+
+    /// Conditions a block of rows. `takes_part` says which rows have a part in the mean and may stand out;
+    /// `head_mean` is that of all rows of the head, where it is that one which is subtracted.
+    pub(crate) fn apply(
+        &self,
+        rows: Rows<'_>,
+        takes_part: &dyn Fn(usize) -> bool,
+        head_mean: Option<&[f32]>,
+        out: &mut Conditioned,
+    ) {
+        out.outliers.clear();
+        out.smoothed = self.smoothing != Smoothing::None;
+        if let Some(mean) = head_mean {
+            out.mean.clear();
+            out.mean.extend_from_slice(mean);
+        }
+        // One in four at most, so that what is done for each of them stays bounded.
+        let most = (rows.count() / 4).max(1);
+        loop {
+            if self.smoothing == Smoothing::Block {
+                out.find_mean(rows, takes_part);
+            }
+            out.subtract(rows);
+            if let Some(rotation) = self.rotation {
+                rotation.apply(&mut out.values);
+            }
+            if !self.outliers || out.outliers.len() == most || rows.depth() == 0 {
+                return;
+            }
+            match out.find_outlier(rows.depth(), takes_part) {
+                Some(row) => out.outliers.push(row),
+                None => return,
+            }
+            // Without a mean of their own the rows stay as they are.
+            if self.smoothing != Smoothing::Block {
+                while out.outliers.len() < most
+                    && let Some(row) = out.find_outlier(rows.depth(), takes_part)
+                {
+                    out.outliers.push(row);
+                }
+                return;
+            }
+        }
+    }
+}
+
+impl Footprint for Conditioned {
+    fn footprint(&self) -> usize {
+        let Self { values, mean, outliers, sums, magnitudes, .. } = self;
+        let floats = values.footprint() + mean.footprint() + magnitudes.footprint();
+        floats + outliers.footprint() + sums.footprint()
+    }
+}
+
+/// All rows of a head, conditioned.
+pub(crate) struct ConditionedHead {
+    /// `[S, D]`.
+    pub values: Vec<f32>,
+    /// The rows that stand out.
+    pub outliers: Vec<usize>,
+    /// What was subtracted from each block, `[blocks, D]`.
+    means: Vec<f32>,
+    block: usize,
+    rotation: Option<Rotation>,
+}
+
+impl ConditionedHead {
+    /// Of rows `[S, D]`, all of which take part, in blocks.
+    pub(crate) fn new(
+        conditioning: &Conditioning,
+        matrix: &[f32],
+        depth: usize,
+        block: usize,
+    ) -> Self {
+        let mut head = Self {
+            values: Vec::with_capacity(matrix.len()),
+            outliers: Vec::new(),
+            means: Vec::new(),
+            block,
+            rotation: conditioning.rotation,
+        };
+        let mean = (conditioning.smoothing == Smoothing::Head).then(|| token_mean(matrix, depth));
+        let mut rows = Conditioned::default();
+        for (index, matrix) in matrix.chunks(block * depth.max(1)).enumerate() {
+            let all = Rows::contiguous(matrix, depth);
+            conditioning.apply(all, &|_| true, mean.as_deref(), &mut rows);
+            head.values.extend_from_slice(&rows.values);
+            head.outliers.extend(rows.outliers.iter().map(|row| index * block + row));
+            head.means.extend(rows.mean().unwrap_or(&vec![0.0; depth]));
+        }
+        head
+    }
+
+    /// Turns conditioned rows `[S, D]` back into rows as they were.
+    pub(crate) fn undo(&self, values: &mut [f32], depth: usize) {
+        if let Some(rotation) = self.rotation {
+            rotation.apply(values);
+        }
+        let blocks = values.chunks_mut(self.block * depth.max(1));
+        for (block, mean) in blocks.zip(self.means.chunks_exact(depth.max(1))) {
+            for row in block.chunks_exact_mut(depth) {
+                row.iter_mut().zip(mean).for_each(|(x, mean)| *x += mean);
+            }
+        }
+    }
+}
+
+impl Conditioned {
+    /// Nothing was done.
+    pub(crate) fn clear(&mut self) {
+        self.outliers.clear();
+        self.smoothed = false;
+    }
+
+    /// What was subtracted from every row; `None` without smoothing.
+    pub(crate) fn mean(&self) -> Option<&[f32]> {
+        self.smoothed.then_some(&self.mean)
+    }
+
+    /// The mean of the rows that take part and do not stand out.
+    fn find_mean(&mut self, rows: Rows<'_>, takes_part: &dyn Fn(usize) -> bool) {
+        self.sums.start(rows.depth());
+        let counts = |row: usize| takes_part(row) && !self.outliers.contains(&row);
+        let mut start = 0;
+        while start < rows.count() {
+            let run = (start..rows.count()).take_while(|&row| counts(row)).count();
+            if run > 0 {
+                self.sums.add(rows.part(start..start + run));
+            }
+            start += run + 1;
+        }
+        self.sums.finish(&mut self.mean);
+    }
+
+    fn subtract(&mut self, rows: Rows<'_>) {
+        self.values.resize(rows.count() * rows.depth(), 0.0);
+        let mean = self.smoothed.then_some(self.mean.as_slice());
+        type Arguments<'a> = (Rows<'a>, Option<&'a [f32]>, &'a mut [f32]);
+        widest!(subtract, (rows, mean, self.values.as_mut_slice()), Arguments<'_> => ());
+    }
+
+    /// The row with the largest magnitude, if it stands out among those that take part.
+    fn find_outlier(&mut self, depth: usize, takes_part: &dyn Fn(usize) -> bool) -> Option<usize> {
+        let rows = Rows::contiguous(&self.values, depth);
+        self.magnitudes.resize(rows.count(), 0.0);
+        type Arguments<'a> = (Rows<'a>, &'a mut [f32]);
+        widest!(magnitudes, (rows, self.magnitudes.as_mut_slice()), Arguments<'_> => ());
+        let (mut count, mut sum, mut largest) = (0usize, 0f64, (0f32, None));
+        for (row, &magnitude) in self.magnitudes.iter().enumerate() {
+            if magnitude.is_finite() && takes_part(row) && !self.outliers.contains(&row) {
+                count += 1;
+                sum += f64::from(magnitude);
+                if magnitude > largest.0 {
+                    largest = (magnitude, Some(row));
+                }
+            }
+        }
+        let others = (sum - f64::from(largest.0)) / count.saturating_sub(1).max(1) as f64;
+        // One of `n` rows that lies far from the others draws their mean towards it, which leaves it only
+        // `n - 1` times as far from that as the others.
+        let limit = STANDS_OUT.min(0.7 * count.saturating_sub(1) as f32);
+        let stands_out = count > 1 && f64::from(largest.0) > f64::from(limit) * others;
+        largest.1.filter(|_| stands_out)
+    }
+}
+
+#[inline(always)]
+fn subtract((rows, mean, out): (Rows<'_>, Option<&[f32]>, &mut [f32])) {
+    let out = out.chunks_exact_mut(rows.depth().max(1));
+    match mean {
+        None => rows.iter().zip(out).for_each(|(row, out)| out.copy_from_slice(row)),
+        Some(mean) => {
+            for (row, out) in rows.iter().zip(out) {
+                for ((out, x), mean) in out.iter_mut().zip(row).zip(mean) {
+                    *out = x - mean;
+                }
+            }
+        }
+    }
+}
+
+/// The largest magnitude of each row, infinite or NaN for a row that is not finite.
+#[inline(always)]
+fn magnitudes((rows, out): (Rows<'_>, &mut [f32])) {
+    for (row, out) in rows.iter().zip(out) {
+        let (max, finite) = max_magnitude(row);
+        *out = if finite { max } else { f32::NAN };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: Conditioning =
+        Conditioning { smoothing: Smoothing::Block, rotation: None, outliers: true };
+
+    /// Rows of two elements.
+    fn condition(rows: &[[f32; 2]], parts: &[bool]) -> Conditioned {
+        let mut out = Conditioned::default();
+        let takes_part = |row: usize| parts.is_empty() || parts[row];
+        BLOCK.apply(Rows::contiguous(rows.as_flattened(), 2), &takes_part, None, &mut out);
+        out
+    }
+
+    #[test]
+    fn what_takes_no_part_leaves_no_trace_in_the_mean() {
+        for hidden in [0.0, 1e4, f32::MAX, f32::NAN, f32::INFINITY] {
+            let rows = [[1.0, 2.0], [hidden, hidden], [3.0, 4.0], [2.0, 3.5], [2.0, 2.5]];
+            let found = condition(&rows, &[true, false, true, true, true]);
+            assert_eq!(found.mean(), Some([2.0, 3.0].as_slice()), "{hidden}");
+            assert!(found.outliers.is_empty());
+            assert_eq!(found.values[..2], [-1.0, -1.0]);
+        }
+    }
+
+    #[test]
+    fn rows_that_stand_out_are_found_and_left_out_of_the_mean() {
+        let normal = |row: usize| [1.0 + (row % 3) as f32, -((row % 5) as f32)];
+        for count in [3usize, 4, 7, 16, 64] {
+            let mut rows: Vec<_> = (0..count).map(normal).collect();
+            let mean = condition(&rows, &[]).mean().unwrap().to_vec();
+            assert!(count < 4 || condition(&rows, &[]).outliers.is_empty(), "{count}");
+            rows[count / 2] = [3e4, 0.0];
+            let found = condition(&rows, &[]);
+            assert_eq!(found.outliers, [count / 2], "{count}");
+            let near = |i: usize| (found.mean().unwrap()[i] - mean[i]).abs() < 2.0;
+            assert!(near(0) && near(1), "{count}: {:?} {mean:?}", found.mean());
+        }
+        // Of two rows that differ, one is the mean of the block.
+        assert_eq!(condition(&[[1.0, 2.0], [5.0, 2.0]], &[]).outliers.len(), 1);
+        assert!(condition(&[[1.0, 2.0]], &[]).outliers.is_empty());
+        assert!(condition(&[[1.0, 2.0]; 9], &[]).outliers.is_empty());
+    }
+
+    #[test]
+    fn a_mean_that_overflows_is_no_mean() {
+        let found = condition(&[[f32::MAX, 1.0]; 8], &[]);
+        assert!(found.values.iter().all(|x| x.is_finite()), "{:?}", found.values);
+    }
+}

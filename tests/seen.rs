@@ -1,0 +1,313 @@
+//! What a query does not see has no part in its answer: the same bits as without it.
+
+mod common;
+
+use candle_core::{Device, Result, Tensor};
+use candle_int8_attention::quant::{Granularity, Scheme, Smoothing};
+use candle_int8_attention::{AttentionCall, AttentionConfig, Causal, PvPrecision, attention};
+use common::{largest_difference, randn};
+
+const CPU: Device = Device::Cpu;
+
+/// What may stand where nobody looks.
+const HIDDEN: [f32; 7] = [0.0, 30.0, 1e4, 1e10, f32::MAX, f32::NAN, f32::INFINITY];
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// Every granularity, scheme, smoothing and P·V, one or two at a time.
+fn configs() -> Vec<AttentionConfig> {
+    let int8 = AttentionConfig::int8;
+    let smoothings = [Smoothing::None, Smoothing::Head, Smoothing::Block];
+    let granularities = [
+        Granularity::PerTensor,
+        Granularity::PerHead,
+        Granularity::PerBlock(10),
+        Granularity::PerToken,
+    ];
+    let mut all = vec![AttentionConfig::fp32()];
+    for scheme in [Scheme::Symmetric, Scheme::Affine] {
+        all.extend(granularities.map(|granularity| int8().scheme(scheme).granularity(granularity)));
+    }
+    all.extend(smoothings.map(|smoothing| int8().smoothing(smoothing, smoothing)));
+    all.push(int8().with_scores(|scores| (scores.rotate, scores.outliers) = (false, false)));
+    let precisions = [PvPrecision::F32, PvPrecision::Int16, PvPrecision::Int8];
+    all.extend(precisions.map(|pv| int8().pv(pv)));
+    all
+}
+
+struct Case {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Case {
+    fn new((m, n): (usize, usize)) -> Self {
+        let (q, kv) = ((1, 4, m, 24), (1, 2, n, 24));
+        // Keys with a bias, as models have them.
+        let k = (randn(kv) + 3.0).unwrap();
+        Self { q: randn(q), k, v: randn(kv) }
+    }
+
+    /// The keys and values that are seen, with others where they are not.
+    fn hide(&self, seen: &[bool], hidden: f32) -> (Tensor, Tensor) {
+        let n = seen.len();
+        let mark: Vec<u8> = seen.iter().map(|&seen| u8::from(seen)).collect();
+        let mark = Tensor::from_vec(mark, (1, 1, n, 1), &CPU).unwrap();
+        let fill = |x: &Tensor| {
+            let other = Tensor::full(hidden, x.shape(), &CPU).unwrap();
+            mark.broadcast_as(x.shape()).unwrap().where_cond(x, &other).unwrap()
+        };
+        (fill(&self.k), fill(&self.v))
+    }
+
+    /// Those that are seen alone.
+    fn only(&self, seen: &[bool]) -> (Tensor, Tensor) {
+        let places = (0..seen.len() as u32).filter(|&key| seen[key as usize]).collect::<Vec<_>>();
+        let places = Tensor::new(places, &CPU).unwrap();
+        let pick = |x: &Tensor| x.index_select(&places, 2).unwrap();
+        (pick(&self.k), pick(&self.v))
+    }
+
+    /// The call with hidden keys gives the bits of `alone` without them.
+    fn check(&self, name: &str, seen: &[bool], call: &AttentionCall, alone: &AttentionCall) {
+        for config in configs() {
+            let (k, v) = self.only(seen);
+            let expected = bits(&attention(&self.q, &k, &v, alone, &config).unwrap());
+            for hidden in HIDDEN {
+                let (k, v) = self.hide(seen, hidden);
+                let found = bits(&attention(&self.q, &k, &v, call, &config).unwrap());
+                assert!(found == expected, "{name} hides {hidden}: {:?}", config.backend);
+            }
+        }
+    }
+}
+
+fn everything() -> AttentionCall {
+    AttentionCall::default()
+}
+
+#[test]
+fn keys_behind_a_mask_take_no_part() {
+    let n = 150;
+    let case = Case::new((60, n));
+    let patterns: [(&str, fn(usize) -> bool); 3] = [
+        ("a mask of the end", |key| key < 97),
+        ("a mask of the start", |key| key >= 41),
+        ("a mask with holes", |key| key % 7 != 3 && !(50..90).contains(&key)),
+    ];
+    for (name, sees) in patterns {
+        let seen: Vec<bool> = (0..n).map(sees).collect();
+        let boolean: Vec<u8> = seen.iter().map(|&seen| u8::from(seen)).collect();
+        let boolean = Tensor::from_vec(boolean, (1, 1, 1, n), &CPU).unwrap();
+        case.check(name, &seen, &everything().with_mask(boolean.clone()), &everything());
+        // The same for each query and head apart.
+        let whole = boolean.broadcast_as((1, 4, 60, n)).unwrap().contiguous().unwrap();
+        case.check(name, &seen, &everything().with_mask(whole), &everything());
+        for hides in [f32::NEG_INFINITY, f32::MIN] {
+            let additive: Vec<f32> =
+                seen.iter().map(|&seen| if seen { 0.0 } else { hides }).collect();
+            let mask = Tensor::from_vec(additive, (n,), &CPU).unwrap();
+            case.check(name, &seen, &everything().with_mask(mask), &everything());
+        }
+    }
+}
+
+#[test]
+fn keys_beyond_a_length_the_future_and_a_window_take_no_part() {
+    let n = 150;
+    let case = Case::new((60, n));
+    let seen =
+        |keys: std::ops::Range<usize>| (0..n).map(|key| keys.contains(&key)).collect::<Vec<_>>();
+    case.check("a length", &seen(0..97), &everything().with_kv_lens(vec![97]), &everything());
+    let from = |start| AttentionCall::from(Causal::From(vec![start]));
+    case.check("the future", &seen(0..70), &from(10), &from(10));
+    // Queries 0..60 stand at keys 80..140 and see 20 keys before them and 5 behind.
+    for (left, right, keys, first) in
+        [(Some(20), Some(5), 60..145, 20), (Some(20), None, 60..150, 20)]
+    {
+        for config in configs() {
+            let spec = config.window(left, right);
+            let (k, v) = case.only(&seen(keys.clone()));
+            // The same positions among fewer keys.
+            let alone = Causal::Offset(first);
+            let expected = match right {
+                Some(_) => continue_without(&case, (&k, &v), first, &spec),
+                None => bits(&attention(&case.q, &k, &v, alone, &spec).unwrap()),
+            };
+            let call = match right {
+                Some(_) => None,
+                None => Some(AttentionCall::from(Causal::Offset(80))),
+            };
+            for hidden in HIDDEN {
+                let (k, v) = case.hide(&seen(keys.clone()), hidden);
+                let found = match &call {
+                    Some(call) => bits(&attention(&case.q, &k, &v, call, &spec).unwrap()),
+                    None => continue_without(&case, (&k, &v), 80, &spec),
+                };
+                assert!(found == expected, "a window hides {hidden}: {:?}", spec.backend);
+            }
+        }
+    }
+}
+
+/// Without a causal mask queries stand at the last keys: a mask of positions says where else.
+fn continue_without(
+    case: &Case,
+    (k, v): (&Tensor, &Tensor),
+    first: usize,
+    config: &AttentionConfig,
+) -> Vec<u32> {
+    let (m, n) = (case.q.dim(2).unwrap(), k.dim(2).unwrap());
+    let (left, right) = (config.spec.window_left.unwrap(), config.spec.window_right.unwrap());
+    let sees =
+        |query: usize, key: usize| key + left >= first + query && key <= first + query + right;
+    let mask = (0..m * n).map(|i| u8::from(sees(i / n, i % n))).collect();
+    let mask = Tensor::from_vec(mask, (m, n), &CPU).unwrap();
+    let config = config.clone().window(None, None);
+    bits(&attention(&case.q, k, v, everything().with_mask(mask), &config).unwrap())
+}
+
+#[test]
+fn padded_queries_take_no_part() {
+    let case = Case::new((60, 80));
+    for config in configs() {
+        let real = case.q.narrow(2, 0, 37).unwrap();
+        let expected = attention(&real, &case.k, &case.v, everything(), &config).unwrap();
+        for hidden in HIDDEN {
+            let other = Tensor::full(hidden, (1, 4, 23, 24), &CPU).unwrap();
+            let q = Tensor::cat(&[&real, &other], 2).unwrap();
+            let call = everything().with_q_lens(vec![37]);
+            let found = attention(&q, &case.k, &case.v, call, &config).unwrap();
+            let (rows, padding) =
+                (found.narrow(2, 0, 37).unwrap(), found.narrow(2, 37, 23).unwrap());
+            assert!(bits(&rows) == bits(&expected), "{hidden}: {:?}", config.backend);
+            assert!(bits(&padding).iter().all(|&bits| bits == 0), "{hidden}: {:?}", config.backend);
+        }
+    }
+}
+
+#[test]
+fn a_sequence_is_the_same_alone_and_at_any_place_of_a_batch() -> Result<()> {
+    let (long, short) = (Case::new((128, 128)), Case::new((70, 70)));
+    let pad = |x: &Tensor| x.pad_with_zeros(2, 0, 58);
+    for config in configs() {
+        if let candle_int8_attention::Backend::Int8(int8) = &config.backend
+            && int8.scores.q.granularity == Granularity::PerTensor
+        {
+            continue; // One scale for the whole batch.
+        }
+        let alone = attention(&short.q, &short.k, &short.v, everything(), &config)?;
+        for at in [0, 1, 2] {
+            let batch = |short: &Tensor, long: &Tensor| {
+                let mut parts = [long, long, long];
+                let short = pad(short).unwrap();
+                parts[at] = &short;
+                Tensor::cat(&parts, 0).unwrap()
+            };
+            let (q, k) = (batch(&short.q, &long.q), batch(&short.k, &long.k));
+            let v = batch(&short.v, &long.v);
+            let mut lens = vec![128; 3];
+            lens[at] = 70;
+            let call = everything().with_kv_lens(lens.clone()).with_q_lens(lens);
+            let found =
+                attention(&q, &k, &v, &call, &config)?.narrow(0, at, 1)?.narrow(2, 0, 70)?;
+            assert!(bits(&found) == bits(&alone), "at {at}: {:?}", config.backend);
+        }
+    }
+    Ok(())
+}
+
+/// Whole blocks, of 48 queries and 64 keys, do not depend on what follows. In the last ones, part-filled, a
+/// prefix differs as much as int8 does from fp32.
+#[test]
+fn a_prefix_is_the_start_of_the_whole_in_whole_blocks() -> Result<()> {
+    let case = Case::new((384, 384));
+    let config = AttentionConfig::int8();
+    let causal = || AttentionCall::from(Causal::Offset(0));
+    let whole = attention(&case.q, &case.k, &case.v, causal(), &config)?;
+    let exact = attention(&case.q, &case.k, &case.v, causal(), &AttentionConfig::fp32())?;
+    let error = largest_difference(&whole, &exact);
+    for len in [192, 200, 250] {
+        let of = |x: &Tensor| x.narrow(2, 0, len);
+        let prefix = attention(&of(&case.q)?, &of(&case.k)?, &of(&case.v)?, causal(), &config)?;
+        let start = of(&whole)?;
+        // Queries before the last whole blocks of both see whole blocks of keys alone.
+        let blocks = len / 64 * 64 / 48 * 48;
+        let (a, b) = (prefix.narrow(2, 0, blocks)?, start.narrow(2, 0, blocks)?);
+        assert!(bits(&a) == bits(&b), "{len}");
+        let difference = largest_difference(&prefix, &start);
+        assert!(difference <= 2.0 * error, "{len}: {difference}, int8 itself {error}");
+    }
+    Ok(())
+}
+
+/// The largest error of the rows whose answer is not the outlier.
+fn error_of_others(case: &Case, outlier: Option<usize>, query: Option<usize>) -> Result<f64> {
+    let run = |config| attention(&case.q, &case.k, &case.v, everything(), &config);
+    let (exact, int8) = (run(AttentionConfig::fp32())?, run(AttentionConfig::int8())?);
+    let (_, h, m, d) = case.q.dims4()?;
+    let (exact, int8) =
+        (exact.flatten_all()?.to_vec1::<f32>()?, int8.flatten_all()?.to_vec1::<f32>()?);
+    let mut error = 0f64;
+    for row in 0..h * m {
+        let elements = row * d..(row + 1) * d;
+        if let Some(key) = outlier {
+            let head = row / m / 2;
+            let value = case.v.get(0)?.get(head)?.get(key)?.to_vec1::<f32>()?;
+            let same =
+                exact[elements.clone()].iter().zip(&value).all(|(a, b)| (a - b).abs() < 1e-3);
+            if same {
+                continue;
+            }
+        }
+        if query == Some(row % m) {
+            continue;
+        }
+        for at in elements {
+            error = error.max(f64::from((exact[at] - int8[at]).abs()));
+        }
+    }
+    Ok(error)
+}
+
+/// The largest error, but in the channel in which one value is an outlier.
+fn error_of_unmoved(case: &Case, clean: &Case, token: usize) -> Result<f64> {
+    let run = |case: &Case, config| attention(&case.q, &case.k, &case.v, everything(), &config);
+    let (exact, int8) = (run(case, AttentionConfig::fp32())?, run(case, AttentionConfig::int8())?);
+    let moved = run(clean, AttentionConfig::fp32())?;
+    assert!(largest_difference(&moved, &exact) > 1.0, "value {token} is seen by none");
+    let others = |x: &Tensor| Tensor::cat(&[&x.narrow(3, 0, 5)?, &x.narrow(3, 6, 18)?], 3);
+    Ok(largest_difference(&others(&exact)?, &others(&int8)?))
+}
+
+#[test]
+fn an_outlier_that_is_seen_does_not_spoil_the_others() -> Result<()> {
+    for n in [64, 66, 150] {
+        let case = Case::new((60, n));
+        let before = error_of_others(&case, None, None)?;
+        for at in [0, n / 2, n - 1] {
+            let set = |x: &Tensor, token: usize, number: f32| -> Result<Tensor> {
+                let (_, h, s, d) = x.dims4()?;
+                let mut data = x.flatten_all()?.to_vec1::<f32>()?;
+                (0..h).for_each(|head| data[(head * s + token) * d + 5] = number);
+                Tensor::from_vec(data, x.shape(), &CPU)
+            };
+            let key = Case { k: set(&case.k, at, 3e4)?, q: case.q.clone(), v: case.v.clone() };
+            let found = error_of_others(&key, Some(at), None)?;
+            assert!(found <= 2.0 * before, "key {at} of {n}: {found}, {before} without");
+            let query = at.min(59);
+            let q = set(&case.q, query, 3e4)?;
+            let spoiled = Case { q, k: case.k.clone(), v: case.v.clone() };
+            let found = error_of_others(&spoiled, None, Some(query))?;
+            assert!(found <= 2.0 * before, "query {query} of {n}: {found}, {before} without");
+            let v = set(&case.v, at, 3e4)?;
+            let value = Case { v, q: case.q.clone(), k: case.k.clone() };
+            let found = error_of_unmoved(&value, &case, at)?;
+            assert!(found <= 2.0 * before, "value {at} of {n}: {found}, {before} without");
+        }
+    }
+    Ok(())
+}
