@@ -62,7 +62,7 @@ mod files;
 pub mod hub;
 mod memory;
 pub mod models;
-mod nn;
+pub mod nn;
 mod parallel;
 pub mod product;
 pub mod quant;

@@ -112,6 +112,13 @@ impl<'a> View<'a> {
         Self::of((op, tensor), storage, layout, (dims, strides))
     }
 
+    /// Rows of f32 that follow each other, for [`View::merged`].
+    pub(crate) fn of_slice(rows: &'a [f32], count: usize, depth: usize) -> Self {
+        assert_eq!(rows.len(), count * depth);
+        let dims = [1, count, 1, depth];
+        Self { data: Data::F32(rows), dims, strides: [count * depth, depth, depth, 1] }
+    }
+
     /// `[B, H, S, D]`.
     pub(crate) fn dims(&self) -> [usize; 4] {
         self.dims

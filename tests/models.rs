@@ -39,24 +39,6 @@ fn int8_layers_stay_close_and_switch_one_by_one() -> TestResult {
     Ok(())
 }
 
-#[test]
-fn linear_layers_round_to_bf16_where_the_processor_multiplies_it() -> TestResult {
-    let files = ModelFiles::from_dir(shipped("paraphrase-MiniLM-L3-v2"))?;
-    let mut encoder = TextEncoder::load(&files, &CPU)?;
-    let texts = ["It is a truth universally acknowledged.", "Short."];
-    let exact = encoder.embed_sentences(&texts)?;
-    let all = encoder.model.round_linear_to_bf16()?;
-    let rounded = encoder.embed_sentences(&texts)?;
-    let difference = largest_difference(&exact, &rounded);
-    match all {
-        true => assert!(difference > 0.0 && difference < 0.02, "{difference}"),
-        false => assert_eq!(difference, 0.0),
-    }
-    assert_eq!(encoder.model.round_linear_to_bf16()?, all, "a second time changes nothing");
-    assert_eq!(largest_difference(&rounded, &encoder.embed_sentences(&texts)?), 0.0);
-    Ok(())
-}
-
 /// With a variable in the input, a layer is made of Candle's operations: the same numbers, and a
 /// gradient.
 #[test]

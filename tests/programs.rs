@@ -15,6 +15,7 @@ mod programs {
     mod calibrate_and_search;
     #[cfg(feature = "drift")]
     mod drift;
+    mod embed;
     mod embeddings;
     mod generate_and_perplexity;
     #[cfg(feature = "hub")]

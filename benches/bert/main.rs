@@ -2,8 +2,7 @@
 //! within one run.
 //!
 //! `cargo bench -p benches --bench bert` prints the median time of this crate's encoder with int8 and with
-//! fp32 attention, with int8 attention and linear layers in bf16 where the processor multiplies
-//! it, and of candle-transformers' `BertModel`, how many times as long that one takes, and how far
+//! fp32 attention, with linear layers in int16 and in int8, and of candle-transformers' `BertModel`, how many times as long that one takes, and how far
 //! the results are apart.
 
 use anyhow::{Context, Result};
@@ -11,6 +10,7 @@ use benches::turns::{Contender, Timing, in_turns};
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::{BertModel, ModelFiles};
+use candle_int8_attention::nn::Precision;
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert;
 use clap::Parser;
@@ -63,12 +63,12 @@ fn parse_shape(text: &str) -> Result<Shape, String> {
 }
 
 /// This crate's encoders: the precision of the attention, and of linear layers if it is not f32.
-const OURS: [&str; 3] = ["int8", "fp32", "int8+bf16"];
+const OURS: [&str; 4] = ["int8", "fp32", "fp32+int16", "int8+int8"];
 const CANDLE: &str = "candle";
 
 /// The encoders, on the same weights.
 struct Encoders {
-    /// As in [`OURS`]; the last one only where the processor multiplies bf16.
+    /// As in [`OURS`].
     ours: Vec<BertModel>,
     candle: bert::BertModel,
 }
@@ -77,11 +77,11 @@ impl Encoders {
     fn load(folder: &Path) -> Result<Self> {
         let files = ModelFiles::from_dir(folder)?;
         let load = || BertModel::load(&files, &Device::Cpu);
-        let (mut int8, fp32, mut bf16) = (load()?, load()?, load()?);
-        int8.set_attention(&AttentionConfig::int8());
-        bf16.set_attention(&AttentionConfig::int8());
-        let has_bf16 = bf16.round_linear_to_bf16()?;
-        let ours = [int8, fp32].into_iter().chain(has_bf16.then_some(bf16)).collect();
+        let mut ours = vec![load()?, load()?, load()?, load()?];
+        ours[0].set_attention(&AttentionConfig::int8());
+        ours[2].set_linear(Precision::Int16)?;
+        ours[3].set_attention(&AttentionConfig::int8());
+        ours[3].set_linear(Precision::Int8)?;
         let config = serde_json::from_str(&std::fs::read_to_string(&files.config)?)
             .with_context(|| files.config.display().to_string())?;
         let weights = std::fs::read(&files.weights)?;

@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::common::config::Int8Args;
+use crate::common::shard::Shard;
 use crate::common::text_model::TextModelArgs;
 use anyhow::Result;
 use candle_int8_attention::PvPrecision;
@@ -109,33 +110,6 @@ impl FromStr for Spec {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Ok(Self(text.parse()?))
-    }
-}
-
-/// Part `index` (counted from 1) of `count`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shard {
-    pub index: u64,
-    pub count: u64,
-}
-
-impl Shard {
-    /// Whether the passage with this number, counted from 0, is in this part.
-    pub fn has(self, passage: u64) -> bool {
-        passage % self.count == self.index - 1
-    }
-}
-
-impl FromStr for Shard {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parts =
-            text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-        match parts {
-            Some((index, count)) if (1..=count).contains(&index) => Ok(Self { index, count }),
-            _ => Err("expected I/N with I from 1 to N, for example 2/8".into()),
-        }
     }
 }
 

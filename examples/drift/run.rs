@@ -4,6 +4,7 @@ use crate::args::RunArgs;
 use crate::common::cutter::{Cutter, Passage};
 use crate::common::llama::Weights;
 use crate::common::model::shown;
+use crate::common::progress::progress_bar;
 use crate::common::text::Pieces;
 use crate::common::text_model::{Loaded, TextModel};
 use crate::pairs::{self, Judged, Pair, Sentences};
@@ -11,7 +12,6 @@ use crate::results::Results;
 use anyhow::{Context, Result, bail};
 use candle_int8_attention::drift::{Embeddings, Recorder, Subject, Text};
 use candle_int8_attention::models::TextEncoder;
-use indicatif::{ProgressBar, ProgressStyle};
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
@@ -148,13 +148,6 @@ impl Run<'_> {
 }
 
 /// On stderr, and only if that is a terminal.
-fn progress_bar(length: u64) -> ProgressBar {
-    let bar = ProgressBar::new(length);
-    let style = ProgressStyle::with_template("{bar:40} {percent:>3} %  {elapsed} of {duration}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar
-}
-
 /// A checksum of the model's files, which tells models apart whatever their folders are called; with
 /// how weights are held, if that was chosen, because it changes what they compute.
 fn fingerprint(files: &[PathBuf], weights: Weights) -> Result<String> {

@@ -1,12 +1,9 @@
-//! Every different sentence embedded once, in batches of similar length.
+//! Every different sentence embedded once.
 
 use crate::pairs::Pair;
 use anyhow::Result;
 use candle_int8_attention::models::TextEncoder;
 use std::collections::HashMap;
-
-/// Sentences of a batch.
-const BATCH: usize = 32;
 
 /// The different sentences of all pairs.
 pub struct Corpus {
@@ -35,20 +32,9 @@ impl Corpus {
         self.positions[sentence]
     }
 
-    /// One embedding a sentence. Sentences of similar length share a batch, so that little is
-    /// computed for padding.
+    /// One embedding a sentence.
     pub fn embed(&self, encoder: &TextEncoder) -> Result<Vec<Vec<f32>>> {
-        let mut order: Vec<usize> = (0..self.len()).collect();
-        order.sort_by_key(|&i| self.sentences[i].len());
-        let mut embeddings = vec![Vec::new(); self.len()];
-        for batch in order.chunks(BATCH) {
-            let sentences: Vec<&str> = batch.iter().map(|&i| self.sentences[i].as_str()).collect();
-            let rows = encoder.embed_sentences(&sentences)?.to_vec2::<f32>()?;
-            for (&i, row) in batch.iter().zip(rows) {
-                embeddings[i] = row;
-            }
-        }
-        Ok(embeddings)
+        encoder.embed(&self.sentences).map(|embedding| Ok(embedding?.vector)).collect()
     }
 
     /// How many sentences are longer than the model reads.

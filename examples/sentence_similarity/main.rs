@@ -7,7 +7,7 @@
 //! cargo run --release --example sentence_similarity
 //! cargo run --release --example sentence_similarity -- --pairs my-pairs.tsv --json
 //! cargo run --release --example sentence_similarity -- --layers found-by-search.json
-//! cargo run --release --example sentence_similarity -- --linear bf16
+//! cargo run --release --example sentence_similarity -- --precision int8
 //! ```
 //!
 //! A line of the file is `score<TAB>sentence<TAB>sentence`, or `sentence<TAB>sentence` for a pair
@@ -19,13 +19,13 @@ mod embed;
 mod pairs;
 mod report;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use candle_int8_attention::drift::metrics::{cosine, lowest};
 use candle_int8_attention::models::LayerSettings;
 use candle_int8_attention::{AttentionConfig, Int8Config};
-use clap::ValueEnum;
 use common::config::{QuantArgs, describe};
 use common::model::ModelArgs;
+use common::precision::Precision;
 use common::print::{finish, parse};
 use report::{Report, Similarity, Subject};
 use std::path::PathBuf;
@@ -50,23 +50,15 @@ struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "QuantArgs")]
     layers: Option<PathBuf>,
 
-    /// Precision of the linear layers beside the int8 attention
-    #[arg(long, value_enum, default_value = "f32")]
-    linear: Linear,
+    /// In which numbers the linear layers compute beside the int8 attention
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
 
     #[command(flatten)]
     model: ModelArgs,
 
     #[command(flatten)]
     int8: QuantArgs,
-}
-
-/// What the linear layers multiply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Linear {
-    F32,
-    /// Where the processor multiplies bf16
-    Bf16,
 }
 
 fn main() -> ExitCode {
@@ -96,13 +88,9 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
             name
         }
     };
-    if args.linear == Linear::Bf16 {
-        ensure!(
-            encoder.model.round_linear_to_bf16()?,
-            "--linear bf16: expected a processor that multiplies bf16 (64-bit Arm with bf16) \
-             and weights that bf16 can hold"
-        );
-        config += ", linear layers in bf16";
+    if args.precision != Precision::F32 {
+        encoder.model.set_linear(args.precision.into())?;
+        config += &format!(", linear layers in {}", args.precision.name());
     }
     let int8 = corpus.embed(&encoder)?;
 

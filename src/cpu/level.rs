@@ -301,6 +301,16 @@ impl Level {
         unsafe { (self.entry.rows.quantize_symmetric)(rows, out) }
     }
 
+    /// Rows of `depth` elements times the matrix of [`Rotation`](crate::quant::Rotation), in place.
+    ///
+    /// # Panics
+    /// Unless they are whole rows.
+    pub(crate) fn rotate(self, depth: usize, rows: &mut [f32]) {
+        assert!(rows.len().is_multiple_of(depth), "{} elements in rows of {depth}", rows.len());
+        // SAFETY: a level is there only with its instructions.
+        unsafe { (self.entry.rows.rotate)(depth, rows) }
+    }
+
     /// The dot product of `vector` with every row.
     ///
     /// # Panics

@@ -2,6 +2,7 @@
 //! path on the same weights and inputs, not a shift in the distribution of the data.
 //!
 //! * [`layers`] has the error of every layer of a model, for many configurations at once.
+//! * [`linear`] has what the precision of each linear layer costs, and chooses it.
 //! * [`search`] finds the cheapest attention of each layer that keeps a drift budget.
 //! * [`metrics`] holds one function a number, over f32 slices; [`ErrorSums`] and [`Summary`] gather
 //!   the same over data that comes in pieces, in constant memory, and merge.
@@ -32,6 +33,7 @@ mod figures;
 #[cfg(feature = "drift")]
 mod gate;
 pub mod layers;
+pub mod linear;
 pub mod metrics;
 #[cfg(feature = "drift")]
 mod recorder;

@@ -105,6 +105,7 @@ impl<'de> Deserialize<'de> for Sum {
 
 /// The largest count that is read from a file: up to it counts are exact in f64, and sums of counts
 /// do not overflow.
+#[cfg_attr(not(feature = "drift"), allow(dead_code))]
 pub(super) const LARGEST_COUNT: u64 = 1 << 53;
 
 /// f64 in JSON, with NaN and the infinities as strings; JSON has no numbers for them.
@@ -217,6 +218,7 @@ impl ErrorSums {
     }
 
     /// Refuses what no data add up to: for what was read from a file. NaN is what NaN adds up to.
+    #[cfg_attr(not(feature = "drift"), allow(dead_code))]
     pub(super) fn check(&self) -> Result<(), String> {
         let squares = [self.reference_squares, self.candidate_squares, self.error_squares];
         let sizes = squares.into_iter().chain([self.reference_abs, self.error_abs]);
@@ -302,6 +304,7 @@ impl Default for Summary {
 
 impl Summary {
     /// Refuses what no numbers add up to: for what was read from a file.
+    #[cfg_attr(not(feature = "drift"), allow(dead_code))]
     pub(super) fn check(&self) -> Result<(), String> {
         let counts = [self.count, self.infinite, self.nan];
         if counts.iter().any(|count| *count > LARGEST_COUNT) {
@@ -324,6 +327,7 @@ impl Summary {
     }
 
     /// How many finite numbers were pushed.
+    #[cfg_attr(not(feature = "drift"), allow(dead_code))]
     pub(super) fn finite(&self) -> u64 {
         self.count
     }

@@ -2,11 +2,11 @@
 
 use super::encoder::{self, Encoder, EncoderConfig};
 use super::files::unused_head;
-use super::layered::Attend;
+use super::layered::{Attend, NamedLinear};
 use super::loader::Loader;
 use super::{BertConfig, HiddenAct, ModelFiles, Weights};
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
-use crate::nn::{Activation, LayerNorm, Linear};
+use crate::nn::{Activation, LayerNorm, Linear, Precision};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
@@ -108,18 +108,13 @@ impl BertModel {
         Encoder::set_attention(self, config);
     }
 
-    /// Rounds the weights of all linear layers to bf16, for good, and from now on what they
-    /// multiply: products of half the time, sums in f32, errors of 2^-9 relative in each operand.
-    /// Embeddings, norms and the attention stay as they are.
-    ///
-    /// Returns whether all linear layers are in bf16 now. Those stay in f32 for which there is no
-    /// fast form: on other devices, in other dtypes, and on processors for whose bf16 there is
-    /// no kernel (all but those of 64-bit Arm with the bf16 extension).
+    /// Packs the weights of all linear layers in this precision, from what they are now: from int8 there is no
+    /// way back to the weights of the file. Embeddings, norms and the attention stay as they are.
     ///
     /// # Errors
-    /// Candle's own.
-    pub fn round_linear_to_bf16(&mut self) -> Result<bool> {
-        encoder::round_linear_to_bf16(self)
+    /// Those of [`Linear::to_precision`].
+    pub fn set_linear(&mut self, precision: Precision) -> Result<()> {
+        encoder::set_linear(self, precision)
     }
 
     /// Word, position and token type embeddings, normalized: `input_ids` `[B, N]` U32 to
@@ -140,6 +135,17 @@ impl BertModel {
     /// Those of [`BertModel::embed`], [`padding_mask`] and [`attention`](crate::attention()).
     pub fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
         encoder::run(self, input_ids, None, attention_mask)
+    }
+}
+
+impl BertModel {
+    /// [`BertModel::forward`] for sequences of ids of any lengths: see
+    /// [`EncoderModel::forward_sequences`](super::EncoderModel::forward_sequences).
+    ///
+    /// # Errors
+    /// Those of [`EncoderModel::forward_sequences`](super::EncoderModel::forward_sequences).
+    pub fn forward_sequences(&self, sequences: &[impl AsRef<[u32]>]) -> Result<Vec<Tensor>> {
+        encoder::forward_sequences(self, sequences)
     }
 }
 
@@ -208,8 +214,12 @@ impl<T: BertFamily> Encoder for T {
         self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
     }
 
-    fn linear_mut(&mut self) -> Vec<&mut Linear> {
-        self.layers_mut().iter_mut().flat_map(BertLayer::linear_mut).collect()
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        let layers = self.layers_mut().iter_mut().enumerate();
+        let named = |(layer, of): (usize, _)| {
+            BertLayer::linear_mut(of).map(|(name, linear)| NamedLinear { layer, name, linear })
+        };
+        layers.flat_map(named).collect()
     }
 }
 
@@ -296,8 +306,10 @@ impl BertLayer {
         })
     }
 
-    fn linear_mut(&mut self) -> [&mut Linear; 4] {
-        [&mut self.qkv, &mut self.output, &mut self.up, &mut self.down]
+    /// The linear layers with what they are, in the order in which they are multiplied.
+    pub(super) fn linear_mut(&mut self) -> [(&'static str, &mut Linear); 4] {
+        let Self { qkv, output, up, down, .. } = self;
+        [("qkv", qkv), ("output", output), ("up", up), ("down", down)]
     }
 
     /// Queries, keys and values of `hidden` `[B, N, hidden_size]`, each `[B, H, N, head_dim]`;
@@ -344,8 +356,7 @@ impl BertLayer {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let hidden = self.attention_block(hidden, attend)?;
-        let inner = self.up.forward_activated(&hidden, self.act)?;
-        self.down.forward_add_norm(&inner, &hidden, &self.down_norm)
+        self.up.forward_block(&hidden, self.act, &self.down, &hidden, &self.down_norm)
     }
 }
 

@@ -10,14 +10,15 @@
 use super::bert::{BertModel, padding_call};
 use super::distilbert::DistilBertModel;
 use super::files::{refuse_quantized, unused_head};
-use super::layered::Attend;
+use super::layered::{Attend, NamedLinear};
 use super::modernbert::ModernBertModel;
+use super::packed::Sequences;
 use super::roberta::RobertaModel;
 use super::{BertConfig, LayeredModel, ModelFiles, Weights, mean_pool};
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
 use crate::files::{corrupt, read_text};
 use crate::memory::check_size;
-use crate::nn::Linear;
+use crate::nn::Precision;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
@@ -96,8 +97,14 @@ pub(super) trait Encoder: Send + Sync {
         }
     }
 
-    /// The linear layers, in no particular order.
-    fn linear_mut(&mut self) -> Vec<&mut Linear>;
+    /// The linear layers, in the order in which they are multiplied.
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>>;
+
+    /// Whether a layer may be handed the tokens of several sequences, one after the other, where
+    /// `attend` keeps them apart.
+    fn packs(&self) -> bool {
+        true
+    }
 }
 
 /// An encoder with a switchable attention per layer: BERT, RoBERTa and XLM-RoBERTa, DistilBERT,
@@ -199,13 +206,26 @@ impl EncoderModel {
         self.family.set_attention(config);
     }
 
-    /// Rounds the weights of all linear layers to bf16, for good, and from now on what they
-    /// multiply; see [`BertModel::round_linear_to_bf16`].
+    /// Packs the weights of the linear layers of all layers in this precision; see
+    /// [`BertModel::set_linear`].
     ///
     /// # Errors
-    /// Candle's own.
-    pub fn round_linear_to_bf16(&mut self) -> Result<bool> {
-        round_linear_to_bf16(&mut *self.family)
+    /// Those of [`Linear::to_precision`](crate::nn::Linear::to_precision).
+    pub fn set_linear(&mut self, precision: Precision) -> Result<()> {
+        set_linear(&mut *self.family, precision)
+    }
+
+    /// [`EncoderModel::forward`] for sequences of ids of any lengths, without padding: the last hidden states
+    /// of each, `[N_i, hidden_size]`, with the bits that the sequence alone gives. Linear layers and norms
+    /// work on all tokens at once; ModernBERT, whose positions turn queries and keys, on each sequence by
+    /// itself.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a sequence longer than [`max_tokens`](EncoderConfig::max_tokens),
+    /// [`Error::InvalidArgument`] for an id outside of the table, and those of
+    /// [`attention`](crate::attention()).
+    pub fn forward_sequences(&self, sequences: &[impl AsRef<[u32]>]) -> Result<Vec<Tensor>> {
+        forward_sequences(&*self.family, sequences)
     }
 
     /// The last hidden states: `ids` `[B, N]` U32 to `[B, N, hidden_size]`. `types` `[B, N]` U32
@@ -244,6 +264,10 @@ impl LayeredModel for EncoderModel {
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
         self.family.attention_mut()
+    }
+
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        self.family.linear_mut()
     }
 
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
@@ -341,12 +365,44 @@ pub(super) fn layer(
     model.layer(index, hidden, attend)
 }
 
-pub(super) fn round_linear_to_bf16(model: &mut dyn Encoder) -> Result<bool> {
-    let mut all = true;
-    for linear in model.linear_mut() {
-        all &= linear.round_to_bf16()?;
+/// [`EncoderModel::set_linear`] of a family.
+pub(super) fn set_linear(model: &mut dyn Encoder, precision: Precision) -> Result<()> {
+    for NamedLinear { linear, .. } in model.linear_mut() {
+        *linear = linear.to_precision(precision)?;
     }
-    Ok(all)
+    Ok(())
+}
+
+/// [`EncoderModel::forward_sequences`] of a family.
+pub(super) fn forward_sequences(
+    model: &dyn Encoder,
+    sequences: &[impl AsRef<[u32]>],
+) -> Result<Vec<Tensor>> {
+    let (device, width) = (model.words().device(), model.config().hidden_size);
+    let row = |ids: &[u32]| Tensor::from_slice(ids, (1, ids.len()), device);
+    let nothing = || Tensor::zeros((1, 0, width), DType::F32, device);
+    if !model.packs() {
+        let alone = |ids: &[u32]| match ids {
+            [] => Ok(nothing()?.squeeze(0)?),
+            _ => Ok(run(model, &row(ids)?, None, None)?.squeeze(0)?),
+        };
+        return sequences.iter().map(|ids| alone(ids.as_ref())).collect();
+    }
+    let packed = Sequences::new(sequences.iter().map(|ids| ids.as_ref().len()));
+    // Of each by itself, because positions are those in its sequence.
+    let mut embedded = Vec::with_capacity(sequences.len());
+    for ids in sequences.iter().map(AsRef::as_ref).filter(|ids| !ids.is_empty()) {
+        embedded.push(embed(model, &row(ids)?, None)?);
+    }
+    if embedded.is_empty() {
+        return packed.split(&nothing()?);
+    }
+    let mut hidden = Tensor::cat(&embedded, 1)?;
+    for (index, attention) in model.attention().into_iter().enumerate() {
+        hidden =
+            model.layer(index, &hidden, &mut |q, k, v, _| packed.attend(attention, q, k, v))?;
+    }
+    packed.split(&model.finish(hidden)?)
 }
 
 /// # Errors

@@ -7,6 +7,7 @@ use super::{BertModel, WordEmbeddings, mean_pool};
 use crate::Result;
 use crate::attention::QuantizedAttention;
 use crate::attention::{AttentionCall, Causal};
+use crate::nn::Linear;
 use candle_core::{DType, Tensor};
 
 /// The attention that a layer is handed: queries `[B, H, M, D]`, keys `[B, H_kv, N, D]`, values
@@ -89,6 +90,12 @@ pub trait LayeredModel {
     /// The same, to switch it.
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention>;
 
+    /// The linear layers whose precision can be chosen, in the order in which they are multiplied; none
+    /// unless the model says otherwise.
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        Vec::new()
+    }
+
     /// What enters the first layer, `[B, N, hidden_size]`.
     ///
     /// # Errors
@@ -116,6 +123,16 @@ pub trait LayeredModel {
     fn head_counts(&self) -> Option<[usize; 2]> {
         None
     }
+}
+
+/// A linear layer of a model.
+pub struct NamedLinear<'a> {
+    /// The layer of the model that it is in, counted from 0.
+    pub layer: usize,
+    /// Which of its products.
+    pub name: &'static str,
+    /// The layer itself.
+    pub linear: &'a mut Linear,
 }
 
 /// What enters the attention of a layer.
@@ -162,6 +179,10 @@ impl LayeredModel for BertModel {
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
         Encoder::attention_mut(self)
+    }
+
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        Encoder::linear_mut(self)
     }
 
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {

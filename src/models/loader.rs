@@ -2,7 +2,7 @@
 
 use super::Weights;
 use crate::Result;
-use crate::nn::{LayerNorm, Linear};
+use crate::nn::{LayerNorm, Linear, Precision};
 use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
 
@@ -39,7 +39,8 @@ impl<'a> Loader<'a> {
             let get = |name: &String| self.get(&format!("{name}.{part}"), shape);
             Ok(Tensor::cat(&names.iter().map(get).collect::<Result<Vec<_>>>()?, 0)?)
         };
-        Linear::new(&of_all("weight", &[rows, columns])?, &of_all("bias", &[rows])?)
+        let (weight, bias) = (of_all("weight", &[rows, columns])?, of_all("bias", &[rows])?);
+        Linear::new(&weight, Some(&bias), Precision::F32)
     }
 
     /// Some of the `rows` outputs of a layer without a bias.
@@ -51,7 +52,7 @@ impl<'a> Loader<'a> {
     ) -> Result<Linear> {
         let weight = self.get(&format!("{name}.weight"), &[rows, columns])?;
         let weight = weight.narrow(0, outputs.start, outputs.len())?.contiguous()?;
-        Linear::new(&weight, &Tensor::zeros(outputs.len(), DType::F32, self.device)?)
+        Linear::new(&weight, None, Precision::F32)
     }
 
     pub(super) fn norm(&self, name: &str, width: usize) -> Result<LayerNorm> {

@@ -25,6 +25,7 @@ mod layered;
 pub mod llama;
 mod loader;
 mod modernbert;
+mod packed;
 mod pooling;
 mod roberta;
 mod sentence;
@@ -43,11 +44,11 @@ pub use classifier::SequenceClassifier;
 pub use encoder::{EncoderConfig, EncoderModel};
 pub use files::ModelFiles;
 pub use layer_settings::LayerSettings;
-pub use layered::{Attend, AttentionInput, LayeredModel, run_layers};
+pub use layered::{Attend, AttentionInput, LayeredModel, NamedLinear, run_layers};
 pub use pooling::Pooling;
 #[cfg(feature = "hub")]
 pub(crate) use sentence::{FILES as SENTENCE_FILES, Module, read_modules};
-pub use text_encoder::TextEncoder;
+pub use text_encoder::{Embeddings, TextEmbedding, TextEncoder};
 pub use text_tokenizer::TokenBatch;
 pub use weights::Weights;
 #[cfg(feature = "hub")]

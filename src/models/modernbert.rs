@@ -13,7 +13,7 @@
 
 use super::bert_config::{check_eps, check_heads};
 use super::encoder::{self, Encoder, EncoderConfig, look_up, read_config};
-use super::layered::Attend;
+use super::layered::{Attend, NamedLinear};
 use super::llama::rope::{Rope, Rotation};
 use super::llama::{RopeConfig, RopePairs, RopeScaling};
 use super::loader::Loader;
@@ -253,8 +253,17 @@ impl Encoder for ModernBertModel {
         }
     }
 
-    fn linear_mut(&mut self) -> Vec<&mut Linear> {
-        self.layers.iter_mut().flat_map(Layer::linear_mut).collect()
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        let layers = self.layers.iter_mut().enumerate();
+        let named = |(layer, of): (usize, _)| {
+            Layer::linear_mut(of).map(|(name, linear)| NamedLinear { layer, name, linear })
+        };
+        layers.flat_map(named).collect()
+    }
+
+    /// Rotations begin with the tokens that a layer is handed.
+    fn packs(&self) -> bool {
+        false
     }
 }
 
@@ -289,9 +298,9 @@ impl Layer {
         })
     }
 
-    fn linear_mut(&mut self) -> [&mut Linear; 5] {
+    fn linear_mut(&mut self) -> [(&'static str, &mut Linear); 5] {
         let Self { qkv, output, activated, gate, down, .. } = self;
-        [qkv, output, activated, gate, down]
+        [("qkv", qkv), ("output", output), ("up", activated), ("gate", gate), ("down", down)]
     }
 
     /// `[B, N, hidden_size]` to the same.

@@ -2,12 +2,20 @@
 
 use super::sentence::SentenceConfig;
 use super::text_tokenizer::TextTokenizer;
-use super::{Attend, EncoderModel, LayeredModel, ModelFiles, TokenBatch};
-use crate::Result;
-use crate::attention::QuantizedAttention;
-use candle_core::{D, DType, Device, Tensor};
-use std::collections::BTreeMap;
+use super::{Attend, EncoderModel, LayeredModel, ModelFiles, NamedLinear, TokenBatch};
+use crate::attention::{AttentionConfig, QuantizedAttention};
+use crate::nn::Precision;
+use crate::{Error, Result, parallel};
+use candle_core::{DType, Device, Tensor};
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
+
+/// Tokens of a batch, but for the text that fills it: enough for every weight that is read to be used by
+/// many of them, and few enough for what lies between two layers to stay in a cache.
+const BATCH_TOKENS: usize = 2048;
+
+/// Texts that are tokenized at a time.
+const BATCH_TEXTS: usize = 64;
 
 /// A tokenizer, the model behind it, and what sentence-transformers stores beside them: a limit of
 /// length, prompts, and how an embedding is made of hidden states.
@@ -49,6 +57,21 @@ impl TextEncoder {
         Ok(Self { model, tokenizer, sentence })
     }
 
+    /// Computes in these numbers from now on: the linear layers in `precision`
+    /// ([`EncoderModel::set_linear`]), and attention in fp32 for `F32` and `Int16`, in int8 as
+    /// [`AttentionConfig::int8`] for `Int8`.
+    ///
+    /// # Errors
+    /// Those of [`EncoderModel::set_linear`].
+    pub fn set_precision(&mut self, precision: Precision) -> Result<()> {
+        self.model.set_linear(precision)?;
+        self.model.set_attention(&match precision {
+            Precision::F32 | Precision::Int16 => AttentionConfig::fp32(),
+            Precision::Int8 => AttentionConfig::int8(),
+        });
+        Ok(())
+    }
+
     /// What the files ask for and is not done, see [`EncoderModel::warnings`]. In sentences, for
     /// people.
     pub fn warnings(&self) -> &[String] {
@@ -75,36 +98,76 @@ impl TextEncoder {
         self.tokenizer.tokenize(texts, "")
     }
 
-    /// One embedding a text, `[B, width]`, as the model's authors make it: behind the default prompt
-    /// if there is one, pooled, and normalized to length 1 if a module says so.
+    /// Embeddings of any number of texts, in their order, as they are asked for, each as the model's authors
+    /// make it: behind the default prompt if there is one, pooled, and normalized to length 1 if a module says
+    /// so. A text longer than the model's input is cut, as [`TextEncoder::tokenize`] does.
+    ///
+    /// Texts are taken as long as a batch of some 2,000 tokens has room, and packed without padding: no
+    /// order of lengths costs more than another, and an embedding has the bits that its text alone gives.
+    /// Beside the batch, and what the iterator of the texts holds, no memory is needed, however many they
+    /// are.
+    ///
+    /// Each item is an error for itself of [`TextEncoder::tokenize`] or [`EncoderModel::forward_sequences`];
+    /// after one, nothing follows.
+    ///
+    /// ```no_run
+    /// use candle_core::Device;
+    /// use candle_int8_attention::models::{ModelFiles, TextEncoder};
+    /// use std::io::BufRead;
+    ///
+    /// let files = ModelFiles::from_dir("all-MiniLM-L6-v2")?;
+    /// let encoder = TextEncoder::load(&files, &Device::Cpu)?;
+    /// for embedding in encoder.embed(std::io::stdin().lock().lines().map_while(|line| line.ok())) {
+    ///     println!("{:?}", embedding?.vector);
+    /// }
+    /// # Ok::<(), candle_int8_attention::Error>(())
+    /// ```
+    pub fn embed<I>(&self, texts: I) -> Embeddings<'_, I::IntoIter>
+    where
+        I: IntoIterator<Item: AsRef<str> + Send>,
+    {
+        let (waiting, ready) = (VecDeque::new(), VecDeque::new());
+        let texts = texts.into_iter();
+        Embeddings { encoder: self, prompt: None, texts, waiting, ready, failed: false }
+    }
+
+    /// [`TextEncoder::embed`] behind the prompt of this name; a name that no prompt has is an error of the
+    /// first item.
+    pub fn embed_behind<I>(&self, texts: I, prompt: &str) -> Embeddings<'_, I::IntoIter>
+    where
+        I: IntoIterator<Item: AsRef<str> + Send>,
+    {
+        Embeddings { prompt: Some(prompt.to_string()), ..self.embed(texts) }
+    }
+
+    /// The embeddings of [`TextEncoder::embed`] as a tensor, `[B, width]`.
     ///
     /// # Errors
-    /// Those of [`TextEncoder::tokenize`] and [`EncoderModel::forward`].
+    /// Those of [`TextEncoder::embed`], and [`Error::InvalidArgument`] for no text at all.
     pub fn embed_sentences(&self, texts: &[impl AsRef<str>]) -> Result<Tensor> {
-        self.embed_behind(texts, self.sentence.prompt(None)?)
+        self.rows(self.embed(texts.iter().map(|text| text.as_ref())))
     }
 
     /// [`TextEncoder::embed_sentences`] behind the prompt of this name.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a name that no prompt has, and
-    /// those of [`TextEncoder::embed_sentences`].
+    /// [`Error::InvalidArgument`] for a name that no prompt has, and those of
+    /// [`TextEncoder::embed_sentences`].
     pub fn embed_with_prompt(&self, texts: &[impl AsRef<str>], name: &str) -> Result<Tensor> {
-        self.embed_behind(texts, self.sentence.prompt(Some(name))?)
+        self.rows(self.embed_behind(texts.iter().map(|text| text.as_ref()), name))
     }
 
-    fn embed_behind(&self, texts: &[impl AsRef<str>], prompt: &str) -> Result<Tensor> {
-        let batch = self.tokenizer.tokenize(texts, prompt)?;
-        let mask = &batch.attention_mask;
-        let hidden = self.model.forward(&batch.input_ids, None, Some(mask))?;
-        if self.sentence.pooling.include_prompt || prompt.is_empty() {
-            return self.pool(&hidden, mask);
+    fn rows(&self, embeddings: impl Iterator<Item = Result<TextEmbedding>>) -> Result<Tensor> {
+        let (mut all, mut count) = (Vec::new(), 0);
+        for embedding in embeddings {
+            all.extend(embedding?.vector);
+            count += 1;
         }
-        let (b, n) = mask.dims2()?;
-        let prompt = self.tokenizer.prompt_tokens(prompt)?.min(n);
-        let outside = mask.narrow(D::Minus1, prompt, n - prompt)?;
-        let prompt = Tensor::zeros((b, prompt), mask.dtype(), mask.device())?;
-        self.pool(&hidden, &Tensor::cat(&[prompt, outside], 1)?)
+        if count == 0 {
+            return Err(Error::InvalidArgument("no text to embed, expected at least one".into()));
+        }
+        let (width, device) = (all.len() / count, self.model.word_embeddings().device());
+        Ok(Tensor::from_vec(all, (count, width), device)?)
     }
 
     /// Embeddings `[B, width]` of the last hidden states `[B, N, hidden_size]`; `mask` `[B, N]` is 1
@@ -130,6 +193,10 @@ impl LayeredModel for TextEncoder {
         self.model.attention_mut()
     }
 
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        self.model.linear_mut()
+    }
+
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
         self.model.embed(input_ids)
     }
@@ -146,5 +213,98 @@ impl LayeredModel for TextEncoder {
 
     fn head_counts(&self) -> Option<[usize; 2]> {
         self.model.head_counts()
+    }
+}
+
+/// The embedding of a text.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TextEmbedding {
+    /// `[width]`.
+    pub vector: Vec<f32>,
+    /// Tokens that it was made of, special ones included.
+    pub tokens: usize,
+    /// Tokens that were cut off because the model's input is shorter.
+    pub truncated: usize,
+}
+
+/// Texts on their way to embeddings; see [`TextEncoder::embed`].
+pub struct Embeddings<'a, I> {
+    encoder: &'a TextEncoder,
+    /// The name of what stands before each text, unless that is the default.
+    prompt: Option<String>,
+    texts: I,
+    waiting: VecDeque<Tokens>,
+    ready: VecDeque<TextEmbedding>,
+    failed: bool,
+}
+
+/// A text as ids.
+struct Tokens {
+    ids: Vec<u32>,
+    truncated: usize,
+}
+
+impl AsRef<[u32]> for Tokens {
+    fn as_ref(&self) -> &[u32] {
+        &self.ids
+    }
+}
+
+impl<I: Iterator<Item: AsRef<str> + Send>> Embeddings<'_, I> {
+    /// Tokenizes texts until there are enough for a batch, or no more.
+    fn tokenize(&mut self, prompt: &str) -> Result<()> {
+        let tokenizer = &self.encoder.tokenizer;
+        while self.waiting.iter().map(|text| text.ids.len()).sum::<usize>() < BATCH_TOKENS {
+            let texts: Vec<_> = self.texts.by_ref().take(BATCH_TEXTS).collect();
+            if texts.is_empty() {
+                break;
+            }
+            for ids in parallel::map(texts, |text| tokenizer.ids(text.as_ref(), prompt)) {
+                let (ids, truncated) = ids?;
+                self.waiting.push_back(Tokens { ids, truncated });
+            }
+        }
+        Ok(())
+    }
+
+    /// Embeds one batch of those that wait.
+    fn run(&mut self) -> Result<()> {
+        let encoder = self.encoder;
+        let prompt = encoder.sentence.prompt(self.prompt.as_deref())?;
+        self.tokenize(prompt)?;
+        let (mut batch, mut tokens) = (Vec::new(), 0);
+        while let Some(text) = self.waiting.pop_front_if(|_| tokens < BATCH_TOKENS) {
+            tokens += text.ids.len();
+            batch.push(text);
+        }
+        let outside = match encoder.sentence.pooling.include_prompt {
+            true => 0,
+            false => encoder.tokenizer.prompt_tokens(prompt)?,
+        };
+        let hidden = encoder.model.forward_sequences(&batch)?;
+        for (text, hidden) in batch.into_iter().zip(hidden) {
+            let len = text.ids.len();
+            let mask = (0..len).map(|token| u32::from(token >= outside)).collect();
+            let mask = Tensor::from_vec(mask, (1, len), hidden.device())?;
+            let vector = encoder.pool(&hidden.unsqueeze(0)?, &mask)?.squeeze(0)?.to_vec1()?;
+            self.ready.push_back(TextEmbedding { vector, tokens: len, truncated: text.truncated });
+        }
+        Ok(())
+    }
+}
+
+impl<I: Iterator<Item: AsRef<str> + Send>> Iterator for Embeddings<'_, I> {
+    type Item = Result<TextEmbedding>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ready.is_empty()
+            && !self.failed
+            && let Err(error) = self.run()
+        {
+            self.failed = true;
+            return Some(Err(error));
+        }
+        self.ready.pop_front().map(Ok)
     }
 }

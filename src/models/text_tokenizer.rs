@@ -81,6 +81,12 @@ impl TextTokenizer {
         self.batch(texts.iter().map(|text| self.finish(whole(text.as_ref())?, None)))
     }
 
+    /// The ids of one text behind `prompt`, and how many tokens were cut off.
+    pub(super) fn ids(&self, text: &str, prompt: &str) -> Result<(Vec<u32>, usize)> {
+        let (encoding, truncated) = self.finish(self.encode(&format!("{prompt}{text}"))?, None)?;
+        Ok((encoding.get_ids().to_vec(), truncated))
+    }
+
     /// Pairs of texts, each as one sequence. If that is too long, the end of the longer text is cut
     /// off, or those of both.
     pub(super) fn tokenize_pairs(

@@ -5,7 +5,8 @@ use pulp::Simd;
 
 /// What follows a linear layer, element by element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Activation {
+#[non_exhaustive]
+pub enum Activation {
     /// `x * Phi(x)`, Phi the distribution function of the normal distribution (Hendrycks and
     /// Gimpel 2016, arXiv:1606.08415).
     Gelu,

@@ -10,7 +10,10 @@ use pulp::{Arch, Simd, WithSimd};
 const TASK: usize = 1 << 13;
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias`, mean and variance over the last dimension.
-pub(crate) struct LayerNorm {
+///
+/// In f32 on a CPU each row is normalized in vectors; where a gradient is asked for, on other devices and
+/// for other dtypes, with Candle's operations.
+pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
     eps: f64,
@@ -27,7 +30,10 @@ pub(super) struct FusedNorm {
 
 impl LayerNorm {
     /// `weight` and `bias` are both `[width]`.
-    pub(crate) fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
+    ///
+    /// # Errors
+    /// Candle's own, for tensors of another rank.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
         let fused = match is_plain_f32(&[&weight, &bias]) {
             true => Some(FusedNorm {
                 arch: crate::cpu::vectors(),
@@ -41,7 +47,10 @@ impl LayerNorm {
     }
 
     /// `[.., width]` to the same.
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// Candle's own, for another width.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.fused {
             Some(fused) if is_plain_f32(&[x]) => Ok(x.contiguous()?.apply_op1_no_bwd(fused)?),
             _ => self.of_tensor(x),
@@ -75,10 +84,15 @@ impl FusedNorm {
             return;
         }
         assert!(rows.len().is_multiple_of(width));
-        let normalize = |rows: &mut [f32]| self.arch.dispatch(Normalize { norm: self, rows });
+        let normalize = |rows: &mut [f32]| self.normalize_rows(rows);
         // Three passes over elements that are in L1 by then.
         let work = Work { elements: 2 * rows.len(), ..Work::default() };
         work.for_each(rows.chunks_mut(TASK.div_ceil(width) * width).collect(), normalize);
+    }
+
+    /// The same in this thread; the rows are whole.
+    pub(super) fn normalize_rows(&self, rows: &mut [f32]) {
+        self.arch.dispatch(Normalize { norm: self, rows });
     }
 }
 

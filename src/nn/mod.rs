@@ -5,8 +5,8 @@
 //! LayerNorm  of each row; after a Linear in the memory of its result
 //! ```
 //!
-//! Weights are packed once, when a model is loaded, and multiplied by the room `product`; on request a
-//! linear layer is rounded to bf16. Norms and activations are loops over `pulp`'s vectors, those of the level
+//! Weights are packed once, in a [`Precision`], when a model is loaded or in a file ([`save_linear`]), and
+//! multiplied by the room `product`. Norms and activations are loops over `pulp`'s vectors, those of the level
 //! in use. A row of a result depends on nothing but its own row of the input, so the number of threads
 //! changes nothing.
 //!
@@ -16,12 +16,10 @@
 mod activation;
 mod layer_norm;
 mod linear;
-mod product;
-mod tasks;
 
-pub(crate) use activation::Activation;
-pub(crate) use layer_norm::LayerNorm;
-pub(crate) use linear::Linear;
+pub use activation::Activation;
+pub use layer_norm::LayerNorm;
+pub use linear::{Linear, Precision, load_linear, save_linear};
 
 use candle_core::{DType, Tensor};
 

@@ -36,6 +36,16 @@ const PARTS_PER_THREAD: usize = 16;
 const DIVIDED_NS: usize = 40_000;
 
 impl Work {
+    /// Both pieces of work, as one.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            int8_macs: self.int8_macs.saturating_add(other.int8_macs),
+            value_macs: self.value_macs.saturating_add(other.value_macs),
+            float_macs: self.float_macs.saturating_add(other.float_macs),
+            elements: self.elements.saturating_add(other.elements),
+        }
+    }
+
     fn nanoseconds(self) -> usize {
         self.int8_macs / INT8_MACS_PER_NS
             + self.value_macs / VALUE_MACS_PER_NS

@@ -114,6 +114,7 @@ impl Footprint for Conditioned {
 }
 
 /// All rows of a head, conditioned.
+#[cfg_attr(not(feature = "drift"), allow(dead_code))]
 pub(crate) struct ConditionedHead {
     /// `[S, D]`.
     pub values: Vec<f32>,
@@ -153,6 +154,7 @@ impl ConditionedHead {
     }
 
     /// Turns conditioned rows `[S, D]` back into rows as they were.
+    #[cfg_attr(not(feature = "drift"), allow(dead_code))]
     pub(crate) fn undo(&self, values: &mut [f32], depth: usize) {
         if let Some(rotation) = self.rotation {
             rotation.apply(values);

@@ -10,10 +10,7 @@
 //! none: each of its elements is a sum of all of them with random signs. QuaRot (Ashkboos et al. 2024,
 //! arXiv:2404.00456) takes a Hadamard matrix, whose product is additions alone.
 
-use crate::cpu::plain::{LANES, each_lane, widest};
-
-/// Elements of the largest block: enough to spread an outlier, and a block fits the registers.
-const BLOCK: usize = 128;
+use crate::cpu::Level;
 
 /// Multiplies rows of `depth` elements by a symmetric orthogonal matrix `R`, so that `R R = 1`: rotating
 /// both sides of a dot product changes nothing but its rounding, and rotating twice gives a row back.
@@ -59,96 +56,21 @@ impl Rotation {
     /// # Panics
     /// Unless they are whole rows.
     pub fn apply(&self, rows: &mut [f32]) {
-        let depth = self.depth;
-        assert!(rows.len().is_multiple_of(depth), "{} elements in rows of {depth}", rows.len());
-        widest!(rotate, (depth, rows), (usize, &mut [f32]) => ());
+        // Whatever forces a level that cannot be used is told by who computes with the result.
+        let portable = || Level::all().last().expect("the portable level is always available");
+        self.apply_on(Level::active().unwrap_or_else(|_| portable()), rows);
     }
-}
 
-#[inline(always)]
-fn rotate((depth, rows): (usize, &mut [f32])) {
-    for row in rows.chunks_exact_mut(depth.max(1)) {
-        let (blocks, mut rest) = row.as_chunks_mut::<BLOCK>();
-        for block in blocks {
-            rotate_vectors::<{ BLOCK / LANES }>(block);
-        }
-        // Powers of two, largest first.
-        while !rest.is_empty() {
-            let block;
-            (block, rest) = rest.split_at_mut(1 << rest.len().ilog2());
-            match block.len() {
-                64 => rotate_vectors::<4>(block),
-                32 => rotate_vectors::<2>(block),
-                16 => rotate_vectors::<1>(block),
-                _ => rotate_few(block),
-            }
-        }
-    }
-}
-
-/// A block of `16 N` elements, in registers from the first step to the last.
-#[inline(always)]
-fn rotate_vectors<const N: usize>(block: &mut [f32]) {
-    let factor = 1.0 / ((N * LANES) as f32).sqrt();
-    let vectors = block.as_chunks_mut::<LANES>().0;
-    let mut v = [[0f32; LANES]; N];
-    for (v, x) in v.iter_mut().zip(&*vectors) {
-        // First, so that sums of large numbers stay finite.
-        let x = each_lane(|i| x[i] * factor);
-        *v = butterfly::<8>(butterfly::<4>(butterfly::<2>(butterfly::<1>(x))));
-    }
-    let mut apart = 1;
-    while apart < N {
-        for i in (0..N).filter(|i| i & apart == 0) {
-            let (a, b) = (v[i], v[i + apart]);
-            v[i] = each_lane(|lane| a[lane] + b[lane]);
-            v[i + apart] = each_lane(|lane| a[lane] - b[lane]);
-        }
-        apart *= 2;
-    }
-    vectors.copy_from_slice(&v);
-}
-
-/// `(a, b)` to `(a + b, a - b)` for lanes that are `APART` from each other.
-#[inline(always)]
-fn butterfly<const APART: usize>(x: [f32; LANES]) -> [f32; LANES] {
-    // One addition of lanes that changed places and signs: what a shuffle and an xor make of them.
-    let other = each_lane(|i| x[i ^ APART]);
-    let own = each_lane(|i| if i & APART == 0 { x[i] } else { -x[i] });
-    each_lane(|i| own[i] + other[i])
-}
-
-/// A block of fewer than 16.
-#[inline(always)]
-fn rotate_few(block: &mut [f32]) {
-    let n = block.len();
-    let factor = 1.0 / (n as f32).sqrt();
-    block.iter_mut().for_each(|x| *x *= factor);
-    let mut apart = 1;
-    while apart < n {
-        for i in (0..n).filter(|i| i & apart == 0) {
-            (block[i], block[i + apart]) =
-                (block[i] + block[i + apart], block[i] - block[i + apart]);
-        }
-        apart *= 2;
+    /// [`Rotation::apply`] with the kernel of a level.
+    pub(crate) fn apply_on(&self, level: Level, rows: &mut [f32]) {
+        level.rotate(self.depth, rows);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pulp::{Arch, Simd, WithSimd};
-
-    struct Job<'a>(usize, &'a mut [f32]);
-
-    impl WithSimd for Job<'_> {
-        type Output = ();
-
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            rotate((self.0, self.1));
-        }
-    }
+    use crate::cpu::runnable;
 
     /// Numbers in -1..1 with an outlier.
     fn noise(len: usize, seed: u64) -> Vec<f32> {
@@ -211,19 +133,18 @@ mod tests {
     }
 
     #[test]
-    fn all_vectors_give_the_same_bits() {
-        let mut all = vec![Arch::new()];
-        #[cfg(target_arch = "x86_64")]
-        all.extend(pulp::x86::V3::try_new().map(Arch::V3));
+    fn all_levels_give_the_same_bits() {
+        let levels = runnable();
         for depth in DEPTHS.into_iter().filter(|&depth| depth > 0) {
-            let on = |arch: Arch| {
+            let on = |level: Level| {
                 let mut rows = noise(2 * depth, 7);
-                arch.dispatch(Job(depth, &mut rows));
+                rows[0] = -0.0;
+                Rotation::new(depth).apply_on(level, &mut rows);
                 rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
             };
-            let scalar = on(Arch::Scalar);
-            for &arch in &all {
-                assert_eq!(on(arch), scalar, "{arch:?} {depth}");
+            let portable = on(*levels.last().unwrap());
+            for &level in &levels {
+                assert_eq!(on(level), portable, "{level:?} {depth}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Loops over rows of f32: codes with a scale a row, and dot products.
+//! Loops over rows of f32: codes with a scale a row, rotations, and dot products.
 
 /// Some rows of `depth` f32 each, the same distance apart.
 #[derive(Debug, Clone, Copy)]
@@ -100,6 +100,10 @@ impl BlockCodes<'_> {
     }
 }
 
+/// Elements of the largest block that is rotated: enough to spread an outlier, and a block fits the
+/// registers.
+pub(crate) const ROTATED: usize = 128;
+
 /// One instruction set's way. All give the same bits.
 #[derive(Debug)]
 pub(crate) struct RowKernels {
@@ -110,7 +114,12 @@ pub(crate) struct RowKernels {
     /// # Safety
     /// The instructions are there; so for the other.
     pub quantize_symmetric: unsafe fn(Rows<'_>, BlockCodes<'_>),
-    /// The dot product of a vector with every row: `(rows, vector, out)`. Sums of 16 lanes, each product and each addition rounded, that are
+    /// Multiplies rows of `depth` elements by the matrix of [`Rotation`](crate::quant::Rotation), in place:
+    /// `(depth, rows)`, of which only whole rows are there. A block is multiplied by its factor first; then
+    /// come the sums and differences of elements that are 1, 2, 4 .. apart, each rounded.
+    pub rotate: unsafe fn(usize, &mut [f32]),
+    /// The dot product of a vector with every row: `(rows, vector, out)`. Sums of 16 lanes, each product and
+    /// each addition rounded, that are
     /// added up as [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
     pub dots: unsafe fn(Rows<'_>, &[f32], &mut [f32]),
 }

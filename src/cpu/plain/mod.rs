@@ -1,9 +1,10 @@
 //! Plain Rust loops, and how they are compiled for the vectors of a level.
 //!
-//! * [`softmax`] and [`rows`] are whole kernels: every level without one of its own instantiates them
+//! * [`softmax`], [`rows`] and [`rotate`] are whole kernels: every level without one of its own instantiates them
 //!   with its target features (`plain_kernels!`).
 //! * [`widest!`](widest) is for loops that are not worth a contract.
 
+pub(crate) mod rotate;
 pub(crate) mod rows;
 pub(crate) mod softmax;
 
@@ -46,7 +47,7 @@ macro_rules! plain_kernels {
 
         #[allow(dead_code)]
         pub(crate) const ROWS: crate::cpu::contracts::RowKernels =
-            crate::cpu::contracts::RowKernels { name: $name, quantize_symmetric, dots };
+            crate::cpu::contracts::RowKernels { name: $name, quantize_symmetric, dots, rotate };
 
         #[allow(dead_code)]
         pub(crate) const EXP_BF16: crate::cpu::contracts::ExpBf16 = exp_bf16;
@@ -93,6 +94,11 @@ macro_rules! plain_kernels {
         $(#[target_feature(enable = $features)])?
         fn dots(rows: crate::cpu::contracts::Rows<'_>, vector: &[f32], out: &mut [f32]) {
             crate::cpu::plain::rows::dots(rows, vector, out);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn rotate(depth: usize, rows: &mut [f32]) {
+            crate::cpu::plain::rotate::rotate(depth, rows);
         }
     };
 }

@@ -22,5 +22,5 @@ mod tiles;
 
 pub use matmul::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 
-pub(crate) use pack::{PackedLhs, PackedRhs, RhsChunk};
+pub(crate) use pack::{PackedLhs, PackedRhs, RhsChunk, unpack};
 pub(crate) use tiles::{ScoreScales, ZeroCorrection, int_tiles, score_tiles};

@@ -62,6 +62,25 @@ fn spread_bytes(
     }
 }
 
+/// The codes of `rows` rows of `depth`, row-major, from where they lie in the order of a
+/// [`PackedRhs::layout`], of this level or of another.
+///
+/// # Panics
+/// Unless the layout has room for them, and `packed` is as long as it says.
+pub(crate) fn unpack(
+    [panels, groups, nr, group]: [usize; 4],
+    packed: &[u8],
+    (rows, depth): (usize, usize),
+) -> Vec<i8> {
+    assert!(panels * nr >= rows && groups * group >= depth);
+    assert_eq!(packed.len(), panels * groups * nr * group);
+    let code = |row: usize, d: usize| {
+        let at = ((row / nr * groups + d / group) * nr + row % nr) * group + d % group;
+        packed[at] as i8
+    };
+    (0..rows).flat_map(|row| (0..depth).map(move |d| code(row, d))).collect()
+}
+
 /// Left side, any number of rows. The memory is kept from one [`PackedLhs::put`] to the next.
 #[derive(Clone)]
 pub(crate) struct PackedLhs {
@@ -227,6 +246,39 @@ impl PackedRhs {
         for (codes, bytes) in codes.chunks_mut(group).zip(groups) {
             codes.iter_mut().zip(bytes).for_each(|(code, &byte)| *code = byte as i8);
         }
+    }
+
+    /// `[panels, groups, nr, group]`: the order in which all codes lie in memory.
+    pub(crate) fn layout(&self) -> [usize; 4] {
+        let Geometry { nr, group, .. } = self.geometry;
+        [self.rows.div_ceil(nr), self.depth.div_ceil(group), nr, group]
+    }
+
+    /// All codes in the order of [`PackedRhs::layout`], padding included.
+    pub(crate) fn packed(&self) -> &[u8] {
+        &self.bytes.as_slice()[..self.layout().iter().product()]
+    }
+
+    /// Takes over codes in the order of [`PackedRhs::layout`]; returns the sum of each row.
+    pub(crate) fn put_packed(&mut self, packed: &[u8]) -> Vec<i32> {
+        let [panels, groups, nr, group] = self.layout();
+        self.bytes.as_mut_slice()[..panels * groups * nr * group].copy_from_slice(packed);
+        let mut sums = vec![0i32; panels * nr];
+        if groups > 0 {
+            let panels = packed.chunks_exact(groups * nr * group);
+            for (sums, panel) in sums.chunks_exact_mut(nr).zip(panels) {
+                for codes in panel.chunks_exact(nr * group) {
+                    for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(group)) {
+                        *sum += codes.iter().map(|&code| i32::from(code as i8)).sum::<i32>();
+                    }
+                }
+            }
+        }
+        let bias = self.geometry.lhs.bias();
+        let starts = self.init.iter_mut().zip(&sums);
+        starts.for_each(|(init, sum)| *init = (-bias).wrapping_mul(*sum));
+        sums.truncate(self.rows);
+        sums
     }
 
     pub(crate) fn rows(&self) -> usize {

@@ -173,6 +173,18 @@ impl PackedMatrix {
         }
     }
 
+    /// Packs all rows of an int16 matrix, row-major and finite; none of them is kept beside.
+    pub(crate) fn put_runs(&mut self, rows: &[f32]) {
+        assert_eq!(rows.len(), self.depth * self.columns);
+        if rows.is_empty() {
+            return;
+        }
+        for (run, rows) in rows.chunks(RUN * self.columns).enumerate() {
+            self.run_scales.as_mut().expect("int16").observe(run, rows, self.columns);
+            self.spread(run * RUN, rows);
+        }
+    }
+
     /// Rows from `first` on, those that the format cannot hold kept beside.
     fn without_exceptions<'a>(&mut self, first: usize, rows: &'a [f32]) -> Cow<'a, [f32]> {
         let fits = |rows: &[f32]| widest!(all_below, (rows, LARGEST), (&[f32], f32) => bool);
@@ -426,20 +438,20 @@ impl PackedMatrix {
     }
 
     /// `out[r, c - columns.start] = start[r, c - columns.start] + sum_k lhs[r, k] * matrix[k, c]` over the
-    /// whole depth in f32 or bf16, for `rows` rows of `lhs` and of `out` and the vectors of `columns`, whose
+    /// whole depth in f32, for `rows` rows of `lhs` and of `out` and the vectors of `columns`, whose
     /// start is a multiple of [`PackedMatrix::panel_width`]; the matrix was put in columns. What follows the last column in its vector
     /// is overwritten.
     ///
     /// # Panics
-    /// Where there is no room for that, or the format is of integers.
-    pub(crate) fn multiply<T>(
+    /// Where there is no room for that, or the format is another.
+    pub(crate) fn multiply(
         &self,
         columns: Range<usize>,
-        (lhs, stride, rows): (&[T], usize, usize),
+        (lhs, stride, rows): (&[f32], usize, usize),
         start: Start<'_>,
         (out, out_stride): (&mut [MaybeUninit<f32>], usize),
     ) {
-        assert!(matches!(self.product.format, Format::F32 | Format::Bf16) && self.aligned);
+        assert!(self.product.format == Format::F32 && self.aligned);
         assert!(columns.start.is_multiple_of(self.panel_width()) && columns.end <= self.columns);
         let width = columns.len().next_multiple_of(LANES);
         if rows == 0 || width == 0 {
@@ -447,17 +459,6 @@ impl PackedMatrix {
         }
         assert!(out_stride >= width && out.len() >= (rows - 1) * out_stride + width);
         let (start, start_stride) = match start {
-            // Of bf16 the sums are added to what is there.
-            Start::Zero if self.product.format == Format::Bf16 => {
-                let rows = out.chunks_mut(out_stride).take(rows);
-                rows.for_each(|out| out[..width].fill(MaybeUninit::new(0.0)));
-                (out.as_ptr().cast(), out_stride)
-            }
-            Start::Row(row) if self.product.format == Format::Bf16 => {
-                let rows = out.chunks_mut(out_stride).take(rows);
-                rows.for_each(|out| _ = out[..width].write_copy_of_slice(&row[..width]));
-                (out.as_ptr().cast(), out_stride)
-            }
             Start::Zero => (std::ptr::null(), 0),
             Start::Row(row) => {
                 assert!(row.len() >= width);
@@ -478,6 +479,61 @@ impl PackedMatrix {
             };
             // SAFETY: `job` checked the left side and the matrix; whole vectors of sums and of starts
             // are in every row, as just asserted.
+            unsafe { self.level.multiply(self.product.format, job) };
+        }
+    }
+
+    /// [`PackedMatrix::multiply`] in int16, from the numbers `start` on, which are the same for all rows;
+    /// `scales` says what a 1 on the left side stands for, as of [`PackedMatrix::accumulate_int16`].
+    ///
+    /// # Panics
+    /// Where there is no room for that, or the format is another.
+    pub(crate) fn multiply_int16(
+        &self,
+        columns: Range<usize>,
+        (lhs, stride, rows): (&[i16], usize, usize),
+        scales: &[f32],
+        start: &[f32],
+        (out, out_stride): (&mut [MaybeUninit<f32>], usize),
+    ) {
+        assert!(self.product.format == Format::Int16 && self.aligned);
+        assert!(columns.start.is_multiple_of(self.panel_width()) && columns.end <= self.columns);
+        let width = columns.len().next_multiple_of(LANES);
+        if rows == 0 || width == 0 {
+            return;
+        }
+        assert!(out_stride >= width && out.len() >= (rows - 1) * out_stride + width);
+        // Sums are added to what is there.
+        for out in out.chunks_mut(out_stride).take(rows) {
+            out[..width].write_copy_of_slice(&start[..width]);
+        }
+        if self.depth == 0 {
+            return;
+        }
+        let (known, per_row) = (self.run_scales.as_ref().expect("int16"), self.depth.div_ceil(RUN));
+        assert_eq!(scales.len(), rows * per_row, "{per_row} scales in each row");
+        let panels = self.panels().skip_while(|panel| panel.start < columns.start);
+        for panel in panels.take_while(|panel| panel.start < columns.end) {
+            let at = panel.start - columns.start;
+            let vectors = panel.len().min(width - at) / LANES;
+            let of_columns = known.from(0, panel.start);
+            assert!(of_columns.len() >= (per_row - 1) * known.stride() + vectors * LANES);
+            let sums = out.as_mut_ptr().wrapping_add(at).cast();
+            let job = Panel {
+                vectors,
+                row_scales: scales.as_ptr(),
+                row_scales_stride: per_row,
+                column_scales: of_columns.as_ptr(),
+                column_scales_stride: known.stride(),
+                sums,
+                sums_stride: out_stride,
+                start: sums,
+                start_stride: out_stride,
+                ..self.job(&panel, &(0..self.depth), (lhs, stride, rows), &[])
+            };
+            // SAFETY: `job` checked the left side and the matrix; whole vectors of sums, which were written
+            // above, are in every row, and of scales in every run, as just asserted. `put_runs` bounds the
+            // integers of the matrix; the caller those of the left side.
             unsafe { self.level.multiply(self.product.format, job) };
         }
     }

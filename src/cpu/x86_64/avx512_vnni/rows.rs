@@ -9,7 +9,8 @@ use std::arch::x86_64::*;
 
 const LANES: usize = 16;
 
-pub(crate) const ROWS: RowKernels = RowKernels { name: super::NAME, quantize_symmetric, dots };
+pub(crate) const ROWS: RowKernels =
+    RowKernels { name: super::NAME, quantize_symmetric, dots, rotate: super::rotate::rotate };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn quantize_symmetric(rows: Rows<'_>, out: BlockCodes<'_>) {

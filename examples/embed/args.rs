@@ -1,0 +1,44 @@
+//! The command line.
+
+use crate::common::model::ModelArgs;
+use crate::common::precision::Precision;
+use crate::common::shard::Shard;
+use std::path::PathBuf;
+
+/// Embeddings of a file of texts, as many as there are.
+#[derive(Debug, clap::Parser)]
+#[command(name = "embed")]
+pub struct Args {
+    /// File with a text in each line (UTF-8), or with --field a JSON object in each line
+    pub file: PathBuf,
+
+    /// Take the text from this field of each line's JSON object
+    #[arg(long, value_name = "NAME")]
+    pub field: Option<String>,
+
+    /// Write the embeddings to this file: tensors `embeddings` [texts, size] F32 and `bytes` [texts] I64
+    /// (where in the file each line begins) if it ends in .safetensors; an object with `byte` and
+    /// `embedding` a line if it ends in .jsonl
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+
+    /// In which numbers the encoder computes
+    #[arg(long, value_enum, default_value_t)]
+    pub precision: Precision,
+
+    /// Scale each embedding to length 1
+    #[arg(long)]
+    pub normalize: bool,
+
+    /// Embed only part I of N: the lines that begin in the I-th of N equal parts of the file's bytes.
+    /// The parts follow each other in the order of the file
+    #[arg(long, value_name = "I/N", default_value = "1/1")]
+    pub shard: Shard,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+}

@@ -1,0 +1,345 @@
+//! A linear layer, and what follows it in the same op.
+//!
+//! ```text
+//! weights   packed once: f32, int16, or int8 codes of rotated rows          float, int16, int8
+//! file      packed weights in safetensors, and back
+//! op        shapes, then the result: product and epilogue, task by task                  op, product
+//! tasks     how the result is divided among threads: whole rows first, then outputs
+//! ```
+
+mod file;
+mod float;
+mod int16;
+mod int8;
+mod op;
+mod product;
+mod tasks;
+#[cfg(test)]
+mod tests;
+
+use super::{Activation, LayerNorm, is_plain_f32};
+use crate::cpu::Level;
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use candle_nn::{Module, VarBuilder};
+pub use file::{load_linear, save_linear};
+use float::FloatWeights;
+use int8::Int8Weights;
+use int16::Int16Weights;
+use op::Fused;
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+
+const OP: &str = "linear";
+
+/// In which numbers a [`Linear`] multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Precision {
+    /// f32 with f32 sums.
+    #[default]
+    F32,
+    /// int16 with int32 sums that are exact over 64 inputs: near exact, at twice the speed of f32. Rows have 12
+    /// bits and a sign, weights 13, with a scale for each row or output and 64 inputs.
+    Int16,
+    /// int8 with exact int32 sums. Rows and weights are rotated (see
+    /// [`Rotation`](crate::quant::Rotation)), then rounded to symmetric codes with one scale a row of
+    /// the input, found when it comes, and one an output, found when the weights are packed.
+    Int8,
+}
+
+/// `x·W^T + b`, in a [`Precision`], with weights that are packed once.
+///
+/// Inputs are `[.., K]` of rank 1 to 3, or `[B, N, H, D]` with `H * D = K`, the heads of attention,
+/// which are merged; f32 with any strides. Results are `[.., outputs]`, for heads `[B, N, outputs]`.
+///
+/// A row of the result depends on its own row of the input alone, and has the same bits alone, in any
+/// batch and on any number of threads; in int16 and int8 also on every instruction level. A row that
+/// holds NaN or infinity gives numbers that are not finite, for itself alone: in int16 and int8, NaN.
+///
+/// On devices other than the CPU, for other dtypes, and for weights that are variables, the layer is
+/// Candle's, in the dtype of its weights; where the gradient of an input is asked for, it is that of the
+/// weights as they are packed.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_int8_attention::nn::{Linear, Precision};
+///
+/// let weight = Tensor::randn(0f32, 0.1, (256, 128), &Device::Cpu)?;
+/// let bias = Tensor::zeros(256, candle_core::DType::F32, &Device::Cpu)?;
+/// let layer = Linear::new(&weight, Some(&bias), Precision::F32)?;
+/// let int8 = layer.to_precision(Precision::Int8)?;
+/// let x = Tensor::randn(0f32, 1., (2, 16, 128), &Device::Cpu)?;
+/// let off = (layer.forward(&x)? - int8.forward(&x)?)?.abs()?.max_all()?;
+/// assert!(off.to_scalar::<f32>()? < 0.1);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub struct Linear(Form);
+
+enum Form {
+    Fused(Box<Packed>),
+    Candle(candle_nn::Linear),
+}
+
+/// Weights and bias for the fused op.
+struct Packed {
+    weights: Weights,
+    /// Padded to whole panels.
+    bias: Vec<f32>,
+}
+
+/// In the order in which a kernel reads them.
+enum Weights {
+    Float(FloatWeights),
+    Int16(Int16Weights),
+    Int8(Int8Weights),
+}
+
+impl Weights {
+    /// Packs `weights`, row-major `[outputs, depth]`.
+    fn new(
+        level: Level,
+        precision: Precision,
+        weights: &[f32],
+        (outputs, depth): (usize, usize),
+    ) -> Result<Self> {
+        Ok(match precision {
+            Precision::F32 => Self::Float(FloatWeights::new(level, weights, (outputs, depth))),
+            Precision::Int16 => Self::Int16(Int16Weights::new(level, weights, (outputs, depth))),
+            Precision::Int8 => Self::Int8(Int8Weights::new(level, weights, (outputs, depth))?),
+        })
+    }
+
+    fn precision(&self) -> Precision {
+        match self {
+            Self::Float(_) => Precision::F32,
+            Self::Int16(_) => Precision::Int16,
+            Self::Int8(_) => Precision::Int8,
+        }
+    }
+
+    fn outputs(&self) -> usize {
+        match self {
+            Self::Float(weights) => weights.matrix().columns(),
+            Self::Int16(weights) => weights.matrix().columns(),
+            Self::Int8(weights) => weights.outputs(),
+        }
+    }
+
+    fn depth(&self) -> usize {
+        match self {
+            Self::Float(weights) => weights.matrix().depth(),
+            Self::Int16(weights) => weights.matrix().depth(),
+            Self::Int8(weights) => weights.depth(),
+        }
+    }
+
+    /// Outputs that are computed at a time.
+    fn panel_width(&self) -> usize {
+        match self {
+            Self::Float(weights) => weights.matrix().panel_width(),
+            Self::Int16(weights) => weights.matrix().panel_width(),
+            Self::Int8(weights) => weights.panel_width(),
+        }
+    }
+
+    /// Row-major `[outputs, depth]`: what the packed numbers stand for.
+    fn unpacked(&self) -> Vec<f32> {
+        match self {
+            Self::Float(weights) => weights.unpacked(),
+            Self::Int16(weights) => weights.unpacked(),
+            Self::Int8(weights) => weights.unpacked(),
+        }
+    }
+}
+
+impl Packed {
+    fn new(weights: Weights, bias: &[f32]) -> Self {
+        assert_eq!(weights.outputs(), bias.len());
+        let mut bias = bias.to_vec();
+        bias.resize(bias.len().next_multiple_of(weights.panel_width()), 0.0);
+        Self { weights, bias }
+    }
+
+    fn bias(&self) -> &[f32] {
+        &self.bias[..self.weights.outputs()]
+    }
+
+    /// The same layer in Candle's form.
+    fn unpacked(&self) -> Result<candle_nn::Linear> {
+        let shape = (self.weights.outputs(), self.weights.depth());
+        let weight = Tensor::from_vec(self.weights.unpacked(), shape, &Device::Cpu)?;
+        Ok(candle_nn::Linear::new(weight, Some(Tensor::new(self.bias(), &Device::Cpu)?)))
+    }
+}
+
+impl Linear {
+    /// `weight` `[outputs, K]`, `bias` `[outputs]`; without one it is 0.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other shapes, [`Error::Depth`] for a `K` whose int8 sums could leave the range
+    /// of int32 (above 65793), [`Error::Level`] for a forced level that cannot be used.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>, precision: Precision) -> Result<Self> {
+        let (outputs, depth) = match *weight.dims() {
+            [outputs, depth] => (outputs, depth),
+            ref shape => return Err(misshaped("weight", shape, "[outputs, K]".into())),
+        };
+        if let Some(bias) = bias.filter(|bias| bias.dims() != [outputs]) {
+            let expected = format!("[{outputs}] for weight {:?}", weight.dims());
+            return Err(misshaped("bias", bias.dims(), expected));
+        }
+        let plain = is_plain_f32(&[weight]) && bias.is_none_or(|bias| is_plain_f32(&[bias]));
+        if !plain {
+            return Ok(Self(Form::Candle(candle_nn::Linear::new(weight.clone(), bias.cloned()))));
+        }
+        let bias = bias.map_or(Ok(vec![0.0; outputs]), |bias| bias.to_vec1())?;
+        let numbers = weight.flatten_all()?.to_vec1::<f32>()?;
+        let weights = Weights::new(Level::active()?, precision, &numbers, (outputs, depth))?;
+        Ok(Self::packed(weights, &bias))
+    }
+
+    /// From the tensors `weight` `[outputs, inputs]` and, if there is one, `bias` `[outputs]` of `vb`.
+    ///
+    /// # Errors
+    /// Candle's, for tensors that are missing or have another shape; those of [`Linear::new`].
+    pub fn from_var_builder(
+        inputs: usize,
+        outputs: usize,
+        vb: VarBuilder<'_>,
+        precision: Precision,
+    ) -> Result<Self> {
+        let weight = vb.get((outputs, inputs), "weight")?;
+        let bias = vb.contains_tensor("bias").then(|| vb.get(outputs, "bias")).transpose()?;
+        Self::new(&weight, bias.as_ref(), precision)
+    }
+
+    fn packed(weights: Weights, bias: &[f32]) -> Self {
+        Self(Form::Fused(Box::new(Packed::new(weights, bias))))
+    }
+
+    /// The precision that its weights are packed in; `F32` for a layer that is left to Candle.
+    pub fn precision(&self) -> Precision {
+        match &self.0 {
+            Form::Fused(packed) => packed.weights.precision(),
+            Form::Candle(_) => Precision::F32,
+        }
+    }
+
+    /// `[outputs, K]`.
+    pub fn shape(&self) -> (usize, usize) {
+        match &self.0 {
+            Form::Fused(packed) => (packed.weights.outputs(), packed.weights.depth()),
+            Form::Candle(linear) => {
+                let dims = linear.weight().dims();
+                (dims[0], dims[1])
+            }
+        }
+    }
+
+    /// The same layer in another precision, packed from what its own stands for: from int8, f32 has the
+    /// weights as they were rounded. A layer that is left to Candle stays as it is.
+    ///
+    /// # Errors
+    /// Those of [`Linear::new`].
+    pub fn to_precision(&self, precision: Precision) -> Result<Self> {
+        Ok(match &self.0 {
+            Form::Fused(packed) => {
+                let (weights, shape) = (packed.weights.unpacked(), self.shape());
+                let weights = Weights::new(Level::active()?, precision, &weights, shape)?;
+                Self::packed(weights, packed.bias())
+            }
+            Form::Candle(linear) => Self(Form::Candle(linear.clone())),
+        })
+    }
+
+    /// `x·W^T + b`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `x` does not fit the weights.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.0 {
+            Form::Fused(layer) if is_plain_f32(&[x]) => Fused::new(layer).of(x, None),
+            _ => self.of_tensor(x),
+        }
+    }
+
+    /// `activation(x·W^T + b)`.
+    ///
+    /// # Errors
+    /// Those of [`Linear::forward`].
+    pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        match &self.0 {
+            Form::Fused(layer) if is_plain_f32(&[x]) => {
+                Fused { activation: Some(activation), ..Fused::new(layer) }.of(x, None)
+            }
+            _ => Ok(activation.of_tensor(&self.of_tensor(x)?)?),
+        }
+    }
+
+    /// `norm(x·W^T + b + residual)`, the residual in the shape of the result.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `x`, the residual or the norm does not fit the weights.
+    pub fn forward_add_norm(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        norm: &LayerNorm,
+    ) -> Result<Tensor> {
+        match (&self.0, norm.fused()) {
+            (Form::Fused(layer), Some(norm)) if is_plain_f32(&[x, residual]) => {
+                Fused { norm: Some(norm), ..Fused::new(layer) }.of(x, Some(residual))
+            }
+            _ => norm.of_tensor(&(self.of_tensor(x)? + residual)?),
+        }
+    }
+
+    /// `norm(second(activation(x·W^T + b)) + residual)`: the feed-forward block of a transformer, whose first
+    /// layer this is. Block by block of rows, what is between the two layers never leaves the cache; the
+    /// bits are those of one layer after the other.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `x`, the second layer, the residual or the norm does not fit.
+    pub fn forward_block(
+        &self,
+        x: &Tensor,
+        activation: Activation,
+        second: &Linear,
+        residual: &Tensor,
+        norm: &LayerNorm,
+    ) -> Result<Tensor> {
+        match (&self.0, &second.0, norm.fused()) {
+            (Form::Fused(first), Form::Fused(layer), Some(norm))
+                if is_plain_f32(&[x, residual]) =>
+            {
+                let before = Some((&**first, activation));
+                Fused { before, norm: Some(norm), ..Fused::new(layer) }.of(x, Some(residual))
+            }
+            _ => second.forward_add_norm(&self.forward_activated(x, activation)?, residual, norm),
+        }
+    }
+
+    /// With Candle's operations.
+    fn of_tensor(&self, x: &Tensor) -> Result<Tensor> {
+        let x = match x.rank() {
+            4 => Cow::Owned(x.flatten_from(2)?),
+            _ => Cow::Borrowed(x),
+        };
+        let linear = match &self.0 {
+            Form::Candle(linear) => Cow::Borrowed(linear),
+            Form::Fused(packed) => Cow::Owned(packed.unpacked()?),
+        };
+        Ok(linear.forward(&x)?)
+    }
+}
+
+impl Module for Linear {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        Ok(Linear::forward(self, x)?)
+    }
+}
+
+fn misshaped(tensor: &'static str, shape: &[usize], expected: String) -> Error {
+    Error::Shape { op: OP, tensor, shape: shape.into(), expected }
+}

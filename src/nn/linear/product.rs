@@ -1,0 +1,318 @@
+//! `x·W^T + b`, and what follows while the sums are in L1 or L2: an activation, a residual, a norm.
+
+use super::float::FloatWeights;
+use super::int8::{Buffers, Int8Rows, Int8Weights, PANEL};
+use super::int16::{Int16Rows, Int16Weights};
+use super::tasks::{BLOCK, Grid, Task};
+use super::{Activation, Packed, Weights};
+use crate::cpu::plain::widest;
+use crate::memory::{overwrite, written};
+use crate::nn::layer_norm::FusedNorm;
+use crate::parallel::Work;
+use crate::view::View;
+use pulp::{Simd, WithSimd};
+use std::cell::RefCell;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// What happens to the sums before they are stored.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Epilogue<'a> {
+    /// `[rows, N]` to add, row-major.
+    pub residual: Option<&'a [f32]>,
+    /// Applied after the residual.
+    pub activation: Option<Activation>,
+    /// Of whole rows, last.
+    pub norm: Option<&'a FusedNorm>,
+}
+
+/// What a thread works in, from one task to the next.
+#[derive(Default)]
+struct Scratch {
+    /// Rows of `x` that do not lie one after the other.
+    gathered: Vec<f32>,
+    prepared: Prepared,
+    /// Of the rows and one panel.
+    sums: Vec<f32>,
+    /// The rows between two layers.
+    inner: Vec<f32>,
+}
+
+/// Rows as weights multiply them, where those are not f32.
+#[derive(Default)]
+struct Prepared {
+    int16: Int16Rows,
+    int8: Int8Rows,
+    buffers: Buffers,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// All rows of a call in int8, block by block, where tasks share them. They are taken while a call lasts,
+    /// because its thread may begin another one while it waits for the others.
+    static BLOCKS: RefCell<Vec<Int8Rows>> = RefCell::default();
+}
+
+/// Writes `x·W^T + b`, row-major `[rows, N]`, and what follows it to every element of `out`.
+pub(super) fn multiply(
+    x: &View<'_>,
+    layer: &Packed,
+    epilogue: Epilogue<'_>,
+    out: &mut [MaybeUninit<f32>],
+) {
+    let (rows, outputs) = (row_count(x, layer), layer.weights.outputs());
+    assert_eq!(out.len(), rows * outputs);
+    assert!(epilogue.residual.is_none_or(|residual| residual.len() == out.len()));
+    if out.is_empty() {
+        return;
+    }
+    let work = layer.work(rows);
+    let grid = Grid::new((rows, outputs), layer.weights.panel_width(), work.parts());
+    let job = Job { layer, epilogue, whole_rows: grid.has_whole_rows(outputs) };
+    let mut blocks = BLOCKS.take();
+    let shared = match &layer.weights {
+        Weights::Int8(weights) if !job.whole_rows => {
+            grid.quantize(x, weights, &mut blocks);
+            Some((weights, &blocks))
+        }
+        _ => None,
+    };
+    work.for_each(grid.tasks(out, outputs), |task| {
+        SCRATCH.with_borrow_mut(|Scratch { gathered, prepared, sums, .. }| {
+            let left = match shared {
+                Some((weights, blocks)) => Left::Int8(weights, &blocks[task.block]),
+                None => {
+                    let x = x.merged(task.rows.clone(), gathered);
+                    Left::new(&layer.weights, x, task.rows.len(), prepared)
+                }
+            };
+            job.run(task, &left, sums);
+        });
+    });
+    BLOCKS.set(blocks);
+    job.finish(out);
+}
+
+/// Writes what `second` makes of `activation(x·W^T + b)` of `first`, and what follows it, to every element of
+/// `out`: block of rows by block, so that what is between the two layers stays in a cache, where there are
+/// blocks for all threads.
+pub(super) fn multiply_twice(
+    x: &View<'_>,
+    (first, activation): (&Packed, Activation),
+    second: &Packed,
+    epilogue: Epilogue<'_>,
+    out: &mut [MaybeUninit<f32>],
+) {
+    let rows = row_count(x, first);
+    let (inner, outputs) = (first.weights.outputs(), second.weights.outputs());
+    assert_eq!((inner, out.len()), (second.weights.depth(), rows * outputs));
+    if out.is_empty() {
+        return;
+    }
+    let between = Epilogue { activation: Some(activation), ..Epilogue::default() };
+    let work = first.work(rows).and(second.work(rows));
+    let grid = Grid::new((rows, outputs), second.weights.panel_width(), work.parts());
+    if !grid.has_whole_rows(outputs) {
+        // SAFETY: `multiply` writes every element.
+        let x = unsafe { written(rows * inner, |out| multiply(x, first, between, out)) };
+        return multiply(&View::of_slice(&x, rows, inner), second, epilogue, out);
+    }
+    let first = Job { layer: first, epilogue: between, whole_rows: true };
+    let second = Job { layer: second, epilogue, whole_rows: true };
+    work.for_each(grid.tasks(out, outputs), |task| {
+        SCRATCH.with_borrow_mut(|Scratch { gathered, prepared, sums, inner: buffer }| {
+            let count = task.rows.len();
+            let left = Left::new(
+                &first.layer.weights,
+                x.merged(task.rows.clone(), gathered),
+                count,
+                prepared,
+            );
+            buffer.resize((count * inner).max(buffer.len()), 0.0);
+            let buffer = &mut buffer[..count * inner];
+            // SAFETY: the job writes numbers.
+            let rows = unsafe { overwrite(buffer) };
+            let out = rows.chunks_mut(inner.max(1)).collect();
+            first.run(
+                Task { columns: 0..inner, out, rows: task.rows.clone(), ..task },
+                &left,
+                sums,
+            );
+            let left = Left::new(&second.layer.weights, buffer, count, prepared);
+            second.run(task, &left, sums);
+        });
+    });
+}
+
+/// Rows of `x`, which fit the layer.
+fn row_count(x: &View<'_>, layer: &Packed) -> usize {
+    let [b, n, heads, width] = x.dims();
+    assert_eq!(heads * width, layer.weights.depth());
+    b * n
+}
+
+impl Packed {
+    /// How much it is to multiply as many rows.
+    fn work(&self, rows: usize) -> Work {
+        let (outputs, depth) = (self.weights.outputs(), self.weights.depth());
+        let macs = rows.saturating_mul(outputs).saturating_mul(depth);
+        match &self.weights {
+            Weights::Float(_) => Work { float_macs: macs, ..Work::default() },
+            // As fast as probabilities times values, which are multiplied the same way.
+            Weights::Int16(_) => Work { value_macs: macs, ..Work::default() },
+            Weights::Int8(_) => Work { int8_macs: macs, ..Work::default() },
+        }
+    }
+}
+
+impl Grid {
+    /// Each block of rows of `x` in int8, once for all tasks that share it.
+    fn quantize(&self, x: &View<'_>, weights: &Int8Weights, blocks: &mut Vec<Int8Rows>) {
+        let [b, n, ..] = x.dims();
+        let ranges = self.row_blocks(b * n);
+        blocks.resize_with(blocks.len().max(ranges.len()), Int8Rows::default);
+        // Rotated, quantized and packed.
+        let work = Work { elements: x.len(), ..Work::default() };
+        work.for_each(ranges.into_iter().zip(blocks).collect(), |(rows, block)| {
+            SCRATCH.with_borrow_mut(|Scratch { gathered, prepared, .. }| {
+                let count = rows.len();
+                weights.quantize(x.merged(rows, gathered), count, block, &mut prepared.buffers);
+            });
+        });
+    }
+}
+
+/// The rows of a task, as the weights multiply them.
+enum Left<'a> {
+    Float(&'a FloatWeights, (&'a [f32], usize)),
+    Int16(&'a Int16Weights, (&'a Int16Rows, usize)),
+    Int8(&'a Int8Weights, &'a Int8Rows),
+}
+
+impl<'a> Left<'a> {
+    /// From `count` rows of f32.
+    fn new(weights: &'a Weights, x: &'a [f32], count: usize, prepared: &'a mut Prepared) -> Self {
+        match weights {
+            Weights::Float(weights) => Self::Float(weights, (x, count)),
+            Weights::Int16(weights) => {
+                weights.quantize(x, count, &mut prepared.int16);
+                Self::Int16(weights, (&prepared.int16, count))
+            }
+            Weights::Int8(weights) => {
+                let Prepared { int8, buffers, .. } = prepared;
+                weights.quantize(x, count, int8, buffers);
+                Self::Int8(weights, int8)
+            }
+        }
+    }
+
+    /// `bias + x·W^T` of one panel, `bias` that of all outputs.
+    fn multiply(
+        &self,
+        outputs: Range<usize>,
+        bias: &[f32],
+        sums: (&mut [MaybeUninit<f32>], usize),
+    ) {
+        match self {
+            Self::Float(weights, rows) => {
+                weights.multiply(outputs.clone(), *rows, &bias[outputs.start..], sums);
+            }
+            Self::Int16(weights, rows) => weights.multiply(outputs, *rows, bias, sums),
+            Self::Int8(weights, rows) => weights.multiply(outputs, rows, bias, sums),
+        }
+    }
+}
+
+/// What all tasks of a call have in common.
+struct Job<'a> {
+    layer: &'a Packed,
+    epilogue: Epilogue<'a>,
+    /// Whether a task has all outputs of its rows.
+    whole_rows: bool,
+}
+
+impl Job<'_> {
+    /// Panel by panel.
+    fn run(&self, mut task: Task<'_>, left: &Left<'_>, sums: &mut Vec<f32>) {
+        let (outputs, width) = (self.layer.weights.outputs(), self.layer.weights.panel_width());
+        let rows = task.rows.len();
+        sums.resize((BLOCK.max(rows) * width).max(sums.len()), 0.0);
+        let sums = &mut sums[..rows * width];
+        for first in task.columns.clone().step_by(width) {
+            let columns = first..(first + width).min(task.columns.end);
+            // SAFETY: `multiply` writes numbers.
+            let out = unsafe { overwrite(sums) };
+            left.multiply(columns.clone(), &self.layer.bias, (out, width));
+            if let Some(residual) = self.epilogue.residual {
+                let residual = &residual[task.rows.start * outputs + first..];
+                let job = (&mut *sums, width, residual, outputs, columns.len());
+                widest!(add, job, (&mut [f32], usize, &[f32], usize, usize) => ());
+            }
+            if let Some(activation) = self.epilogue.activation {
+                crate::cpu::vectors().dispatch(Activate { activation, sums });
+            }
+            let at = first - task.columns.start;
+            let job = Store { sums, width, out: &mut task.out, at: at..at + columns.len() };
+            widest!(store, job, Store<'_, '_> => ());
+        }
+        if let (Some(norm), true) = (self.epilogue.norm, self.whole_rows) {
+            for row in task.out {
+                // SAFETY: the panels have covered the row.
+                norm.normalize_rows(unsafe { row.assume_init_mut() });
+            }
+        }
+    }
+
+    /// What needs whole rows, once all tasks are done, unless they did it.
+    fn finish(&self, out: &mut [MaybeUninit<f32>]) {
+        if let (Some(norm), false) = (self.epilogue.norm, self.whole_rows) {
+            // SAFETY: the tasks have covered the result.
+            norm.normalize(unsafe { out.assume_init_mut() });
+        }
+    }
+}
+
+/// Adds the residual, whose rows are `outputs` apart, to the first `count` of each row of `width` sums.
+#[inline(always)]
+fn add((sums, width, residual, outputs, count): (&mut [f32], usize, &[f32], usize, usize)) {
+    for (sums, residual) in sums.chunks_exact_mut(width).zip(residual.chunks(outputs)) {
+        sums[..count].iter_mut().zip(&residual[..count]).for_each(|(sum, x)| *sum += x);
+    }
+}
+
+/// Rows of `width` sums, whose first go to these places of the rows of the result.
+struct Store<'a, 'b> {
+    sums: &'a [f32],
+    width: usize,
+    out: &'a mut [&'b mut [MaybeUninit<f32>]],
+    at: Range<usize>,
+}
+
+#[inline(always)]
+fn store(Store { sums, width, out, at }: Store<'_, '_>) {
+    for (sums, out) in sums.chunks_exact(width).zip(out) {
+        let out = &mut out[at.clone()];
+        match (sums.first_chunk::<PANEL>(), out.first_chunk_mut::<PANEL>()) {
+            // A length that is known is a few moves, and any other a call.
+            (Some(sums), Some(out)) if at.len() == PANEL => _ = out.write_copy_of_slice(sums),
+            _ => _ = out.write_copy_of_slice(&sums[..at.len()]),
+        }
+    }
+}
+
+/// An activation of sums, which are whole vectors as panels are.
+struct Activate<'a> {
+    activation: Activation,
+    sums: &'a mut [f32],
+}
+
+impl WithSimd for Activate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (whole, rest) = S::as_mut_simd_f32s(self.sums);
+        assert!(rest.is_empty(), "{} sums beside whole vectors", rest.len());
+        self.activation.of_vectors(simd, whole);
+    }
+}

@@ -1,0 +1,199 @@
+//! Texts through an encoder: batches without padding, and the precision of its linear layers.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use candle_int8_attention::drift::linear::{choose_linear, linear_errors};
+use candle_int8_attention::drift::metrics::{cosine, lowest};
+use candle_int8_attention::models::{BertModel, ModelFiles, TextEncoder, mean_pool};
+use candle_int8_attention::nn::Precision;
+use candle_int8_attention::{AttentionConfig, Error};
+use common::largest_difference;
+use common::tiny_bert::tiny_folder;
+use std::path::Path;
+
+type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+const CPU: Device = Device::Cpu;
+const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Int16, Precision::Int8];
+
+fn shipped() -> Result<TextEncoder, Error> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/paraphrase-MiniLM-L3-v2");
+    TextEncoder::load(&ModelFiles::from_dir(folder)?, &CPU)
+}
+
+/// Of one word to more than the model reads, with nothing in between.
+fn texts() -> Vec<String> {
+    let sentence = "It is a truth universally acknowledged, that a single man in possession of a \
+                    good fortune, must be in want of a wife. ";
+    let mut texts: Vec<String> =
+        ["Short.", "", "A cat sleeps on the warm stove."].map(str::to_string).to_vec();
+    texts.extend([1, 3, 20, 2].map(|times| sentence.repeat(times)));
+    texts
+}
+
+fn vectors(encoder: &TextEncoder, texts: &[String]) -> Result<Vec<Vec<f32>>, Error> {
+    encoder.embed(texts).map(|embedding| Ok(embedding?.vector)).collect()
+}
+
+#[test]
+fn a_text_has_the_same_bits_alone_and_in_any_batch() -> TestResult {
+    let (mut encoder, texts) = (shipped()?, texts());
+    for precision in PRECISIONS {
+        encoder.set_precision(precision)?;
+        let together = vectors(&encoder, &texts)?;
+        let reversed: Vec<String> = texts.iter().rev().cloned().collect();
+        let mut backwards = vectors(&encoder, &reversed)?;
+        backwards.reverse();
+        assert!(together == backwards, "{precision:?}");
+        for (text, together) in texts.iter().zip(&together) {
+            let alone = vectors(&encoder, std::slice::from_ref(text))?;
+            assert!(alone[0] == *together, "{precision:?}: {text:?}");
+        }
+    }
+    Ok(())
+}
+
+/// More texts than a batch holds come in their order, with what is known of each, and are taken only as
+/// far as they are needed.
+#[test]
+fn any_number_of_texts_keeps_its_order() -> TestResult {
+    let encoder = shipped()?;
+    let text = |i: usize| if i == 250 { "much ".repeat(600) } else { format!("text number {i}") };
+    let mut taken = 0;
+    let all = (0..500).map(|i| {
+        taken += 1;
+        text(i)
+    });
+    let embeddings = encoder.embed(all).collect::<Result<Vec<_>, _>>()?;
+    assert_eq!((embeddings.len(), taken), (500, 500));
+    for i in [0, 1, 249, 250, 251, 499] {
+        let alone = encoder.embed([text(i)]).next().ok_or("an embedding")??;
+        assert!(alone == embeddings[i], "{i}");
+    }
+    assert_eq!((embeddings[250].tokens, embeddings[250].truncated), (512, 90));
+    assert!(embeddings[..250].iter().all(|e| (5..=8).contains(&e.tokens) && e.truncated == 0));
+
+    let mut taken = 0;
+    let endless = std::iter::repeat_with(|| {
+        taken += 1;
+        "more and more"
+    });
+    assert!(encoder.embed(endless).take(3).all(|embedding| embedding.is_ok()));
+    assert!(taken < 2000, "{taken} texts were taken for 3");
+    assert!(encoder.embed([""; 0]).next().is_none());
+    Ok(())
+}
+
+/// Packed sequences against a padded batch with a mask, which is another way to the same numbers.
+#[test]
+fn packed_sequences_are_those_of_a_padded_batch() -> TestResult {
+    let mut encoder = shipped()?;
+    let texts = texts();
+    let batch = encoder.tokenize(&texts)?;
+    for attention in [AttentionConfig::fp32(), AttentionConfig::int8()] {
+        encoder.model.set_attention(&attention);
+        let hidden = encoder.model.forward(&batch.input_ids, Some(&batch.attention_mask))?;
+        let padded = mean_pool(&hidden, &batch.attention_mask)?;
+        let packed = encoder.embed_sentences(&texts)?;
+        for (packed, padded) in packed.to_vec2::<f32>()?.iter().zip(padded.to_vec2::<f32>()?) {
+            assert!(cosine(packed, &padded) > 0.9999);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sequences_of_ids_may_be_empty_and_not_too_long() -> TestResult {
+    let (_folder, files) = tiny_folder("", DType::F32, |_| {})?;
+    let model = BertModel::load(&files, &CPU)?;
+    let sequences = [vec![1u32, 2, 3], vec![], vec![4], vec![5, 6, 7, 8, 9, 10, 1]];
+    let hidden = model.forward_sequences(&sequences)?;
+    for (ids, hidden) in sequences.iter().zip(&hidden) {
+        assert_eq!(hidden.dims(), [ids.len(), 6]);
+        if !ids.is_empty() {
+            let ids = Tensor::new(ids.as_slice(), &CPU)?.unsqueeze(0)?;
+            let alone = model.forward(&ids, None)?.squeeze(0)?;
+            assert_eq!(largest_difference(hidden, &alone), 0.0);
+        }
+    }
+    let none = model.forward_sequences(&[[0u32; 0], []])?;
+    assert_eq!(none.iter().map(|x| x.dims().to_vec()).collect::<Vec<_>>(), [[0, 6], [0, 6]]);
+    let error = model.forward_sequences(&[vec![0; 8]]).unwrap_err().to_string();
+    assert!(error.contains("[8], expected at most [7] (max_position_embeddings)"), "{error}");
+    let error = model.forward_sequences(&[[11]]).unwrap_err().to_string();
+    assert!(error.contains("sequence holds 11, expected less than 11"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn linear_layers_in_integers_keep_the_embeddings() -> TestResult {
+    let (mut encoder, texts) = (shipped()?, texts());
+    let exact = vectors(&encoder, &texts)?;
+    for (precision, least) in [(Precision::Int16, 0.99999), (Precision::Int8, 0.999)] {
+        encoder.set_precision(precision)?;
+        let found = vectors(&encoder, &texts)?;
+        let smallest = lowest(exact.iter().zip(&found).map(|(a, b)| cosine(a, b)));
+        assert!(smallest >= least && exact != found, "{precision:?}: {smallest}");
+    }
+    Ok(())
+}
+
+/// The model as it was afterwards, errors that add up, and a choice that keeps its budget.
+#[test]
+fn the_cost_of_each_product_is_measured_and_chosen_by() -> TestResult {
+    let mut encoder = shipped()?;
+    let ids = encoder.tokenize(&["It is a truth universally acknowledged."])?.input_ids;
+    let (passages, model) = ([ids], &mut encoder.model);
+    let before = model.forward(&passages[0], None)?;
+    let errors = linear_errors(model, &passages, Precision::Int8)?;
+    let names: Vec<_> = errors.iter().map(|e| (e.layer, e.product)).collect();
+    assert_eq!(names[..5], [(0, "qkv"), (0, "output"), (0, "up"), (0, "down"), (1, "qkv")]);
+    assert_eq!(errors.len(), 12);
+    assert!(errors.iter().all(|e| (30.0..90.0).contains(&e.alone.sqnr_db)), "{errors:?}");
+    let (first, last) = (errors[0].accumulated, errors[11].accumulated);
+    assert_eq!(first, errors[0].alone);
+    assert!(last.min_cosine < first.min_cosine && last.min_cosine > 0.999, "{errors:?}");
+    assert_eq!(largest_difference(&before, &model.forward(&passages[0], None)?), 0.0);
+
+    // Between all in int8 and all in f32, some are in each.
+    let budget = (1.0 + last.min_cosine) / 2.0;
+    let choice = choose_linear(model, &passages, &[Precision::Int8], budget)?;
+    let int8 = choice.precisions.iter().filter(|&&p| p == Precision::Int8).count();
+    assert!((1..12).contains(&int8) && choice.errors.min_cosine >= budget, "{choice:?}");
+    assert!(largest_difference(&before, &model.forward(&passages[0], None)?) > 0.0);
+    Ok(())
+}
+
+/// The human scores of STS 2014 images; names its folder in `STS2014_IMAGES`.
+#[test]
+fn captions_keep_their_embeddings_and_their_ranks() -> TestResult {
+    let Some(folder) = std::env::var_os("STS2014_IMAGES") else {
+        eprintln!("not run: STS2014_IMAGES names no folder with 2014-images.test.tsv");
+        return Ok(());
+    };
+    let text = std::fs::read_to_string(Path::new(&folder).join("2014-images.test.tsv"))?;
+    let mut sentences = Vec::new();
+    for line in text.lines() {
+        let columns: Vec<&str> = line.split('\t').collect();
+        let [_, a, b] = columns[..] else { return Err(format!("{line:?}: not 3 columns").into()) };
+        sentences.extend([a.to_string(), b.to_string()]);
+    }
+    assert_eq!(sentences.len(), 1500);
+    let mut encoder = match std::env::var_os("STS_MODEL") {
+        Some(folder) => TextEncoder::load(&ModelFiles::from_dir(folder)?, &CPU)?,
+        None => shipped()?,
+    };
+    let exact = vectors(&encoder, &sentences)?;
+    let bounds = [(Precision::Int16, 0.99999, 0.99999), (Precision::Int8, 0.9993, 0.9997)];
+    for (precision, least, least_mean) in bounds {
+        encoder.set_precision(precision)?;
+        let found = vectors(&encoder, &sentences)?;
+        let cosines: Vec<f64> = exact.iter().zip(&found).map(|(a, b)| cosine(a, b)).collect();
+        let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
+        let smallest = lowest(cosines);
+        eprintln!("{precision:?}: smallest cosine {smallest:.7}, mean {mean:.7}");
+        assert!(smallest >= least && mean >= least_mean, "{precision:?}: {smallest} {mean}");
+    }
+    Ok(())
+}
