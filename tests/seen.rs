@@ -93,13 +93,12 @@ fn everything() -> AttentionCall {
 fn keys_behind_a_mask_take_no_part() {
     let n = 150;
     let case = Case::new((60, n));
-    let patterns: [(&str, fn(usize) -> bool); 3] = [
-        ("a mask of the end", |key| key < 97),
-        ("a mask of the start", |key| key >= 41),
-        ("a mask with holes", |key| key % 7 != 3 && !(50..90).contains(&key)),
-    ];
-    for (name, sees) in patterns {
-        let seen: Vec<bool> = (0..n).map(sees).collect();
+    let all = |sees: fn(usize) -> bool| (0..n).map(sees).collect::<Vec<bool>>();
+    for (name, seen) in [
+        ("a mask of the end", all(|key| key < 97)),
+        ("a mask of the start", all(|key| key >= 41)),
+        ("a mask with holes", all(|key| key % 7 != 3 && !(50..90).contains(&key))),
+    ] {
         let boolean: Vec<u8> = seen.iter().map(|&seen| u8::from(seen)).collect();
         let boolean = Tensor::from_vec(boolean, (1, 1, 1, n), &CPU).unwrap();
         case.check(name, &seen, &everything().with_mask(boolean.clone()), &everything());

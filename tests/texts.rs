@@ -93,7 +93,7 @@ fn packed_sequences_are_those_of_a_padded_batch() -> TestResult {
     let batch = encoder.tokenize(&texts)?;
     for attention in [AttentionConfig::fp32(), AttentionConfig::int8()] {
         encoder.model.set_attention(&attention);
-        let hidden = encoder.model.forward(&batch.input_ids, Some(&batch.attention_mask))?;
+        let hidden = encoder.model.forward(&batch.input_ids, None, Some(&batch.attention_mask))?;
         let padded = mean_pool(&hidden, &batch.attention_mask)?;
         let packed = encoder.embed_sentences(&texts)?;
         for (packed, padded) in packed.to_vec2::<f32>()?.iter().zip(padded.to_vec2::<f32>()?) {
@@ -145,7 +145,7 @@ fn the_cost_of_each_product_is_measured_and_chosen_by() -> TestResult {
     let mut encoder = shipped()?;
     let ids = encoder.tokenize(&["It is a truth universally acknowledged."])?.input_ids;
     let (passages, model) = ([ids], &mut encoder.model);
-    let before = model.forward(&passages[0], None)?;
+    let before = model.forward(&passages[0], None, None)?;
     let errors = linear_errors(model, &passages, Precision::Int8)?;
     let names: Vec<_> = errors.iter().map(|e| (e.layer, e.product)).collect();
     assert_eq!(names[..5], [(0, "qkv"), (0, "output"), (0, "up"), (0, "down"), (1, "qkv")]);
@@ -154,14 +154,14 @@ fn the_cost_of_each_product_is_measured_and_chosen_by() -> TestResult {
     let (first, last) = (errors[0].accumulated, errors[11].accumulated);
     assert_eq!(first, errors[0].alone);
     assert!(last.min_cosine < first.min_cosine && last.min_cosine > 0.999, "{errors:?}");
-    assert_eq!(largest_difference(&before, &model.forward(&passages[0], None)?), 0.0);
+    assert_eq!(largest_difference(&before, &model.forward(&passages[0], None, None)?), 0.0);
 
     // Between all in int8 and all in f32, some are in each.
     let budget = (1.0 + last.min_cosine) / 2.0;
     let choice = choose_linear(model, &passages, &[Precision::Int8], budget)?;
     let int8 = choice.precisions.iter().filter(|&&p| p == Precision::Int8).count();
     assert!((1..12).contains(&int8) && choice.errors.min_cosine >= budget, "{choice:?}");
-    assert!(largest_difference(&before, &model.forward(&passages[0], None)?) > 0.0);
+    assert!(largest_difference(&before, &model.forward(&passages[0], None, None)?) > 0.0);
     Ok(())
 }
 

@@ -31,7 +31,7 @@ use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::{
     Calibration, CalibrationConfig, LayeredModel, StaticScales, calibrate,
 };
-use candle_int8_attention::quant::{ObserverKind, Scheme};
+use candle_int8_attention::quant::{ObserverKind, Scheme, Smoothing};
 use common::output::check_writable;
 use common::passages::{PassageArgs, Passages};
 use common::print::{finish, parse};

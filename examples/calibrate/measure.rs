@@ -9,9 +9,9 @@ use candle_int8_attention::drift::layers::{
 };
 use candle_int8_attention::drift::metrics::lowest;
 use candle_int8_attention::models::{
-    Calibration, CalibrationConfig, LayerRanges, LayeredModel, StaticScales, run_layers,
+    Calibration, CalibrationConfig, LayeredModel, StaticScales, run_layers,
 };
-use candle_int8_attention::quant::{Granularity, ValueRange, token_mean};
+use candle_int8_attention::quant::Granularity;
 use serde::Serialize;
 
 /// One way to find scales.

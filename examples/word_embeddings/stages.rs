@@ -6,7 +6,9 @@ use candle_core::{D, DType, Tensor};
 use candle_int8_attention::attention::{attention_scores_int32, attention_scores_requantized};
 use candle_int8_attention::drift::Candidate;
 use candle_int8_attention::drift::metrics::sqnr_db;
-use candle_int8_attention::quant::{QuantConfig, QuantizedTensor};
+use candle_int8_attention::quant::{
+    Granularity, KEY_BLOCK, QUERY_BLOCK, QuantConfig, QuantizedTensor, Rotation, Scheme, Smoothing,
+};
 use candle_int8_attention::{ScoreConfig, attention_scores};
 use serde::Serialize;
 

@@ -202,10 +202,10 @@ fn by_mask(
     // Where all queries see the same, one says it.
     let same = mask.is_one_for_all_queries() && visible.is_one_for_all_queries(batch, queries);
     for head in heads {
-        for query in 0..if same { queries.min(1) } else { queries } {
+        let one_or_all = if same { queries.min(1) } else { queries };
+        for (query, asks) in asking.iter_mut().enumerate().take(one_or_all) {
             let range = visible.range(batch, query);
-            let sees = mask.mark([batch, head, query], range.clone(), &mut marks[range]);
-            asking[query] |= sees;
+            *asks |= mask.mark([batch, head, query], range.clone(), &mut marks[range]);
         }
     }
     if same && let Some(&sees) = asking.first() {

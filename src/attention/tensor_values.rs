@@ -9,9 +9,12 @@ use crate::product::{LARGEST, PackedMatrix};
 use crate::view::View;
 use std::ops::Range;
 
+/// Rows that do not lie together, or not as f32; rows of runs; all of them as one slice.
+type Gathered = (Vec<f32>, (Vec<f32>, Vec<f32>));
+
 thread_local! {
     /// Where values are gathered that do not lie together.
-    static GATHERED: Kept<(Vec<f32>, (Vec<f32>, Vec<f32>))> = const { Kept::new() };
+    static GATHERED: Kept<Gathered> = const { Kept::new() };
 }
 
 /// Bytes of that which a thread keeps: blocks of values that are a few thousand numbers wide.

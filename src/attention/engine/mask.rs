@@ -145,10 +145,18 @@ fn mark_body((data, start, step, marks): (&Data<'_>, usize, usize, &mut [u8])) -
     };
     match *data {
         Data::Bool(data) => each(&data[start..], step, marks, |m, x| mark(m, x != 0)),
-        Data::F32(data) => each(&data[start..], step, marks, |m, x| mark(m, !(x <= f32::MIN))),
-        Data::F16(data) => each(&data[start..], step, marks, |m, x| mark(m, !(x <= f16::MIN))),
-        Data::BF16(data) => each(&data[start..], step, marks, |m, x| mark(m, !(x <= bf16::MIN))),
-        Data::F64(data) => each(&data[start..], step, marks, |m, x| mark(m, !(x <= f64::MIN))),
+        Data::F32(data) => {
+            each(&data[start..], step, marks, |m, x| mark(m, x > f32::MIN || x.is_nan()))
+        }
+        Data::F16(data) => {
+            each(&data[start..], step, marks, |m, x| mark(m, x > f16::MIN || x.is_nan()))
+        }
+        Data::BF16(data) => {
+            each(&data[start..], step, marks, |m, x| mark(m, x > bf16::MIN || x.is_nan()))
+        }
+        Data::F64(data) => {
+            each(&data[start..], step, marks, |m, x| mark(m, x > f64::MIN || x.is_nan()))
+        }
     }
     any != 0
 }
