@@ -96,6 +96,7 @@ impl Args {
             Pv::Auto => PvPrecision::Auto,
             Pv::F32 => PvPrecision::F32,
             Pv::Bf16 => PvPrecision::Bf16,
+            Pv::Int16 => PvPrecision::Int16,
         };
         let int8 = Int8Config { pv, ..Int8Config::default() };
         int8.into()
@@ -125,10 +126,11 @@ impl What {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pv {
-    /// bf16 where the hardware multiplies it, f32 elsewhere
+    /// int16; bf16 on Arm where the hardware multiplies it
     Auto,
     F32,
     Bf16,
+    Int16,
 }
 
 /// The value of `--dtype`.

@@ -11,7 +11,7 @@ use serde::Serialize;
 pub struct Limit {
     /// Queries times keys in int8.
     pub int8: f64,
-    /// Probabilities times values in bf16 or f32; 0 for scores alone.
+    /// Probabilities times values; 0 for scores alone.
     pub pv: f64,
     /// One `2^x` for each score; 0 for scores alone.
     pub exp2: f64,
@@ -45,9 +45,13 @@ impl Limit {
 
 /// The precision of probabilities times values that the limit is made for, and its peak.
 pub fn pv_peak(peaks: &Peaks, pv: Pv) -> (&'static str, Option<&Peak>) {
-    match (pv, &peaks.bf16) {
-        (Pv::Bf16, bf16) => ("bf16", bf16.as_ref()),
-        (Pv::Auto, Some(bf16)) => ("bf16", Some(bf16)),
-        (Pv::Auto, None) | (Pv::F32, _) => ("f32", peaks.f32.as_ref()),
+    match pv {
+        Pv::Bf16 => ("bf16", peaks.bf16.as_ref()),
+        Pv::F32 => ("f32", peaks.f32.as_ref()),
+        // As the library chooses.
+        Pv::Auto if cfg!(target_arch = "aarch64") && peaks.bf16.is_some() => {
+            ("bf16", peaks.bf16.as_ref())
+        }
+        Pv::Auto | Pv::Int16 => ("int16", peaks.int16.as_ref()),
     }
 }

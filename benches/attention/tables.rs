@@ -242,8 +242,9 @@ fn print_peaks(peaks: &Peaks) {
     );
     let mut table = print::table(&["peak of", "all threads", "one thread", "loop"]);
     table.column_mut(3).expect("four columns").set_cell_alignment(CellAlignment::Left);
-    let quantities: [(&str, &Option<Peak>); 4] = [
+    let quantities: [(&str, &Option<Peak>); 5] = [
         ("int8 MACs, exact", &peaks.int8),
+        ("int16 MACs, exact", &peaks.int16),
         ("bf16 MACs", &peaks.bf16),
         ("f32 MACs", &peaks.f32),
         ("exp2", &peaks.exp2),

@@ -31,6 +31,8 @@ fn loops() -> Vec<Loop> {
 pub enum Quantity {
     /// 8-bit products with exact int32 sums.
     Int8,
+    /// 16-bit products with exact int32 sums.
+    Int16,
     /// bf16 products with f32 sums.
     Bf16,
     /// f32 fused multiply-adds.
@@ -61,6 +63,7 @@ pub struct Peak {
 #[derive(Debug, Clone, Serialize)]
 pub struct Peaks {
     pub int8: Option<Peak>,
+    pub int16: Option<Peak>,
     pub bf16: Option<Peak>,
     pub f32: Option<Peak>,
     pub exp2: Option<Peak>,
@@ -76,6 +79,7 @@ impl Peaks {
         };
         Self {
             int8: fastest(Quantity::Int8),
+            int16: fastest(Quantity::Int16),
             bf16: fastest(Quantity::Bf16),
             f32: fastest(Quantity::F32),
             exp2: fastest(Quantity::Exp2),

@@ -32,6 +32,9 @@ pub fn loops() -> Vec<Loop> {
         add(vnni512, Int8, "vpdpbusd, 512 bit", 64 * CHAINS_512, |n| vpdpbusd_512(n));
         add(vnni256, Int8, "vpdpbusd, 256 bit", 32 * CHAINS_256, |n| vpdpbusd_256(n));
         add(avx2, Int8, "vpmaddwd + vpaddd, 256 bit", 16 * CHAINS_256, |n| vpmaddwd_256(n));
+        add(vnni512, Int16, "vpdpwssd, 512 bit", 32 * CHAINS_512, |n| vpdpwssd_512(n));
+        add(vnni256, Int16, "vpdpwssd, 256 bit", 16 * CHAINS_256, |n| vpdpwssd_256(n));
+        add(avx2, Int16, "vpmaddwd + vpaddd, 256 bit", 16 * CHAINS_256, |n| vpmaddwd_256(n));
         add(bf16, Bf16, "vdpbf16ps, 512 bit", 32 * CHAINS_512, |n| vdpbf16ps_512(n));
         add(avx512, F32, "vfmaddps, 512 bit", 16 * CHAINS_512, |n| vfmaddps_512(n));
         add(avx2, F32, "vfmaddps, 256 bit", 8 * CHAINS_256, |n| vfmaddps_256(n));
@@ -64,6 +67,50 @@ fn vpdpbusd_256(steps: usize) {
     for _ in 0..steps {
         for sum in &mut sums {
             *sum = _mm256_dpbusd_avx_epi32(*sum, a, b);
+        }
+    }
+    black_box(sums);
+}
+
+/// In assembly, because LLVM makes two instructions of the intrinsic.
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn vpdpwssd_512(steps: usize) {
+    let (a, b) = (black_box(_mm512_set1_epi32(1)), black_box(_mm512_set1_epi32(2)));
+    let mut sums = [_mm512_setzero_si512(); CHAINS_512];
+    for _ in 0..steps {
+        for sum in &mut sums {
+            // SAFETY: one instruction on registers, which `avx512vnni` has.
+            unsafe {
+                asm!(
+                    "vpdpwssd {sum}, {a}, {b}",
+                    sum = inout(zmm_reg) *sum,
+                    a = in(zmm_reg) a,
+                    b = in(zmm_reg) b,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+        }
+    }
+    black_box(sums);
+}
+
+/// See [`vpdpwssd_512`].
+#[target_feature(enable = "avx2,avxvnni")]
+fn vpdpwssd_256(steps: usize) {
+    let (a, b) = (black_box(_mm256_set1_epi32(1)), black_box(_mm256_set1_epi32(2)));
+    let mut sums = [_mm256_setzero_si256(); CHAINS_256];
+    for _ in 0..steps {
+        for sum in &mut sums {
+            // SAFETY: one instruction on registers, which `avxvnni` has.
+            unsafe {
+                asm!(
+                    "{{vex}} vpdpwssd {sum}, {a}, {b}",
+                    sum = inout(ymm_reg) *sum,
+                    a = in(ymm_reg) a,
+                    b = in(ymm_reg) b,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
         }
     }
     black_box(sums);
