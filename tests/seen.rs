@@ -310,3 +310,54 @@ fn an_outlier_that_is_seen_does_not_spoil_the_others() -> Result<()> {
     }
     Ok(())
 }
+
+/// What people trip over between libraries.
+#[test]
+fn a_sliding_window_of_w_is_w_minus_one_keys_to_the_left() -> Result<()> {
+    let case = Case::new((9, 9));
+    let (w, n) = (4usize, 9usize);
+    // Hugging Face: key j is seen where i - j < W and j <= i.
+    let sees = |i: usize, j: usize| j <= i && i - j < w;
+    let mask = (0..n * n).map(|at| u8::from(sees(at / n, at % n))).collect();
+    let mask = Tensor::from_vec(mask, (n, n), &CPU)?;
+    let config = AttentionConfig::fp32();
+    let of = |call: AttentionCall, config: &AttentionConfig| {
+        attention(&case.q, &case.k, &case.v, call, config)
+    };
+    let expected = of(everything().with_mask(mask), &config)?;
+    let window = config.clone().window(Some(w - 1), None);
+    let found = of(AttentionCall::causal(), &window)?;
+    assert!(largest_difference(&found, &expected) < 1e-6);
+    Ok(())
+}
+
+#[test]
+fn causal_is_aligned_at_the_start_with_an_offset_and_at_the_end_by_name() -> Result<()> {
+    let case = Case::new((3, 7));
+    let config = AttentionConfig::fp32();
+    let of = |call: AttentionCall| attention(&case.q, &case.k, &case.v, call, &config);
+    // Top left, as a square mask that was cut off: query 0 sees key 0 alone.
+    let first = of(Causal::Offset(0).into())?.narrow(2, 0, 1)?;
+    for head in 0..4 {
+        let (found, value) = (first.narrow(1, head, 1)?, case.v.narrow(1, head / 2, 1)?);
+        assert!(largest_difference(&found, &value.narrow(2, 0, 1)?) < 1e-6);
+    }
+    // At the end, as in decoding: the last query sees all keys.
+    let (end, offset) = (of(AttentionCall::causal())?, of(Causal::Offset(4).into())?);
+    assert!(bits(&end) == bits(&offset));
+    let last = attention(&case.q.narrow(2, 2, 1)?, &case.k, &case.v, everything(), &config)?;
+    assert!(largest_difference(&end.narrow(2, 2, 1)?, &last) < 1e-6);
+    Ok(())
+}
+
+#[test]
+fn rows_of_only_the_smallest_number_give_zeros() -> Result<()> {
+    let case = Case::new((3, 7));
+    let mask = Tensor::full(f32::MIN, (3, 7), &CPU)?;
+    for config in [AttentionConfig::fp32(), AttentionConfig::int8()] {
+        let call = everything().with_mask(mask.clone());
+        let out = attention(&case.q, &case.k, &case.v, call, &config)?;
+        assert!(bits(&out).iter().all(|&bits| bits == 0));
+    }
+    Ok(())
+}

@@ -27,7 +27,8 @@ use candle_nn::attention::AttnMask;
 #[non_exhaustive]
 pub struct AttentionCall {
     /// Broadcasts to `[B, H, M, N]`: U8 (boolean, non-zero = attend) or float (added to the scaled
-    /// scores). Minus infinity and the smallest finite number of the mask's dtype both mean masked. NaN is
+    /// scores). Minus infinity and the smallest finite number of the mask's dtype both mean masked: a
+    /// row of only those gives zeros, where PyTorch's eager attention gives the mean of the values. NaN is
     /// NaN: a query that sees such a key, by its position and lengths, has a result of NaN.
     pub mask: Option<Tensor>,
     /// Where the queries stand, and that they see no key behind their own.

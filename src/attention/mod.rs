@@ -46,7 +46,7 @@ pub use module::QuantizedAttention;
 pub use scores::{
     attention_scores, attention_scores_int8, attention_scores_int32, attention_scores_requantized,
 };
-pub use spec::AttentionSpec;
+pub use spec::{AttentionSpec, alibi_slopes};
 
 use crate::Result;
 use crate::reference::unfused;

@@ -16,12 +16,30 @@ pub struct AttentionSpec {
     /// Bends scaled scores: `cap * tanh(score / cap)` (Gemma 2).
     pub softcap: Option<f32>,
     /// One slope for each query head: `-slope * |position - key|` is added to the scores (Press et
-    /// al. 2021, arXiv:2108.12409).
+    /// al. 2021, arXiv:2108.12409). [`alibi_slopes`] are those of the paper;
+    /// [`flash_attn`](crate::flash_attn) has Candle's, which differ where heads are no power of two.
     pub alibi_slopes: Option<Vec<f32>>,
-    /// Sliding window: a query sees at most this many keys to the left of its position.
+    /// Sliding window: a query sees at most this many keys to the left of its position. The
+    /// `sliding_window` of W of a Hugging Face configuration counts the query's own key: it is
+    /// `window_left = W - 1`.
     pub window_left: Option<usize>,
     /// Sliding window: a query sees at most this many keys to the right of its position.
     pub window_right: Option<usize>,
+}
+
+/// The ALiBi slopes of Press et al. (2021, arXiv:2108.12409) for any number of heads: for a power of two `n`
+/// the powers of `2^(-8 / n)`; for others those of the power of two below, then every second one of the power
+/// of two above.
+///
+/// ```
+/// use candle_int8_attention::attention::alibi_slopes;
+/// assert_eq!(alibi_slopes(2), [0.0625, 0.00390625]);
+/// assert_eq!(alibi_slopes(3), [0.0625, 0.00390625, 0.25]);
+/// ```
+pub fn alibi_slopes(heads: usize) -> Vec<f32> {
+    let below = if heads == 0 { 1 } else { 1 << heads.ilog2() };
+    let powers = |n: usize| (1..=n).map(move |i| (-8.0 * i as f32 / n as f32).exp2());
+    powers(below).chain(powers(2 * below).step_by(2)).take(heads).collect()
 }
 
 impl AttentionSpec {
