@@ -120,9 +120,9 @@ fn sequences_of_ids_may_be_empty_and_not_too_long() -> TestResult {
     let none = model.forward_sequences(&[[0u32; 0], []])?;
     assert_eq!(none.iter().map(|x| x.dims().to_vec()).collect::<Vec<_>>(), [[0, 6], [0, 6]]);
     let error = model.forward_sequences(&[vec![0; 8]]).unwrap_err().to_string();
-    assert!(error.contains("[8], expected at most [7] (max_position_embeddings)"), "{error}");
+    assert!(error.contains("[1, 8], expected [B, N] with N <= 7"), "{error}");
     let error = model.forward_sequences(&[[11]]).unwrap_err().to_string();
-    assert!(error.contains("sequence holds 11, expected less than 11"), "{error}");
+    assert!(error.contains("input_ids holds 11, expected less than 11"), "{error}");
     Ok(())
 }
 

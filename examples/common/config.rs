@@ -124,19 +124,19 @@ impl FromStr for Output {
     }
 }
 
-/// A configuration in words: `symmetric, per-token, K less block means, rotated, dequantized`.
+/// A configuration in words: `symmetric, per-token, smoothed by block, rotated, dequantized`.
 pub fn describe(config: &ScoreConfig, requant: Option<&RequantConfig>) -> String {
     let mut words = vec![config.q.scheme.to_string(), config.q.granularity.to_string()];
     if config.k.granularity != config.q.granularity {
         words.push(format!("keys {}", config.k.granularity));
     }
-    for (side, smoothing) in [("K", config.smooth_k), ("Q", config.smooth_q)] {
-        if smoothing != Smoothing::None {
-            words.push(format!("{side} less {smoothing} means"));
-        }
+    match (config.smooth_k, config.smooth_q) {
+        (Smoothing::None, Smoothing::None) => {}
+        (k, q) if k == q => words.push(format!("smoothed by {k}")),
+        (k, q) => words.push(format!("K smoothed by {k}, Q by {q}")),
     }
     words.extend(config.rotate.then(|| "rotated".to_string()));
-    words.extend(config.outliers.then(|| "outliers in f32".to_string()));
+    words.extend(config.outliers.then(|| "outliers apart".to_string()));
     words.push(match requant {
         Some(to) => format!("requantized {}", to.granularity),
         None => "dequantized".to_string(),

@@ -100,19 +100,19 @@ impl Candidate {
                 words.push(format!("{side} with static ranges"));
             }
         }
-        for (side, smoothing) in [("keys", smooth_k), ("queries", smooth_q)] {
-            if *smoothing != Smoothing::None {
-                words.push(format!("{side} less the mean of their {smoothing}"));
-            }
+        match (smooth_k, smooth_q) {
+            (Smoothing::None, Smoothing::None) => {}
+            (k, q) if k == q => words.push(format!("smoothed by {k}")),
+            (k, q) => words.push(format!("keys smoothed by {k}, queries by {q}")),
         }
         words.extend(rotate.then(|| "rotated".to_string()));
-        words.extend(outliers.then(|| "outliers in f32".to_string()));
+        words.extend(outliers.then(|| "outliers apart".to_string()));
         words.push(match &self.requant {
             Some(to) => format!("requantized {}", to.granularity),
             None => "dequantized".to_string(),
         });
         words.push(match self.config.pv {
-            PvPrecision::Auto => "P·V as fast as the CPU can".to_string(),
+            PvPrecision::Auto => "P·V auto".to_string(),
             pv => format!("P·V in {pv}"),
         });
         words.join(", ")

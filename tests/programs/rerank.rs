@@ -34,7 +34,9 @@ fn passages_come_best_first_with_both_scores() -> Result<()> {
         assert!((0.0..=1.0).contains(&score(i, "fp32")), "{report}");
         let change = (score(i, "fp32") - score(i, "int8")).abs();
         assert!(change < 0.05, "{report}");
-        assert!(change <= report["max_score_change"].as_f64().unwrap(), "{report}");
+        // Numbers in JSON are rounded.
+        let largest = report["max_score_change"].as_f64().unwrap();
+        assert!(change <= largest + 1e-6, "{report}");
     }
     lines.sort_unstable();
     assert_eq!(passages.len(), 4);

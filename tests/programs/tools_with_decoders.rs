@@ -135,7 +135,7 @@ fn files_tell_which_kind_of_model_they_hold() -> Result<()> {
                     "expected \"llama\" or one of [\"bert\"",
                 ][..],
             ),
-            ("bert", &["not a BERT configuration"]),
+            ("bert", &["not the configuration of BERT"]),
         ] {
             std::fs::write(&config, text.replace("\"llama\"", &format!("{kind:?}")))?;
             fail(&["--model", &model], parts);
