@@ -199,8 +199,10 @@ impl<'a> Operand<'a> {
         let start = rows.start;
         let values = self.rows((head, rows), seen, buffer, gathered);
         let takes_part = |row: usize| self.takes_part(head, start + row, seen);
+        let all = self.side == Side::Keys || seen.all_ask(head);
+        let takes_part = (!all).then_some(&takes_part as &dyn Fn(usize) -> bool);
         let first = start == 0;
-        self.conditioning.apply(values, (&takes_part, first), head_mean, conditioned);
+        self.conditioning.apply(values, (takes_part, first), head_mean, conditioned);
         true
     }
 

@@ -169,6 +169,11 @@ impl Seen {
         of_one * self.group
     }
 
+    /// Whether all queries of a query head, counted over the batch, see a key.
+    pub(super) fn all_ask(&self, head: usize) -> bool {
+        self.queries[head / self.group.max(1) / self.shared].is_empty()
+    }
+
     /// Whether a query of a query head, counted over the batch, sees a key.
     pub(super) fn asks(&self, head: usize, query: usize) -> bool {
         let part = &self.queries[head / self.group.max(1) / self.shared];

@@ -35,6 +35,9 @@ pub(crate) struct Conditioning {
 /// model reaches 10 and more.
 const STANDS_OUT: f32 = 4.0;
 
+/// Which rows take part; all of them without it.
+type Part<'a> = Option<&'a dyn Fn(usize) -> bool>;
+
 /// Rows of a block, conditioned. The memory is kept for the next block.
 #[derive(Default)]
 pub(crate) struct Conditioned {
@@ -55,13 +58,14 @@ impl Conditioning {
         self.smoothing == Smoothing::None && self.rotation.is_none() && !self.outliers
     }
 
-    /// Conditions a block of rows. `takes_part` says which rows have a part in the mean and may stand out;
+    /// Conditions a block of rows. `takes_part` says which rows have a part in the mean and may stand out, if
+    /// not all of them;
     /// `head_mean` is that of all rows of the head, where it is that one which is subtracted; `first`, whether
     /// these are the first of all rows.
     pub(crate) fn apply(
         &self,
         rows: Rows<'_>,
-        (takes_part, first): (&dyn Fn(usize) -> bool, bool),
+        (takes_part, first): (Part<'_>, bool),
         head_mean: Option<&[f32]>,
         out: &mut Conditioned,
     ) {
@@ -145,7 +149,7 @@ impl ConditionedHead {
         let mut rows = Conditioned::default();
         for (index, matrix) in matrix.chunks(block * depth.max(1)).enumerate() {
             let all = Rows::contiguous(matrix, depth);
-            conditioning.apply(all, (&|_| true, index == 0), mean.as_deref(), &mut rows);
+            conditioning.apply(all, (None, index == 0), mean.as_deref(), &mut rows);
             head.values.extend_from_slice(&rows.values);
             head.outliers.extend(rows.outliers.iter().map(|row| index * block + row));
             head.means.extend(rows.mean().unwrap_or(&vec![0.0; depth]));
@@ -181,8 +185,13 @@ impl Conditioned {
     }
 
     /// The mean of the rows that take part and do not stand out.
-    fn find_mean(&mut self, rows: Rows<'_>, takes_part: &dyn Fn(usize) -> bool) {
+    fn find_mean(&mut self, rows: Rows<'_>, takes_part: Part<'_>) {
         self.sums.start(rows.depth());
+        if takes_part.is_none() && self.outliers.is_empty() {
+            self.sums.add(rows);
+            return self.sums.finish(&mut self.mean);
+        }
+        let takes_part = |row: usize| takes_part.is_none_or(|takes_part| takes_part(row));
         let counts = |row: usize| takes_part(row) && !self.outliers.contains(&row);
         let mut start = 0;
         while start < rows.count() {
@@ -203,7 +212,8 @@ impl Conditioned {
     }
 
     /// The row with the largest magnitude, if it stands out among those that take part.
-    fn find_outlier(&mut self, depth: usize, takes_part: &dyn Fn(usize) -> bool) -> Option<usize> {
+    fn find_outlier(&mut self, depth: usize, takes_part: Part<'_>) -> Option<usize> {
+        let takes_part = |row: usize| takes_part.is_none_or(|takes_part| takes_part(row));
         let rows = Rows::contiguous(&self.values, depth);
         self.magnitudes.resize(rows.count(), 0.0);
         type Arguments<'a> = (Rows<'a>, &'a mut [f32]);
@@ -246,8 +256,9 @@ fn subtract((rows, mean, out): (Rows<'_>, Option<&[f32]>, &mut [f32])) {
 #[inline(always)]
 fn magnitudes((rows, out): (Rows<'_>, &mut [f32])) {
     for (row, out) in rows.iter().zip(out) {
-        let (max, finite) = max_magnitude(row);
-        *out = if finite { max } else { f32::NAN };
+        // As integers, magnitudes have the same order, with infinity and NaN above all numbers.
+        let max = row.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
+        *out = f32::from_bits(max);
     }
 }
 
@@ -263,7 +274,7 @@ mod tests {
         let mut out = Conditioned::default();
         let takes_part = |row: usize| parts.is_empty() || parts[row];
         let rows = Rows::contiguous(rows.as_flattened(), 2);
-        BLOCK.apply(rows, (&takes_part, false), None, &mut out);
+        BLOCK.apply(rows, (Some(&takes_part), false), None, &mut out);
         out
     }
 

@@ -414,7 +414,7 @@ impl Packer {
         let conditioning = Conditioning { smoothing, rotation, outliers, sink };
         let keys = contracts::Rows::contiguous(&rows.keys, depth);
         let first = head.packed == 0;
-        conditioning.apply(keys, (&|_| true, first), known, &mut self.conditioned);
+        conditioning.apply(keys, (None, first), known, &mut self.conditioned);
         let QuantizedRows { codes, scales, zeros, sums } = &mut self.rows;
         let conditioned = contracts::Rows::contiguous(&self.conditioned.values, depth);
         head.level.quantize_symmetric(conditioned, BlockCodes { codes, scales, zeros, sums });
