@@ -111,7 +111,10 @@ impl Buckets {
         }
         let keys = [min_key, max_key, offset];
         let in_range = keys.into_iter().all(|key| (-LARGEST_KEY..=LARGEST_KEY).contains(key));
-        let of = |key: i32| usize::try_from(key - offset).ok().filter(|place| *place < bins.len());
+        let of = |key: i32| {
+            let place = usize::try_from(key.checked_sub(*offset)?).ok()?;
+            (place < bins.len()).then_some(place)
+        };
         let places = (of(*min_key), of(*max_key));
         match places {
             (Some(low), Some(high)) if in_range && low <= high => {
