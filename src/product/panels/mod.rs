@@ -7,11 +7,13 @@
 //! channel and run. In int8, values have one for each channel, and that costs more accuracy than the scores
 //! do.
 //!
-//! * `pack` puts a matrix in the order a kernel reads, and multiplies.
+//! * `pack` puts a matrix in the order a kernel reads, which `order` knows; `multiply` are the products with it.
 //! * `channels` is the arithmetic around int8 sums, `runs` that of int16.
 //! * `stored` multiplies with a matrix where it lies.
 
 mod channels;
+mod multiply;
+mod order;
 mod pack;
 mod runs;
 mod stored;
@@ -23,5 +25,6 @@ mod tests;
 /// beside it.
 pub(crate) const LARGEST: f32 = f32::from_bits((127 + 95) << 23);
 
-pub(crate) use pack::{PackedMatrix, Start};
+pub(crate) use multiply::Start;
+pub(crate) use pack::PackedMatrix;
 pub(crate) use stored::StoredMatrix;
