@@ -178,7 +178,8 @@ impl StaticWords {
             out,
             "\n## 5. The same with static word embeddings ({source})\n\n\
              Whole words, one head, and the embeddings themselves as queries, keys and values.\n\
-             {words} words and signs of the text are used; {unknown} are unknown and left out.\n"
+             {words} words and signs of the text are used; {unknown} are unknown and left out.\n\
+             A word that occurs again is an equal key: which of them comes first is chance, in top-1 too.\n"
         );
         if *cut > 0 {
             let _ = writeln!(
