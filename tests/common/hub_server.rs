@@ -71,6 +71,16 @@ impl Request {
         }
         Ok(Self { method, path, headers })
     }
+
+    /// The path inside the model's repository: `/OWNER/NAME/resolve/REVISION/FILE` or `/store/FILE`.
+    fn file(&self) -> &str {
+        let of_a_revision =
+            self.path.split_once("/resolve/").and_then(|(_, rest)| rest.split_once('/'));
+        match of_a_revision {
+            Some((_, file)) => file,
+            None => self.path.strip_prefix("/store/").unwrap_or_default(),
+        }
+    }
 }
 
 fn hex(bytes: impl AsRef<[u8]>) -> String {
@@ -152,7 +162,7 @@ impl Hub {
             )?;
             return Ok(());
         }
-        let name = request.path.rsplit('/').next().unwrap_or_default();
+        let name = request.file();
         let Some((&name, content)) = self.files.get_key_value(name) else {
             let missing = self.missing;
             // Of a model that exists, it is told which commit lacks the file.
