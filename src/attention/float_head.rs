@@ -114,7 +114,7 @@ pub(super) fn score_in_place(
 ) {
     for (query, scores) in queries.iter().zip(scores.chunks_mut(stride)) {
         let scores = &mut scores[..keys.count()];
-        level.dots(keys, query, scores);
+        level.dots(keys, Matrix::one(query), scores);
         scores.iter_mut().for_each(|score| *score *= factor);
     }
 }

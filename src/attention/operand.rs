@@ -202,7 +202,7 @@ impl<'a> Operand<'a> {
         let all = self.side == Side::Keys || seen.all_ask(head);
         let takes_part = (!all).then_some(&takes_part as &dyn Fn(usize) -> bool);
         let first = start == 0;
-        self.conditioning.apply(values, (takes_part, first), head_mean, conditioned);
+        self.conditioning.apply(self.level, values, (takes_part, first), head_mean, conditioned);
         true
     }
 
@@ -242,7 +242,9 @@ impl<'a> Operand<'a> {
             }
         };
         let QuantizedRows { codes, scales, zeros, sums } = out;
-        quantize_block(self.level, values, params, BlockCodes { codes, scales, zeros, sums });
+        let magnitudes = conditioned.then_some(block.magnitudes.as_slice());
+        let out = BlockCodes { codes, scales, zeros, sums };
+        quantize_block(self.level, (values, magnitudes), params, out);
     }
 
     /// Copies rows that were quantized last, conditioned.

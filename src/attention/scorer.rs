@@ -163,39 +163,34 @@ impl<'a> Scorer<'a> {
     fn find_biases(&self, keys: &PackedKeys, queries: Matrix<'_>, block: &mut QueryBlock) {
         let (count, depth, blocks) = (queries.count(), self.depth(), keys.blocks());
         let QueryBlock { rows, biases, key_biases, outliers, conditioning, .. } = block;
-        let mut dots = vec![0.0; count];
-        let mut dots_with = |vector: &[f32]| {
-            self.level.dots(queries, vector, &mut dots);
-            dots.iter_mut().for_each(|dot| *dot *= self.scale.factor);
-            dots.clone()
+        let dots = |rows: Matrix<'_>, vectors: Matrix<'_>, out: &mut [f32]| {
+            self.level.dots(rows, vectors, out);
+            out.iter_mut().for_each(|dot| *dot *= self.scale.factor);
         };
         biases.clear();
         biases.resize(count * blocks, 0.0);
-        // What all scores of a row have in common matters where some have it in themselves.
-        let matters = self.scale.row_constants || blocks > 1 || !keys.outliers.is_empty();
-        if depth > 0 && matters {
-            // With the queries as they are.
-            for (index, mean) in keys.means.chunks_exact(depth).take(blocks).enumerate() {
-                let biases = biases[index..].iter_mut().step_by(blocks);
-                biases.zip(dots_with(mean)).for_each(|(bias, dot)| *bias = dot);
-            }
-        }
         outliers.clear();
-        for row in keys.outlier_rows.chunks_exact(depth.max(1)) {
-            // Those of a query that is not finite are NaN, as with all other keys.
-            let poison = rows.scales.iter().map(|scale| scale * 0.0);
-            outliers.extend(dots_with(row).into_iter().zip(poison).map(|(dot, x)| dot + x));
-        }
+        outliers.resize(count * keys.outliers.len(), 0.0);
         key_biases.clear();
         key_biases.resize(keys.scales.len(), 0.0);
-        let Some(mean) = conditioning.conditioned.mean().filter(|_| depth > 0) else { return };
-        let mut mean = mean.to_vec();
-        if let Some(rotation) = self.q.conditioning().rotation {
-            rotation.apply(&mut mean);
+        if depth == 0 {
+            return;
         }
-        let biases = &mut key_biases[..keys.rhs.rows()];
-        self.level.dots(Matrix::contiguous(&keys.conditioned, depth), &mean, biases);
-        biases.iter_mut().for_each(|bias| *bias *= self.scale.factor);
+        // What all scores of a row have in common matters where some have it in themselves.
+        let matters = self.scale.row_constants || blocks > 1 || !keys.outliers.is_empty();
+        if matters && !keys.means.is_empty() {
+            // With the queries as they are.
+            dots(queries, Matrix::contiguous(&keys.means[..blocks * depth], depth), biases);
+        }
+        dots(queries, Matrix::contiguous(&keys.outlier_rows, depth), outliers);
+        for scores in outliers.chunks_exact_mut(count.max(1)) {
+            // Those of a query that is not finite are NaN, as with all other keys.
+            scores.iter_mut().zip(&rows.scales).for_each(|(score, scale)| *score += scale * 0.0);
+        }
+        let conditioned = Matrix::contiguous(&keys.conditioned, depth);
+        if let Some(mean) = conditioning.conditioned.rotated_mean(self.level) {
+            dots(conditioned, Matrix::one(mean), &mut key_biases[..keys.rhs.rows()]);
+        }
     }
 
     /// Zero points and sums, unless both sides are symmetric.

@@ -1,8 +1,8 @@
 //! A level that this machine has, and the choice of the one in use.
 
 use super::contracts::{
-    BlockCodes, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RUN, Rows, ScoreTile,
-    Stored, TileInput,
+    BlockCodes, Condition, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RUN, Rows,
+    ScoreTile, Stored, TileInput,
 };
 use super::table::{Bf16, Entry, TABLE};
 use crate::{Error, Result};
@@ -291,14 +291,33 @@ impl Level {
         unsafe { (self.entry.softmax.exp_int16)(job) }
     }
 
-    /// Symmetric codes with a scale a row.
+    /// Symmetric codes with a scale a row, with the largest magnitude of each row where it is known.
     ///
     /// # Panics
     /// Unless all lengths fit the rows.
-    pub(crate) fn quantize_symmetric(self, rows: Rows<'_>, out: BlockCodes<'_>) {
+    pub(crate) fn quantize_symmetric(
+        self,
+        rows: Rows<'_>,
+        magnitudes: Option<&[f32]>,
+        out: BlockCodes<'_>,
+    ) {
         out.check(rows);
+        assert!(magnitudes.is_none_or(|magnitudes| magnitudes.len() == rows.count()));
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.entry.rows.quantize_symmetric)(rows, out) }
+        unsafe { (self.entry.rows.quantize_symmetric)(rows, magnitudes, out) }
+    }
+
+    /// Subtracts a mean and rotates.
+    ///
+    /// # Panics
+    /// Unless all lengths fit the rows, which are not empty.
+    pub(crate) fn condition(self, job: Condition<'_>) {
+        let (count, depth) = (job.rows.count(), job.rows.depth());
+        assert!(depth > 0 && job.mean.is_none_or(|mean| mean.len() == depth));
+        assert_eq!(Some(job.values.len()), count.checked_mul(depth));
+        assert_eq!(job.magnitudes.len(), count);
+        // SAFETY: a level is there only with its instructions.
+        unsafe { (self.entry.rows.condition)(job) }
     }
 
     /// Rows of `depth` elements times the matrix of [`Rotation`](crate::quant::Rotation), in place.
@@ -311,14 +330,15 @@ impl Level {
         unsafe { (self.entry.rows.rotate)(depth, rows) }
     }
 
-    /// The dot product of `vector` with every row.
+    /// The dot product of every vector with every row, `[vectors, rows]`.
     ///
     /// # Panics
     /// Unless all lengths fit the rows.
-    pub(crate) fn dots(self, rows: Rows<'_>, vector: &[f32], out: &mut [f32]) {
-        assert_eq!((rows.depth(), rows.count()), (vector.len(), out.len()));
+    pub(crate) fn dots(self, rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
+        assert_eq!(rows.depth(), vectors.depth());
+        assert_eq!(rows.count().checked_mul(vectors.count()), Some(out.len()));
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.entry.rows.dots)(rows, vector, out) }
+        unsafe { (self.entry.rows.dots)(rows, vectors, out) }
     }
 }
 

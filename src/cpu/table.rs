@@ -117,7 +117,7 @@ const AVX2: Entry = Entry {
     int16_panels: avx2::int16_panels::PANELS,
     stored: avx2::float_panels::STORED,
     softmax: avx2::softmax::SOFTMAX,
-    rows: avx2::ROWS,
+    rows: avx2::rows::ROWS,
     bf16: None,
 };
 

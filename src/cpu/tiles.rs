@@ -89,7 +89,7 @@ macro_rules! int8_tiles {
                     // SAFETY: `rows` scales and biases, and the columns of row `row`, by contract.
                     unsafe {
                         let scale = $splat(*scores.row_scales.add(row));
-                        let bias = $splat(*scores.row_biases.add(row * scores.bias_stride));
+                        let bias = $splat(*scores.row_biases.add(row));
                         // Products and sums apart: see `ScoreTile` on why none may be fused.
                         let x = $mul($mul($convert(sums[v]), scale), column_scale);
                         let x = $add($add(x, column_bias), bias);

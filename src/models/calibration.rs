@@ -9,6 +9,7 @@
 use super::{LayeredModel, run_layers};
 use crate::attention::AttentionConfig;
 use crate::attention::{Backend, Int8Config, PvPrecision, ScoreConfig};
+use crate::cpu::Level;
 use crate::files::{corrupt, read_text, write};
 use crate::memory::check_size;
 use crate::quant::{
@@ -252,8 +253,9 @@ impl Side {
         if values.is_empty() {
             return Ok(Self { matrices: Vec::new(), heads, tokens: 0 });
         }
+        let level = Level::active()?;
         let without_outliers = |matrix: &[f32]| {
-            let head = ConditionedHead::new(conditioning, matrix, depth, block);
+            let head = ConditionedHead::new(level, conditioning, matrix, depth, block);
             let rows = head.values.chunks_exact(depth).enumerate();
             let rows = rows.filter(|(row, _)| !head.outliers.contains(row));
             rows.flat_map(|(_, row)| row.iter().copied()).collect()

@@ -7,9 +7,9 @@
 
 use super::rotation::Rotation;
 use super::smooth::{MeanSums, Smoothing, token_mean};
-use crate::cpu::contracts::Rows;
+use crate::cpu::Level;
+use crate::cpu::contracts::{Condition, Rows};
 use crate::cpu::plain::rows::max_magnitude;
-use crate::cpu::plain::widest;
 use crate::memory::Footprint;
 
 /// Queries that share a mean where smoothing is local ([`Smoothing::Block`]): those that the engine takes at
@@ -49,7 +49,10 @@ pub(crate) struct Conditioned {
     /// The rows that stand out, in the order in which they were found.
     pub outliers: Vec<usize>,
     sums: MeanSums,
-    magnitudes: Vec<f32>,
+    /// The largest magnitude of each row, infinite or NaN for one that is not finite.
+    pub magnitudes: Vec<f32>,
+    rotation: Option<Rotation>,
+    rotated_mean: Vec<f32>,
 }
 
 impl Conditioning {
@@ -64,6 +67,7 @@ impl Conditioning {
     /// these are the first of all rows.
     pub(crate) fn apply(
         &self,
+        level: Level,
         rows: Rows<'_>,
         (takes_part, first): (Part<'_>, bool),
         head_mean: Option<&[f32]>,
@@ -75,6 +79,7 @@ impl Conditioning {
             out.outliers.push(0);
         }
         out.smoothed = self.smoothing != Smoothing::None;
+        out.rotation = self.rotation;
         if let Some(mean) = head_mean {
             out.mean.clear();
             out.mean.extend_from_slice(mean);
@@ -85,21 +90,18 @@ impl Conditioning {
             if self.smoothing == Smoothing::Block {
                 out.find_mean(rows, takes_part);
             }
-            out.subtract(rows);
-            if let Some(rotation) = self.rotation {
-                rotation.apply(&mut out.values);
-            }
+            out.condition(level, rows);
             if !self.outliers || out.outliers.len() == most || rows.depth() == 0 {
                 return;
             }
-            match out.find_outlier(rows.depth(), takes_part) {
+            match out.find_outlier(takes_part) {
                 Some(row) => out.outliers.push(row),
                 None => return,
             }
             // Without a mean of their own the rows stay as they are.
             if self.smoothing != Smoothing::Block {
                 while out.outliers.len() < most
-                    && let Some(row) = out.find_outlier(rows.depth(), takes_part)
+                    && let Some(row) = out.find_outlier(takes_part)
                 {
                     out.outliers.push(row);
                 }
@@ -111,8 +113,9 @@ impl Conditioning {
 
 impl Footprint for Conditioned {
     fn footprint(&self) -> usize {
-        let Self { values, mean, outliers, sums, magnitudes, .. } = self;
-        let floats = values.footprint() + mean.footprint() + magnitudes.footprint();
+        let Self { values, mean, outliers, sums, magnitudes, rotated_mean, .. } = self;
+        let means = mean.footprint() + rotated_mean.footprint();
+        let floats = values.footprint() + means + magnitudes.footprint();
         floats + outliers.footprint() + sums.footprint()
     }
 }
@@ -133,6 +136,7 @@ pub(crate) struct ConditionedHead {
 impl ConditionedHead {
     /// Of rows `[S, D]`, all of which take part, in the blocks of queries or of keys.
     pub(crate) fn new(
+        level: Level,
         conditioning: &Conditioning,
         matrix: &[f32],
         depth: usize,
@@ -149,7 +153,7 @@ impl ConditionedHead {
         let mut rows = Conditioned::default();
         for (index, matrix) in matrix.chunks(block * depth.max(1)).enumerate() {
             let all = Rows::contiguous(matrix, depth);
-            conditioning.apply(all, (None, index == 0), mean.as_deref(), &mut rows);
+            conditioning.apply(level, all, (None, index == 0), mean.as_deref(), &mut rows);
             head.values.extend_from_slice(&rows.values);
             head.outliers.extend(rows.outliers.iter().map(|row| index * block + row));
             head.means.extend(rows.mean().unwrap_or(&vec![0.0; depth]));
@@ -184,6 +188,18 @@ impl Conditioned {
         self.smoothed.then_some(&self.mean)
     }
 
+    /// The same, rotated as the rows are.
+    pub(crate) fn rotated_mean(&mut self, level: Level) -> Option<&[f32]> {
+        if !self.smoothed {
+            return None;
+        }
+        self.rotated_mean.clone_from(&self.mean);
+        if let Some(rotation) = self.rotation {
+            rotation.apply_on(level, &mut self.rotated_mean);
+        }
+        Some(&self.rotated_mean)
+    }
+
     /// The mean of the rows that take part and do not stand out.
     fn find_mean(&mut self, rows: Rows<'_>, takes_part: Part<'_>) {
         self.sums.start(rows.depth());
@@ -204,20 +220,25 @@ impl Conditioned {
         self.sums.finish(&mut self.mean);
     }
 
-    fn subtract(&mut self, rows: Rows<'_>) {
+    fn condition(&mut self, level: Level, rows: Rows<'_>) {
         self.values.resize(rows.count() * rows.depth(), 0.0);
-        let mean = self.smoothed.then_some(self.mean.as_slice());
-        type Arguments<'a> = (Rows<'a>, Option<&'a [f32]>, &'a mut [f32]);
-        widest!(subtract, (rows, mean, self.values.as_mut_slice()), Arguments<'_> => ());
+        self.magnitudes.resize(rows.count(), 0.0);
+        if rows.depth() == 0 {
+            return;
+        }
+        assert!(self.rotation.is_none_or(|rotation| rotation.depth() == rows.depth()));
+        level.condition(Condition {
+            rows,
+            mean: self.smoothed.then_some(&self.mean),
+            rotate: self.rotation.is_some(),
+            values: &mut self.values,
+            magnitudes: &mut self.magnitudes,
+        });
     }
 
     /// The row with the largest magnitude, if it stands out among those that take part.
-    fn find_outlier(&mut self, depth: usize, takes_part: Part<'_>) -> Option<usize> {
+    fn find_outlier(&self, takes_part: Part<'_>) -> Option<usize> {
         let takes_part = |row: usize| takes_part.is_none_or(|takes_part| takes_part(row));
-        let rows = Rows::contiguous(&self.values, depth);
-        self.magnitudes.resize(rows.count(), 0.0);
-        type Arguments<'a> = (Rows<'a>, &'a mut [f32]);
-        widest!(magnitudes, (rows, self.magnitudes.as_mut_slice()), Arguments<'_> => ());
         let (mut count, mut sum, mut largest) = (0usize, 0f64, (0f32, None));
         for (row, &magnitude) in self.magnitudes.iter().enumerate() {
             if magnitude.is_finite() && takes_part(row) && !self.outliers.contains(&row) {
@@ -237,34 +258,10 @@ impl Conditioned {
     }
 }
 
-#[inline(always)]
-fn subtract((rows, mean, out): (Rows<'_>, Option<&[f32]>, &mut [f32])) {
-    let out = out.chunks_exact_mut(rows.depth().max(1));
-    match mean {
-        None => rows.iter().zip(out).for_each(|(row, out)| out.copy_from_slice(row)),
-        Some(mean) => {
-            for (row, out) in rows.iter().zip(out) {
-                for ((out, x), mean) in out.iter_mut().zip(row).zip(mean) {
-                    *out = x - mean;
-                }
-            }
-        }
-    }
-}
-
-/// The largest magnitude of each row, infinite or NaN for a row that is not finite.
-#[inline(always)]
-fn magnitudes((rows, out): (Rows<'_>, &mut [f32])) {
-    for (row, out) in rows.iter().zip(out) {
-        // As integers, magnitudes have the same order, with infinity and NaN above all numbers.
-        let max = row.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
-        *out = f32::from_bits(max);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::runnable;
 
     const BLOCK: Conditioning =
         Conditioning { smoothing: Smoothing::Block, rotation: None, outliers: true, sink: false };
@@ -274,7 +271,7 @@ mod tests {
         let mut out = Conditioned::default();
         let takes_part = |row: usize| parts.is_empty() || parts[row];
         let rows = Rows::contiguous(rows.as_flattened(), 2);
-        BLOCK.apply(rows, (Some(&takes_part), false), None, &mut out);
+        BLOCK.apply(runnable()[0], rows, (Some(&takes_part), false), None, &mut out);
         out
     }
 
@@ -306,6 +303,53 @@ mod tests {
         assert_eq!(condition(&[[1.0, 2.0], [5.0, 2.0]], &[]).outliers.len(), 1);
         assert!(condition(&[[1.0, 2.0]], &[]).outliers.is_empty());
         assert!(condition(&[[1.0, 2.0]; 9], &[]).outliers.is_empty());
+    }
+
+    /// Any depth, rows apart from each other, with a mean and without, rotated or not, on every level.
+    #[test]
+    fn one_pass_is_a_mean_subtracted_a_rotation_and_the_largest_magnitudes() {
+        let wave = |i: usize| (i as f32 * 0.37).sin() * 3.0 + (i % 11) as f32 / 8.0;
+        for depth in [1usize, 2, 5, 15, 16, 17, 31, 32, 48, 64, 80, 96, 127, 128, 200, 256, 300] {
+            for (count, special) in [(1, 0.0), (3, f32::NAN), (16, f32::MAX), (35, f32::INFINITY)] {
+                let mut data: Vec<f32> = (0..count * (depth + 3)).map(wave).collect();
+                data[count / 2 * (depth + 3) + depth / 3] += special;
+                let rows = Rows::new(&data, count, depth, depth + 3);
+                let mean: Vec<f32> = (0..depth).map(|i| wave(7 * i)).collect();
+                for (mean, rotate) in
+                    [(None, false), (None, true), (Some(&mean[..]), false), (Some(&mean[..]), true)]
+                {
+                    for level in runnable() {
+                        check_condition(level, rows, mean, rotate);
+                    }
+                }
+            }
+        }
+    }
+
+    fn check_condition(level: Level, rows: Rows<'_>, mean: Option<&[f32]>, rotate: bool) {
+        let (count, depth) = (rows.count(), rows.depth());
+        let (mut values, mut magnitudes) = (vec![7.0; count * depth], vec![-1.0; count]);
+        let (values_out, magnitudes_out) = (&mut values[..], &mut magnitudes[..]);
+        let job = Condition { rows, mean, rotate, values: values_out, magnitudes: magnitudes_out };
+        level.condition(job);
+        for (i, row) in rows.iter().enumerate() {
+            let less = |i: usize| mean.map_or(0.0, |mean| mean[i]);
+            let mut expected: Vec<f32> = (0..depth).map(|i| row[i] - less(i)).collect();
+            if rotate {
+                let portable = *runnable().last().unwrap();
+                Rotation::new(depth).apply_on(portable, &mut expected);
+            }
+            let found = &values[i * depth..(i + 1) * depth];
+            let same =
+                |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+            assert!(found.iter().zip(&expected).all(same), "{level:?} {depth} {count} {i}");
+            let largest =
+                expected.iter().fold(0f32, |max, x| if x.abs() > max { x.abs() } else { max });
+            match expected.iter().all(|x| x.is_finite()) {
+                true => assert_eq!(magnitudes[i], largest, "{level:?} {depth} {count} {i}"),
+                false => assert!(!magnitudes[i].is_finite(), "{level:?} {depth} {count} {i}"),
+            }
+        }
     }
 
     #[test]

@@ -30,15 +30,15 @@ pub(crate) enum RowParams<'a> {
     Given(&'a [QuantParams]),
 }
 
-/// Quantizes a block row by row.
+/// Quantizes a block row by row, with the largest magnitude of each row where it is known.
 pub(crate) fn quantize_block(
     level: Level,
-    rows: Rows<'_>,
+    (rows, magnitudes): (Rows<'_>, Option<&[f32]>),
     params: RowParams<'_>,
     out: BlockCodes<'_>,
 ) {
     if let RowParams::Own(Scheme::Symmetric) = params {
-        return level.quantize_symmetric(rows, out);
+        return level.quantize_symmetric(rows, magnitudes, out);
     }
     out.check(rows);
     type Arguments<'a> = (Rows<'a>, RowParams<'a>, BlockCodes<'a>);
@@ -217,7 +217,7 @@ mod tests {
             };
             let symmetric = RowParams::Own(Scheme::Symmetric);
             let levels = runnable();
-            let on = |level: Level| run(&|out| quantize_block(level, rows, symmetric, out));
+            let on = |level: Level| run(&|out| quantize_block(level, (rows, None), symmetric, out));
             let portable = on(*levels.last().unwrap());
             for level in levels {
                 prop_assert_eq!(&on(level), &portable, "{:?}", level);
@@ -248,7 +248,8 @@ mod tests {
             let out = BlockCodes {
                 codes: &mut codes, scales: &mut scales, zeros: &mut zeros, sums: &mut sums,
             };
-            quantize_block(runnable()[0], Rows::contiguous(&values, 19), RowParams::Own(scheme), out);
+            let rows = Rows::contiguous(&values, 19);
+            quantize_block(runnable()[0], (rows, None), RowParams::Own(scheme), out);
             for (i, row) in values.chunks_exact(19).enumerate() {
                 if row.iter().any(|x| x.is_nan()) {
                     prop_assert!(scales[i].is_nan() && zeros[i] == 0 && sums[i] == 0);
@@ -292,10 +293,10 @@ mod tests {
         let (two, three) = (a.repeat(2), a.repeat(3));
         for level in runnable() {
             let mut out = [0.0; 2];
-            level.dots(Rows::contiguous(&two, 37), &a, &mut out);
+            level.dots(Rows::contiguous(&two, 37), Rows::one(&a), &mut out);
             assert_eq!(out, [(0..37).map(|i| (i * i) as f32).sum::<f32>(); 2]);
             // Rows that overlap: 0, 1, 2.. and 2, 3, 4..
-            level.dots(Rows::new(&a, 2, 20, 2), &[1.0; 20], &mut out);
+            level.dots(Rows::new(&a, 2, 20, 2), Rows::one(&[1.0; 20]), &mut out);
             assert_eq!(out, [190.0, 230.0]);
         }
         let mut sums = vec![1.0; 37];
@@ -313,21 +314,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn dots_have_the_same_bits_on_every_level(
-            data in prop::collection::vec(-4f32..4.0, 120),
-            depth in 0usize..40,
-            vector in prop::collection::vec(-2f32..2.0, 40),
+        fn dots_have_the_same_bits_on_every_level_and_one_by_one(
+            data in prop::collection::vec(-4f32..4.0, 150),
+            (count, depth) in (1usize..20, 0usize..40),
+            vectors in prop::collection::vec(-2f32..2.0, 400),
+            several in 0usize..10,
         ) {
-            let rows = Rows::new(&data, 20, depth, 4);
-            let on = |level: Level| {
-                let mut out = [7f32; 20];
-                level.dots(rows, &vector[..depth], &mut out);
-                out.map(f32::to_bits)
+            let rows = Rows::new(&data, count, depth, 4);
+            let on = |level: Level, vectors: Rows<'_>| {
+                let mut out = vec![7f32; vectors.count() * count];
+                level.dots(rows, vectors, &mut out);
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             };
+            let vectors = Rows::new(&vectors, several, depth, 40);
             let levels = runnable();
-            let portable = on(*levels.last().unwrap());
+            let portable = *levels.last().unwrap();
+            let one_by_one = vectors.iter().flat_map(|vector| on(portable, Rows::one(vector)));
+            let one_by_one: Vec<u32> = one_by_one.collect();
             for level in levels {
-                prop_assert_eq!(on(level), portable, "{:?}", level);
+                prop_assert_eq!(&on(level, vectors), &one_by_one, "{:?}", level);
             }
         }
     }

@@ -23,7 +23,7 @@ pub(in crate::attention) struct QueryBlock {
     pub rows: QuantizedRows,
     /// The codes, packed.
     pub lhs: Option<PackedLhs>,
-    /// What is added to all scores of a row, or to those of a block of keys: `[rows, blocks]`.
+    /// What is added to all scores of a row, or to those of a block of keys: `[blocks, rows]`.
     pub biases: Vec<f32>,
     /// What is added to all scores of a key.
     pub key_biases: Vec<f32>,

@@ -51,6 +51,19 @@ impl Queries {
         let (batch, key_head) = (head / key_heads, head % key_heads);
         [batch, key_head * self.group + row / self.tokens, row % self.tokens]
     }
+
+    /// The same of all `rows`, without a division for each.
+    pub(super) fn all_at(self, rows: &Rows) -> impl Iterator<Item = [usize; 3]> {
+        let mut next = self.at(rows.head, rows.range.start);
+        rows.range.clone().map(move |_| {
+            let at = next;
+            next[2] += 1;
+            if next[2] == self.tokens {
+                next = [at[0], at[1] + 1, 0];
+            }
+            at
+        })
+    }
 }
 
 /// Copies rows of queries, which the heads that share keys have at different places, to `values`.

@@ -157,7 +157,8 @@ impl Engine<'_> {
         rows: &Rows,
         out: &mut [MaybeUninit<T>],
     ) {
-        let seen: Vec<Row> = rows.range.clone().map(|row| self.row(rows.head, row)).collect();
+        let at = self.queries.all_at(rows);
+        let seen: Vec<Row> = at.map(|at| self.row(rows.head, at)).collect();
         let start = seen.iter().map(|row| row.seen.start).min().unwrap_or(0);
         let end = seen.iter().map(|row| row.seen.end).max().unwrap_or(0);
         let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
@@ -184,8 +185,7 @@ impl Engine<'_> {
     }
 
     /// What a row sees.
-    fn row(&self, head: usize, row: usize) -> Row {
-        let at = self.queries.at(head, row);
+    fn row(&self, head: usize, at: [usize; 3]) -> Row {
         let mut range = self.visible.range(at[0], at[2]);
         if let Some(seen) = self.seen {
             range = seen.keys(head).places(range);

@@ -414,10 +414,12 @@ impl Packer {
         let conditioning = Conditioning { smoothing, rotation, outliers, sink };
         let keys = contracts::Rows::contiguous(&rows.keys, depth);
         let first = head.packed == 0;
-        conditioning.apply(keys, (None, first), known, &mut self.conditioned);
+        conditioning.apply(head.level, keys, (None, first), known, &mut self.conditioned);
         let QuantizedRows { codes, scales, zeros, sums } = &mut self.rows;
         let conditioned = contracts::Rows::contiguous(&self.conditioned.values, depth);
-        head.level.quantize_symmetric(conditioned, BlockCodes { codes, scales, zeros, sums });
+        let out = BlockCodes { codes, scales, zeros, sums };
+        let magnitudes = &self.conditioned.magnitudes;
+        head.level.quantize_symmetric(conditioned, Some(magnitudes), out);
         for &row in &self.conditioned.outliers {
             self.rows.forget(row, depth);
             // That of codes which are all 0.

@@ -79,7 +79,7 @@ impl CacheHead<'_> {
         }
         let rows = contracts::Rows::contiguous(queries, offset.len());
         let mut dots = vec![0.0; rows.count()];
-        self.level.dots(rows, offset, &mut dots);
+        self.level.dots(rows, contracts::Rows::one(offset), &mut dots);
         let places = biases.iter_mut().step_by(step);
         places.zip(dots).for_each(|(bias, dot)| *bias = dot * self.factor);
     }
@@ -100,7 +100,7 @@ impl CacheHead<'_> {
         for (start, used, page) in self.head.pages_of(tokens.clone()) {
             let slots = tokens.start.saturating_sub(start)..used.min(tokens.end - start);
             for (group, offset) in page.offsets.chunks_exact(depth.max(1)).enumerate() {
-                self.bias(&queries.values, offset, &mut biases[group..], groups);
+                self.bias(&queries.values, offset, &mut biases[group * 2 * rows..], 1);
             }
             let scales = ScoreScales {
                 row_scales: &queries.rows.scales,
@@ -353,7 +353,7 @@ fn two_codes(
     let mut quantize = |values: &[f32], codes: &mut [i8], scales: &mut [f32]| {
         let (zeros, sums) = (&mut zeros[..rows], &mut sums[..rows]);
         let out = BlockCodes { codes, scales, zeros, sums };
-        level.quantize_symmetric(contracts::Rows::contiguous(values, depth), out);
+        level.quantize_symmetric(contracts::Rows::contiguous(values, depth), None, out);
     };
     quantize(values, first, first_scales);
     left_over.clear();

@@ -95,10 +95,8 @@ pub(crate) struct ScoreTile {
     pub stride: usize,
     /// `rows` scales.
     pub row_scales: *const f32,
-    /// `rows` biases, `bias_stride` elements apart.
+    /// `rows` biases.
     pub row_biases: *const f32,
-    /// Elements from the bias of one row to that of the next.
-    pub bias_stride: usize,
     /// `nr` scales.
     pub column_scales: *const f32,
     /// `nr` biases.
@@ -154,7 +152,7 @@ impl ScoreTile {
             Self {
                 out: self.out.add(row * self.stride),
                 row_scales: self.row_scales.add(row),
-                row_biases: self.row_biases.add(row * self.bias_stride),
+                row_biases: self.row_biases.add(row),
                 ..self
             }
         }
@@ -167,9 +165,10 @@ impl ScoreTile {
     /// in each of `rows` rows.
     pub(crate) unsafe fn write(&self, sums: &[i32], rows: usize, nr: usize) {
         // SAFETY: valid for these lengths by contract.
-        let (row_scales, column_scales, column_biases) = unsafe {
+        let (row_scales, row_biases, column_scales, column_biases) = unsafe {
             (
                 std::slice::from_raw_parts(self.row_scales, rows),
+                std::slice::from_raw_parts(self.row_biases, rows),
                 std::slice::from_raw_parts(self.column_scales, nr),
                 std::slice::from_raw_parts(self.column_biases, nr),
             )
@@ -178,9 +177,7 @@ impl ScoreTile {
             // SAFETY: row `row` of the output is valid for `nr` writes by contract.
             let out =
                 unsafe { std::slice::from_raw_parts_mut(self.out.add(row * self.stride), nr) };
-            // SAFETY: there is a bias for each row by contract.
-            let bias = unsafe { *self.row_biases.add(row * self.bias_stride) };
-            let scale = row_scales[row];
+            let (scale, bias) = (row_scales[row], row_biases[row]);
             let columns = column_scales.iter().zip(column_biases);
             for ((x, &sum), (&column_scale, &column_bias)) in
                 out.iter_mut().zip(&sums[row * nr..]).zip(columns)

@@ -11,5 +11,5 @@ pub(crate) use panel_product::{
     Format, GROUP, INT16_MATRIX, Int8Run, LANES, Panel, PanelProduct, RUN, Stored, StoredProduct,
     VECTORS, bf16_bits,
 };
-pub(crate) use rows::{BlockCodes, ROTATED, RowKernels, Rows};
+pub(crate) use rows::{BlockCodes, Condition, ROTATED, RowKernels, Rows};
 pub(crate) use softmax::{CODES, ExpBf16, Int16Exp, Softmax};

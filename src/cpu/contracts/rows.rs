@@ -25,6 +25,11 @@ impl<'a> Rows<'a> {
         Self::new(data, data.len() / depth, depth, depth)
     }
 
+    /// One row.
+    pub(crate) fn one(row: &'a [f32]) -> Self {
+        Self::new(row, 1, row.len(), 0)
+    }
+
     /// How many rows.
     pub(crate) fn count(&self) -> usize {
         self.count
@@ -100,6 +105,19 @@ impl BlockCodes<'_> {
     }
 }
 
+/// Rows on their way to codes.
+pub(crate) struct Condition<'a> {
+    pub rows: Rows<'a>,
+    /// What is subtracted from each of them, if anything.
+    pub mean: Option<&'a [f32]>,
+    /// Whether they are rotated then.
+    pub rotate: bool,
+    /// `[rows, depth]`, what comes of them.
+    pub values: &'a mut [f32],
+    /// The largest magnitude of each, infinite or NaN for a row that is not finite.
+    pub magnitudes: &'a mut [f32],
+}
+
 /// Elements of the largest block that is rotated: enough to spread an outlier, and a block fits the
 /// registers.
 pub(crate) const ROTATED: usize = 128;
@@ -109,17 +127,20 @@ pub(crate) const ROTATED: usize = 128;
 pub(crate) struct RowKernels {
     /// Name in reports.
     pub name: &'static str,
-    /// Symmetric codes with a scale a row: `(rows, out)`. Lengths are checked by the caller.
+    /// Symmetric codes with a scale a row: `(rows, magnitudes, out)`, with the largest magnitude of each row
+    /// where it is known. Lengths are checked by the caller.
     ///
     /// # Safety
-    /// The instructions are there; so for the other.
-    pub quantize_symmetric: unsafe fn(Rows<'_>, BlockCodes<'_>),
+    /// The instructions are there; so for the others.
+    pub quantize_symmetric: unsafe fn(Rows<'_>, Option<&[f32]>, BlockCodes<'_>),
+    /// Subtracts a mean and rotates, in one pass.
+    pub condition: unsafe fn(Condition<'_>),
     /// Multiplies rows of `depth` elements by the matrix of [`Rotation`](crate::quant::Rotation), in place:
     /// `(depth, rows)`, of which only whole rows are there. A block is multiplied by its factor first; then
     /// come the sums and differences of elements that are 1, 2, 4 .. apart, each rounded.
     pub rotate: unsafe fn(usize, &mut [f32]),
-    /// The dot product of a vector with every row: `(rows, vector, out)`. Sums of 16 lanes, each product and
-    /// each addition rounded, that are
-    /// added up as [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
-    pub dots: unsafe fn(Rows<'_>, &[f32], &mut [f32]),
+    /// The dot product of every vector with every row: `(rows, vectors, out)`, `[vectors, rows]`. Sums of 16
+    /// lanes, each product and each addition rounded, that are added up as
+    /// [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
+    pub dots: unsafe fn(Rows<'_>, Rows<'_>, &mut [f32]),
 }

@@ -47,7 +47,13 @@ macro_rules! plain_kernels {
 
         #[allow(dead_code)]
         pub(crate) const ROWS: crate::cpu::contracts::RowKernels =
-            crate::cpu::contracts::RowKernels { name: $name, quantize_symmetric, dots, rotate };
+            crate::cpu::contracts::RowKernels {
+                name: $name,
+                quantize_symmetric,
+                condition,
+                dots,
+                rotate,
+            };
 
         #[allow(dead_code)]
         pub(crate) const EXP_BF16: crate::cpu::contracts::ExpBf16 = exp_bf16;
@@ -86,14 +92,24 @@ macro_rules! plain_kernels {
         $(#[target_feature(enable = $features)])?
         fn quantize_symmetric(
             rows: crate::cpu::contracts::Rows<'_>,
+            magnitudes: Option<&[f32]>,
             out: crate::cpu::contracts::BlockCodes<'_>,
         ) {
-            crate::cpu::plain::rows::quantize_symmetric(rows, out);
+            crate::cpu::plain::rows::quantize_symmetric(rows, magnitudes, out);
         }
 
         $(#[target_feature(enable = $features)])?
-        fn dots(rows: crate::cpu::contracts::Rows<'_>, vector: &[f32], out: &mut [f32]) {
-            crate::cpu::plain::rows::dots(rows, vector, out);
+        fn condition(job: crate::cpu::contracts::Condition<'_>) {
+            crate::cpu::plain::rows::condition(job);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        fn dots(
+            rows: crate::cpu::contracts::Rows<'_>,
+            vectors: crate::cpu::contracts::Rows<'_>,
+            out: &mut [f32],
+        ) {
+            crate::cpu::plain::rows::dots(rows, vectors, out);
         }
 
         $(#[target_feature(enable = $features)])?

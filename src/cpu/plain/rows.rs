@@ -1,7 +1,8 @@
 //! Codes and dot products of rows.
 
+use super::rotate::rotate;
 use super::{LANES, each_lane, fold_lanes, lanes as lanes_or_zeros, sum_lanes};
-use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::cpu::contracts::{BlockCodes, Condition, Rows};
 
 /// The largest magnitude of `row`, and whether all of it is finite.
 #[inline(always)]
@@ -75,11 +76,14 @@ pub(crate) fn quantize_row(
 
 /// [`RowKernels::quantize_symmetric`](crate::cpu::contracts::RowKernels::quantize_symmetric).
 #[inline(always)]
-pub(crate) fn quantize_symmetric(rows: Rows<'_>, out: BlockCodes<'_>) {
+pub(crate) fn quantize_symmetric(rows: Rows<'_>, magnitudes: Option<&[f32]>, out: BlockCodes<'_>) {
     let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
     out.zeros.fill(0);
     for (row, (values, codes)) in rows.iter().zip(codes).enumerate() {
-        let (max, finite) = max_magnitude(values);
+        let (max, finite) = match magnitudes {
+            None => max_magnitude(values),
+            Some(magnitudes) => (magnitudes[row], magnitudes[row].is_finite()),
+        };
         if finite {
             out.scales[row] = symmetric_scale(max);
             out.sums[row] = quantize_row(values, (out.scales[row], 0), (-127, 127), codes);
@@ -90,15 +94,40 @@ pub(crate) fn quantize_symmetric(rows: Rows<'_>, out: BlockCodes<'_>) {
     }
 }
 
+/// [`RowKernels::condition`](crate::cpu::contracts::RowKernels::condition).
+#[inline(always)]
+pub(crate) fn condition(job: Condition<'_>) {
+    let depth = job.rows.depth();
+    let out = job.values.chunks_exact_mut(depth).zip(job.magnitudes);
+    for (row, (values, magnitude)) in job.rows.iter().zip(out) {
+        match job.mean {
+            None => values.copy_from_slice(row),
+            Some(mean) => {
+                for ((out, x), mean) in values.iter_mut().zip(row).zip(mean) {
+                    *out = x - mean;
+                }
+            }
+        }
+        if job.rotate {
+            rotate(depth, values);
+        }
+        // As integers, magnitudes have the same order, with infinity and NaN above all numbers.
+        let max = values.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
+        *magnitude = f32::from_bits(max);
+    }
+}
+
 /// [`RowKernels::dots`](crate::cpu::contracts::RowKernels::dots).
 #[inline(always)]
-pub(crate) fn dots(rows: Rows<'_>, vector: &[f32], out: &mut [f32]) {
-    for (row, out) in rows.iter().zip(out) {
-        let mut sums = [0f32; LANES];
-        for at in (0..row.len()).step_by(LANES) {
-            let (x, y) = (lanes_or_zeros(row, at), lanes_or_zeros(vector, at));
-            sums = each_lane(|i| x[i] * y[i] + sums[i]);
+pub(crate) fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
+    for (vector, out) in vectors.iter().zip(out.chunks_exact_mut(rows.count().max(1))) {
+        for (row, out) in rows.iter().zip(out) {
+            let mut sums = [0f32; LANES];
+            for at in (0..row.len()).step_by(LANES) {
+                let (x, y) = (lanes_or_zeros(row, at), lanes_or_zeros(vector, at));
+                sums = each_lane(|i| x[i] * y[i] + sums[i]);
+            }
+            *out = sum_lanes(sums);
         }
-        *out = sum_lanes(sums);
     }
 }

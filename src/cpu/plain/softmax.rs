@@ -103,7 +103,7 @@ pub(crate) fn exp_int16(job: Int16Exp<'_>) -> f32 {
     let (mut sums, mut last) = ([0f32; LANES], [0u32; LANES]);
     let scores = job.scores.chunks(LANES * RUN).zip(job.codes.chunks_mut(LANES * RUN));
     for (runs, (scores, codes)) in job.runs.chunks_mut(LANES).zip(scores) {
-        let scales = scales_of_runs(runs, job.max);
+        let scales = scales_of_runs(padded(runs), job.max);
         let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
         for ((run, scale), (scores, codes)) in runs.iter_mut().zip(scales).zip(of_runs) {
             let top = top_of_run(*run);
@@ -128,10 +128,9 @@ pub(crate) fn exp_int16(job: Int16Exp<'_>) -> f32 {
     if nan { f32::NAN } else { sum_lanes(sums) }
 }
 
-/// What a code of 1 stands for in up to 16 runs with these largest scores.
+/// What a code of 1 stands for in 16 runs with these largest scores.
 #[inline(always)]
-pub(crate) fn scales_of_runs(tops: &[f32], max: f32) -> [f32; LANES] {
-    let tops = padded(tops);
+pub(crate) fn scales_of_runs(tops: [f32; LANES], max: f32) -> [f32; LANES] {
     each_lane(|i| exp2(tops[i] - max) * SCALE_INT16)
 }
 
@@ -164,7 +163,7 @@ fn code_of_distance(distance: u16) -> i16 {
 
 /// The last elements of a row, filled up with scores whose probability is 0.
 #[inline(always)]
-fn padded(tail: &[f32]) -> [f32; LANES] {
+pub(crate) fn padded(tail: &[f32]) -> [f32; LANES] {
     let mut chunk = [f32::NEG_INFINITY; LANES];
     chunk[..tail.len()].copy_from_slice(tail);
     chunk

@@ -2,6 +2,7 @@
 
 use crate::attention::attention_probs;
 use crate::attention::{AttentionCall, AttentionConfig, Backend, attention};
+use crate::cpu::Level;
 use crate::drift::Candidate;
 use crate::drift::metrics::entropy;
 use crate::models::Attend;
@@ -198,7 +199,8 @@ impl Rounded {
         let (_, heads, tokens, depth) = tensor.dims4()?;
         let original = flat(&tensor.to_dtype(DType::F32)?)?;
         let matrix = (tokens * depth).max(1);
-        let condition = |head| ConditionedHead::new(conditioning, head, depth, block);
+        let level = Level::active()?;
+        let condition = |head| ConditionedHead::new(level, conditioning, head, depth, block);
         let conditioned: Vec<_> = original.chunks(matrix).map(condition).collect();
         // What stands out is not in the range of the others.
         let outliers = conditioned.iter().enumerate().flat_map(|(head, conditioned)| {

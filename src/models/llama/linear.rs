@@ -120,7 +120,7 @@ fn one_token(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let mut y = vec![0f32; n];
     let rows = (PIECE / k.max(1)).max(1);
     let pieces = y.par_chunks_mut(rows).zip(weight.par_chunks(rows * k.max(1)));
-    pieces.for_each(|(y, weight)| level.dots(Rows::contiguous(weight, x.len()), x, y));
+    pieces.for_each(|(y, weight)| level.dots(Rows::contiguous(weight, x.len()), Rows::one(x), y));
     Ok(Tensor::from_vec(y, (1, n), &Device::Cpu)?)
 }
 

@@ -213,7 +213,7 @@ impl Buffers {
             zeros: &mut self.zeros,
             sums: &mut self.sums,
         };
-        level.quantize_symmetric(Rows::new(&self.rotated, count, depth, depth), out);
+        level.quantize_symmetric(Rows::new(&self.rotated, count, depth, depth), None, out);
     }
 }
 

@@ -41,7 +41,7 @@ impl ZeroCorrection<'_> {
 /// are padded to whole panels.
 pub(crate) struct ScoreScales<'a> {
     pub row_scales: &'a [f32],
-    /// `[rows, blocks]`: a bias for each block of columns.
+    /// `[blocks, rows]`: a bias for each block of columns.
     pub row_biases: &'a [f32],
     /// Columns of a block, a multiple of the kernel's `nr` unless there is only one.
     pub bias_columns: usize,
@@ -128,13 +128,13 @@ pub(crate) fn score_tiles(
         // outside of the buffer.
         let whole = at + nr <= stride && at + (panel.rows - 1) * stride + nr <= out.len();
         if whole && scales.zeros.is_none() {
-            let tile = scales.tile(rhs, out[at..].as_mut_ptr().cast(), stride, (0, columns.start));
+            let tile = scales.tile(out[at..].as_mut_ptr().cast(), stride, (0, columns.start));
             // SAFETY: as in `int_tiles` for the panel. The scales and biases were checked to cover
             // all rows and whole panels of columns, and every row of the panel lies inside `out`.
             return unsafe { level.int8_scores(panel, tile) };
         }
         for_each_tile(mr, panel, |rows, input| {
-            let tile = scales.tile(rhs, edge.as_mut_ptr(), nr, (rows.start, columns.start));
+            let tile = scales.tile(edge.as_mut_ptr(), nr, (rows.start, columns.start));
             match &scales.zeros {
                 // SAFETY: as above; `edge` holds any tile.
                 None => unsafe { level.int8_scores(input, tile) },
@@ -157,34 +157,22 @@ impl ScoreScales<'_> {
     fn check(&self, lhs: &PackedLhs, rhs: &PackedRhs, nr: usize) {
         let columns = rhs.rows().next_multiple_of(nr);
         assert_eq!(self.row_scales.len(), lhs.rows());
-        let blocks = self.bias_blocks(rhs);
+        // Blocks of columns that have a bias of their own for each row.
+        let blocks = rhs.rows().div_ceil(self.bias_columns).max(1);
         assert_eq!(Some(self.row_biases.len()), lhs.rows().checked_mul(blocks));
         assert!(blocks == 1 || self.bias_columns.is_multiple_of(nr));
         assert!(self.column_scales.len() >= columns);
         assert!(self.column_biases.len() >= columns);
     }
 
-    /// Blocks of columns that have a bias of their own for each row.
-    fn bias_blocks(&self, rhs: &PackedRhs) -> usize {
-        rhs.rows().div_ceil(self.bias_columns).max(1)
-    }
-
     /// A tile from `row` and `column` on that goes to `out`.
-    fn tile(
-        &self,
-        rhs: &PackedRhs,
-        out: *mut f32,
-        stride: usize,
-        (row, column): (usize, usize),
-    ) -> ScoreTile {
-        let bias_stride = self.bias_blocks(rhs);
-        let bias = row * bias_stride + column / self.bias_columns;
+    fn tile(&self, out: *mut f32, stride: usize, (row, column): (usize, usize)) -> ScoreTile {
+        let bias = column / self.bias_columns * self.row_scales.len() + row;
         ScoreTile {
             out,
             stride,
             row_scales: self.row_scales[row..].as_ptr(),
             row_biases: self.row_biases[bias..].as_ptr(),
-            bias_stride,
             column_scales: self.column_scales[column..].as_ptr(),
             column_biases: self.column_biases[column..].as_ptr(),
         }
@@ -266,8 +254,7 @@ mod tests {
                 a.iter().zip(b).map(|(&a, &b)| (i32::from(a) - za) * (i32::from(b) - zb));
             let [row_scales, row_biases, column_scales, column_biases] = &self.factors;
             let scaled = products.sum::<i32>() as f32 * row_scales[row] * column_scales[column];
-            let blocks = self.dims.1.div_ceil(BIAS_COLUMNS).max(1);
-            scaled + column_biases[column] + row_biases[row * blocks + column / BIAS_COLUMNS]
+            scaled + column_biases[column] + row_biases[column / BIAS_COLUMNS * self.dims.0 + row]
         }
 
         /// The scores of `level`, rows `stride` elements apart, in poisoned memory.

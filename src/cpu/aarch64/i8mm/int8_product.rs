@@ -170,9 +170,7 @@ impl Columns {
     #[target_feature(enable = "neon")]
     unsafe fn write(self, scores: &ScoreTile, (row, column): (usize, usize), sums: int32x4_t) {
         // SAFETY: by contract.
-        let (scale, bias) = unsafe {
-            (*scores.row_scales.add(row), *scores.row_biases.add(row * scores.bias_stride))
-        };
+        let (scale, bias) = unsafe { (*scores.row_scales.add(row), *scores.row_biases.add(row)) };
         // Separate multiplications and additions: see `ScoreTile` on why none may be fused.
         let x = vmulq_f32(vmulq_f32(vcvtq_f32_s32(sums), vdupq_n_f32(scale)), self.scale);
         let x = vaddq_f32(vaddq_f32(x, self.bias), vdupq_n_f32(bias));

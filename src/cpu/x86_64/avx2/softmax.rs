@@ -3,7 +3,7 @@
 
 use crate::cpu::contracts::softmax::{DISTANCE, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16};
 use crate::cpu::contracts::{Int16Exp, LANES, RUN, Softmax};
-use crate::cpu::plain::softmax::{scales_of_runs, top_of_run};
+use crate::cpu::plain::softmax::{padded, scales_of_runs, top_of_run};
 use crate::cpu::plain::sum_lanes;
 use std::arch::x86_64::*;
 
@@ -17,7 +17,7 @@ fn exp_int16(job: Int16Exp<'_>) -> f32 {
     let (mut sums, mut last) = ([_mm256_setzero_ps(); 2], _mm256_setzero_si256());
     let scores = job.scores.chunks(LANES * RUN).zip(job.codes.chunks_mut(LANES * RUN));
     for (runs, (scores, codes)) in job.runs.chunks_mut(LANES).zip(scores) {
-        let scales = scales_of_runs(runs, job.max);
+        let scales = scales_of_runs(padded(runs), job.max);
         let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
         for ((run, scale), (scores, codes)) in runs.iter_mut().zip(scales).zip(of_runs) {
             let top = _mm256_set1_ps(top_of_run(*run));

@@ -1,8 +1,9 @@
-//! AVX-512: rows times an orthonormal Hadamard matrix. A block stays in registers from its first step to its
+//! AVX-512: rows less a mean, times an orthonormal Hadamard matrix. A block stays in registers from its first step to its
 //! last; within a register, a step is a shuffle, and an addition of lanes whose signs change. (Plain loops
 //! take five times as long: what is 1, 2, 4 and 8 apart becomes gathers and scatters.)
 
-use crate::cpu::contracts::ROTATED;
+use super::rows::{first, fold_max, load, max_bits};
+use crate::cpu::contracts::{Condition, ROTATED, Rows};
 use crate::cpu::plain::rotate::{factor, rotate_rest};
 use std::arch::x86_64::*;
 
@@ -10,51 +11,163 @@ const LANES: usize = 16;
 
 #[target_feature(enable = "avx512f")]
 pub(crate) fn rotate(depth: usize, rows: &mut [f32]) {
-    for row in rows.chunks_exact_mut(depth.max(1)) {
-        let (blocks, mut rest) = row.as_chunks_mut::<ROTATED>();
-        for block in blocks {
-            vectors::<{ ROTATED / LANES }>(block);
-        }
-        while rest.len() >= LANES {
-            let block;
-            (block, rest) = rest.split_at_mut(1 << rest.len().ilog2());
-            match block.len() / LANES {
-                4 => vectors::<4>(block),
-                2 => vectors::<2>(block),
-                _ => vectors::<1>(block),
-            }
-        }
-        rotate_rest(rest);
+    let depth = depth.max(1);
+    for rows in rows.chunks_mut(LANES * depth) {
+        let (count, at) = (rows.len() / depth, rows.as_mut_ptr());
+        let from = Strided { at, stride: depth };
+        // SAFETY: as many whole rows are there.
+        unsafe {
+            blocks::<true>((from, None, at), (count, depth), &mut [_mm512_setzero_ps(); LANES])
+        };
+        rows.chunks_exact_mut(depth).for_each(|row| rotate_rest(&mut row[depth / LANES * LANES..]));
     }
 }
 
-/// A block of `N` registers.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn condition(job: Condition<'_>) {
+    let depth = job.rows.depth();
+    let values = job.values.chunks_mut(LANES * depth);
+    for (index, (values, magnitudes)) in values.zip(job.magnitudes.chunks_mut(LANES)).enumerate() {
+        let (start, count) = (index * LANES, magnitudes.len());
+        let rows = job.rows.part(start..start + count);
+        let largest = condition_rows(rows, job.mean, job.rotate, values);
+        // SAFETY: lanes beyond the slice are masked out.
+        unsafe { _mm512_mask_storeu_ps(magnitudes.as_mut_ptr(), first(count), largest) };
+    }
+}
+
+/// Up to 16 rows; returns the largest magnitude of each.
+#[target_feature(enable = "avx512f")]
+fn condition_rows(
+    rows: Rows<'_>,
+    mean: Option<&[f32]>,
+    rotated: bool,
+    values: &mut [f32],
+) -> __m512 {
+    let (count, depth) = (rows.count(), rows.depth());
+    assert!(count <= LANES && values.len() == count * depth);
+    assert!(mean.is_none_or(|mean| mean.len() == depth));
+    let from = Strided { at: rows.data().as_ptr(), stride: rows.stride() };
+    let job = (from, mean.map(<[f32]>::as_ptr), values.as_mut_ptr());
+    let mut largest = [_mm512_setzero_ps(); LANES];
+    // SAFETY: the rows, the mean and the values have these lengths.
+    unsafe {
+        match rotated {
+            true => blocks::<true>(job, (count, depth), &mut largest),
+            false => blocks::<false>(job, (count, depth), &mut largest),
+        }
+    }
+    let whole = depth / LANES * LANES;
+    if whole < depth {
+        let mean = mean.map(|mean| &mean[whole..]);
+        for (i, to) in values.chunks_exact_mut(depth).enumerate() {
+            let (row, to) = (&rows.row(i)[whole..], &mut to[whole..]);
+            for (at, to) in to.iter_mut().enumerate() {
+                *to = row[at] - mean.map_or(0.0, |mean| mean[at]);
+            }
+            if rotated {
+                rotate_rest(to);
+            }
+            largest[i] = max_bits(magnitudes(load(to, 0, to.len())), largest[i]);
+        }
+    }
+    _mm512_castsi512_ps(fold_max(largest))
+}
+
+/// Rows somewhere.
+#[derive(Clone, Copy)]
+struct Strided {
+    at: *const f32,
+    stride: usize,
+}
+
+/// From where, less what, to where: rows that follow each other.
+type Job = (Strided, Option<*const f32>, *mut f32);
+
+/// All whole vectors of up to 16 rows, less a mean, and rotated if `ROTATE`, block by block; takes in the
+/// magnitudes of each row.
+///
+/// # Safety
+/// There are `count` rows of `depth` elements at both, which may be the same, and `depth` of the mean.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn vectors<const N: usize>(block: &mut [f32]) {
-    assert_eq!(block.len(), N * LANES);
+unsafe fn blocks<const ROTATE: bool>(
+    (from, mean, to): Job,
+    (count, depth): (usize, usize),
+    largest: &mut [__m512; LANES],
+) {
+    let mut at = 0;
+    while depth - at >= LANES {
+        let block = if ROTATE { (1 << (depth - at).ilog2()).min(ROTATED) } else { LANES };
+        // SAFETY: by contract.
+        unsafe {
+            let from = Strided { at: from.at.add(at), ..from };
+            let job = (from, mean.map(|mean| mean.add(at)), to.add(at));
+            match block / LANES {
+                8 => vectors::<8, ROTATE>(job, depth, &mut largest[..count]),
+                4 => vectors::<4, ROTATE>(job, depth, &mut largest[..count]),
+                2 => vectors::<2, ROTATE>(job, depth, &mut largest[..count]),
+                _ => vectors::<1, ROTATE>(job, depth, &mut largest[..count]),
+            }
+        }
+        at += block;
+    }
+}
+
+/// A block of `N` registers of each row. A function of its own, so that what all rows need stays in
+/// registers.
+///
+/// # Safety
+/// There are `N` times 16 elements of as many rows as have a magnitude, `depth` elements from one to the next
+/// where they go to, and of the mean.
+#[target_feature(enable = "avx512f")]
+#[inline(never)]
+unsafe fn vectors<const N: usize, const ROTATE: bool>(
+    (from, mean, to): Job,
+    depth: usize,
+    largest: &mut [__m512],
+) {
     let factor = _mm512_set1_ps(factor(N * LANES));
-    let mut v = [_mm512_setzero_ps(); N];
-    for (i, v) in v.iter_mut().enumerate() {
-        // SAFETY: 16 of `N` times 16 elements.
-        *v = within(_mm512_mul_ps(
-            unsafe { _mm512_loadu_ps(block.as_ptr().add(i * LANES)) },
-            factor,
-        ));
+    // Less nothing is less 0.
+    let mut less = [_mm512_setzero_ps(); N];
+    if let Some(mean) = mean {
+        for (i, less) in less.iter_mut().enumerate() {
+            // SAFETY: 16 of `N` times 16 elements.
+            *less = unsafe { _mm512_loadu_ps(mean.add(i * LANES)) };
+        }
     }
-    if N > 1 {
-        across::<N, 1>(&mut v);
+    for (row, largest) in largest.iter_mut().enumerate() {
+        let mut v = [_mm512_setzero_ps(); N];
+        for (i, v) in v.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let x = unsafe { _mm512_loadu_ps(from.at.add(row * from.stride + i * LANES)) };
+            *v = _mm512_sub_ps(x, less[i]);
+            if ROTATE {
+                *v = within(_mm512_mul_ps(*v, factor));
+            }
+        }
+        if ROTATE && N > 1 {
+            across::<N, 1>(&mut v);
+        }
+        if ROTATE && N > 2 {
+            across::<N, 2>(&mut v);
+        }
+        if ROTATE && N > 4 {
+            across::<N, 4>(&mut v);
+        }
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(to.add(row * depth + i * LANES), v) };
+            *largest = max_bits(magnitudes(v), *largest);
+        }
     }
-    if N > 2 {
-        across::<N, 2>(&mut v);
-    }
-    if N > 4 {
-        across::<N, 4>(&mut v);
-    }
-    for (i, v) in v.into_iter().enumerate() {
-        // SAFETY: as above.
-        unsafe { _mm512_storeu_ps(block.as_mut_ptr().add(i * LANES), v) };
-    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn magnitudes(x: __m512) -> __m512 {
+    let bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fff_ffff));
+    _mm512_castsi512_ps(bits)
 }
 
 /// The steps of elements that are 1, 2, 4 and 8 apart. A product with 1 or -1 is exact, so the fused

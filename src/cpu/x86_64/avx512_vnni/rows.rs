@@ -4,26 +4,33 @@
 //! Rows are taken 16 at a time, so that what is found for each row (a maximum, a sum) is folded for
 //! all of them at once, and their scales are one vector.
 
+use super::rotate::{condition, rotate};
 use crate::cpu::contracts::{BlockCodes, RowKernels, Rows};
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
 
 pub(crate) const ROWS: RowKernels =
-    RowKernels { name: super::NAME, quantize_symmetric, dots, rotate: super::rotate::rotate };
+    RowKernels { name: super::NAME, quantize_symmetric, dots, condition, rotate };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn quantize_symmetric(rows: Rows<'_>, out: BlockCodes<'_>) {
+fn quantize_symmetric(rows: Rows<'_>, magnitudes: Option<&[f32]>, out: BlockCodes<'_>) {
     let depth = rows.depth();
     let row = |row: usize| Row(rows.row(row));
     out.zeros.fill(0);
     for start in (0..rows.count()).step_by(LANES) {
         let count = LANES.min(rows.count() - start);
         let mut folded = [_mm512_setzero_ps(); LANES];
-        for (i, max) in folded[..count].iter_mut().enumerate() {
-            *max = _mm512_castsi512_ps(row(start + i).max_magnitude());
-        }
-        let (scales, reciprocals, finite) = scales(fold_max(folded));
+        let magnitudes = match magnitudes {
+            Some(magnitudes) => _mm512_castps_si512(load(magnitudes, start, count)),
+            None => {
+                for (i, max) in folded[..count].iter_mut().enumerate() {
+                    *max = _mm512_castsi512_ps(row(start + i).max_magnitude());
+                }
+                fold_max(folded)
+            }
+        };
+        let (scales, reciprocals, finite) = scales(magnitudes);
         let (mut scale, mut reciprocal) = ([0f32; LANES], [0f32; LANES]);
         // SAFETY: 16 lanes into 16 elements.
         unsafe {
@@ -62,19 +69,61 @@ fn scales(max: __m512i) -> (__m512, __m512, __mmask16) {
 }
 
 #[target_feature(enable = "avx512f")]
-fn dots(rows: Rows<'_>, vector: &[f32], out: &mut [f32]) {
-    for (index, out) in out.chunks_mut(LANES).enumerate() {
-        let mut sums = [_mm512_setzero_ps(); LANES];
-        for (i, sum) in sums[..out.len()].iter_mut().enumerate() {
-            Row(rows.row(index * LANES + i)).for_each_chunk(|at, len, x| {
-                // Not fused, so that levels without such an instruction give the same bits.
-                *sum = _mm512_add_ps(_mm512_mul_ps(x, load(vector, at, len)), *sum);
-            });
+fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
+    // 16 sums at a time, of as many vectors as there are: each row and each vector is loaded for all of them.
+    for vector in (0..vectors.count()).step_by(4) {
+        match vectors.count() - vector {
+            1 => dots_of::<16, 1>(rows, vectors, vector, out),
+            2 => dots_of::<8, 2>(rows, vectors, vector, out),
+            _ => dots_of::<4, 4>(rows, vectors, vector, out),
         }
-        let mask = first(out.len());
-        // SAFETY: lanes beyond the slice are masked out.
-        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, fold_add(sums)) };
     }
+}
+
+/// Those of `V` vectors from one on, or as many as there are, `R` rows at a time; `R * V` is 16.
+#[target_feature(enable = "avx512f")]
+fn dots_of<const R: usize, const V: usize>(
+    rows: Rows<'_>,
+    vectors: Rows<'_>,
+    vector: usize,
+    out: &mut [f32],
+) {
+    let (count, depth) = (rows.count(), rows.depth());
+    // What is missing in the last rows and vectors repeats the last of them.
+    let vectors_at: [&[f32]; V] = array(|v| vectors.row((vector + v).min(vectors.count() - 1)));
+    for row in (0..count).step_by(R) {
+        let rows_at: [&[f32]; R] = array(|r| rows.row((row + r).min(count - 1)));
+        let mut sums = [_mm512_setzero_ps(); LANES];
+        for at in (0..depth).step_by(LANES) {
+            let len = LANES.min(depth - at);
+            for (v, y) in vectors_at.iter().enumerate() {
+                let y = load(y, at, len);
+                for (r, x) in rows_at.iter().enumerate() {
+                    // Not fused, so that levels without such an instruction give the same bits.
+                    let product = _mm512_mul_ps(load(x, at, len), y);
+                    sums[v * R + r] = _mm512_add_ps(product, sums[v * R + r]);
+                }
+            }
+        }
+        let mut lanes = [0f32; LANES];
+        // SAFETY: 16 lanes into 16 elements.
+        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), fold_add(sums)) };
+        let rows = R.min(count - row);
+        for v in 0..V.min(vectors.count() - vector) {
+            let out = &mut out[(vector + v) * count + row..][..rows];
+            out.copy_from_slice(&lanes[v * R..][..rows]);
+        }
+    }
+}
+
+/// `[f(0), f(1), ..]`: the standard library's way is not inlined for certain.
+#[inline(always)]
+fn array<'a, const N: usize>(f: impl Fn(usize) -> &'a [f32]) -> [&'a [f32]; N] {
+    let mut all: [&[f32]; N] = [&[]; N];
+    for (i, slice) in all.iter_mut().enumerate() {
+        *slice = f(i);
+    }
+    all
 }
 
 #[derive(Clone, Copy)]
@@ -86,7 +135,7 @@ const NEAR: f32 = 1e-4;
 
 /// The first `len` of 16 lanes.
 #[inline(always)]
-fn first(len: usize) -> __mmask16 {
+pub(super) fn first(len: usize) -> __mmask16 {
     ((1u32 << len) - 1) as __mmask16
 }
 
@@ -94,7 +143,7 @@ fn first(len: usize) -> __mmask16 {
 /// is faster.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn load(from: &[f32], at: usize, len: usize) -> __m512 {
+pub(super) fn load(from: &[f32], at: usize, len: usize) -> __m512 {
     let from = from[at..at + len].as_ptr();
     match len {
         // SAFETY: 16 elements.
@@ -209,7 +258,7 @@ macro_rules! fold {
 /// The larger of two magnitudes' bits.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn max_bits(a: __m512, b: __m512) -> __m512 {
+pub(super) fn max_bits(a: __m512, b: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 }
 
@@ -222,7 +271,7 @@ fn add_integers(a: __m512, b: __m512) -> __m512 {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn fold_max(v: [__m512; LANES]) -> __m512i {
+pub(super) fn fold_max(v: [__m512; LANES]) -> __m512i {
     _mm512_castps_si512(fold!(v, max_bits))
 }
 

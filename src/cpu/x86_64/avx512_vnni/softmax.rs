@@ -3,7 +3,9 @@
 //! `vscalefps` and `vreduceps` would save three instructions of the exponential in f32, and fused
 //! multiply-adds five; but not every level has them, and the bits are to be the same on all.
 
-use crate::cpu::contracts::softmax::{DISTANCE, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16};
+use crate::cpu::contracts::softmax::{
+    DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
+};
 use crate::cpu::contracts::{Int16Exp, RUN, Softmax};
 use crate::cpu::plain::softmax::{scales_of_runs, top_of_run};
 use crate::cpu::plain::sum_lanes;
@@ -51,29 +53,22 @@ fn max(scores: &[f32]) -> f32 {
     _mm512_reduce_max_ps(_mm512_max_ps(low, high))
 }
 
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl")]
 fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
-    let mut all = _mm512_set1_ps(f32::NEG_INFINITY);
-    let (fours, rest) = scores.as_chunks::<{ 4 * RUN }>();
-    let (four_runs, rest_runs) = runs.split_at_mut(4 * fours.len());
-    for (scores, runs) in fours.iter().zip(four_runs.as_chunks_mut::<4>().0) {
-        let (scores, _) = scores.as_chunks::<RUN>();
-        let tops = max_of_lanes([
-            top_lanes(&scores[0]),
-            top_lanes(&scores[1]),
-            top_lanes(&scores[2]),
-            top_lanes(&scores[3]),
-        ]);
-        all = _mm512_max_ps(tops, all);
-        // SAFETY: 4 elements.
-        unsafe { _mm_storeu_ps(runs.as_mut_ptr(), _mm512_castps512_ps128(tops)) };
+    let mut all = _mm_set1_ps(f32::NEG_INFINITY);
+    for (scores, runs) in scores.chunks(4 * RUN).zip(runs.chunks_mut(4)) {
+        let mut tops = [_mm512_set1_ps(f32::NEG_INFINITY); 4];
+        for (top, scores) in tops.iter_mut().zip(scores.chunks(RUN)) {
+            *top = top_lanes(scores);
+        }
+        let tops = _mm512_castps512_ps128(max_of_lanes(tops));
+        all = _mm_max_ps(tops, all);
+        let first = ((1u32 << runs.len()) - 1) as __mmask8;
+        // SAFETY: lanes beyond the slice are masked out.
+        unsafe { _mm_mask_storeu_ps(runs.as_mut_ptr(), first, tops) };
     }
-    for (run, scores) in rest_runs.iter_mut().zip(rest.chunks(RUN)) {
-        let top = top_lanes(scores);
-        *run = _mm512_reduce_max_ps(top);
-        all = _mm512_max_ps(top, all);
-    }
-    _mm512_reduce_max_ps(all)
+    let all = _mm_max_ps(all, _mm_movehl_ps(all, all));
+    _mm_cvtss_f32(_mm_max_ss(all, _mm_movehdup_ps(all)))
 }
 
 /// The largest of each lane.
@@ -105,68 +100,100 @@ fn max_of_lanes([a, b, c, d]: [__m512; 4]) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn exp_int16(job: Int16Exp<'_>) -> f32 {
     let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
-    let scores = job.scores.chunks(LANES * RUN).zip(job.codes.chunks_mut(LANES * RUN));
-    for (runs, (scores, codes)) in job.runs.chunks_mut(LANES).zip(scores) {
-        let scales = scales_of_runs(runs, job.max);
-        let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
-        for ((run, scale), (scores, codes)) in runs.iter_mut().zip(scales).zip(of_runs) {
-            let top = _mm512_set1_ps(top_of_run(*run));
-            let mut counts = _mm512_setzero_si512();
-            let (pairs, half) = scores.as_chunks::<{ 2 * LANES }>();
-            let (outs, half_out) = codes.as_chunks_mut::<{ 2 * LANES }>();
-            for (pair, out) in pairs.iter().zip(outs) {
-                let (a, b) = (pair.first_chunk().expect("32"), pair.last_chunk().expect("32"));
-                let distances = pack(distance(a, top), distance(b, top));
-                let codes = codes_of(distances);
-                counts = _mm512_dpwssd_epi32(counts, codes, _mm512_set1_epi16(1));
-                last = _mm512_max_epu16(last, distances);
-                // SAFETY: 32 elements of 16 bits.
-                unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), codes) };
-            }
-            if let (Some(half), Some(out)) = (half.first_chunk(), half_out.first_chunk_mut()) {
-                let none = _mm512_set1_epi32((FARTHEST as i32) << FRACTION);
-                let distances = pack(distance(half, top), none);
-                let codes = codes_of(distances);
-                counts = _mm512_dpwssd_epi32(counts, codes, _mm512_set1_epi16(1));
-                last = _mm512_max_epu16(last, distances);
-                let out: &mut [i16; LANES] = out;
-                // SAFETY: 16 elements of 16 bits.
-                unsafe {
-                    _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_castsi512_si256(codes));
-                }
-            }
-            let counts = _mm512_cvtepi32_ps(counts);
-            sums = _mm512_add_ps(sums, _mm512_mul_ps(counts, _mm512_set1_ps(scale)));
+    let (scores, scores_left) = job.scores.as_chunks::<RUN>();
+    let (codes, codes_left) = job.codes.as_chunks_mut::<RUN>();
+    let (runs, run_left) = job.runs.split_at_mut(scores.len());
+    let mut add = |counts, scale| {
+        sums =
+            _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(counts), _mm512_set1_ps(scale)));
+    };
+    let blocks = scores.chunks(LANES).zip(codes.chunks_mut(LANES));
+    for ((scores, codes), runs) in blocks.zip(runs.chunks_mut(LANES)) {
+        let scales = scales_of_runs(lanes(load(runs)), job.max);
+        for ((run, scale), (scores, codes)) in
+            runs.iter_mut().zip(scales).zip(scores.iter().zip(codes))
+        {
+            add(exp_run(scores, top_of_run(*run), codes, &mut last), scale);
             *run = scale;
         }
     }
-    let end = _mm512_set1_epi16((FARTHEST as i16) << FRACTION);
-    if _mm512_cmpgt_epu16_mask(last, end) != 0 {
-        return f32::NAN;
+    if let [run] = run_left {
+        let [scale, ..] = scales_of_runs(lanes(_mm512_set1_ps(*run)), job.max);
+        add(exp_run(scores_left, top_of_run(*run), codes_left, &mut last), scale);
+        *run = scale;
     }
-    let mut lanes = [0f32; LANES];
-    // SAFETY: 16 elements.
-    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums) };
-    sum_lanes(lanes)
+    match _mm512_cmpgt_epu32_mask(last, _mm512_set1_epi32(DISTANCE_END as i32)) {
+        0 => sum_lanes(lanes(sums)),
+        _ => f32::NAN,
+    }
 }
 
-/// Distances in 32 bits; NaN is far outside of 16.
+/// Writes the codes of a run, takes in its distances, returns the sums of the codes in pairs.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn exp_run(scores: &[f32], top: f32, codes: &mut [i16], last: &mut __m512i) -> __m512i {
+    let (top, ones) = (_mm512_set1_ps(top), _mm512_set1_epi16(1));
+    let mut counts = _mm512_setzero_si512();
+    let (pairs, half) = scores.as_chunks::<{ 2 * LANES }>();
+    let (outs, half_out) = codes.as_chunks_mut::<{ 2 * LANES }>();
+    for (pair, out) in pairs.iter().zip(outs) {
+        let (a, b) = (pair.first_chunk().expect("32"), pair.last_chunk().expect("32"));
+        let (a, b) = (distance(a, top), distance(b, top));
+        let codes = codes_of(low_halves(a, b));
+        counts = _mm512_dpwssd_epi32(counts, codes, ones);
+        *last = _mm512_max_epu32(*last, _mm512_max_epu32(a, b));
+        // SAFETY: 32 elements of 16 bits.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), codes) };
+    }
+    if let (Some(half), Some(out)) = (half.first_chunk(), half_out.first_chunk_mut()) {
+        let half = distance(half, top);
+        let codes = codes_of(low_halves(half, _mm512_set1_epi32(DISTANCE_END as i32)));
+        counts = _mm512_dpwssd_epi32(counts, codes, ones);
+        *last = _mm512_max_epu32(*last, half);
+        let out: &mut [i16; LANES] = out;
+        // SAFETY: 16 elements of 16 bits.
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_castsi512_si256(codes)) };
+    }
+    counts
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn lanes(x: __m512) -> [f32; LANES] {
+    let mut lanes = [0f32; LANES];
+    // SAFETY: 16 elements.
+    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), x) };
+    lanes
+}
+
+/// The bits of distances, whose lower halves are what counts; NaN is above all others.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn distance(scores: &[f32; LANES], top: __m512) -> __m512i {
     let distance = _mm512_sub_ps(top, load_chunk(scores));
     // Of a NaN and a number, the instruction returns its second operand.
     let distance = _mm512_min_ps(_mm512_set1_ps(FARTHEST), distance);
-    let bits = _mm512_castps_si512(_mm512_add_ps(distance, _mm512_set1_ps(DISTANCE)));
-    _mm512_sub_epi32(bits, _mm512_set1_epi32(DISTANCE.to_bits() as i32))
+    _mm512_castps_si512(_mm512_add_ps(distance, _mm512_set1_ps(DISTANCE)))
 }
 
-/// Both in 16 bits, in order; what is outside saturates.
+/// The lower 16 bits of all, in order.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn pack(a: __m512i, b: __m512i) -> __m512i {
-    let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b))
+fn low_halves(a: __m512i, b: __m512i) -> __m512i {
+    let even = words(|i| 2 * i as i16);
+    _mm512_permutex2var_epi16(a, even, b)
+}
+
+/// A vector that the compiler knows.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn words(word: impl Fn(usize) -> i16) -> __m512i {
+    let mut words = [0i16; 2 * LANES];
+    for (i, to) in words.iter_mut().enumerate() {
+        *to = word(i);
+    }
+    // SAFETY: 32 elements of 16 bits.
+    unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]
@@ -178,6 +205,8 @@ fn codes_of(distances: __m512i) -> __m512i {
     let q = _mm512_sub_epi16(_mm512_set1_epi16(c2), _mm512_mulhrs_epi16(f, _mm512_set1_epi16(c3)));
     let q = _mm512_sub_epi16(_mm512_set1_epi16(c1), _mm512_mulhrs_epi16(f, q));
     let q = _mm512_sub_epi16(_mm512_set1_epi16(c0), _mm512_mulhrs_epi16(f, q));
+    // A table: for a shift by lane of a constant, LLVM writes four instructions.
+    let halved = words(|i| TOP_INT16.checked_shr(i as u32).unwrap_or(0));
     let halvings = _mm512_srli_epi16::<FRACTION>(distances);
-    _mm512_mulhrs_epi16(q, _mm512_srlv_epi16(_mm512_set1_epi16(TOP_INT16), halvings))
+    _mm512_mulhrs_epi16(q, _mm512_permutexvar_epi16(halvings, halved))
 }

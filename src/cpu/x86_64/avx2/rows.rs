@@ -1,0 +1,277 @@
+//! AVX2: dot products, rows less a mean, rotated. Symmetric codes are plain Rust compiled for it.
+//!
+//! The loops of plain Rust take four times as long: what is 1, 2 and 4 elements apart becomes gathers, and 16
+//! sums of lanes are added up one by one.
+
+use crate::cpu::contracts::{Condition, LANES, ROTATED, RowKernels, Rows};
+use crate::cpu::plain::lanes;
+use crate::cpu::plain::rotate::{factor, rotate_rest};
+use std::arch::x86_64::*;
+
+/// Lanes of a register.
+const HALF: usize = LANES / 2;
+
+pub(crate) const ROWS: RowKernels = RowKernels { dots, condition, rotate, ..super::ROWS };
+
+#[target_feature(enable = "avx2")]
+fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
+    // Four sums at a time, of one vector or of two: each row and each vector is loaded for all of them.
+    for vector in (0..vectors.count()).step_by(2) {
+        match vectors.count() - vector {
+            1 => dots_of::<4, 1>(rows, vectors, vector, out),
+            _ => dots_of::<2, 2>(rows, vectors, vector, out),
+        }
+    }
+}
+
+/// Those of `V` vectors from one on, `R` rows at a time; `R * V` is 4.
+#[target_feature(enable = "avx2")]
+fn dots_of<const R: usize, const V: usize>(
+    rows: Rows<'_>,
+    vectors: Rows<'_>,
+    vector: usize,
+    out: &mut [f32],
+) {
+    let (count, depth) = (rows.count(), rows.depth());
+    for row in (0..count).step_by(R) {
+        // What is missing in the last rows repeats the last of them.
+        let mut rows_at: [&[f32]; R] = [&[]; R];
+        for (r, at) in rows_at.iter_mut().enumerate() {
+            *at = rows.row((row + r).min(count - 1));
+        }
+        let mut sums = [[_mm256_setzero_ps(); 2]; 4];
+        for at in (0..depth).step_by(LANES) {
+            for v in 0..V {
+                let y = load(vectors.row(vector + v), at);
+                for (r, x) in rows_at.iter().enumerate() {
+                    let x = load(x, at);
+                    let sum = &mut sums[v * R + r];
+                    for half in 0..2 {
+                        // Not fused, so that levels without such an instruction give the same bits.
+                        sum[half] = _mm256_add_ps(_mm256_mul_ps(x[half], y[half]), sum[half]);
+                    }
+                }
+            }
+        }
+        let mut four = [0f32; 4];
+        // SAFETY: 4 elements.
+        unsafe { _mm_storeu_ps(four.as_mut_ptr(), sums_of_lanes(sums)) };
+        let rows = R.min(count - row);
+        for v in 0..V {
+            let out = &mut out[(vector + v) * count + row..][..rows];
+            out.copy_from_slice(&four[v * R..][..rows]);
+        }
+    }
+}
+
+/// Elements from `at` on, zeros behind the last.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load(row: &[f32], at: usize) -> [__m256; 2] {
+    let chunk = match row[at..].first_chunk::<LANES>() {
+        Some(chunk) => chunk,
+        None => &lanes(row, at),
+    };
+    // SAFETY: 16 elements.
+    unsafe { [_mm256_loadu_ps(chunk.as_ptr()), _mm256_loadu_ps(chunk.as_ptr().add(HALF))] }
+}
+
+/// The sum of the 16 lanes of each of four, as `plain::sum_lanes` adds them up.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sums_of_lanes(sums: [[__m256; 2]; 4]) -> __m128 {
+    let mut halves = [_mm_setzero_ps(); 2];
+    for (i, half) in halves.iter_mut().enumerate() {
+        let [a, b, c, d] = [sums[0][i], sums[1][i], sums[2][i], sums[3][i]];
+        let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+        let low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+        let all = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+        *half = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all));
+    }
+    _mm_add_ps(halves[0], halves[1])
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn rotate(depth: usize, rows: &mut [f32]) {
+    let depth = depth.max(1);
+    for row in rows.chunks_exact_mut(depth) {
+        let at = row.as_mut_ptr();
+        // SAFETY: one whole row.
+        unsafe { blocks::<true>((at, None, at), depth) };
+        rotate_rest(&mut row[depth / LANES * LANES..]);
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn condition(job: Condition<'_>) {
+    let depth = job.rows.depth();
+    assert!(job.mean.is_none_or(|mean| mean.len() == depth));
+    let whole = depth / LANES * LANES;
+    let out = job.values.chunks_exact_mut(depth).zip(job.magnitudes);
+    for (row, (to, magnitude)) in job.rows.iter().zip(out) {
+        let from = (row.as_ptr(), job.mean.map(<[f32]>::as_ptr), to.as_mut_ptr());
+        // SAFETY: the row, the mean and the values have this length.
+        let largest = unsafe {
+            match job.rotate {
+                true => blocks::<true>(from, depth),
+                false => blocks::<false>(from, depth),
+            }
+        };
+        let rest = &mut to[whole..];
+        for (i, to) in rest.iter_mut().enumerate() {
+            *to = row[whole + i] - job.mean.map_or(0.0, |mean| mean[whole + i]);
+        }
+        if job.rotate {
+            rotate_rest(rest);
+        }
+        // As integers, magnitudes have the same order, with infinity and NaN above all numbers.
+        let of_rest = rest.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
+        *magnitude = f32::from_bits(largest_lane(largest).max(of_rest));
+    }
+}
+
+/// From where, less what, to where.
+type Job = (*const f32, Option<*const f32>, *mut f32);
+
+/// All whole 16 elements of a row, less a mean, and rotated if `ROTATE`, block by block; returns their largest
+/// magnitudes.
+///
+/// # Safety
+/// There are `depth` elements at all, of which the first and the last may be the same.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn blocks<const ROTATE: bool>((from, mean, to): Job, depth: usize) -> __m256i {
+    let mut largest = _mm256_setzero_si256();
+    let mut at = 0;
+    while depth - at >= LANES {
+        let block = if ROTATE { (1 << (depth - at).ilog2()).min(ROTATED) } else { LANES };
+        // SAFETY: by contract.
+        let of_block = unsafe {
+            let job = (from.add(at), mean.map(|mean| mean.add(at)), to.add(at));
+            let factor = _mm256_set1_ps(factor(block));
+            match block / HALF {
+                16 => both_halves(job, factor),
+                8 => vectors::<8, ROTATE>(job, factor),
+                4 => vectors::<4, ROTATE>(job, factor),
+                _ => vectors::<2, ROTATE>(job, factor),
+            }
+        };
+        largest = _mm256_max_epu32(largest, of_block);
+        at += block;
+    }
+    largest
+}
+
+/// A block of 16 registers, more than there are: its halves, then the last step.
+///
+/// # Safety
+/// There are as many elements at all.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn both_halves((from, mean, to): Job, factor: __m256) -> __m256i {
+    const HALF_BLOCK: usize = ROTATED / 2;
+    let mut largest = _mm256_setzero_si256();
+    // SAFETY: by contract.
+    unsafe {
+        for at in [0, HALF_BLOCK] {
+            let job = (from.add(at), mean.map(|mean| mean.add(at)), to.add(at));
+            vectors::<8, true>(job, factor);
+        }
+        for at in (0..HALF_BLOCK).step_by(HALF) {
+            let (a, b) = (_mm256_loadu_ps(to.add(at)), _mm256_loadu_ps(to.add(HALF_BLOCK + at)));
+            for (to, x) in
+                [(to.add(at), _mm256_add_ps(a, b)), (to.add(HALF_BLOCK + at), _mm256_sub_ps(a, b))]
+            {
+                _mm256_storeu_ps(to, x);
+                largest = _mm256_max_epu32(largest, magnitudes(x));
+            }
+        }
+    }
+    largest
+}
+
+/// `N` registers.
+///
+/// # Safety
+/// There are as many elements at all.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn vectors<const N: usize, const ROTATE: bool>(
+    (from, mean, to): Job,
+    factor: __m256,
+) -> __m256i {
+    let mut v = [_mm256_setzero_ps(); N];
+    for (i, v) in v.iter_mut().enumerate() {
+        // SAFETY: 8 of `N` times 8 elements.
+        *v = unsafe {
+            let x = _mm256_loadu_ps(from.add(i * HALF));
+            match mean {
+                Some(mean) => _mm256_sub_ps(x, _mm256_loadu_ps(mean.add(i * HALF))),
+                None => x,
+            }
+        };
+        if ROTATE {
+            *v = within(_mm256_mul_ps(*v, factor));
+        }
+    }
+    if ROTATE {
+        across::<N, 1>(&mut v);
+    }
+    if ROTATE && N > 2 {
+        across::<N, 2>(&mut v);
+    }
+    if ROTATE && N > 4 {
+        across::<N, 4>(&mut v);
+    }
+    let mut largest = _mm256_setzero_si256();
+    for (i, v) in v.into_iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { _mm256_storeu_ps(to.add(i * HALF), v) };
+        largest = _mm256_max_epu32(largest, magnitudes(v));
+    }
+    largest
+}
+
+/// The steps of elements that are 1, 2 and 4 apart. A product with 1 or -1 is exact, so the fused addition
+/// rounds as that of the other levels does.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn within(x: __m256) -> __m256 {
+    let ones = _mm256_setr_ps(1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0);
+    let twos = _mm256_setr_ps(1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0);
+    let fours = _mm256_setr_ps(1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0);
+    let x = _mm256_fmadd_ps(x, ones, _mm256_permute_ps::<0xb1>(x));
+    let x = _mm256_fmadd_ps(x, twos, _mm256_permute_ps::<0x4e>(x));
+    _mm256_fmadd_ps(x, fours, _mm256_permute2f128_ps::<0x01>(x, x))
+}
+
+/// The step of registers that are `APART` from each other.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn across<const N: usize, const APART: usize>(v: &mut [__m256; N]) {
+    let mut i = 0;
+    while i < N {
+        if i & APART == 0 {
+            let (a, b) = (v[i], v[i + APART]);
+            v[i] = _mm256_add_ps(a, b);
+            v[i + APART] = _mm256_sub_ps(a, b);
+        }
+        i += 1;
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn magnitudes(x: __m256) -> __m256i {
+    _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fff_ffff))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn largest_lane(x: __m256i) -> u32 {
+    let x = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+    let x = _mm_max_epu32(x, _mm_shuffle_epi32::<0x4e>(x));
+    _mm_cvtsi128_si32(_mm_max_epu32(x, _mm_shuffle_epi32::<0xb1>(x))) as u32
+}
