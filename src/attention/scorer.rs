@@ -167,20 +167,20 @@ impl<'a> Scorer<'a> {
             self.level.dots(rows, vectors, out);
             out.iter_mut().for_each(|dot| *dot *= self.scale.factor);
         };
-        biases.clear();
+        // What is there is overwritten, or filled with zeros.
         biases.resize(count * blocks, 0.0);
-        outliers.clear();
         outliers.resize(count * keys.outliers.len(), 0.0);
-        key_biases.clear();
         key_biases.resize(keys.scales.len(), 0.0);
         if depth == 0 {
+            [biases, outliers, key_biases].into_iter().for_each(|biases| biases.fill(0.0));
             return;
         }
         // What all scores of a row have in common matters where some have it in themselves.
         let matters = self.scale.row_constants || blocks > 1 || !keys.outliers.is_empty();
-        if matters && !keys.means.is_empty() {
+        match matters && !keys.means.is_empty() {
             // With the queries as they are.
-            dots(queries, Matrix::contiguous(&keys.means[..blocks * depth], depth), biases);
+            true => dots(queries, Matrix::contiguous(&keys.means[..blocks * depth], depth), biases),
+            false => biases.fill(0.0),
         }
         dots(queries, Matrix::contiguous(&keys.outlier_rows, depth), outliers);
         for scores in outliers.chunks_exact_mut(count.max(1)) {
@@ -188,8 +188,11 @@ impl<'a> Scorer<'a> {
             scores.iter_mut().zip(&rows.scales).for_each(|(score, scale)| *score += scale * 0.0);
         }
         let conditioned = Matrix::contiguous(&keys.conditioned, depth);
-        if let Some(mean) = conditioning.conditioned.rotated_mean(self.level) {
-            dots(conditioned, Matrix::one(mean), &mut key_biases[..keys.rhs.rows()]);
+        let (biases, padding) = key_biases.split_at_mut(keys.rhs.rows());
+        padding.fill(0.0);
+        match conditioning.conditioned.rotated_mean(self.level) {
+            Some(mean) => dots(conditioned, Matrix::one(mean), biases),
+            None => biases.fill(0.0),
         }
     }
 

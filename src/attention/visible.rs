@@ -168,8 +168,13 @@ impl Visible {
 
     /// Whether every query sees every key.
     pub(crate) fn is_everything(&self) -> bool {
-        let everywhere = !self.causal && self.left.is_none() && self.right.is_none();
-        everywhere && self.lens.is_none() && self.q_lens.is_none()
+        self.is_the_same_for_all_queries() && self.lens.is_none()
+    }
+
+    /// Whether what a query sees does not depend on its position.
+    pub(crate) fn is_the_same_for_all_queries(&self) -> bool {
+        let anywhere = !self.causal && self.left.is_none() && self.right.is_none();
+        anywhere && self.q_lens.is_none()
     }
 
     /// Whether all queries of a sequence see the same keys.

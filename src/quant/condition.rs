@@ -240,8 +240,10 @@ impl Conditioned {
     fn find_outlier(&self, takes_part: Part<'_>) -> Option<usize> {
         let takes_part = |row: usize| takes_part.is_none_or(|takes_part| takes_part(row));
         let (mut count, mut sum, mut largest) = (0usize, 0f64, (0f32, None));
+        let everywhere = self.outliers.is_empty();
         for (row, &magnitude) in self.magnitudes.iter().enumerate() {
-            if magnitude.is_finite() && takes_part(row) && !self.outliers.contains(&row) {
+            let counts = everywhere || !self.outliers.contains(&row);
+            if magnitude.is_finite() && counts && takes_part(row) {
                 count += 1;
                 sum += f64::from(magnitude);
                 if magnitude > largest.0 {

@@ -157,8 +157,7 @@ impl Engine<'_> {
         rows: &Rows,
         out: &mut [MaybeUninit<T>],
     ) {
-        let at = self.queries.all_at(rows);
-        let seen: Vec<Row> = at.map(|at| self.row(rows.head, at)).collect();
+        let seen = self.rows(rows);
         let start = seen.iter().map(|row| row.seen.start).min().unwrap_or(0);
         let end = seen.iter().map(|row| row.seen.end).max().unwrap_or(0);
         let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
@@ -182,6 +181,20 @@ impl Engine<'_> {
         merged.start(seen.len(), from.width());
         parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
         merged.finish(self.value_dim, out);
+    }
+
+    /// What each row of a block sees.
+    fn rows(&self, rows: &Rows) -> Vec<Row> {
+        let alike = self.window.is_none() && self.visible.is_the_same_for_all_queries();
+        let mut all: Vec<Row> = Vec::with_capacity(rows.range.len());
+        for at in self.queries.all_at(rows) {
+            let row = match all.last() {
+                Some(before) if alike && before.at[0] == at[0] => Row { at, ..before.clone() },
+                _ => self.row(rows.head, at),
+            };
+            all.push(row);
+        }
+        all
     }
 
     /// What a row sees.

@@ -102,18 +102,13 @@ impl Tile<'_> {
 ///
 /// In int16 there is room in a row of scores and of codes for a multiple of [`LANES`].
 pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
+    if let Probs::Int16 { .. } = tile.probs {
+        return int16_tile(level, tile, running);
+    }
     let padded = tile.keys.next_multiple_of(GROUP);
     for (row, running) in running.iter_mut().enumerate() {
-        let seen = tile.visible[row].clone();
-        let Range { start, end } = seen;
+        let Range { start, end } = tile.visible[row].clone();
         let scores = &mut tile.scores[row * tile.stride..][..tile.stride];
-        if let Probs::Int16 { codes, scales } = &mut tile.probs {
-            let codes = &mut codes[row * tile.stride..][..tile.stride];
-            let per_row = tile.keys.div_ceil(RUN);
-            let scales = &mut scales[row * per_row..][..per_row];
-            int16_row(level, (scores, seen), running, codes, scales);
-            continue;
-        }
         let max = running.advance(level.max(&scores[start..end]), &scores[start..end]);
         let sum = match &mut tile.probs {
             Probs::F32 => {
@@ -135,34 +130,46 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
                 let runs = &mut runs[row * per_row..][..per_row];
                 int8_row(level, (&scores[..end], start), max, codes, runs)
             }
-            Probs::Int16 { .. } => unreachable!("a row of its own"),
+            Probs::Int16 { .. } => unreachable!("a tile of its own"),
         };
         running.sum = running.sum * running.rescale + sum;
     }
 }
 
-/// A row in int16: runs that hold a key which is seen, whole, and zeros in the others. Scores around those
-/// that are seen become minus infinity.
-fn int16_row(
-    level: Level,
-    (scores, seen): (&mut [f32], Range<usize>),
-    running: &mut Running,
-    codes: &mut [i16],
-    scales: &mut [f32],
-) {
-    let seen = if seen.is_empty() { 0..0 } else { seen };
-    let runs = seen.start / RUN..seen.end.div_ceil(RUN);
-    let keys = runs.start * RUN..seen.end.next_multiple_of(LANES);
-    scores[keys.start..seen.start].fill(f32::NEG_INFINITY);
-    scores[seen.end..keys.end].fill(f32::NEG_INFINITY);
-    codes[..keys.start].fill(0);
-    codes[keys.end..].fill(0);
-    scales[..runs.start].fill(0.0);
-    scales[runs.end..].fill(0.0);
-    let (scores, scales) = (&scores[keys.clone()], &mut scales[runs]);
-    let max = running.advance(level.max_of_runs(scores, scales), scores);
-    let sum = level.exp_int16(Int16Exp { scores, max, runs: scales, codes: &mut codes[keys] });
-    running.sum = running.sum * running.rescale + sum;
+/// A tile in int16: runs that hold a key which is seen, whole, and zeros in the others. Scores around those
+/// that are seen become minus infinity. The largest of all runs come first: reading them right after they
+/// were written takes as long as a short row.
+fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
+    let Tile { scores, stride, keys, visible, probs, .. } = tile;
+    let Probs::Int16 { codes, scales } = probs else { unreachable!("a tile in int16") };
+    let (stride, per_row) = (*stride, keys.div_ceil(RUN));
+    let places = |row: usize| {
+        let Range { start, end } = visible[row].clone();
+        let seen = if start < end { start..end } else { 0..0 };
+        let runs = seen.start / RUN..seen.end.div_ceil(RUN);
+        (runs.start * RUN..seen.end.next_multiple_of(LANES), seen, runs)
+    };
+    let rows = scores.chunks_mut(stride).zip(scales.chunks_mut(per_row.max(1)));
+    for (row, (running, (scores, scales))) in running.iter_mut().zip(rows).enumerate() {
+        let (keys, seen, runs) = places(row);
+        scores[keys.start..seen.start].fill(f32::NEG_INFINITY);
+        scores[seen.end..keys.end].fill(f32::NEG_INFINITY);
+        scales[..runs.start].fill(0.0);
+        scales[runs.end..].fill(0.0);
+        let scores = &scores[keys];
+        running.advance(level.max_of_runs(scores, &mut scales[runs]), scores);
+    }
+    let rows = scores.chunks(stride).zip(codes.chunks_mut(stride));
+    let rows = rows.zip(scales.chunks_mut(per_row.max(1)));
+    for (row, (running, ((scores, codes), scales))) in running.iter_mut().zip(rows).enumerate() {
+        let (keys, _, runs) = places(row);
+        codes[..keys.start].fill(0);
+        codes[keys.end..].fill(0);
+        let (scores, codes) = (&scores[keys.clone()], &mut codes[keys]);
+        let (max, runs) = (running.max_or_zero(), &mut scales[runs]);
+        let sum = level.exp_int16(Int16Exp { scores, max, runs, codes });
+        running.sum = running.sum * running.rescale + sum;
+    }
 }
 
 /// Writes codes for the scores from `start` on, and what they stand for, run by run; returns the

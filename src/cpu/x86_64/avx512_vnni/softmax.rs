@@ -57,10 +57,9 @@ fn max(scores: &[f32]) -> f32 {
 fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
     let mut all = _mm_set1_ps(f32::NEG_INFINITY);
     for (scores, runs) in scores.chunks(4 * RUN).zip(runs.chunks_mut(4)) {
-        let mut tops = [_mm512_set1_ps(f32::NEG_INFINITY); 4];
-        for (top, scores) in tops.iter_mut().zip(scores.chunks(RUN)) {
-            *top = top_lanes(scores);
-        }
+        let (whole, part) = scores.as_chunks::<RUN>();
+        let tops = [top_of(whole, part, 0), top_of(whole, part, 1)];
+        let tops = [tops[0], tops[1], top_of(whole, part, 2), top_of(whole, part, 3)];
         let tops = _mm512_castps512_ps128(max_of_lanes(tops));
         all = _mm_max_ps(tops, all);
         let first = ((1u32 << runs.len()) - 1) as __mmask8;
@@ -71,7 +70,17 @@ fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
     _mm_cvtss_f32(_mm_max_ss(all, _mm_movehdup_ps(all)))
 }
 
-/// The largest of each lane.
+/// The largest of each lane of a run; what comes behind whole runs is one too.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn top_of(whole: &[[f32; RUN]], part: &[f32], run: usize) -> __m512 {
+    match whole.get(run) {
+        Some(scores) => top_lanes(scores),
+        None if run == whole.len() => top_lanes(part),
+        None => _mm512_set1_ps(f32::NEG_INFINITY),
+    }
+}
+
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn top_lanes(scores: &[f32]) -> __m512 {
