@@ -6,6 +6,7 @@ mod common;
 
 // Named, so that the files are in a folder of their own.
 mod bounds {
+    mod arguments;
     mod errors;
     mod numbers;
     mod sizes;

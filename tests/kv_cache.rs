@@ -67,7 +67,7 @@ fn as_stored(k: &Tensor, v: &Tensor, config: &KvCacheConfig, offset: &Tensor) ->
     let round = |dtype| v.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
     let rotate = |x: &Tensor| {
         let mut rows = values(x);
-        Rotation::new(x.dim(3).unwrap()).apply(&mut rows);
+        Rotation::new(x.dim(3).unwrap()).apply(&mut rows).unwrap();
         Tensor::from_vec(rows, x.shape(), &Device::Cpu).unwrap()
     };
     let codes = per_token(&rotate(&k.broadcast_sub(offset).unwrap()));

@@ -37,7 +37,10 @@ fn error_is_at_most_half_a_step() -> TestResult {
         for (i, (x, y)) in real.iter().zip(back.flatten_all()?.to_vec1::<f32>()?).enumerate() {
             // Affine ends of a range can be off by the rounding of the zero point as well.
             let steps = if config.scheme == Scheme::Affine { 1.0 } else { 0.5 };
-            assert!((x - y).abs() <= q.params(i / 17).scale() * (steps + 1e-4), "{config:?}");
+            assert!(
+                (x - y).abs() <= q.params(i / 17).unwrap().scale() * (steps + 1e-4),
+                "{config:?}"
+            );
         }
         for (row, sum) in q.row_sums().iter().enumerate() {
             let codes = &q.values()[row * 17..(row + 1) * 17];

@@ -126,8 +126,8 @@ fn codes_come_straight_from_the_sums() -> TestResult {
             let found = attention_scores_int8(&q, &k, &config, &to)?;
             for (i, &sum) in sums.iter().enumerate() {
                 let (head, row, column) = (i / (9 * 13), i / 13, i % 13);
-                let q_scale = q_codes.params(row).scale();
-                let k_scale = k_codes.params(head / 2 * 13 + column).scale();
+                let q_scale = q_codes.params(row).unwrap().scale();
+                let k_scale = k_codes.params(head / 2 * 13 + column).unwrap().scale();
                 let output = given[head % 4];
                 let requantizer = match mode {
                     RequantMode::FixedPoint => Requantizer::fixed_point(q_scale, k_scale, output)?,

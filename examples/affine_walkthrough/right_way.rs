@@ -121,7 +121,7 @@ pub fn run(scores: &Scores, samples: &[Sample]) -> Result<RightWay> {
     let (mantissa, right_shift) = fixed_point.unwrap_or_default();
     let unit = f64::from(scores.params().scale()).powi(2);
     let of_a = |quantized: &QuantizedTensor| {
-        Quantized::new(quantized.params(0), sqnr(&a, &quantized.dequantize_to_vec()))
+        Quantized::new(quantized.all_params()[0], sqnr(&a, &quantized.dequantize_to_vec()))
     };
     Ok(RightWay {
         a_max_abs: range(a.iter().copied()).max_abs(),
@@ -155,7 +155,7 @@ fn from_int32(
     let op = |config: &ScoreConfig| -> Result<Vec<f32>> {
         Ok(attention_scores(&scores.a, &scores.a, config)?.flatten_all()?.to_vec1()?)
     };
-    let unit = affine_a.params(0).scale() * affine_a.params(0).scale();
+    let unit = affine_a.all_params()[0].scale() * affine_a.all_params()[0].scale();
     let affine: Vec<f32> =
         accumulate(affine_a, scores.shape)?.iter().map(|&acc| unit * acc as f32).collect();
     let per_token = op(&ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken))?;

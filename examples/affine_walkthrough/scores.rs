@@ -77,7 +77,7 @@ impl Scores {
 
     /// Scale and zero point of A.
     pub fn params(&self) -> QuantParams {
-        self.quantized.params(0)
+        self.quantized.all_params()[0]
     }
 
     /// What one accumulator step is worth: the scales of both sides multiplied.
@@ -144,7 +144,7 @@ pub fn quantize(values: &[f32], shape: [usize; 4], scheme: Scheme) -> Result<Qua
 
 /// `A · A^T` of the codes, zero points corrected, head by head: exact.
 pub fn accumulate(a: &QuantizedTensor, [_, _, tokens, depth]: [usize; 4]) -> Result<Vec<i32>> {
-    let zero = ZeroPoints::Uniform(i32::from(a.params(0).zero_point()));
+    let zero = ZeroPoints::Uniform(i32::from(a.params(0)?.zero_point()));
     let mut accumulators = Vec::new();
     for head in a.values().chunks_exact(tokens * depth) {
         let product = matmul_nt(Lhs::I8(head), zero, head, zero, (tokens, tokens, depth))?;

@@ -48,7 +48,7 @@ impl Results {
         };
         Ok(Self {
             scores: args.save_scores.then(|| scaled_scores(args, inputs)).transpose()?,
-            drift: Drift::of_outputs(&flat(&fp32)?, &flat(&out)?),
+            drift: Drift::of_outputs(&flat(&fp32)?, &flat(&out)?)?,
             heads: heads(&fp32, &out)?,
             probabilities: probabilities(inputs, masking, (args.fp32(), config))?,
             out,
@@ -73,9 +73,11 @@ fn heads(fp32: &Tensor, out: &Tensor) -> Result<Vec<HeadDrift>> {
     let (fp32, out) = (flat(fp32)?, flat(out)?);
     let len = (m * dv).max(1);
     let pairs = fp32.chunks_exact(len).zip(out.chunks_exact(len)).enumerate();
-    let drift =
-        |(i, (a, b))| HeadDrift { batch: i / h, head: i % h, drift: Drift::of_outputs(a, b) };
-    Ok(pairs.map(drift).collect())
+    pairs
+        .map(|(i, (a, b))| {
+            Ok(HeadDrift { batch: i / h, head: i % h, drift: Drift::of_outputs(a, b)? })
+        })
+        .collect()
 }
 
 fn probabilities(

@@ -99,14 +99,15 @@ pub struct Judged {
 }
 
 impl Judged {
-    pub fn new(text: &str, pair: u64, score: f64, [a, b]: [Embeddings; 2]) -> Self {
-        Self {
+    pub fn new(text: &str, pair: u64, score: f64, [a, b]: [Embeddings; 2]) -> Result<Self> {
+        let int8 = a.int8.iter().zip(&b.int8).map(|(a, b)| Ok(cosine(a, b)?));
+        Ok(Self {
             text: text.to_string(),
             pair,
             score,
-            fp32: cosine(&a.fp32, &b.fp32),
-            int8: a.int8.iter().zip(&b.int8).map(|(a, b)| cosine(a, b)).collect(),
-        }
+            fp32: cosine(&a.fp32, &b.fp32)?,
+            int8: int8.collect::<Result<_>>()?,
+        })
     }
 }
 

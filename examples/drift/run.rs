@@ -121,7 +121,7 @@ impl Run<'_> {
                 self.record(&passage, 2 * index + side)
             };
             let embeddings = [embed(a, 0)?, embed(b, 1)?];
-            judged.push(Judged::new(&name, index, pair.score, embeddings));
+            judged.push(Judged::new(&name, index, pair.score, embeddings)?);
         }
         progress.finish_and_clear();
         let how = sentences.describe().with_context(|| format!("cannot use the pairs {name}"))?;

@@ -94,14 +94,15 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     }
     let int8 = corpus.embed(&encoder)?;
 
-    let min_cosine = lowest(fp32.iter().zip(&int8).map(|(a, b)| cosine(a, b)));
+    let cosines = fp32.iter().zip(&int8).map(|(a, b)| Ok(cosine(a, b)?));
+    let min_cosine = lowest(cosines.collect::<Result<Vec<_>>>()?);
     let similarities = pairs
         .iter()
         .map(|pair| {
             let (a, b) = (corpus.index(&pair.a), corpus.index(&pair.b));
-            Similarity::new(pair, cosine(&fp32[a], &fp32[b]), cosine(&int8[a], &int8[b]))
+            Ok(Similarity::new(pair, cosine(&fp32[a], &fp32[b])?, cosine(&int8[a], &int8[b])?))
         })
-        .collect();
+        .collect::<Result<_>>()?;
     let subject = Subject {
         model,
         config,

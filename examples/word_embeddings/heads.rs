@@ -82,7 +82,7 @@ pub fn drift_per_head(fp32: &Path, int8: &Path) -> Result<Vec<HeadDrift>> {
         let output = head * tokens * dim..(head + 1) * tokens * dim;
         Ok(HeadDrift {
             head,
-            output: Drift::of_outputs(&a[output.clone()], &b[output]),
+            output: Drift::of_outputs(&a[output.clone()], &b[output])?,
             probabilities: ProbabilityDrift::of_rows(&p[probs.clone()], &q[probs], tokens.max(1))?,
         })
     };

@@ -112,10 +112,10 @@ fn final_drift(model: &EncoderModel, fp32: &Tensor, int8: &Tensor) -> Result<Fin
     let hidden = model.config().hidden_size;
     let text = |last: &Tensor| -> Result<Vec<f32>> { flat(&model.embedding(last)?) };
     let (a, b) = (flat(fp32)?, flat(int8)?);
-    let cosines = a.chunks(hidden).zip(b.chunks(hidden)).map(|(a, b)| metrics::cosine(a, b));
+    let cosines = a.chunks(hidden).zip(b.chunks(hidden)).map(|(a, b)| Ok(metrics::cosine(a, b)?));
     Ok(Final {
-        worst_token_cosine: metrics::lowest(cosines),
-        tokens: Drift::of_outputs(&a, &b),
-        text: Drift::of_outputs(&text(fp32)?, &text(int8)?),
+        worst_token_cosine: metrics::lowest(cosines.collect::<Result<Vec<_>>>()?),
+        tokens: Drift::of_outputs(&a, &b)?,
+        text: Drift::of_outputs(&text(fp32)?, &text(int8)?)?,
     })
 }

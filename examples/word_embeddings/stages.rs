@@ -37,7 +37,7 @@ impl Stage {
 
     /// A stage of the int8 path beside the fp32 path's.
     pub fn compared(name: &str, fp32: &Tensor, int8: &Tensor) -> Result<Self> {
-        Self::new(name, int8, Some(sqnr_db(&flat(fp32)?, &flat(int8)?)))
+        Self::new(name, int8, Some(sqnr_db(&flat(fp32)?, &flat(int8)?)?))
     }
 
     fn new(name: &str, tensor: &Tensor, sqnr_db: Option<f64>) -> Result<Self> {
@@ -113,7 +113,7 @@ fn smooth(
     }
     if rotate {
         let mut rows = flat(&smoothed)?;
-        Rotation::new(x.dim(D::Minus1)?).apply(&mut rows);
+        Rotation::new(x.dim(D::Minus1)?).apply(&mut rows)?;
         smoothed = Tensor::from_vec(rows, x.dims(), x.device())?;
         stages.push(Stage::shared(&format!("{name} rotated"), &smoothed)?);
     }
@@ -126,7 +126,7 @@ fn codes(name: &str, x: &Tensor, config: &QuantConfig) -> Result<Stage> {
     let real = quantized.dequantize(x.device())?;
     let codes: Vec<f32> = quantized.values().iter().map(|&code| f32::from(code)).collect();
     let codes = Tensor::from_vec(codes, x.dims(), x.device())?;
-    let sqnr = sqnr_db(&flat(x)?, &flat(&real)?);
+    let sqnr = sqnr_db(&flat(x)?, &flat(&real)?)?;
     Ok(Stage::new(name, &codes, Some(sqnr))?.with_params(&quantized))
 }
 

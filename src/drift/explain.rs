@@ -2,7 +2,7 @@
 
 use super::recorder::call::Reference;
 use super::{Sum, Summary};
-use crate::quant::token_mean;
+use crate::quant::mean_of_rows;
 use serde::{Deserialize, Serialize};
 
 /// The largest of something over all passages, and where it was.
@@ -70,7 +70,7 @@ impl SideState {
             word: word.trim().to_string(),
             passage,
         };
-        let mean = token_mean(data, depth);
+        let mean = mean_of_rows(data, depth);
         let tokens = (data.len() / depth) as f64;
         let (mut spread, mut channel_max) = (vec![0f64; depth], vec![0f64; depth]);
         let (mut token_max, mut smooth_max) = (Vec::new(), Vec::new());

@@ -33,10 +33,10 @@ fn null_is_infinite<'de, D: serde::Deserializer<'de>>(source: D) -> Result<f64, 
 impl Drift {
     /// All metrics of `candidate` against `reference`.
     ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn of_outputs(reference: &[f32], candidate: &[f32]) -> Self {
-        Self::from(&ErrorSums::of(reference, candidate))
+    /// # Errors
+    /// [`Error::Mismatch`] if the lengths differ.
+    pub fn of_outputs(reference: &[f32], candidate: &[f32]) -> crate::Result<Self> {
+        Ok(Self::from(&ErrorSums::of(reference, candidate)?))
     }
 }
 
@@ -99,12 +99,12 @@ impl ProbabilityDrift {
             if p.iter().all(|&p| p == 0.0) {
                 continue;
             }
-            let kl = metrics::kl_divergence(p, q);
+            let kl = metrics::kl_divergence(p, q)?;
             sum.rows += 1;
             sum.mean_kl += kl;
             sum.max_kl = nan_max(sum.max_kl, kl);
-            sum.mean_total_variation += metrics::total_variation(p, q);
-            sum.top1_agreement += f64::from(u8::from(metrics::same_top1(p, q)));
+            sum.mean_total_variation += metrics::total_variation(p, q)?;
+            sum.top1_agreement += f64::from(u8::from(metrics::same_top1(p, q)?));
         }
         Ok(sum.divided_by_rows())
     }
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn outputs_carry_every_metric() {
-        let drift = Drift::of_outputs(&[3.0, 4.0], &[3.0, 3.0]);
+        let drift = Drift::of_outputs(&[3.0, 4.0], &[3.0, 3.0]).unwrap();
         assert_eq!(drift.max_abs, 1.0);
         assert!((drift.relative_l1 - 1.0 / 7.0).abs() < 1e-15);
         assert!((drift.rmse - 0.5f64.sqrt()).abs() < 1e-15);
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn equal_tensors_survive_json() {
-        let drift = Drift::of_outputs(&[1.0], &[1.0]);
+        let drift = Drift::of_outputs(&[1.0], &[1.0]).unwrap();
         assert_eq!(drift.sqnr_db, f64::INFINITY);
         let json = serde_json::to_string(&drift).unwrap();
         assert!(json.contains("\"sqnr_db\":null"), "{json}");
@@ -157,6 +157,12 @@ mod tests {
         assert!((drift.max_kl - first).abs() < 1e-12);
         assert!((drift.mean_total_variation - (0.25 + 0.125) / 2.0).abs() < 1e-15);
         assert_eq!(drift.top1_agreement, 0.5);
+    }
+
+    #[test]
+    fn outputs_of_different_length_are_an_error() {
+        let drift = Drift::of_outputs(&[1.0], &[]);
+        assert!(matches!(drift, Err(Error::Mismatch(_))), "{drift:?}");
     }
 
     #[test]
@@ -179,7 +185,7 @@ mod tests {
 
     #[test]
     fn nan_is_not_hidden() {
-        let drift = Drift::of_outputs(&[1.0, 2.0, 3.0], &[1.0, f32::NAN, 3.0]);
+        let drift = Drift::of_outputs(&[1.0, 2.0, 3.0], &[1.0, f32::NAN, 3.0]).unwrap();
         for value in [drift.cosine, drift.relative_l1, drift.rmse, drift.max_abs, drift.sqnr_db] {
             assert!(value.is_nan(), "{drift:?}");
         }

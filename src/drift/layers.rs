@@ -1,6 +1,6 @@
 //! The error of every layer of a model, for many configurations in one pass.
 
-use super::metrics::lowest;
+use super::metrics::{lowest, pairs};
 use crate::attention::{AttentionConfig, Backend, attention};
 use crate::models::{LayeredModel, run_layers};
 use crate::{Error, Result};
@@ -18,15 +18,14 @@ pub struct Energy {
 impl Energy {
     /// Adds the elements of two slices.
     ///
-    /// # Panics
-    /// If their lengths differ.
-    pub fn add(&mut self, reference: &[f32], candidate: &[f32]) {
-        assert_eq!(reference.len(), candidate.len(), "slices to compare differ in length");
-        for (a, b) in reference.iter().zip(candidate) {
-            let (a, b) = (f64::from(*a), f64::from(*b));
+    /// # Errors
+    /// [`Error::Mismatch`] if their lengths differ; nothing is added then.
+    pub fn add(&mut self, reference: &[f32], candidate: &[f32]) -> Result<()> {
+        for (a, b) in pairs(reference, candidate)? {
             self.signal += a * a;
             self.noise += (a - b) * (a - b);
         }
+        Ok(())
     }
 
     /// The ratio of both in decibel, as [`metrics::sqnr_db`](super::metrics::sqnr_db) has it.
@@ -73,7 +72,7 @@ impl LayerErrors {
         let len = (m * dv).max(1);
         let pairs = reference.chunks_exact(len).zip(candidate.chunks_exact(len));
         for (index, (a, b)) in pairs.enumerate() {
-            self.heads[index % heads].add(a, b);
+            self.heads[index % heads].add(a, b)?;
         }
         Ok(())
     }
@@ -151,7 +150,7 @@ pub fn embedding_error(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Result
         )));
     }
     let mut energy = Energy::default();
-    reference.iter().zip(candidate).for_each(|(a, b)| energy.add(a, b));
+    reference.iter().zip(candidate).try_for_each(|(a, b)| energy.add(a, b))?;
     Ok(energy)
 }
 
@@ -166,9 +165,12 @@ mod tests {
         let (a, b) = ([0.5, -1.25, 2.0, 3.75], [0.5, -1.0, 2.25, 3.5]);
         let mut energy = Energy::default();
         assert_eq!(energy.sqnr_db(), f64::INFINITY);
-        energy.add(&a[..1], &b[..1]);
-        energy.add(&a[1..], &b[1..]);
-        assert!((energy.sqnr_db() - sqnr_db(&a, &b)).abs() < 1e-12);
+        energy.add(&a[..1], &b[..1]).unwrap();
+        energy.add(&a[1..], &b[1..]).unwrap();
+        assert!((energy.sqnr_db() - sqnr_db(&a, &b).unwrap()).abs() < 1e-12);
+        let before = energy;
+        assert!(matches!(energy.add(&a, &b[1..]), Err(Error::Mismatch(_))));
+        assert_eq!(energy, before);
     }
 
     #[test]

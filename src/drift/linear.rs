@@ -21,7 +21,8 @@ impl EmbeddingErrors {
     fn of(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Result<Self> {
         let energy = embedding_error(reference, candidate)?;
         let cosines = reference.iter().zip(candidate).map(|(a, b)| cosine(a, b));
-        Ok(Self { sqnr_db: energy.sqnr_db(), min_cosine: lowest(cosines) })
+        let min_cosine = lowest(cosines.collect::<Result<Vec<_>>>()?);
+        Ok(Self { sqnr_db: energy.sqnr_db(), min_cosine })
     }
 }
 

@@ -133,6 +133,18 @@ pub(super) mod extended {
     }
 }
 
+/// # Errors
+/// [`Error::Mismatch`](crate::Error::Mismatch) if slices to compare differ in length.
+pub(super) fn same_len(reference: &[f32], candidate: &[f32]) -> crate::Result<()> {
+    let (found, expected) = (candidate.len(), reference.len());
+    if found != expected {
+        return Err(crate::Error::Mismatch(format!(
+            "{found} numbers to compare, expected {expected} as in the reference"
+        )));
+    }
+    Ok(())
+}
+
 /// Everything that the metrics of a candidate `b` against its reference `a` need, over any amount
 /// of data: push slices as they come, merge what others have gathered.
 ///
@@ -140,11 +152,12 @@ pub(super) mod extended {
 /// use candle_int8_attention::drift::ErrorSums;
 ///
 /// let mut all = ErrorSums::default();
-/// all.push(&[3.0, 4.0], &[3.0, 3.0]);
-/// all.merge(&ErrorSums::of(&[0.0], &[0.0]));
+/// all.push(&[3.0, 4.0], &[3.0, 3.0])?;
+/// all.merge(&ErrorSums::of(&[0.0], &[0.0])?);
 /// assert_eq!(all.count(), 3);
 /// assert_eq!(all.max_abs(), 1.0);
 /// assert!((all.sqnr_db() - 10.0 * 25f64.log10()).abs() < 1e-12);
+/// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct ErrorSums {
@@ -162,21 +175,22 @@ pub struct ErrorSums {
 impl ErrorSums {
     /// The sums of one pair of slices.
     ///
-    /// # Panics
-    /// If the slices differ in length.
-    pub fn of(reference: &[f32], candidate: &[f32]) -> Self {
+    /// # Errors
+    /// Those of [`ErrorSums::push`].
+    pub fn of(reference: &[f32], candidate: &[f32]) -> crate::Result<Self> {
         let mut sums = Self::default();
-        sums.push(reference, candidate);
-        sums
+        sums.push(reference, candidate)?;
+        Ok(sums)
     }
 
     /// Adds a pair of slices. They are summed in f64, and the sums of all slices with 32 digits.
     ///
-    /// # Panics
-    /// If the slices differ in length.
-    pub fn push(&mut self, reference: &[f32], candidate: &[f32]) {
-        assert_eq!(reference.len(), candidate.len(), "slices to compare differ in length");
+    /// # Errors
+    /// [`Error::Mismatch`](crate::Error::Mismatch) if they differ in length; nothing is added then.
+    pub fn push(&mut self, reference: &[f32], candidate: &[f32]) -> crate::Result<()> {
+        same_len(reference, candidate)?;
         self.push_pairs(reference.iter().copied().zip(candidate.iter().copied()));
+        Ok(())
     }
 
     /// [`ErrorSums::push`] for pairs from anywhere.

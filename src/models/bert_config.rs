@@ -98,9 +98,9 @@ impl BertConfig {
         check_eps(self.layer_norm_eps)
     }
 
-    /// `hidden_size / num_attention_heads`.
+    /// `hidden_size / num_attention_heads`; 0 without any head.
     pub fn head_dim(&self) -> usize {
-        self.hidden_size / self.num_attention_heads
+        self.hidden_size.checked_div(self.num_attention_heads).unwrap_or(0)
     }
 }
 

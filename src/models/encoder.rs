@@ -48,9 +48,9 @@ pub struct EncoderConfig {
 }
 
 impl EncoderConfig {
-    /// `hidden_size / num_attention_heads`.
+    /// `hidden_size / num_attention_heads`; 0 without any head.
     pub fn head_dim(&self) -> usize {
-        self.hidden_size / self.num_attention_heads
+        self.hidden_size.checked_div(self.num_attention_heads).unwrap_or(0)
     }
 
     /// That of a family with BERT's configuration; the positions are BERT's.

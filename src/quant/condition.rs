@@ -6,7 +6,7 @@
 //! ```
 
 use super::rotation::Rotation;
-use super::smooth::{MeanSums, Smoothing, token_mean};
+use super::smooth::{MeanSums, Smoothing, mean_of_rows};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Condition, Rows};
 use crate::cpu::plain::rows::max_magnitude;
@@ -149,7 +149,7 @@ impl ConditionedHead {
             block,
             rotation: conditioning.rotation,
         };
-        let mean = (conditioning.smoothing == Smoothing::Head).then(|| token_mean(matrix, depth));
+        let mean = (conditioning.smoothing == Smoothing::Head).then(|| mean_of_rows(matrix, depth));
         let mut rows = Conditioned::default();
         for (index, matrix) in matrix.chunks(block * depth.max(1)).enumerate() {
             let all = Rows::contiguous(matrix, depth);
@@ -165,7 +165,7 @@ impl ConditionedHead {
     #[cfg_attr(not(feature = "drift"), allow(dead_code))]
     pub(crate) fn undo(&self, values: &mut [f32], depth: usize) {
         if let Some(rotation) = self.rotation {
-            rotation.apply(values);
+            rotation.apply_whole(values);
         }
         let blocks = values.chunks_mut(self.block * depth.max(1));
         for (block, mean) in blocks.zip(self.means.chunks_exact(depth.max(1))) {

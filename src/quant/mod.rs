@@ -32,7 +32,7 @@ pub use params::{QuantParams, ValueRange};
 pub use requantize::{FixedPointMultiplier, Requantizer};
 pub use rotation::Rotation;
 pub use scheme::Scheme;
-pub(crate) use smooth::MeanSums;
+pub(crate) use smooth::{MeanSums, mean_of_rows};
 pub use smooth::{Smoothing, token_mean};
 pub(crate) use tensor::static_params;
 pub use tensor::{CodeStorage, QuantizedTensor};

@@ -11,6 +11,7 @@
 //! arXiv:2404.00456) takes a Hadamard matrix, whose product is additions alone.
 
 use crate::cpu::Level;
+use crate::{Error, Result};
 
 /// Multiplies rows of `depth` elements by a symmetric orthogonal matrix `R`, so that `R R = 1`: rotating
 /// both sides of a dot product changes nothing but its rounding, and rotating twice gives a row back.
@@ -30,10 +31,11 @@ use crate::cpu::Level;
 /// ```
 /// use candle_int8_attention::quant::Rotation;
 /// let mut row = [8.0, 0.0, 0.0, 0.0];
-/// Rotation::new(4).apply(&mut row);
+/// Rotation::new(4).apply(&mut row)?;
 /// assert_eq!(row, [4.0; 4]);
-/// Rotation::new(4).apply(&mut row);
+/// Rotation::new(4).apply(&mut row)?;
 /// assert_eq!(row, [8.0, 0.0, 0.0, 0.0]);
+/// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rotation {
@@ -53,15 +55,26 @@ impl Rotation {
 
     /// Rotates each of the rows `[rows, depth]` in place.
     ///
-    /// # Panics
-    /// Unless they are whole rows.
-    pub fn apply(&self, rows: &mut [f32]) {
+    /// # Errors
+    /// [`Error::Mismatch`] unless they are whole rows; [`Error::Level`] where a level is forced that does
+    /// not exist here.
+    pub fn apply(&self, rows: &mut [f32]) -> Result<()> {
+        if rows.len().checked_rem(self.depth).unwrap_or(rows.len()) != 0 {
+            let problem = format!("{} elements in rows of {}", rows.len(), self.depth);
+            return Err(Error::Mismatch(problem));
+        }
+        self.apply_on(Level::active()?, rows);
+        Ok(())
+    }
+
+    /// [`Rotation::apply`] to rows that are known to be whole.
+    pub(crate) fn apply_whole(&self, rows: &mut [f32]) {
         // Whatever forces a level that cannot be used is told by who computes with the result.
         let portable = || Level::all().last().expect("the portable level is always available");
         self.apply_on(Level::active().unwrap_or_else(|_| portable()), rows);
     }
 
-    /// [`Rotation::apply`] with the kernel of a level.
+    /// [`Rotation::apply_whole`] with the kernel of a level.
     pub(crate) fn apply_on(&self, level: Level, rows: &mut [f32]) {
         level.rotate(self.depth, rows);
     }
@@ -118,14 +131,14 @@ mod tests {
         for depth in DEPTHS {
             let rows = noise(3 * depth, depth as u64);
             let mut rotated = rows.clone();
-            Rotation::new(depth).apply(&mut rotated);
+            Rotation::new(depth).apply(&mut rotated).unwrap();
             for (row, rotated) in rows.chunks(depth.max(1)).zip(rotated.chunks(depth.max(1))) {
                 for (found, expected) in rotated.iter().zip(exact(row)) {
                     let off = (f64::from(*found) - expected).abs();
                     assert!(off < 1e-5, "{depth}: {found}, expected {expected}");
                 }
             }
-            Rotation::new(depth).apply(&mut rotated);
+            Rotation::new(depth).apply(&mut rotated).unwrap();
             for (found, expected) in rotated.iter().zip(&rows) {
                 assert!((found - expected).abs() < 1e-5, "{depth}: {found}, expected {expected}");
             }
@@ -155,21 +168,26 @@ mod tests {
             let mut rows = noise(2 * 200, 3);
             let mut clean = rows.clone();
             rows[200 + 130] = bad;
-            Rotation::new(200).apply(&mut rows);
-            Rotation::new(200).apply(&mut clean);
+            Rotation::new(200).apply(&mut rows).unwrap();
+            Rotation::new(200).apply(&mut clean).unwrap();
             // The second row's second block, of 64.
             let (from, to) = (200 + 128, 200 + 192);
             assert!(rows[from..to].iter().all(|x| !x.is_finite()), "{bad}");
             assert_eq!((&rows[..from], &rows[to..]), (&clean[..from], &clean[to..]), "{bad}");
         }
         let mut large = [f32::MAX / 12.0; 128];
-        Rotation::new(128).apply(&mut large);
+        Rotation::new(128).apply(&mut large).unwrap();
         assert!(large.iter().all(|x| x.is_finite()));
     }
 
     #[test]
-    #[should_panic(expected = "7 elements in rows of 3")]
     fn parts_of_rows_are_refused() {
-        Rotation::new(3).apply(&mut [0.0; 7]);
+        for (depth, len) in [(3, 7), (0, 1), (usize::MAX, 1)] {
+            let error = Rotation::new(depth).apply(&mut vec![1.0; len]).unwrap_err();
+            let expected = format!("{len} elements in rows of {depth}");
+            assert!(error.to_string().contains(&expected), "{error}");
+        }
+        Rotation::new(0).apply(&mut []).unwrap();
+        Rotation::new(3).apply(&mut []).unwrap();
     }
 }

@@ -16,7 +16,7 @@
 
 use super::rows::accumulate_finite;
 use crate::cpu::contracts::Rows;
-use crate::memory::Footprint;
+use crate::memory::{Footprint, check_size};
 use crate::{Error, Result};
 
 /// What is subtracted from the rows of a head before they are quantized.
@@ -64,7 +64,20 @@ impl std::fmt::Display for Smoothing {
 
 /// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that
 /// are summed in f32. Rows that hold NaN or infinity do not count; without any other the mean is 0.
-pub fn token_mean(matrix: &[f32], depth: usize) -> Vec<f32> {
+///
+/// # Errors
+/// [`Error::Mismatch`] unless the rows are whole, [`Error::Shape`] for a depth that memory has no addresses
+/// for.
+pub fn token_mean(matrix: &[f32], depth: usize) -> Result<Vec<f32>> {
+    check_size("token_mean", "the mean", &[depth])?;
+    if matrix.len().checked_rem(depth).unwrap_or(matrix.len()) != 0 {
+        return Err(Error::Mismatch(format!("{} elements in rows of {depth}", matrix.len())));
+    }
+    Ok(mean_of_rows(matrix, depth))
+}
+
+/// [`token_mean`] of rows that are known to be whole.
+pub(crate) fn mean_of_rows(matrix: &[f32], depth: usize) -> Vec<f32> {
     let (mut sums, mut mean) = (MeanSums::default(), Vec::new());
     sums.start(depth);
     for rows in matrix.chunks(256 * depth.max(1)).filter(|_| depth > 0) {
@@ -74,7 +87,7 @@ pub fn token_mean(matrix: &[f32], depth: usize) -> Vec<f32> {
     mean
 }
 
-/// The sums of [`token_mean`] for rows that come in blocks; the memory is kept for the next mean.
+/// The sums of [`mean_of_rows`] for rows that come in blocks; the memory is kept for the next mean.
 #[derive(Default)]
 pub(crate) struct MeanSums {
     sums: Vec<f64>,
@@ -115,9 +128,9 @@ mod tests {
     #[test]
     fn mean_over_tokens_leaves_out_rows_that_are_not_finite() {
         let matrix = [1.0, 10.0, f32::NAN, 20.0, 3.0, 30.0, 0.0, f32::INFINITY];
-        assert_eq!(token_mean(&matrix, 2), [2.0, 20.0]);
-        assert_eq!(token_mean(&[f32::NAN], 1), [0.0]);
-        assert_eq!(token_mean(&[], 3), [0.0; 3]);
-        assert_eq!(token_mean(&[], 0), [0f32; 0]);
+        assert_eq!(token_mean(&matrix, 2).unwrap(), [2.0, 20.0]);
+        assert_eq!(token_mean(&[f32::NAN], 1).unwrap(), [0.0]);
+        assert_eq!(token_mean(&[], 3).unwrap(), [0.0; 3]);
+        assert_eq!(token_mean(&[], 0).unwrap(), [0f32; 0]);
     }
 }

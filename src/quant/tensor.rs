@@ -20,7 +20,7 @@ use std::path::Path;
 /// let q = QuantizedTensor::quantize(&x, &QuantConfig::default())?; // symmetric, per token
 /// assert_eq!(q.values(), [64, -127, 32, 0, 64, 127]);
 /// let error = (q.dequantize(&Device::Cpu)? - x)?.abs()?.max_all()?.to_scalar::<f32>()?;
-/// assert!(error <= q.params(0).scale() / 2.0 + 1e-6);
+/// assert!(error <= q.params(0)?.scale() / 2.0 + 1e-6);
 /// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
@@ -201,9 +201,19 @@ impl QuantizedTensor {
 
     /// Scale and zero point of a row; rows are counted over all heads.
     ///
-    /// # Panics
-    /// If there is no such row.
-    pub fn params(&self, row: usize) -> QuantParams {
+    /// # Errors
+    /// [`Error::InvalidArgument`] if there is no such row.
+    pub fn params(&self, row: usize) -> Result<QuantParams> {
+        let rows = self.row_sums.len();
+        if row >= rows {
+            let problem = format!("row {row} of a tensor of {rows} rows");
+            return Err(Error::InvalidArgument(problem));
+        }
+        Ok(self.row_params(row))
+    }
+
+    /// Those of a row that is there.
+    fn row_params(&self, row: usize) -> QuantParams {
         let tokens = self.shape[self.shape.len() - 2];
         self.params[self.granularity.group(row / tokens, row % tokens, tokens)]
     }
@@ -227,7 +237,7 @@ impl QuantizedTensor {
         let mut real = vec![0f32; self.values.len()];
         let rows = real.par_chunks_mut(depth).zip(self.values.par_chunks(depth));
         rows.with_min_len(ELEMENTS_A_TASK / depth).enumerate().for_each(|(row, (real, codes))| {
-            let params = self.params(row);
+            let params = self.row_params(row);
             real.iter_mut().zip(codes).for_each(|(x, &q)| *x = params.dequantize(q));
         });
         real

@@ -8,6 +8,7 @@ use candle_int8_attention::drift::{Candidate, Gate, Recorder};
 use candle_int8_attention::models::{Attend, LayeredModel};
 use candle_int8_attention::{AttentionConfig, Error, QuantizedAttention};
 use serde_json::{Value, json};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub const LAYERS: usize = 2;
 const TOKENS: usize = 12;
@@ -224,5 +225,49 @@ fn a_passage_that_fails_half_way_has_counted_nothing() -> Result<()> {
     }
     let error = recorder.record(&Chain::new(0, None), &1, &words(), 1).unwrap_err();
     assert!(error.to_string().contains("no layers"), "{error}");
+    Ok(())
+}
+
+/// Attends to one key less with every call.
+struct Shrinking(Chain, AtomicUsize);
+
+impl LayeredModel for Shrinking {
+    type Input = usize;
+
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        self.0.attention()
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        self.0.attention_mut()
+    }
+
+    fn embed(&self, seed: &usize) -> Result<Tensor, Error> {
+        self.0.embed(seed)
+    }
+
+    fn layer(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        attend: &mut Attend<'_>,
+    ) -> Result<Tensor, Error> {
+        let keys = TOKENS - self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.layer(index, hidden, &mut |q, k, v, call| {
+            attend(q, &k.narrow(2, 0, keys)?, &v.narrow(2, 0, keys)?, call)
+        })
+    }
+}
+
+#[test]
+fn a_model_that_calls_attention_otherwise_in_int8_is_an_error() -> Result<()> {
+    let model = Shrinking(sound(), AtomicUsize::new(0));
+    let mut recorder = recorder()?;
+    let error = recorder.record(&model, &1, &words(), 1).unwrap_err();
+    assert!(matches!(error, Error::Mismatch(_)), "{error}");
+    assert!(
+        error.to_string().contains("keys: 11") && error.to_string().contains("keys: 12"),
+        "{error}"
+    );
     Ok(())
 }

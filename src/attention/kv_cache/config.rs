@@ -1,6 +1,7 @@
 //! What can be chosen about a cache, and which keys a query sees.
 
-use crate::quant::token_mean;
+use crate::memory::check_size;
+use crate::quant::mean_of_rows;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -83,12 +84,14 @@ impl KeySmoothing {
     /// hold NaN or infinity do not count.
     ///
     /// # Errors
-    /// Candle's own, unless the keys are of rank 4 and float.
+    /// [`Error::Shape`] for keys that memory has no addresses for; Candle's own, unless they are of rank 4 and
+    /// float.
     pub fn calibrated(keys: &Tensor) -> Result<Self> {
         let (_, _, _, depth) = keys.dims4()?;
+        check_size("KeySmoothing::calibrated", "keys", keys.dims())?;
         // `[H_kv, B * S * D]`
         let heads = keys.transpose(0, 1)?.flatten_from(1)?.to_dtype(DType::F32)?.to_vec2()?;
-        Ok(KeySmoothing::Given(heads.iter().map(|head| token_mean(head, depth)).collect()))
+        Ok(KeySmoothing::Given(heads.iter().map(|head| mean_of_rows(head, depth)).collect()))
     }
 
     /// # Errors

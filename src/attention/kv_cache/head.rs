@@ -16,7 +16,7 @@ use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes};
 use crate::memory::Footprint;
 use crate::product::PackedRhs;
-use crate::quant::{Conditioned, Conditioning, KEY_BLOCK, Rotation, Smoothing, token_mean};
+use crate::quant::{Conditioned, Conditioning, KEY_BLOCK, Rotation, Smoothing, mean_of_rows};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -276,7 +276,7 @@ impl Head {
         let KeySmoothing::FirstTokens(tokens) = *offset else { return None };
         let depth = self.dims.depth;
         let complete = self.recent.tokens >= tokens;
-        complete.then(|| token_mean(&self.recent.keys[..tokens * depth], depth))
+        complete.then(|| mean_of_rows(&self.recent.keys[..tokens * depth], depth))
     }
 
     /// How many of the first `ready` recent tokens are packed next.

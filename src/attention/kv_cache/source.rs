@@ -262,7 +262,7 @@ impl KeyValues for CacheHead<'_> {
         let (count, depth) = (rows.range.len(), self.head.dims.depth);
         rotated.clone_from(values);
         if let Some(rotation) = self.head.rotation {
-            rotation.apply(rotated);
+            rotation.apply_whole(rotated);
         }
         two_codes(self.level, rotated, (count, depth), codes, buffer);
         codes.scales.iter_mut().for_each(|x| *x *= self.factor);

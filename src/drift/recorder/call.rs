@@ -196,7 +196,7 @@ impl Rounded {
         (conditioning, block): (&Conditioning, usize),
     ) -> Result<Self> {
         let shape = tensor.dims().to_vec();
-        let (_, heads, tokens, depth) = tensor.dims4()?;
+        let (_, _, tokens, depth) = tensor.dims4()?;
         let original = flat(&tensor.to_dtype(DType::F32)?)?;
         let matrix = (tokens * depth).max(1);
         let level = Level::active()?;
@@ -215,10 +215,10 @@ impl Rounded {
         let quantized = QuantizedTensor::quantize_slice(&values, &shape, config)?;
         let mut real = quantized.dequantize_to_vec();
         let beyond = |(i, (x, y)): (usize, (&f32, &f32))| {
-            let row = i / depth.max(1);
-            (x - y).abs() > 0.75 * quantized.params(row).scale() && row < heads * tokens
+            Ok((x - y).abs() > 0.75 * quantized.params(i / depth.max(1))?.scale())
         };
-        let all: Vec<bool> = values.iter().zip(&real).enumerate().map(beyond).collect();
+        let pairs = values.iter().zip(&real).enumerate();
+        let all = pairs.map(beyond).collect::<Result<Vec<bool>>>()?;
         let count = |head: &[bool]| head.iter().filter(|&&clipped| clipped).count() as u64;
         let clipped = all.chunks(matrix).map(count).collect();
         for (real, head) in real.chunks_mut(matrix).zip(&conditioned) {

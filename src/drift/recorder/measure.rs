@@ -2,9 +2,9 @@
 
 use super::call::{Dims, Int8Stages, Ran, Reference, Rounded};
 use super::state::{HeadStages, HeadState};
-use crate::Result;
 use crate::attention::{Int8Config, PvPrecision};
 use crate::drift::{Candidate, ErrorSums};
+use crate::{Error, Result};
 use rayon::prelude::*;
 
 /// The fp32 run of a layer that configurations are compared with.
@@ -32,6 +32,12 @@ impl Compared<'_> {
         ran: &Ran,
         candidate: &Candidate,
     ) -> Result<(Vec<Vec<f64>>, Int8Stages)> {
+        let (dims, expected) = (ran.call.dims()?, self.reference.dims);
+        if dims != expected {
+            return Err(Error::Mismatch(format!(
+                "a layer called attention with {dims:?}, expected {expected:?} as in fp32"
+            )));
+        }
         let stages = Int8Stages::of(&ran.call, candidate)?;
         let rows = heads.par_iter_mut().enumerate().map(|(head, state)| {
             let into = match input {
@@ -40,7 +46,7 @@ impl Compared<'_> {
             };
             self.add_head(into, head, &stages, &ran.output)
         });
-        let rows = rows.collect();
+        let rows = rows.collect::<Result<_>>()?;
         if input == Input::Same {
             self.count_clipped(heads, &stages);
         }
@@ -53,15 +59,15 @@ impl Compared<'_> {
         head: usize,
         stages: &Int8Stages,
         output: &[f32],
-    ) -> Vec<f64> {
+    ) -> Result<Vec<f64>> {
         let Dims { queries, keys, depth, value_dim, .. } = self.reference.dims;
         let key_head = self.reference.dims.key_head(head);
         let part = |all: &[f32], head: usize, size: usize| all[head * size..][..size].to_vec();
         let compare = |a: &[f32], b: &[f32], head: usize, size: usize| {
             ErrorSums::of(&a[head * size..][..size], &b[head * size..][..size])
         };
-        into.q.push(&compare(&self.reference.q, &stages.q.values, head, queries * depth));
-        into.k.push(&compare(&self.reference.k, &stages.k.values, key_head, keys * depth));
+        into.q.push(&compare(&self.reference.q, &stages.q.values, head, queries * depth)?);
+        into.k.push(&compare(&self.reference.k, &stages.k.values, key_head, keys * depth)?);
 
         let size = queries * keys;
         let matrix = head * size..(head + 1) * size;
@@ -75,7 +81,7 @@ impl Compared<'_> {
 
         let size = queries * value_dim;
         let (a, b) = (part(&self.fp32.output, head, size), part(output, head, size));
-        into.push_output(&a, &b, value_dim);
+        into.push_output(&a, &b, value_dim)?;
         let entropies = &self.reference.entropies[head * queries..][..queries];
         into.probabilities.push(p, entropies, &stages.probabilities[matrix])
     }
@@ -120,17 +126,18 @@ impl Compared<'_> {
         };
         let size = self.reference.dims.queries * self.reference.dims.value_dim;
         let energy = |a: &[f32], b: &[f32], head: usize| {
-            ErrorSums::of(&a[head * size..][..size], &b[head * size..][..size]).error_energy()
+            let sums = ErrorSums::of(&a[head * size..][..size], &b[head * size..][..size]);
+            Ok::<f64, Error>(sums?.error_energy())
         };
         for (head, state) in heads.iter_mut().enumerate() {
             let sources = &mut state.sources;
-            sources.q.add(energy(exact, &only_q, head));
-            sources.k.add(energy(exact, &only_k, head));
+            sources.q.add(energy(exact, &only_q, head)?);
+            sources.k.add(energy(exact, &only_k, head)?);
             let of = |other: &Option<Vec<f32>>| {
-                other.as_ref().map_or(0.0, |other| energy(&in_f32, other, head))
+                other.as_ref().map_or(Ok(0.0), |other| energy(&in_f32, other, head))
             };
-            sources.requantization.add(of(&requantized));
-            sources.pv.add(of(&in_pv));
+            sources.requantization.add(of(&requantized)?);
+            sources.pv.add(of(&in_pv)?);
         }
         Ok(())
     }

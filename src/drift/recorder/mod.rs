@@ -156,7 +156,7 @@ impl Recorder {
     /// # Errors
     /// Those of the model and of [`attention`](crate::attention()); [`Error::NonFinite`] for NaN
     /// or infinity in queries or keys; [`Error::Mismatch`] for a layer that does not call attention
-    /// exactly once, or other layers or heads than before; [`Error::Unsupported`] for a model of no
+    /// exactly once, or with other shapes in int8 than in fp32, or other layers or heads than before; [`Error::Unsupported`] for a model of no
     /// layers, or a recorder that came from JSON; [`Error::Shape`] for several sequences at once, or
     /// a number of words that is not the number of tokens. Nothing of the passage is counted then.
     pub fn record<M: LayeredModel>(
@@ -211,7 +211,7 @@ impl Recorder {
         let int8 = own.iter().map(|hidden| flat(&model.embedding(hidden)?));
         let int8 = int8.collect::<Result<Vec<_>>>()?;
         for (state, int8) in self.candidates.iter_mut().zip(&int8) {
-            state.embedding.push(&ErrorSums::of(&fp32, int8));
+            state.embedding.push(&ErrorSums::of(&fp32, int8)?);
         }
         Ok(Embeddings { fp32, int8 })
     }
@@ -246,16 +246,16 @@ impl Recorder {
             let ran = run(Some(candidate), hidden)?;
             state.seconds.push(ran.seconds);
             let (kl, stages) = compared.add(heads, Input::Same, &ran, candidate)?;
-            alone.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?));
+            alone.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?)?);
             if i == 0 {
-                passage.add(layer, &kl, &reference, &stages.probabilities);
+                passage.add(layer, &kl, &reference, &stages.probabilities)?;
                 compared.add_sources(heads, &stages, candidate)?;
             }
 
             let ran: Ran = run(Some(candidate), &own[i])?;
             state.seconds.push(ran.seconds);
             compared.add(heads, Input::Own, &ran, candidate)?;
-            accumulated.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?));
+            accumulated.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?)?);
             own[i] = ran.hidden;
         }
         Ok(fp32.hidden)

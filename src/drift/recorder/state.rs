@@ -1,5 +1,6 @@
 //! What is gathered for a configuration, a layer, a head; all of it merges.
 
+use crate::Result;
 use crate::drift::metrics::{entropy, kl_divergence, same_top1, topk_agreement, total_variation};
 use crate::drift::{Distribution, ErrorSums, Sum, Summary};
 use serde::{Deserialize, Serialize};
@@ -43,20 +44,25 @@ impl Probabilities {
     /// Adds the rows of a head, whose entropies in the reference are known, and gives the KL
     /// divergence of each. A query that sees no key has
     /// no probabilities to compare; its divergence is 0.
-    pub fn push(&mut self, reference: &[f32], entropies: &[f64], candidate: &[f32]) -> Vec<f64> {
+    pub fn push(
+        &mut self,
+        reference: &[f32],
+        entropies: &[f64],
+        candidate: &[f32],
+    ) -> Result<Vec<f64>> {
         let keys = (reference.len() / entropies.len().max(1)).max(1);
         let rows = reference.chunks_exact(keys).zip(candidate.chunks_exact(keys)).zip(entropies);
         rows.map(|((p, q), before)| {
             if p.iter().all(|&p| p == 0.0) {
-                return 0.0;
+                return Ok(0.0);
             }
-            let kl = kl_divergence(p, q);
+            let kl = kl_divergence(p, q)?;
             self.kl.push(kl);
-            self.total_variation.push(total_variation(p, q));
-            self.top1.push(f64::from(u8::from(same_top1(p, q))));
-            self.top5.push(topk_agreement(p, q, 5));
+            self.total_variation.push(total_variation(p, q)?);
+            self.top1.push(f64::from(u8::from(same_top1(p, q)?)));
+            self.top5.push(topk_agreement(p, q, 5)?);
             self.entropy_change.push(entropy(q) - before);
-            kl
+            Ok(kl)
         })
         .collect()
     }
@@ -84,13 +90,19 @@ pub(crate) struct HeadStages {
 
 impl HeadStages {
     /// Adds the attention output of a passage.
-    pub fn push_output(&mut self, reference: &[f32], candidate: &[f32], value_dim: usize) {
-        self.output.push(&ErrorSums::of(reference, candidate));
+    pub fn push_output(
+        &mut self,
+        reference: &[f32],
+        candidate: &[f32],
+        value_dim: usize,
+    ) -> Result<()> {
+        self.output.push(&ErrorSums::of(reference, candidate)?);
         let width = value_dim.max(1);
         for (a, b) in reference.chunks_exact(width).zip(candidate.chunks_exact(width)) {
-            let row = ErrorSums::of(a, b);
+            let row = ErrorSums::of(a, b)?;
             self.token_error.push(10f64.powf(-row.sqnr_db() / 20.0));
         }
+        Ok(())
     }
 
     pub fn merge(&mut self, other: &Self) {

@@ -1,6 +1,7 @@
 //! The words and sentences that int8 changes most, as text, with where attention moved.
 
 use super::call::{Dims, Reference};
+use crate::Result;
 use crate::drift::metrics::{top_k, total_variation};
 use serde::{Deserialize, Serialize};
 
@@ -120,7 +121,13 @@ impl<'a> Passage<'a> {
     }
 
     /// Adds a layer: the KL divergence of every query, and the probabilities of int8.
-    pub fn add(&mut self, layer: usize, kl: &[Vec<f64>], reference: &Reference, int8: &[f32]) {
+    pub fn add(
+        &mut self,
+        layer: usize,
+        kl: &[Vec<f64>],
+        reference: &Reference,
+        int8: &[f32],
+    ) -> Result<()> {
         let Dims { queries, keys, .. } = reference.dims;
         self.rows += kl.len();
         for (head, rows) in kl.iter().enumerate() {
@@ -130,10 +137,11 @@ impl<'a> Passage<'a> {
                 if kl > known {
                     let row = (head * queries + token) * keys;
                     let (p, q) = (&reference.probabilities[row..][..keys], &int8[row..][..keys]);
-                    self.worst[token] = Some(Moved::of(layer, head, kl, p, q));
+                    self.worst[token] = Some(Moved::of(layer, head, kl, p, q)?);
                 }
             }
         }
+        Ok(())
     }
 
     /// Adds the passage to the worst of all.
@@ -192,7 +200,7 @@ impl<'a> Passage<'a> {
 }
 
 impl Moved {
-    fn of(layer: usize, head: usize, kl: f64, p: &[f32], q: &[f32]) -> Self {
+    fn of(layer: usize, head: usize, kl: f64, p: &[f32], q: &[f32]) -> Result<Self> {
         let mut places = top_k(p, TARGETS);
         places.extend(top_k(q, TARGETS));
         places.sort_unstable();
@@ -201,7 +209,7 @@ impl Moved {
             places.into_iter().map(|i| (i, p[i], q[i])).collect();
         let change = |t: &(usize, f32, f32)| (t.1 - t.2).abs();
         targets.sort_by(|a, b| change(b).total_cmp(&change(a)));
-        Self { layer, head, kl, total_variation: total_variation(p, q), targets }
+        Ok(Self { layer, head, kl, total_variation: total_variation(p, q)?, targets })
     }
 }
 
