@@ -14,6 +14,7 @@ use crate::cpu::contracts::panel_product::INT16_LEFT;
 use crate::cpu::contracts::{Format, GROUP, RUN};
 use crate::cpu::plain::rows::max_magnitude;
 use crate::cpu::plain::widest;
+use crate::memory::Footprint;
 use crate::product::PackedMatrix;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -100,6 +101,12 @@ pub(super) struct Int16Rows {
     /// `[rows, runs]`.
     scales: Vec<f32>,
     stride: usize,
+}
+
+impl Footprint for Int16Rows {
+    fn footprint(&self) -> usize {
+        self.codes.footprint() + self.scales.footprint()
+    }
 }
 
 struct Round<'a> {

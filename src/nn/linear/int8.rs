@@ -12,6 +12,7 @@
 
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::memory::Footprint;
 use crate::product::{PackedLhs, PackedRhs, ScoreScales, max_depth, score_tiles, unpack};
 use crate::quant::Rotation;
 use crate::{Error, Result};
@@ -193,6 +194,21 @@ pub(super) struct Buffers {
     sums: Vec<i32>,
 }
 
+impl Footprint for Int8Rows {
+    fn footprint(&self) -> usize {
+        let Self { lhs, scales, zeros } = self;
+        lhs.footprint() + scales.footprint() + zeros.footprint()
+    }
+}
+
+impl Footprint for Buffers {
+    fn footprint(&self) -> usize {
+        let Self { rotated, codes, scales, zeros, sums } = self;
+        let rows = rotated.footprint() + codes.footprint();
+        rows + scales.footprint() + zeros.footprint() + sums.footprint()
+    }
+}
+
 impl Buffers {
     /// Symmetric codes of `count` rotated rows, with their scales and sums.
     fn quantize(&mut self, level: Level, rotation: Rotation, rows: &[f32], count: usize) {
@@ -243,7 +259,7 @@ mod tests {
     /// Codes and scale of a rotated row, by the definition.
     fn quantized(row: &[f32]) -> (Vec<i64>, f32) {
         let mut row = row.to_vec();
-        Rotation::new(row.len()).apply(&mut row);
+        Rotation::new(row.len()).apply_whole(&mut row);
         let max = row.iter().fold(0f32, |max, x| max.max(x.abs()));
         let scale = if max == 0.0 { 1.0 } else { max / 127.0 };
         (row.iter().map(|x| (x / scale).round_ties_even() as i64).collect(), scale)

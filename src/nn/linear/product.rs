@@ -6,12 +6,11 @@ use super::int16::{Int16Rows, Int16Weights};
 use super::tasks::{BLOCK, Grid, Task};
 use super::{Activation, Packed, Weights};
 use crate::cpu::plain::widest;
-use crate::memory::{overwrite, written};
+use crate::memory::{Footprint, Kept, overwrite, written};
 use crate::nn::layer_norm::FusedNorm;
 use crate::parallel::Work;
 use crate::view::View;
 use pulp::{Simd, WithSimd};
-use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -46,12 +45,34 @@ struct Prepared {
     buffers: Buffers,
 }
 
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-    /// All rows of a call in int8, block by block, where tasks share them. They are taken while a call lasts,
-    /// because its thread may begin another one while it waits for the others.
-    static BLOCKS: RefCell<Vec<Int8Rows>> = RefCell::default();
+/// All rows of a call in int8, block by block, where tasks share them.
+#[derive(Default)]
+struct Blocks(Vec<Int8Rows>);
+
+impl Footprint for Scratch {
+    fn footprint(&self) -> usize {
+        let Self { gathered, prepared, sums, inner } = self;
+        let Prepared { int16, int8, buffers } = prepared;
+        let prepared = int16.footprint() + int8.footprint() + buffers.footprint();
+        gathered.footprint() + prepared + sums.footprint() + inner.footprint()
+    }
 }
+
+impl Footprint for Blocks {
+    fn footprint(&self) -> usize {
+        let rows: usize = self.0.iter().map(Footprint::footprint).sum();
+        self.0.capacity() * size_of::<Int8Rows>() + rows
+    }
+}
+
+thread_local! {
+    static SCRATCH: Kept<Scratch> = const { Kept::new() };
+    static BLOCKS: Kept<Blocks> = const { Kept::new() };
+}
+
+/// Bytes of either that a thread keeps: blocks of rows between layers that are ten thousand numbers wide, and
+/// a thousand rows in int8 of a few thousand numbers.
+const KEPT: usize = 4 << 20;
 
 /// Writes `x·W^T + b`, row-major `[rows, N]`, and what follows it to every element of `out`.
 pub(super) fn multiply(
@@ -69,27 +90,27 @@ pub(super) fn multiply(
     let work = layer.work(rows);
     let grid = Grid::new((rows, outputs), layer.weights.panel_width(), work.parts());
     let job = Job { layer, epilogue, whole_rows: grid.has_whole_rows(outputs) };
-    let mut blocks = BLOCKS.take();
-    let shared = match &layer.weights {
-        Weights::Int8(weights) if !job.whole_rows => {
-            grid.quantize(x, weights, &mut blocks);
-            Some((weights, &blocks))
-        }
-        _ => None,
-    };
-    work.for_each(grid.tasks(out, outputs), |task| {
-        SCRATCH.with_borrow_mut(|Scratch { gathered, prepared, sums, .. }| {
-            let left = match shared {
-                Some((weights, blocks)) => Left::Int8(weights, &blocks[task.block]),
-                None => {
-                    let x = x.merged(task.rows.clone(), gathered);
-                    Left::new(&layer.weights, x, task.rows.len(), prepared)
-                }
-            };
-            job.run(task, &left, sums);
+    Kept::with(&BLOCKS, KEPT, |Blocks(blocks)| {
+        let shared = match &layer.weights {
+            Weights::Int8(weights) if !job.whole_rows => {
+                grid.quantize(x, weights, blocks);
+                Some((weights, &*blocks))
+            }
+            _ => None,
+        };
+        work.for_each(grid.tasks(out, outputs), |task| {
+            Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, sums, .. }| {
+                let left = match shared {
+                    Some((weights, blocks)) => Left::Int8(weights, &blocks[task.block]),
+                    None => {
+                        let x = x.merged(task.rows.clone(), gathered);
+                        Left::new(&layer.weights, x, task.rows.len(), prepared)
+                    }
+                };
+                job.run(task, &left, sums);
+            });
         });
     });
-    BLOCKS.set(blocks);
     job.finish(out);
 }
 
@@ -120,7 +141,7 @@ pub(super) fn multiply_twice(
     let first = Job { layer: first, epilogue: between, whole_rows: true };
     let second = Job { layer: second, epilogue, whole_rows: true };
     work.for_each(grid.tasks(out, outputs), |task| {
-        SCRATCH.with_borrow_mut(|Scratch { gathered, prepared, sums, inner: buffer }| {
+        Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, sums, inner: buffer }| {
             let count = task.rows.len();
             let left = Left::new(
                 &first.layer.weights,
@@ -174,7 +195,7 @@ impl Grid {
         // Rotated, quantized and packed.
         let work = Work { elements: x.len(), ..Work::default() };
         work.for_each(ranges.into_iter().zip(blocks).collect(), |(rows, block)| {
-            SCRATCH.with_borrow_mut(|Scratch { gathered, prepared, .. }| {
+            Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, .. }| {
                 let count = rows.len();
                 weights.quantize(x.merged(rows, gathered), count, block, &mut prepared.buffers);
             });
@@ -314,5 +335,30 @@ impl WithSimd for Activate<'_> {
         let (whole, rest) = S::as_mut_simd_f32s(self.sums);
         assert!(rest.is_empty(), "{} sums beside whole vectors", rest.len());
         self.activation.of_vectors(simd, whole);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{Linear, Precision};
+    use candle_core::{DType, Device, Tensor};
+
+    #[test]
+    fn a_thread_keeps_little_of_a_large_product() {
+        let kept = || {
+            let scratch = Kept::with(&SCRATCH, KEPT, |scratch| scratch.footprint());
+            scratch.max(Kept::with(&BLOCKS, KEPT, |blocks| blocks.footprint()))
+        };
+        for precision in [Precision::F32, Precision::Int16, Precision::Int8] {
+            for (depth, outputs, rows) in [(64, 64, 48), (1 << 16, 16, 48), (4096, 16, 4000)] {
+                let weight = Tensor::ones((outputs, depth), DType::F32, &Device::Cpu).unwrap();
+                let x = Tensor::ones((depth, rows), DType::F32, &Device::Cpu).unwrap();
+                let linear = Linear::new(&weight, None, precision).unwrap();
+                linear.forward(&x.t().unwrap()).unwrap();
+                let kept = kept();
+                assert!(kept <= KEPT, "{precision:?} {depth}: {kept}");
+            }
+        }
     }
 }
