@@ -325,6 +325,12 @@ impl AttentionConfig {
         self
     }
 
+    /// The same with one learned logit for each query head in the softmax's denominator.
+    pub fn sink_logits(mut self, logits: Vec<f32>) -> Self {
+        self.spec.sink_logits = Some(logits);
+        self
+    }
+
     /// The same with at most this many keys seen to the left and to the right of a query's
     /// position.
     pub fn window(mut self, left: Option<usize>, right: Option<usize>) -> Self {

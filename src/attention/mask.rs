@@ -71,17 +71,25 @@ pub(crate) fn broadcast_mask(mask: &Tensor, scores: &[usize]) -> Result<Tensor> 
     })
 }
 
-/// Softmax over the last dimension. A row of minus infinities gives zeros, not NaN.
+/// Softmax over the last dimension of `[B, H, M, N]`, where each head may have a logit beside its scores,
+/// `[1, H, 1, 1]`. A row of minus infinities gives zeros, not NaN.
 ///
 /// # Errors
 /// Candle's own, on an unsupported dtype.
-pub(crate) fn masked_softmax(scores: &Tensor) -> Result<Tensor> {
+pub(crate) fn masked_softmax(scores: &Tensor, sink_logits: Option<&Tensor>) -> Result<Tensor> {
     if scores.elem_count() == 0 {
         return Ok(scores.zeros_like()?);
     }
     // A row without any key has maximum -inf; -inf - (-inf) would be NaN. The clamp keeps NaN.
-    let max = scores.max_keepdim(D::Minus1)?.maximum(f64::from(f32::MIN))?;
+    let mut max = scores.max_keepdim(D::Minus1)?;
+    if let Some(logits) = sink_logits {
+        max = max.broadcast_maximum(logits)?;
+    }
+    let max = max.maximum(f64::from(f32::MIN))?;
     let exp = scores.broadcast_sub(&max)?.exp()?;
-    let sum = exp.sum_keepdim(D::Minus1)?.maximum(f64::from(f32::MIN_POSITIVE))?;
-    Ok(exp.broadcast_div(&sum)?)
+    let mut sum = exp.sum_keepdim(D::Minus1)?;
+    if let Some(logits) = sink_logits {
+        sum = (sum + logits.broadcast_sub(&max)?.exp()?)?;
+    }
+    Ok(exp.broadcast_div(&sum.maximum(f64::from(f32::MIN_POSITIVE))?)?)
 }

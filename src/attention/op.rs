@@ -155,8 +155,7 @@ impl Attention {
         (int8, seen): (&Int8Config, Seen),
         len: usize,
     ) -> Result<Vec<T>> {
-        // A softcap bends the true score, so the row's constant matters.
-        let (factor, row_constants) = (engine.modifiers.factor(), engine.modifiers.bends());
+        let (factor, row_constants) = (engine.modifiers.factor(), engine.modifiers.row_constants());
         let scale = ScoreScale { factor, row_constants };
         let format = int8.pv.format(engine.level)?;
         let scorer = Scorer::prepare(q, k, &int8.scores, scale, seen)?;

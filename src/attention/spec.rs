@@ -25,6 +25,16 @@ pub struct AttentionSpec {
     pub window_left: Option<usize>,
     /// Sliding window: a query sees at most this many keys to the right of its position.
     pub window_right: Option<usize>,
+    /// One learned logit for each query head, which takes part in the softmax as a key without a value would
+    /// (gpt-oss: OpenAI 2025, arXiv:2508.10925):
+    ///
+    /// ```text
+    /// p[j] = exp(s[j]) / (exp(sink) + sum over keys i of exp(s[i]))
+    /// ```
+    ///
+    /// It is no score: neither scale, softcap, slopes nor mask change it. Minus infinity is none. A query that sees
+    /// no key gives zeros, as without. It is a constant: gradients flow past it to q, k and v.
+    pub sink_logits: Option<Vec<f32>>,
 }
 
 /// The ALiBi slopes of Press et al. (2021, arXiv:2108.12409) for any number of heads: for a power of two `n`
@@ -58,22 +68,28 @@ impl AttentionSpec {
 
     /// # Errors
     /// [`Error::InvalidArgument`] for numbers that make no sense, [`Error::Mismatch`] unless there
-    /// is one slope for each of `heads` query heads.
+    /// is one slope, and one sink logit, for each of `heads` query heads.
     pub(crate) fn check(&self, heads: usize) -> Result<()> {
         if let Some(cap) = self.softcap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
             let problem = format!("softcap {cap}, expected finite and positive");
             return Err(Error::InvalidArgument(problem));
         }
-        let Some(slopes) = &self.alibi_slopes else { return Ok(()) };
-        if slopes.len() != heads {
-            let found = slopes.len();
-            return Err(Error::Mismatch(format!("{found} ALiBi slopes for {heads} heads")));
-        }
-        match slopes.iter().find(|slope| !slope.is_finite()) {
-            Some(slope) => {
-                Err(Error::InvalidArgument(format!("ALiBi slope {slope}, expected finite")))
+        let none_below = f32::NEG_INFINITY;
+        let for_each_head = [
+            ("ALiBi slope", &self.alibi_slopes, f32::MIN, "finite"),
+            ("sink logit", &self.sink_logits, none_below, "finite, or minus infinity for none"),
+        ];
+        for (name, numbers, least, expected) in for_each_head {
+            let Some(numbers) = numbers else { continue };
+            if numbers.len() != heads {
+                let found = numbers.len();
+                return Err(Error::Mismatch(format!("{found} {name}s for {heads} heads")));
             }
-            None => Ok(()),
+            if let Some(x) = numbers.iter().find(|x| !(least..=f32::MAX).contains(x)) {
+                let problem = format!("{name} {x}, expected {expected}");
+                return Err(Error::InvalidArgument(problem));
+            }
         }
+        Ok(())
     }
 }

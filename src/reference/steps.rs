@@ -78,7 +78,9 @@ pub(super) fn probs_with(
     if !visible.is_everything() {
         scores = keep(&scores, &visible.to_tensor(b, m, q.device())?)?;
     }
-    masked_softmax(&scores)
+    let logits = spec.sink_logits.as_deref();
+    let logits = logits.map(|logits| Tensor::new(logits, q.device())?.reshape((1, h, 1, 1)));
+    masked_softmax(&scores, logits.transpose()?.as_ref())
 }
 
 /// Int8 scores in which what is not seen takes no part: a query that sees no key, and a key that no query

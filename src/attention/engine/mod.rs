@@ -8,6 +8,7 @@
 //!     modifiers   softcap, ALiBi, mask tensor                   modifiers, mask
 //!     softmax     running maximum and sum                       softmax
 //!     values      sums += probabilities x values                KeyValues::accumulate
+//!   add the sink logit to the running sum                       partial
 //!   divide by the running sum                                   output
 //! ```
 //!

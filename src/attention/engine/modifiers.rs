@@ -1,4 +1,5 @@
-//! What comes between scores and softmax besides a scale: softcap, ALiBi, a mask tensor.
+//! What comes between scores and softmax besides a scale, softcap, ALiBi, a mask tensor; and the logit that is
+//! in the softmax beside them.
 
 use super::mask::MaskView;
 use crate::attention::AttentionSpec;
@@ -18,9 +19,11 @@ pub(in crate::attention) struct Modifiers<'a> {
     /// One a query head.
     slopes: Option<Vec<f32>>,
     mask: Option<MaskView<'a>>,
+    /// One a query head, in the unit of the scores.
+    sink_logits: Option<Vec<f32>>,
 }
 
-/// A scale or softcap up to 2^64 leaves room for what is multiplied with it.
+/// A scale, softcap or logit up to 2^64 leaves room for what is multiplied with it.
 const LARGE_FACTOR: i32 = 64;
 
 /// A slope up to 2^32 does too, whatever the distance.
@@ -34,7 +37,8 @@ fn exponent(x: f32) -> i32 {
 /// 1, or the power of two that brings all numbers of a model down to where they leave room.
 fn unit(spec: &AttentionSpec, scale: f32) -> f32 {
     let slopes = spec.alibi_slopes.iter().flatten();
-    let factors = [Some(scale), spec.softcap].into_iter().flatten();
+    let logits = spec.sink_logits.iter().flatten().copied().filter(|logit| logit.is_finite());
+    let factors = [Some(scale), spec.softcap].into_iter().flatten().chain(logits);
     let beyond = (slopes.map(|slope| exponent(*slope) - LARGE_SLOPE))
         .chain(factors.map(|factor| exponent(factor) - LARGE_FACTOR));
     // At most 2^95.
@@ -50,6 +54,9 @@ impl<'a> Modifiers<'a> {
     ) -> Self {
         let unit = unit(spec, scale);
         let (scale, slopes) = (scale / unit, spec.alibi_slopes.as_ref());
+        let some = |logits: &&Vec<f32>| logits.iter().any(|logit| *logit > f32::NEG_INFINITY);
+        let in_unit =
+            |logits: &Vec<f32>| logits.iter().map(|logit| logit / unit * LOG2_E).collect();
         Self {
             // A softcap bends the score itself; log2(e) comes after it.
             factor: if spec.softcap.is_some() { scale } else { scale * LOG2_E },
@@ -57,7 +64,13 @@ impl<'a> Modifiers<'a> {
             softcap: spec.softcap.map(|cap| cap / unit),
             slopes: slopes.map(|slopes| slopes.iter().map(|slope| slope / unit).collect()),
             mask,
+            sink_logits: spec.sink_logits.as_ref().filter(some).map(in_unit),
         }
+    }
+
+    /// The logit in the denominator of a head, in the unit of the scores.
+    pub(super) fn sink_logit(&self, head: usize) -> Option<f32> {
+        self.sink_logits.as_ref().map(|logits| logits[head])
     }
 
     /// Multiplies every product of a query and a key.
@@ -65,9 +78,10 @@ impl<'a> Modifiers<'a> {
         self.factor
     }
 
-    /// Whether scores are bent.
-    pub(in crate::attention) fn bends(&self) -> bool {
-        self.softcap.is_some()
+    /// Whether what all scores of a row have in common changes its probabilities: a softcap bends the true
+    /// score, and a sink logit stands beside it.
+    pub(in crate::attention) fn row_constants(&self) -> bool {
+        self.softcap.is_some() || self.sink_logits.is_some()
     }
 
     /// Scores are in units of this times log2.

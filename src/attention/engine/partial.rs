@@ -115,6 +115,28 @@ impl Partial {
         }
     }
 
+    /// Adds a logit without a value to the denominator of a row, in units of `unit` times log2. A row that has
+    /// seen no key, or only NaN, stays as it is.
+    pub(super) fn add_logit(&mut self, row: usize, mut logit: f32, unit: f32) {
+        if self.running[row].max == f32::NEG_INFINITY || logit == f32::NEG_INFINITY {
+            return;
+        }
+        if unit != 1.0 {
+            let reference = self.references[row].max(logit);
+            self.move_reference(row, reference, unit);
+            logit = ((logit - reference) * unit).max(f32::MIN);
+        }
+        let width = self.width();
+        let running = &mut self.running[row];
+        let max = running.max.max(logit);
+        let factor = (running.max - max).exp2();
+        running.sum = running.sum * factor + (logit - max).exp2();
+        running.max = max;
+        if factor != 1.0 {
+            self.sums[row * width..][..width].iter_mut().for_each(|sum| *sum *= factor);
+        }
+    }
+
     /// Writes all of `[rows, value_dim]`: the sums of values divided by those of probabilities.
     ///
     /// # Panics

@@ -168,7 +168,7 @@ impl Engine<'_> {
         if rows_that_see > FEW || tiles.len() <= SPAN {
             return with_scratch(|scratch| {
                 self.attend_tiles(from, rows, &seen, &tiles, scratch);
-                scratch.partial.finish(self.value_dim, out);
+                self.finish(&seen, &mut scratch.partial, out);
             });
         }
         let parts = pace.map(tiles.chunks(SPAN), |tiles| {
@@ -180,7 +180,17 @@ impl Engine<'_> {
         let mut merged = Partial::default();
         merged.start(seen.len(), from.width());
         parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
-        merged.finish(self.value_dim, out);
+        self.finish(&seen, &mut merged, out);
+    }
+
+    /// Writes the output of rows that have seen all of their keys.
+    fn finish<T: Element>(&self, seen: &[Row], partial: &mut Partial, out: &mut [MaybeUninit<T>]) {
+        for (row, Row { at, .. }) in seen.iter().enumerate() {
+            if let Some(logit) = self.modifiers.sink_logit(at[1]) {
+                partial.add_logit(row, logit, self.modifiers.unit());
+            }
+        }
+        partial.finish(self.value_dim, out);
     }
 
     /// What each row of a block sees.

@@ -39,6 +39,8 @@ const OP: &str = "flash_attn";
 ///   distance. A mask tensor is multiplied by the slopes instead, and one sequence without mask has
 ///   no bias: both as in Candle. `None` and 0 turn it off.
 /// * `softcap` bends scores to `softcap * tanh(score / softcap)`; `None` and 0 turn it off.
+/// * What has no place in Candle's signature, as sink logits have none, is for
+///   [`attention()`](crate::attention()).
 /// * In a mask tensor the smallest finite number of its dtype means masked, as minus infinity
 ///   does. A query that sees no key gives zeros.
 ///

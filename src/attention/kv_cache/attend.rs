@@ -37,8 +37,8 @@ impl Int8KvCache {
     /// [`Error::Shape`], [`Error::Rank`] and [`Error::DType`] for a `q` that does not fit the
     /// cache, or a mask that does not fit them, [`Error::Device`] unless both are on the CPU,
     /// [`Error::Mismatch`] for a cache to which nothing was appended and for lengths, positions or
-    /// slopes that do not match, [`Error::InvalidArgument`] for a scale, softcap or slope that makes
-    /// no sense, [`Error::Unsupported`] for fp32, for P·V in int8, and for queries that would see
+    /// slopes or sink logits that do not match, [`Error::InvalidArgument`] for a scale, softcap, slope or sink
+    /// logit that makes no sense, [`Error::Unsupported`] for fp32, for P·V in int8, and for queries that would see
     /// keys which a window has dropped, [`Error::Level`] if
     /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
     pub fn attention(
