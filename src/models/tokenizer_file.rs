@@ -1,16 +1,16 @@
 //! A `tokenizer.json`, checked before the tokenizers crate reads it.
 //!
 //! That crate panics on some files, in its reader and later, when a text is encoded: on JSON that
-//! ends inside the decoder, on a merged token that is shorter than the prefix of continued words, on
-//! a template that names a token it does not define. What is known to do so is refused before. What
+//! ends inside the decoder, on a merged token that is shorter than the prefix of continued words, on a merge to a token longer than
+//! all of the vocabulary, on a template that names a token it does not define. What is known to do so is refused before. What
 //! is not known is caught: a panic becomes an error that names the file. Its message still goes to
 //! the panic hook, which prints it unless the program says otherwise; a library must not replace
 //! the hook of its program, and a program that is built to abort on panics aborts here too.
 
 use crate::files::{corrupt, read};
 use crate::{Error, Result};
-use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value as Json;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -85,8 +85,8 @@ pub(crate) fn run<T>(
         .map_err(|problem| Error::InvalidArgument(format!("the tokenizer failed: {problem}")))
 }
 
-/// The parts of the file that its reader does not check. The vocabulary, which is most of it, is
-/// read over.
+/// The parts of the file that its reader does not check. Of the vocabulary, which is most of it, the
+/// longest token alone is kept.
 #[derive(Deserialize)]
 struct Outline {
     #[serde(default, rename = "normalizer")]
@@ -106,22 +106,80 @@ struct Model {
     continuing_subword_prefix: Option<String>,
     #[serde(default)]
     merges: Vec<Merge>,
+    #[serde(default)]
+    vocab: Longest,
 }
 
 /// Two tokens that become one, in either form.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Merge {
-    Pair(IgnoredAny, String),
+    Pair(String, String),
     Text(String),
 }
 
 impl Merge {
-    fn second(&self) -> &str {
+    fn tokens(&self) -> (&str, &str) {
         match self {
-            Merge::Pair(_, second) => second,
-            Merge::Text(both) => both.split_once(' ').map_or("", |(_, second)| second),
+            Merge::Pair(first, second) => (first, second),
+            Merge::Text(both) => both.split_once(' ').unwrap_or((both, "")),
         }
+    }
+}
+
+/// Bytes of the longest key of a map; 0 for anything else.
+#[derive(Default)]
+struct Longest(usize);
+
+impl<'de> Deserialize<'de> for Longest {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> std::result::Result<Self, D::Error> {
+        source.deserialize_any(LongestVisitor)
+    }
+}
+
+struct LongestVisitor;
+
+impl<'de> Visitor<'de> for LongestVisitor {
+    type Value = Longest;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a vocabulary")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Longest, A::Error> {
+        let mut longest = 0;
+        while let Some((Len(len), IgnoredAny)) = map.next_entry()? {
+            longest = longest.max(len);
+        }
+        Ok(Longest(longest))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Longest, A::Error> {
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Longest(0))
+    }
+}
+
+/// Bytes of a string, which is not copied.
+struct Len(usize);
+
+impl<'de> Deserialize<'de> for Len {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> std::result::Result<Self, D::Error> {
+        source.deserialize_str(LenVisitor)
+    }
+}
+
+struct LenVisitor;
+
+impl Visitor<'_> for LenVisitor {
+    type Value = Len;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a token")
+    }
+
+    fn visit_str<E>(self, token: &str) -> std::result::Result<Len, E> {
+        Ok(Len(token.len()))
     }
 }
 
@@ -133,17 +191,27 @@ impl Outline {
 }
 
 impl Model {
-    /// The reader cuts the prefix off the second token without looking.
+    /// The reader cuts the prefix off the second token without looking, and writes both where the longest token
+    /// has room.
     fn check(&self) -> std::result::Result<(), String> {
-        let Some(prefix) = &self.continuing_subword_prefix else { return Ok(()) };
-        match self.merges.iter().find(|merge| !merge.second().starts_with(prefix.as_str())) {
-            Some(merge) => Err(format!(
-                "a merge with {:?}, expected it to begin with the continuing_subword_prefix \
-                 {prefix:?}",
-                merge.second()
-            )),
-            None => Ok(()),
+        let prefix = self.continuing_subword_prefix.as_deref().unwrap_or("");
+        let Longest(longest) = self.vocab;
+        for (first, second) in self.merges.iter().map(Merge::tokens) {
+            let Some(rest) = second.strip_prefix(prefix) else {
+                return Err(format!(
+                    "a merge with {second:?}, expected it to begin with the continuing_subword_prefix \
+                     {prefix:?}"
+                ));
+            };
+            let len = first.len() + rest.len();
+            if len > longest {
+                return Err(format!(
+                    "a merge of {first:?} and {second:?} to a token of {len} bytes, but the longest of the \
+                     vocabulary has {longest}"
+                ));
+            }
         }
+        Ok(())
     }
 }
 

@@ -142,6 +142,24 @@ fn a_prefix_that_a_merged_token_does_not_have_is_an_error() -> Result<()> {
 }
 
 #[test]
+fn a_merge_to_a_token_longer_than_all_others_is_an_error() -> Result<()> {
+    for merge in [json!("a é"), json!(["a", "é"])] {
+        let mut file = byte_pairs();
+        file["model"]["continuing_subword_prefix"] = Value::Null;
+        file["model"]["vocab"] = json!({"<s>": 0, "a": 1, "é": 2});
+        file["model"]["merges"] = json!([merge]);
+        // As long as another, it has room, and is no token.
+        let problem = error_of(file.to_string().as_bytes())?;
+        assert!(problem.contains("aé") && !problem.contains("panicked"), "{problem}");
+        file["model"]["vocab"] = json!({"a": 1, "é": 2});
+        let problem = error_of(file.to_string().as_bytes())?;
+        let says = "a token of 3 bytes, but the longest of the vocabulary has 2";
+        assert!(problem.contains(says), "{problem}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_template_with_what_it_does_not_define_is_an_error() -> Result<()> {
     let token = json!({"SpecialToken": {"id": "[NONE]", "type_id": 0}});
     let second = json!({"Sequence": {"id": "B", "type_id": 0}});
