@@ -64,7 +64,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "I/N", default_value = "1/1")]
     pub shard: Shard,
 
-    /// Compare configurations: these, as words joined by + that each choose something else, for
+    /// Compare more configurations than bf16: these, as words joined by + that each choose something else, for
     /// example token+smooth-k+f32 or block:128/64+bf16; or sage (SageAttention's recipe), default;
     /// without any, a list of all that are worth it. One that is named twice runs once
     #[arg(long, value_name = "CONFIG", num_args = 0.., value_delimiter = ',')]
@@ -82,18 +82,16 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// The configurations to measure; the first is the one that the flags describe.
+    /// The configurations to measure; the first is the one that the flags describe, bf16 is always beside it.
     pub fn candidates(&self) -> Vec<Candidate> {
-        let mut all = vec![self.int8.candidate(self.pv)];
+        let mut all = vec![self.int8.candidate(self.pv), Candidate::bf16()];
         let others = match self.compare.as_deref() {
             None => Vec::new(),
             Some([]) => Candidate::all(),
             Some(specs) => specs.iter().map(|Spec(candidate)| candidate.clone()).collect(),
         };
         for other in others {
-            let same =
-                |known: &Candidate| known.config == other.config && known.requant == other.requant;
-            if !all.iter().any(same) {
+            if !all.iter().any(|known| known.is_same(&other)) {
                 all.push(other);
             }
         }

@@ -1,5 +1,6 @@
 //! The configurations to be measured, and how they are written in one word.
 
+use super::bf16;
 use crate::attention::attention_scores_requantized;
 use crate::attention::{
     AttentionCall, AttentionConfig, Int8Config, PvPrecision, RequantConfig, ScoreConfig, attention,
@@ -11,13 +12,15 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use std::str::FromStr;
 
-/// A configuration of int8 attention with a name.
+/// A configuration of int8 attention with a name, or attention in bf16 to compare with.
 ///
-/// Written in the words of an [`Int8Config`], with one choice more:
+/// Written in the words of an [`Int8Config`], with one choice more, or as one word:
 ///
 /// | word | choice |
 /// |---|---|
 /// | `dequantized`, `requantized`, `requantized:tensor`, `:head`, `:token` | whether scores go through int8 |
+/// | `default`, `sage` | [`Candidate::default`], [`Candidate::sage`] |
+/// | `bf16` alone | [`Candidate::bf16`]; beside others it is the precision of P·V |
 ///
 /// ```
 /// use candle_int8_attention::drift::Candidate;
@@ -35,6 +38,8 @@ pub struct Candidate {
     /// How scores go through int8, if they do. Attention is then computed step by step, with P·V in
     /// f32.
     pub requant: Option<RequantConfig>,
+    /// Whether it is [`Candidate::bf16`]; the other choices are not used then.
+    pub in_bf16: bool,
 }
 
 impl Default for Candidate {
@@ -47,7 +52,14 @@ impl Default for Candidate {
 impl Candidate {
     /// A configuration under a name.
     pub fn new(name: impl Into<String>, config: Int8Config) -> Self {
-        Self { name: name.into(), config, requant: None }
+        Self { name: name.into(), config, requant: None, in_bf16: false }
+    }
+
+    /// What int8 is to be seen beside: Q, K, P and V rounded to bf16 (to nearest, ties to even), products with
+    /// sums in f32, softmax in f32, and an output that is not rounded. Computed step by step in f32, so
+    /// that it is not timed.
+    pub fn bf16() -> Self {
+        Self { in_bf16: true, ..Self::new("bf16", Int8Config::plain()) }
     }
 
     /// The same with scores that go through int8.
@@ -60,11 +72,12 @@ impl Candidate {
         Self::new("SageAttention's recipe", Int8Config::sage())
     }
 
-    /// The configurations worth comparing: every granularity, each step of smoothing, affine
+    /// The configurations worth comparing: bf16, every granularity, each step of smoothing, affine
     /// codes, scores requantized, and both precisions of P·V.
     pub fn all() -> Vec<Self> {
         let words = [
             "default",
+            "bf16",
             "token+local-k+local-q+rotate+outliers+f32",
             "sage",
             "tensor",
@@ -85,8 +98,17 @@ impl Candidate {
         words.iter().map(|word| word.parse().expect("a list of known words")).collect()
     }
 
+    /// Whether it computes the same as another, whatever their names.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let other = Self { name: self.name.clone(), ..other.clone() };
+        *self == other
+    }
+
     /// All of the configuration in words.
     pub fn description(&self) -> String {
+        if self.in_bf16 {
+            return "Q, K, P and V rounded to bf16, sums in f32".into();
+        }
         let ScoreConfig { q, k, smooth_k, smooth_q, rotate, outliers } = &self.config.scores;
         let mut words = vec![q.scheme.to_string(), q.granularity.to_string()];
         if k.scheme != q.scheme {
@@ -130,6 +152,9 @@ impl Candidate {
         call: &AttentionCall,
         config: &AttentionConfig,
     ) -> Result<Tensor> {
+        if self.in_bf16 {
+            return bf16::attention((q, k, v), call, config);
+        }
         let config = config.with_backend(self.config.clone().into());
         match &self.requant {
             None => attention(q, k, v, call, &config),
@@ -147,6 +172,9 @@ impl Candidate {
         call: &AttentionCall,
         config: &AttentionConfig,
     ) -> Result<Tensor> {
+        if self.in_bf16 {
+            return bf16::probabilities((q, k), call, config);
+        }
         let config = config.with_backend(self.config.clone().into());
         match &self.requant {
             None => unfused::attention_probs(q, k, call, &config),
@@ -161,6 +189,7 @@ impl Candidate {
     /// [`attention_scores_requantized`].
     pub fn scores(&self, q: &Tensor, k: &Tensor) -> Result<Tensor> {
         match &self.requant {
+            _ if self.in_bf16 => bf16::scores(q, k),
             None => attention_scores(q, k, &self.config.scores),
             Some(to) => attention_scores_requantized(q, k, &self.config.scores, to),
         }
@@ -174,6 +203,7 @@ impl FromStr for Candidate {
         match text {
             "default" => return Ok(Self::default()),
             "sage" => return Ok(Self::sage()),
+            "bf16" => return Ok(Self::bf16()),
             _ => {}
         }
         let words: Vec<&str> = text.split('+').map(str::trim).collect();
@@ -195,7 +225,7 @@ impl FromStr for Candidate {
                 )));
             }
         };
-        Ok(Self { name: words.join(" + "), config, requant })
+        Ok(Self { requant, ..Self::new(words.join(" + "), config) })
     }
 }
 
@@ -225,7 +255,7 @@ mod tests {
     fn every_configuration_of_the_list_is_another() {
         let all = Candidate::all();
         for (i, a) in all.iter().enumerate() {
-            let other = |b: &Candidate| (&a.config, &a.requant) != (&b.config, &b.requant);
+            let other = |b: &Candidate| !a.is_same(b);
             assert!(all[i + 1..].iter().all(other), "{}", a.name);
         }
         assert_eq!(all[0].config, Int8Config::default());
@@ -240,6 +270,14 @@ mod tests {
         assert_eq!(candidate.requant.unwrap().granularity, Granularity::PerHead);
         assert_eq!("requantized".parse::<Candidate>().unwrap().config, Int8Config::plain());
         assert_eq!("dequantized".parse::<Candidate>().unwrap().requant, None);
+    }
+
+    #[test]
+    fn bf16_alone_is_what_int8_is_compared_with() {
+        let candidate: Candidate = "bf16".parse().unwrap();
+        assert!(candidate == Candidate::bf16() && candidate.in_bf16);
+        let pv: Candidate = "token+bf16".parse().unwrap();
+        assert!(!pv.in_bf16 && pv.config.pv == PvPrecision::Bf16);
     }
 
     #[test]

@@ -24,6 +24,8 @@
 //! The example `drift` does all of this from the command line.
 
 #[cfg(feature = "drift")]
+mod bf16;
+#[cfg(feature = "drift")]
 mod candidate;
 #[cfg(feature = "drift")]
 mod distribution;

@@ -58,11 +58,17 @@ fn figures(mut report: Value) -> Value {
     report
 }
 
+/// The configuration that the flags describe; others may be more accurate, and come before it.
+fn main_config(report: &Value) -> &Value {
+    let configs = report["configs"].as_array().unwrap();
+    configs.iter().find(|config| config["main"] == true).unwrap()
+}
+
 #[test]
 fn the_report_is_complete_and_narrow() {
     let report = json(&[]);
     assert_eq!(report["passages"], 1);
-    let main = &report["configs"][0];
+    let main = main_config(&report);
     assert_eq!(main["layers"].as_array().unwrap().len(), 3);
     for layer in main["layers"].as_array().unwrap() {
         let heads = layer["heads"].as_array().unwrap();
@@ -141,7 +147,7 @@ fn a_gate_exits_with_2_and_names_the_place() {
     assert!(text.contains("every threshold holds"), "{text}");
 
     let report = json(&SHORT);
-    let worst = &report["configs"][0]["output"]["worst_head"];
+    let worst = &main_config(&report)["output"]["worst_head"];
     let limit = format!("{}", worst["value"].as_f64().unwrap() + 0.001);
     let output = drift(&[&["--gate", &holds, "--min-head-sqnr-db", &limit][..], &SHORT].concat());
     assert_eq!(output.status.code(), Some(2));
@@ -168,14 +174,37 @@ fn configurations_are_ranked() {
     let report = json(&args);
     let configs = report["configs"].as_array().unwrap();
     let names: Vec<&str> = configs.iter().map(|c| c["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["default", "token", "SageAttention's recipe", "tensor"]);
+    assert_eq!(names, ["bf16", "default", "token", "SageAttention's recipe", "tensor"]);
     let main: Vec<bool> = configs.iter().map(|c| c["main"].as_bool().unwrap()).collect();
-    assert_eq!(main, [true, false, false, false]);
+    assert_eq!(main, [false, true, false, false, false]);
     fail(&["--compare", "token+smoth-k"], "smoth-k");
     fail(&["--compare", "token+head"], "\"token\" and \"head\"");
-    let twice =
-        json(&[&["--compare", "token,sage,f32+token", "sage", "default"][..], &SHORT].concat());
-    assert_eq!(twice["configs"].as_array().unwrap().len(), 3, "each configuration runs once");
+    let twice = ["--compare", "token,sage,f32+token", "sage", "default", "bf16"];
+    let twice = json(&[&twice[..], &SHORT].concat());
+    assert_eq!(twice["configs"].as_array().unwrap().len(), 4, "each configuration runs once");
+}
+
+/// bf16 has every figure but a speed, because it is computed in f32.
+#[test]
+fn bf16_is_beside_every_configuration() {
+    let report = json(&SHORT);
+    let configs = report["configs"].as_array().unwrap();
+    assert_eq!(configs.len(), 2);
+    let bf16 = configs.iter().find(|config| config["name"] == "bf16").unwrap();
+    assert_eq!((&bf16["main"], &bf16["timing"]), (&Value::Bool(false), &Value::Null));
+    for layer in bf16["layers"].as_array().unwrap() {
+        for head in layer["heads"].as_array().unwrap() {
+            // A rounding error of 2^-9 at most; its mean square is 53 dB below numbers of one power of two.
+            for side in ["q", "k"] {
+                let db = head["alone"][side]["sqnr_db"]["mean"].as_f64().unwrap();
+                assert!((53.0..60.0).contains(&db), "{side}: {db}");
+            }
+            assert_eq!((&head["q_clipped"], &head["k_clipped"]), (&0.0.into(), &0.0.into()));
+        }
+    }
+    let text = succeed(&SHORT);
+    let row = text.lines().find(|line| line.starts_with("| bf16 ")).unwrap();
+    assert!(row.trim_end_matches([' ', '|']).ends_with('-'), "{row}");
 }
 
 #[test]
@@ -187,6 +216,7 @@ fn the_page_is_whole_and_needs_nothing_from_outside() {
     succeed(&["--file", &text, "--compare", "token", "--html", &page]);
     let html = std::fs::read_to_string(&page).unwrap();
     assert!(html.trim_end().ends_with("</html>") && html.contains("<svg"), "{html}");
+    assert!(html.contains(">bf16</td>"), "what int8 is seen beside");
     for outside in ["http:", "https:", "<script", "src=", "@import", "url("] {
         assert!(!html.contains(outside), "{outside}");
     }

@@ -162,7 +162,7 @@ mod drift {
         let page = page.to_string_lossy();
         let args = ["--model", &model.path, "--compare", "tensor", "--html", &page];
         let report = json("drift", &args)?;
-        assert_eq!(array(&report, "configs").len(), 2);
+        assert_eq!(array(&report, "configs").len(), 3);
         let layers = array(&report["configs"][0], "layers");
         assert_eq!(layers.len(), LAYERS);
         for layer in layers {

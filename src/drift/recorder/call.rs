@@ -3,8 +3,8 @@
 use crate::attention::attention_probs;
 use crate::attention::{AttentionCall, AttentionConfig, Backend, attention};
 use crate::cpu::Level;
-use crate::drift::Candidate;
 use crate::drift::metrics::entropy;
+use crate::drift::{Candidate, bf16};
 use crate::models::Attend;
 use crate::quant::{
     ConditionedHead, Conditioning, KEY_BLOCK, QUERY_BLOCK, QuantConfig, QuantizedTensor,
@@ -159,28 +159,36 @@ impl Reference {
     }
 }
 
-/// What int8 makes of a call, up to the probabilities.
-pub(crate) struct Int8Stages {
+/// What a candidate makes of a call, up to the probabilities.
+pub(crate) struct Stages {
     pub q: Rounded,
     pub k: Rounded,
     pub scores: Vec<f32>,
     pub probabilities: Vec<f32>,
 }
 
-impl Int8Stages {
+impl Stages {
     pub fn of(call: &Call, candidate: &Candidate) -> Result<Self> {
         let scores = &candidate.config.scores;
-        let (of_q, of_k) = scores.conditioning(call.q.dim(D::Minus1)?);
+        let (q, k) = if candidate.in_bf16 {
+            (Rounded::to_bf16(&call.q)?, Rounded::to_bf16(&call.k)?)
+        } else {
+            let (of_q, of_k) = scores.conditioning(call.q.dim(D::Minus1)?);
+            (
+                Rounded::of(&call.q, &scores.q, (&of_q, QUERY_BLOCK))?,
+                Rounded::of(&call.k, &scores.k, (&of_k, KEY_BLOCK))?,
+            )
+        };
         Ok(Self {
-            q: Rounded::of(&call.q, &scores.q, (&of_q, QUERY_BLOCK))?,
-            k: Rounded::of(&call.k, &scores.k, (&of_k, KEY_BLOCK))?,
+            q,
+            k,
             scores: flat(&candidate.scores(&call.q, &call.k)?)?,
             probabilities: call.probabilities(Some(candidate))?,
         })
     }
 }
 
-/// A tensor `[1, H, S, D]` as its int8 codes have it: conditioned, quantized, and back.
+/// A tensor `[1, H, S, D]` as its int8 codes have it, conditioned, quantized, and back; or in bf16.
 pub(crate) struct Rounded {
     /// Flat.
     pub values: Vec<f32>,
@@ -229,6 +237,13 @@ impl Rounded {
             real[elements.clone()].copy_from_slice(&original[elements]);
         }
         Ok(Self { values: real, clipped, shape })
+    }
+
+    /// In bf16, whose range is that of f32: nothing is clipped.
+    pub fn to_bf16(tensor: &Tensor) -> Result<Self> {
+        let values = flat(&bf16::rounded(tensor)?)?;
+        let clipped = vec![0; tensor.dim(1)?];
+        Ok(Self { values, clipped, shape: tensor.dims().to_vec() })
     }
 
     pub fn tensor(&self) -> Result<Tensor> {

@@ -1,6 +1,6 @@
 //! What one configuration changes in one call of attention.
 
-use super::call::{Dims, Int8Stages, Ran, Reference, Rounded};
+use super::call::{Dims, Ran, Reference, Rounded, Stages};
 use super::state::{HeadStages, HeadState};
 use crate::attention::{Int8Config, PvPrecision};
 use crate::drift::{Candidate, ErrorSums};
@@ -23,7 +23,7 @@ pub(super) enum Input {
 }
 
 impl Compared<'_> {
-    /// Adds a run of the layer in int8 to the heads, and gives the KL divergence of every query,
+    /// Adds a run of the layer by a candidate to the heads, and gives the KL divergence of every query,
     /// `[head][query]`.
     pub fn add(
         &self,
@@ -31,14 +31,14 @@ impl Compared<'_> {
         input: Input,
         ran: &Ran,
         candidate: &Candidate,
-    ) -> Result<(Vec<Vec<f64>>, Int8Stages)> {
+    ) -> Result<(Vec<Vec<f64>>, Stages)> {
         let (dims, expected) = (ran.call.dims()?, self.reference.dims);
         if dims != expected {
             return Err(Error::Mismatch(format!(
                 "a layer called attention with {dims:?}, expected {expected:?} as in fp32"
             )));
         }
-        let stages = Int8Stages::of(&ran.call, candidate)?;
+        let stages = Stages::of(&ran.call, candidate)?;
         let rows = heads.par_iter_mut().enumerate().map(|(head, state)| {
             let into = match input {
                 Input::Same => &mut state.alone,
@@ -57,7 +57,7 @@ impl Compared<'_> {
         &self,
         into: &mut HeadStages,
         head: usize,
-        stages: &Int8Stages,
+        stages: &Stages,
         output: &[f32],
     ) -> Result<Vec<f64>> {
         let Dims { queries, keys, depth, value_dim, .. } = self.reference.dims;
@@ -86,7 +86,7 @@ impl Compared<'_> {
         into.probabilities.push(p, entropies, &stages.probabilities[matrix])
     }
 
-    fn count_clipped(&self, heads: &mut [HeadState], stages: &Int8Stages) {
+    fn count_clipped(&self, heads: &mut [HeadState], stages: &Stages) {
         let Dims { queries, keys, depth, .. } = self.reference.dims;
         for (head, state) in heads.iter_mut().enumerate() {
             state.q_clipped.clipped += stages.q.clipped.get(head).copied().unwrap_or(0);
@@ -102,25 +102,30 @@ impl Compared<'_> {
     pub fn add_sources(
         &self,
         heads: &mut [HeadState],
-        stages: &Int8Stages,
+        stages: &Stages,
         candidate: &Candidate,
     ) -> Result<()> {
         let call = &self.fp32.call;
         let exact = &self.fp32.output;
         let rounded = |q: &Rounded| q.tensor();
-        let only_q = call.output_of(&rounded(&stages.q)?, &call.k, None)?;
-        let only_k = call.output_of(&call.q, &rounded(&stages.k)?, None)?;
+        let (q, k) = (rounded(&stages.q)?, rounded(&stages.k)?);
+        let only_q = call.output_of(&q, &call.k, None)?;
+        let only_k = call.output_of(&call.q, &k, None)?;
         let straight = |pv| {
             let config = Int8Config { pv, ..candidate.config.clone() };
             call.output_of(&call.q, &call.k, Some(&Candidate::new("", config)))
         };
-        let in_f32 = straight(PvPrecision::F32)?;
+        let in_f32 = match candidate.in_bf16 {
+            true => call.output_of(&q, &k, None)?,
+            false => straight(PvPrecision::F32)?,
+        };
         let requantized = match &candidate.requant {
             Some(_) => Some(call.output_of(&call.q, &call.k, Some(candidate))?),
             None => None,
         };
         // Requantized scores leave the fused op, and P·V is f32 there.
         let in_pv = match (candidate.config.pv, &requantized) {
+            _ if candidate.in_bf16 => Some(call.output_of(&call.q, &call.k, Some(candidate))?),
             (PvPrecision::F32, _) | (_, Some(_)) => None,
             (pv, None) => Some(straight(pv)?),
         };

@@ -243,8 +243,13 @@ impl Recorder {
             let state = &mut self.candidates[i];
             let LayerState { heads, alone, accumulated } = &mut state.layers[layer];
 
+            let time = |ran: &Ran, seconds: &mut Distribution| {
+                if !candidate.in_bf16 {
+                    seconds.push(ran.seconds);
+                }
+            };
             let ran = run(Some(candidate), hidden)?;
-            state.seconds.push(ran.seconds);
+            time(&ran, &mut state.seconds);
             let (kl, stages) = compared.add(heads, Input::Same, &ran, candidate)?;
             alone.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?)?);
             if i == 0 {
@@ -252,8 +257,8 @@ impl Recorder {
                 compared.add_sources(heads, &stages, candidate)?;
             }
 
-            let ran: Ran = run(Some(candidate), &own[i])?;
-            state.seconds.push(ran.seconds);
+            let ran = run(Some(candidate), &own[i])?;
+            time(&ran, &mut state.seconds);
             compared.add(heads, Input::Own, &ran, candidate)?;
             accumulated.push(&ErrorSums::of(&exact, &flat(&ran.hidden)?)?);
             own[i] = ran.hidden;

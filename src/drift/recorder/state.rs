@@ -198,7 +198,7 @@ pub(crate) struct CandidateState {
     pub layers: Vec<LayerState>,
     /// What the model is used for.
     pub embedding: Stage,
-    /// Seconds of one layer's attention.
+    /// Seconds of one layer's attention; empty for what is not timed.
     pub seconds: Distribution,
 }
 

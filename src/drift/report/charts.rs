@@ -81,19 +81,24 @@ pub(super) struct Scatter {
 }
 
 impl Scatter {
+    /// Of the configurations that were timed.
     pub fn of(configs: &[ConfigReport]) -> Self {
-        let speed = configs.iter().map(|config| config.timing.speedup);
-        let accuracy = configs.iter().map(|config| config.output.mean_sqnr_db);
+        let speeds = || {
+            let all = configs.iter().enumerate();
+            all.filter_map(|(i, config)| Some((i, config, config.timing?.speedup)))
+        };
+        let speed = speeds().map(|(_, _, speed)| speed);
+        let accuracy = speeds().map(|(_, config, _)| config.output.mean_sqnr_db);
         let x = Axis::over(speed, LEFT, WIDTH - MARGIN);
         let y = Axis::over(accuracy, HEIGHT - BOTTOM, MARGIN);
-        let dot = |(i, config): (usize, &ConfigReport)| Dot {
-            x: x.at(config.timing.speedup),
+        let dot = |(i, config, speed): (usize, &ConfigReport, f64)| Dot {
+            x: x.at(speed),
             y: y.at(config.output.mean_sqnr_db),
             number: i + 1,
             main: config.main,
             title: format!(
                 "{}: {:.1} dB, {:.1} times as fast as fp32",
-                config.name, config.output.mean_sqnr_db, config.timing.speedup
+                config.name, config.output.mean_sqnr_db, speed
             ),
         };
         Self {
@@ -101,7 +106,7 @@ impl Scatter {
             height: HEIGHT,
             left: LEFT,
             bottom: HEIGHT - BOTTOM,
-            dots: configs.iter().enumerate().map(dot).collect(),
+            dots: speeds().map(dot).collect(),
             x_ticks: x.ticks(),
             y_ticks: y.ticks(),
         }

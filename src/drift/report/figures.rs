@@ -314,8 +314,9 @@ pub struct ConfigReport {
     pub output: OutputFigures,
     /// The model's embedding with int8 in every layer.
     pub embedding: StageFigures,
-    /// How long its attention took, which differs from run to run.
-    pub timing: Timing,
+    /// How long its attention took, which differs from run to run; nothing for bf16, which is computed in
+    /// f32.
+    pub timing: Option<Timing>,
     /// Its layers.
     pub layers: Vec<LayerReport>,
 }
@@ -325,13 +326,14 @@ impl ConfigReport {
         let layers: Vec<LayerReport> =
             state.layers.iter().enumerate().map(|(i, layer)| LayerReport::of(i, layer)).collect();
         let (fp32_ms, int8_ms) = (1e3 * fp32.quantile(0.25), 1e3 * state.seconds.quantile(0.25));
+        let timing = Timing { fp32_ms, int8_ms, speedup: fp32_ms / int8_ms };
         Self {
             name: state.name.clone(),
             description: state.description.clone(),
             main,
             output: OutputFigures::of(&layers),
             embedding: StageFigures::from(&state.embedding),
-            timing: Timing { fp32_ms, int8_ms, speedup: fp32_ms / int8_ms },
+            timing: (state.seconds.summary().count() > 0).then_some(timing),
             layers,
         }
     }

@@ -54,13 +54,14 @@ impl Report {
         pages.add_template("page.html", PAGE).map_err(failed)?;
         let page = pages.get_template("page.html").map_err(failed)?;
         let main = self.main();
+        let timed = self.configs.iter().filter(|config| config.timing.is_some()).count();
         page.render(Serde(Page {
             report: self,
             main,
             summary: self.summary(),
             map: self.heat_map(),
             histogram: main.map(Histogram::of),
-            scatter: (self.configs.len() > 1).then(|| Scatter::of(&self.configs)),
+            scatter: (timed > 1).then(|| Scatter::of(&self.configs)),
             shares: self.worst_shares(),
             causes: main.map(|main| self.causes(main)).unwrap_or_default(),
         }))

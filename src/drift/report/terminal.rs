@@ -42,11 +42,12 @@ impl Report {
 
     fn write_configs(&self, out: &mut String) {
         out.push_str(
-            "\n## Int8 against fp32\n\n\
+            "\n## Int8 and bf16 against fp32\n\n\
              SQNR: signal to error of the attention output in dB, each layer with fp32 input. 20 dB is\n\
              an error of 10 %, 40 dB of 1 %. Mean; mean of the lowest layer; mean of the worst head. KL:\n\
              distance of the probabilities in nats. Top-1: queries with the same most attended key.\n\
-             Embedding: lowest cosine of a passage, int8 in every layer. Speed: of attention, to fp32.\n\n",
+             Embedding: lowest cosine of a passage, int8 in every layer. Speed: of attention, to fp32.\n\
+             bf16: Q, K, P and V rounded to it, sums in f32, not timed.\n\n",
         );
         let mut rows = table(&[
             "configuration",
@@ -71,7 +72,7 @@ impl Report {
                 format!("{:.4}", o.top1),
                 format!("{:.4}", o.top5),
                 format!("{:.6}", config.embedding.cosine.min),
-                format!("{:.1}x", config.timing.speedup),
+                config.timing.map_or("-".into(), |timing| format!("{:.1}x", timing.speedup)),
             ]);
         }
         let _ = writeln!(out, "{rows}");
