@@ -1,8 +1,8 @@
 //! Layer norm (Ba et al. 2016, arXiv:1607.06450) of the rows of a tensor.
 
 use super::{is_plain_f32, is_tracked};
-use crate::Result;
 use crate::parallel::Work;
+use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, bail};
 use pulp::{Arch, Simd, WithSimd};
 
@@ -32,8 +32,19 @@ impl LayerNorm {
     /// `weight` and `bias` are both `[width]`.
     ///
     /// # Errors
-    /// Candle's own, for tensors of another rank.
+    /// [`Error::Shape`] for tensors of other shapes.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
+        let wrong = |tensor, x: &Tensor, expected| Error::Shape {
+            op: "LayerNorm::new",
+            tensor,
+            shape: x.dims().to_vec(),
+            expected,
+        };
+        match *weight.dims() {
+            [width] if *bias.dims() == [width] => {}
+            [width] => return Err(wrong("bias", &bias, format!("[{width}] like the weight"))),
+            _ => return Err(wrong("weight", &weight, "[width]".into())),
+        }
         let fused = match is_plain_f32(&[&weight, &bias]) {
             true => Some(FusedNorm {
                 arch: crate::cpu::vectors(),

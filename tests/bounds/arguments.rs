@@ -2,15 +2,20 @@
 //! documentation names, never a panic.
 
 use super::*;
+use candle_core::DType;
 use candle_int8_attention::KeySmoothing;
 use candle_int8_attention::attention::alibi_slopes;
 use candle_int8_attention::drift::layers::Energy;
 use candle_int8_attention::drift::{Drift, ErrorSums, Summary, metrics};
 use candle_int8_attention::models::BertConfig;
+use candle_int8_attention::models::llama::{LlamaCache, LlamaModel};
+use candle_int8_attention::nn::LayerNorm;
 use candle_int8_attention::quant::{
     FixedPointMultiplier, Granularity, QuantConfig, QuantParams, QuantizedTensor, Requantizer,
     Rotation, Scheme, ValueRange, token_mean,
 };
+
+use common::tiny::Tiny;
 
 type TestResult = Result<(), Error>;
 
@@ -66,6 +71,45 @@ fn a_row_that_is_not_there_has_no_scale() -> TestResult {
             assert!(matches!(error, Err(Error::InvalidArgument(_))), "{granularity} {row}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_norm_has_as_many_biases_as_weights() -> TestResult {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+    for (weight, bias) in
+        [(&[4][..], &[3][..]), (&[3], &[4]), (&[3], &[]), (&[], &[]), (&[1, 3], &[3])]
+    {
+        for dtype in [DType::F32, DType::F16] {
+            let of = |shape| zeros(shape)?.to_dtype(dtype);
+            let norm = LayerNorm::new(of(weight)?, of(bias)?, 1e-5);
+            assert!(matches!(norm, Err(Error::Shape { .. })), "{weight:?} {bias:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A batch that was only named takes no memory; a batch that is larger than memory is an error.
+#[test]
+fn a_cache_of_a_decoder_takes_memory_for_tokens_alone() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    Tiny::new(true)?.write_folder(folder.path())?;
+    let model = LlamaModel::from_folder(folder.path(), &Device::Cpu)?;
+    let full = |batch| LlamaCache::full(model.config(), batch, 4, &Device::Cpu);
+    for batch in [usize::MAX, 1 << 60] {
+        for cache in [full(batch), model.new_cache(batch, 4)] {
+            assert!(matches!(cache, Err(Error::Shape { .. })), "{batch}");
+        }
+    }
+    let mut config = model.config().clone();
+    config.num_hidden_layers = usize::MAX;
+    let cache = LlamaCache::full(&config, 1, 4, &Device::Cpu);
+    assert!(matches!(cache, Err(Error::Shape { .. })));
+    config.num_key_value_heads = 0;
+    let cache = LlamaCache::full(&config, 1, 4, &Device::Cpu);
+    assert!(matches!(cache, Err(Error::InvalidArgument(_))));
+    assert_eq!(full(1 << 40)?.memory_bytes(), 0);
+    assert_eq!(model.new_cache(1 << 40, 4)?.memory_bytes(), 0);
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use super::LlamaConfig;
 use crate::attention::{
     AttentionCall, AttentionConfig, Backend, Int8KvCache, KvCacheConfig, attention,
 };
+use crate::memory::check_size;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -22,7 +23,8 @@ impl LlamaCache {
     /// int8.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
+    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length, [`Error::Shape`] for a
+    /// batch that memory has no addresses for, and those of [`LlamaConfig::check`].
     pub fn full(
         config: &LlamaConfig,
         batch: usize,
@@ -37,7 +39,7 @@ impl LlamaCache {
     /// int8 cache is for the CPU, so on another device all of it is f32.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
+    /// Those of [`LlamaCache::full`].
     pub(super) fn of_layers(
         layers: &[(&AttentionConfig, &KvCacheConfig)],
         config: &LlamaConfig,
@@ -70,7 +72,11 @@ impl LlamaCache {
                  for"
             )));
         }
-        let shape = [batch, config.num_key_value_heads, config.head_dim];
+        config.check()?;
+        let [heads, depth] = [config.num_key_value_heads, config.head_dim];
+        let all = [config.num_hidden_layers, batch, heads, context, depth];
+        check_size("LlamaCache", "the keys of all layers", &all)?;
+        let shape = [batch, heads, depth];
         let layers = (0..config.num_hidden_layers).map(|index| layer(index, shape));
         let layers = layers.collect::<Result<_>>()?;
         Ok(Self { layers, shape, context })
@@ -269,9 +275,9 @@ pub struct FullCache {
 const FIRST_CAPACITY: usize = 256;
 
 impl FullCache {
+    /// Without room for any token: memory follows what is appended, however large the batch is said to be.
     fn new([b, heads, depth]: [usize; 3], context: usize, device: &Device) -> Result<Self> {
-        let shape = (b, heads, FIRST_CAPACITY.min(context), depth);
-        let buffer = || Tensor::zeros(shape, DType::F32, device);
+        let buffer = || Tensor::zeros((b, heads, 0, depth), DType::F32, device);
         Ok(Self { keys: buffer()?, values: buffer()?, len: 0, context })
     }
 
@@ -290,7 +296,7 @@ impl FullCache {
         if len <= capacity {
             return Ok(());
         }
-        let capacity = len.max(2 * capacity).min(self.context.max(len));
+        let capacity = len.max(2 * capacity).max(FIRST_CAPACITY).min(self.context.max(len));
         for buffer in [&mut self.keys, &mut self.values] {
             let larger = Tensor::zeros((b, heads, capacity, depth), DType::F32, buffer.device())?;
             if self.len > 0 {

@@ -179,7 +179,8 @@ impl LlamaModel {
     /// ranges that were chosen there change nothing.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length.
+    /// [`Error::InvalidArgument`] if `context` is 0 or beyond the model's context length, [`Error::Shape`] for a
+    /// batch that memory has no addresses for.
     pub fn new_cache(&self, batch: usize, context: usize) -> Result<LlamaCache> {
         let layers = self.layers.iter().map(|layer| (layer.attention.config(), &layer.kv_cache));
         let layers: Vec<_> = layers.collect();
