@@ -348,3 +348,23 @@ fn word_embeddings_are_recorded_as_they_are() {
     assert!(report.main().unwrap().output.mean_sqnr_db > 30.0);
     assert_eq!(report.sentences[0].text, text);
 }
+
+#[test]
+fn bf16_is_explained_as_int8_is_but_not_timed() {
+    let mut recorder = Recorder::new(vec![Candidate::bf16(), Candidate::default()]).unwrap();
+    recorder.record(&*SOUND, &1, &words(), 1).unwrap();
+    let report = recorder.report();
+    let main = report.main().unwrap();
+    assert_eq!((main.name.as_str(), main.timing.is_none()), ("bf16", true));
+    for head in main.layers.iter().flat_map(|layer| &layer.heads) {
+        let shares = head.shares.unwrap();
+        assert_eq!(shares.requantization, 0.0);
+        assert!([shares.q, shares.k, shares.pv].into_iter().all(|share| share > 0.0), "{shares:?}");
+        assert!(head.alone.output.sqnr_db.mean > 45.0, "{}", head.alone.output.sqnr_db.mean);
+    }
+    let timed = report.configs.iter().filter(|config| config.timing.is_some());
+    assert_eq!(timed.map(|config| config.name.as_str()).collect::<Vec<_>>(), ["default"]);
+    assert!(report.to_html().unwrap().contains(">bf16</td>"));
+    let json = serde_json::to_string(&recorder).unwrap();
+    assert!(serde_json::from_str::<Recorder>(&json).is_ok(), "what was not timed can be read back");
+}

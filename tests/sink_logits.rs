@@ -195,15 +195,12 @@ fn gradients_flow_past_them() -> TestResult {
             let vars = [Var::from_tensor(&q)?, Var::from_tensor(&k)?, Var::from_tensor(&v)?];
             let config = config.clone().sink_logits(vec![logit; HEADS]);
             let call = AttentionCall::causal();
-            let out = match fused {
-                true => attention(&vars[0], &vars[1], &vars[2], call, &config)?,
-                false => tensor_ops::attention(
-                    &vars[0],
-                    &vars[1],
-                    &vars[2],
-                    call,
-                    &config.with_backend(AttentionConfig::fp32().backend),
-                )?,
+            let [q, k, v] = &vars;
+            let out = if fused {
+                attention(q, k, v, call, &config)?
+            } else {
+                let exact = config.with_backend(AttentionConfig::fp32().backend);
+                tensor_ops::attention(q, k, v, call, &exact)?
             };
             let gradients = out.sqr()?.sum_all()?.backward()?;
             Ok(vars.iter().filter_map(|var| gradients.get(var).cloned()).collect())

@@ -4,8 +4,8 @@
 //! probabilities. Everything is accumulated in f64, so an f32 tensor of a billion elements loses
 //! nothing that shows; [`ErrorSums`] computes the same over data that comes in pieces. NaN in either slice gives NaN, never a good-looking number.
 //!
-//! Every function of two slices gives [`Error::Mismatch`](crate::Error::Mismatch) if they differ in length: no number would
-//! describe that.
+//! Every function of two slices gives [`Error::Mismatch`](crate::Error::Mismatch) if they differ in
+//! length: no number would describe that.
 
 use super::sums::{ErrorSums, same_len};
 use crate::Result;

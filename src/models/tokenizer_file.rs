@@ -1,11 +1,12 @@
 //! A `tokenizer.json`, checked before the tokenizers crate reads it.
 //!
 //! That crate panics on some files, in its reader and later, when a text is encoded: on JSON that
-//! ends inside the decoder, on a merged token that is shorter than the prefix of continued words, on a merge to a token longer than
-//! all of the vocabulary, on a template that names a token it does not define. What is known to do so is refused before. What
-//! is not known is caught: a panic becomes an error that names the file. Its message still goes to
-//! the panic hook, which prints it unless the program says otherwise; a library must not replace
-//! the hook of its program, and a program that is built to abort on panics aborts here too.
+//! ends inside the decoder, on a merged token that is shorter than the prefix of continued words,
+//! on a merge to a token longer than all of the vocabulary, on a template that names a token it
+//! does not define. What is known to do so is refused before. What is not known is caught: a panic
+//! becomes an error that names the file. Its message still goes to the panic hook, which prints it
+//! unless the program says otherwise; a library must not replace the hook of its program, and a
+//! program that is built to abort on panics aborts here too.
 
 use crate::files::{corrupt, read};
 use crate::{Error, Result};

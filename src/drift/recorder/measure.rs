@@ -115,9 +115,10 @@ impl Compared<'_> {
             let config = Int8Config { pv, ..candidate.config.clone() };
             call.output_of(&call.q, &call.k, Some(&Candidate::new("", config)))
         };
-        let in_f32 = match candidate.in_bf16 {
-            true => call.output_of(&q, &k, None)?,
-            false => straight(PvPrecision::F32)?,
+        let in_f32 = if candidate.in_bf16 {
+            call.output_of(&q, &k, None)?
+        } else {
+            straight(PvPrecision::F32)?
         };
         let requantized = match &candidate.requant {
             Some(_) => Some(call.output_of(&call.q, &call.k, Some(candidate))?),

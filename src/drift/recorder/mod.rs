@@ -156,9 +156,10 @@ impl Recorder {
     /// # Errors
     /// Those of the model and of [`attention`](crate::attention()); [`Error::NonFinite`] for NaN
     /// or infinity in queries or keys; [`Error::Mismatch`] for a layer that does not call attention
-    /// exactly once, or with other shapes in int8 than in fp32, or other layers or heads than before; [`Error::Unsupported`] for a model of no
-    /// layers, or a recorder that came from JSON; [`Error::Shape`] for several sequences at once, or
-    /// a number of words that is not the number of tokens. Nothing of the passage is counted then.
+    /// exactly once, or with other shapes in int8 than in fp32, or other layers or heads than before;
+    /// [`Error::Unsupported`] for a model of no layers, or a recorder that came from JSON;
+    /// [`Error::Shape`] for several sequences at once, or a number of words that is not the number of
+    /// tokens. Nothing of the passage is counted then.
     pub fn record<M: LayeredModel>(
         &mut self,
         model: &M,
