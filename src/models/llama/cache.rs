@@ -74,8 +74,9 @@ impl LlamaCache {
         }
         config.check()?;
         let [heads, depth] = [config.num_key_value_heads, config.head_dim];
-        let all = [config.num_hidden_layers, batch, heads, context, depth];
-        check_size("LlamaCache", "the keys of all layers", &all)?;
+        // Of one token: a context may be any number, and takes no memory before its tokens.
+        let token = [config.num_hidden_layers, batch, heads, depth];
+        check_size("LlamaCache", "the keys of a token", &token)?;
         let shape = [batch, heads, depth];
         let layers = (0..config.num_hidden_layers).map(|index| layer(index, shape));
         let layers = layers.collect::<Result<_>>()?;
