@@ -2,8 +2,11 @@
 //! within one run.
 //!
 //! `cargo bench -p benches --bench bert` prints the median time of this crate's encoder with int8 and with
-//! fp32 attention, with linear layers in int16 and in int8, and of candle-transformers' `BertModel`, how many times as long that one takes, and how far
-//! the results are apart.
+//! fp32 attention, with linear layers in int16 and in int8, and of candle-transformers' `BertModel`, how many
+//! times as long that one takes, and how far the results are apart. With `-- --serve` it answers the driver of
+//! `benches/peers/encoders.py`.
+
+mod serve;
 
 use anyhow::{Context, Result};
 use benches::turns::{Contender, Timing, in_turns};
@@ -16,7 +19,7 @@ use candle_transformers::models::bert;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// `[B, N]`: sequences, tokens of each.
@@ -49,6 +52,9 @@ struct Args {
     /// Seconds of measuring for each shape.
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
+    /// Answer commands on stdin, for benches/peers/encoders.py.
+    #[arg(long)]
+    serve: bool,
     /// What cargo adds when it runs a bench.
     #[arg(long, hide = true)]
     bench: bool,
@@ -74,19 +80,14 @@ struct Encoders {
 }
 
 impl Encoders {
-    fn load(folder: &Path) -> Result<Self> {
-        let files = ModelFiles::from_dir(folder)?;
-        let load = || BertModel::load(&files, &Device::Cpu);
+    fn load(files: &ModelFiles) -> Result<Self> {
+        let load = || BertModel::load(files, &Device::Cpu);
         let mut ours = vec![load()?, load()?, load()?, load()?];
         ours[0].set_attention(&AttentionConfig::int8());
         ours[2].set_linear(Precision::Int16)?;
         ours[3].set_attention(&AttentionConfig::int8());
         ours[3].set_linear(Precision::Int8)?;
-        let config = serde_json::from_str(&std::fs::read_to_string(&files.config)?)
-            .with_context(|| files.config.display().to_string())?;
-        let weights = std::fs::read(&files.weights)?;
-        let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)?;
-        Ok(Self { ours, candle: bert::BertModel::load(weights, &config)? })
+        Ok(Self { ours, candle: load_candle(files)? })
     }
 
     /// This crate's, by name.
@@ -111,6 +112,21 @@ impl Encoders {
     }
 }
 
+/// The encoder of candle-transformers.
+fn load_candle(files: &ModelFiles) -> Result<bert::BertModel> {
+    let config = serde_json::from_str(&std::fs::read_to_string(&files.config)?)
+        .with_context(|| files.config.display().to_string())?;
+    let weights = std::fs::read(&files.weights)?;
+    let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)?;
+    Ok(bert::BertModel::load(weights, &config)?)
+}
+
+/// Any words: what they are changes nothing in the time.
+fn any_ids([b, n]: Shape, vocabulary: usize) -> Result<Tensor> {
+    let id = |i: usize| (i as u64 * 7919 % vocabulary as u64) as u32;
+    Ok(Tensor::from_iter((0..b * n).map(id), &Device::Cpu)?.reshape((b, n))?)
+}
+
 /// One shape.
 #[derive(Serialize)]
 struct Outcome {
@@ -122,11 +138,7 @@ struct Outcome {
 
 impl Outcome {
     fn measure(encoders: &Encoders, shape: Shape, args: &Args) -> Result<Self> {
-        let [b, n] = shape;
-        let vocabulary = encoders.ours[0].config().vocab_size as u64;
-        // Any words: what they are changes nothing in the time.
-        let ids: Vec<u32> = (0..(b * n) as u64).map(|i| (i * 7919 % vocabulary) as u32).collect();
-        let ids = Tensor::from_vec(ids, (b, n), &Device::Cpu)?;
+        let ids = any_ids(shape, encoders.ours[0].config().vocab_size)?;
         let budget = if args.short { 0.0 } else { args.seconds };
         let mut contenders = encoders.contenders(&ids, args.only.as_deref());
         let timings = in_turns(&mut contenders, Duration::from_secs_f64(budget))?;
@@ -167,7 +179,12 @@ fn main() -> Result<()> {
     }
     let shipped = benches::project().join("models/paraphrase-MiniLM-L3-v2");
     let folder = args.model.clone().unwrap_or(shipped);
-    let encoders = Encoders::load(&folder).context("the encoder to measure (--model DIR)")?;
+    let to_measure = "the encoder to measure (--model DIR)";
+    let files = ModelFiles::from_dir(&folder).context(to_measure)?;
+    if args.serve {
+        return serve::run(&files, load_candle(&files).context(to_measure)?);
+    }
+    let encoders = Encoders::load(&files).context(to_measure)?;
     let shapes = match (args.shape.is_empty(), args.short) {
         (false, _) => args.shape.clone(),
         (true, true) => vec![[1, 5], [2, 17]],

@@ -125,9 +125,9 @@ def install(requirements):
     return f"Install it with: {sys.executable} -m pip install -r {path}"
 
 
-def build():
-    """Builds the bench with cargo; returns its path."""
-    bench = ["cargo", "bench", "-p", "benches", "--bench", "attention"]
+def build(name="attention"):
+    """Builds the bench of this name with cargo; returns its path."""
+    bench = ["cargo", "bench", "-p", "benches", "--bench", name]
     command = [*bench, "--no-run", "--message-format", "json"]
     try:
         done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
@@ -138,6 +138,6 @@ def build():
         raise Problem(f"`{' '.join(bench)}` failed: its messages are above")
     messages = map(json.loads, filter(lambda line: line.startswith("{"), done.stdout.splitlines()))
     for message in messages:
-        if message.get("executable") and message["target"]["name"] == "attention":
+        if message.get("executable") and message["target"]["name"] == name:
             return Path(message["executable"])
-    raise Problem("cargo built no bench `attention`")
+    raise Problem(f"cargo built no bench `{name}`")
