@@ -12,6 +12,9 @@
 //! nothing, against 0.3 µs. So the loop's body goes to the pool as a reference whose lifetime is not
 //! checked by the compiler, and [`Rounds`] makes sure that a thread which comes too late does not
 //! use it.
+//!
+//! A layer is many short loops. A thread that has helped with one therefore lingers: it spins for the next one
+//! for a few µs, which is less than it takes the pool to wake it again.
 
 use rayon::prelude::*;
 use std::any::Any;
@@ -19,6 +22,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::Thread;
+use std::time::{Duration, Instant};
 
 /// Calls `f` for all indices below `count`, in any order and on any thread.
 pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
@@ -37,8 +41,8 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
     // - Once the pool has `f`, this function is left through `finish` alone, which waits until
     //   `done` is `count`. Nothing before that unwinds: `take` catches the panics of `f`, and rayon,
     //   whose pool is there since it was asked for its threads, aborts if it cannot queue a job.
-    // - From then on `next` is at least `count`. Threads that still hold `rounds`, with a reference
-    //   in it that dangles by now, neither use nor copy that, and dropping it does nothing.
+    // - From then on `next` is at least `count`. Threads that still hold `rounds`, and the last offer, with
+    //   a reference in it that dangles by now, neither use nor copy that, and dropping it does nothing.
     let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static _>(f) };
     let rounds = Arc::new(Rounds {
         f,
@@ -48,7 +52,8 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
         panic: Mutex::new(None),
         caller: std::thread::current(),
     });
-    invite(&rounds, (count - 1).min(rayon::current_num_threads() - 1));
+    let helpers = (count - 1).min(rayon::current_num_threads() - 1);
+    invite(&rounds, helpers - offer(&rounds, helpers));
     rounds.take();
     rounds.finish();
 }
@@ -110,13 +115,72 @@ fn invite(rounds: &Arc<Rounds>, helpers: usize) {
             invite(&rounds, others / 2);
             invite(&rounds, others - others / 2);
         }
-        if rounds.take() {
-            rounds.caller.unpark();
-        }
+        rounds.help();
+        drop(rounds);
+        linger();
     });
 }
 
+/// Threads of the pool that spin for a loop.
+static LINGERING: AtomicUsize = AtomicUsize::new(0);
+
+/// The last loop that was offered to them, and the number of all offers.
+static OFFER: Mutex<Option<Arc<Rounds>>> = Mutex::new(None);
+static OFFERS: AtomicUsize = AtomicUsize::new(0);
+
+/// How long a thread spins for the next loop: what lies between two of a layer.
+const LINGER: Duration = Duration::from_micros(30);
+
+/// After this time it goes back to the pool however many loops there are, which may have other jobs.
+const LONGEST: Duration = Duration::from_millis(1);
+
+/// Whether a thread would help with a loop at once.
+pub(super) fn is_anyone_lingering() -> bool {
+    LINGERING.load(Ordering::Relaxed) > 0
+}
+
+/// Shows `rounds` to those who linger; how many of the `helpers` that are wanted they are.
+fn offer(rounds: &Arc<Rounds>, helpers: usize) -> usize {
+    let there = LINGERING.load(Ordering::Relaxed).min(helpers);
+    if there > 0 {
+        *OFFER.lock().expect("nobody panics while offering") = Some(Arc::clone(rounds));
+        OFFERS.fetch_add(1, Ordering::Release);
+    }
+    there
+}
+
+/// Helps with loops that are offered, until there has been none for a while. A loop that has counted on a
+/// thread which leaves just then goes without it.
+fn linger() {
+    let begin = Instant::now();
+    let mut since = begin;
+    let mut seen = OFFERS.load(Ordering::Relaxed);
+    LINGERING.fetch_add(1, Ordering::Relaxed);
+    while since.elapsed() < LINGER && begin.elapsed() < LONGEST {
+        // Acquire: the offer that the number stands for is there.
+        let offers = OFFERS.load(Ordering::Acquire);
+        if offers == seen {
+            std::hint::spin_loop();
+            continue;
+        }
+        seen = offers;
+        LINGERING.fetch_sub(1, Ordering::Relaxed);
+        let offer = OFFER.lock().expect("nobody panics while offering").clone();
+        offer.inspect(|rounds| rounds.help());
+        since = Instant::now();
+        LINGERING.fetch_add(1, Ordering::Relaxed);
+    }
+    LINGERING.fetch_sub(1, Ordering::Relaxed);
+}
+
 impl Rounds {
+    /// What a thread of the pool does.
+    fn help(&self) {
+        if self.take() {
+            self.caller.unpark();
+        }
+    }
+
     /// Takes indices until none is left; whether the last call of all ended here.
     fn take(&self) -> bool {
         let mut last = false;
@@ -206,6 +270,20 @@ mod tests {
             done.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(done.into_inner(), 5);
+    }
+
+    /// Loops that follow each other at once, and after every pause that a lingering thread may miss.
+    #[test]
+    fn loops_whose_helpers_are_about_to_leave() {
+        for pause in 0..400 {
+            let sum = AtomicUsize::new(0);
+            for_each_index(9, |index| _ = sum.fetch_add(index, Ordering::Relaxed));
+            assert_eq!(sum.into_inner(), 36);
+            let begin = Instant::now();
+            while begin.elapsed() < LINGER * (pause % 20) / 10 {
+                std::hint::spin_loop();
+            }
+        }
     }
 
     /// Threads that never come leave as many invitations as there may be, not one for each loop.

@@ -24,13 +24,15 @@ const ELEMENTS_PER_NS: usize = 3;
 
 /// Calling a sleeping thread takes some µs, and as many pass before it can help.
 const WAKE_NS: usize = 15_000;
+/// One that lingers begins at once.
+const OFFER_NS: usize = 5_000;
 /// Waking is paid once; after that a piece of work must only be worth taking.
 const PIECE_NS: usize = 2_000;
 /// From here on it costs nothing that the caller sleeps, and it saves having one thread more than
 /// there are cores.
 const LONG_NS: usize = 1_000_000;
 /// Parts of a product.
-const PART_NS: usize = 10_000;
+const PART_NS: usize = 5_000;
 const PARTS_PER_THREAD: usize = 16;
 /// Pieces that are to be divided again, if a thread runs out of them.
 const DIVIDED_NS: usize = 40_000;
@@ -53,7 +55,7 @@ impl Work {
             + self.elements / ELEMENTS_PER_NS
     }
 
-    /// Into how many parts the work may be cut: each is worth some 10 µs, and every thread has enough of them
+    /// Into how many parts the work may be cut: each is worth some 5 µs, and every thread has enough of them
     /// for all to end at about the same time.
     pub(crate) fn parts(self) -> usize {
         let most = PARTS_PER_THREAD * rayon::current_num_threads();
@@ -63,8 +65,8 @@ impl Work {
     /// Calls `f` for all parts of this work, which do not depend on each other.
     pub(crate) fn for_each<T: Send>(self, parts: Vec<T>, f: impl Fn(T) + Sync + Send) {
         match self.nanoseconds() {
-            ..WAKE_NS => parts.into_iter().for_each(f),
-            WAKE_NS..LONG_NS => share::for_each(parts, f),
+            short if short < shared_from() => parts.into_iter().for_each(f),
+            ..LONG_NS => share::for_each(parts, f),
             LONG_NS.. => parts.into_par_iter().with_max_len(1).for_each(f),
         }
     }
@@ -79,7 +81,7 @@ impl Work {
     ) {
         let (chunks, whole) = (out.len().div_ceil(size).max(1), self.nanoseconds());
         let threads = rayon::current_num_threads();
-        if whole < WAKE_NS || threads == 1 {
+        if whole < shared_from() || threads == 1 {
             let chunks = out.chunks_mut(size).enumerate();
             return chunks.for_each(|(index, chunk)| f(Pace::Serial, index, chunk));
         }
@@ -97,6 +99,11 @@ impl Work {
             false => out.par_chunks_mut(at_once * size).enumerate().for_each(group),
         }
     }
+}
+
+/// The nanoseconds from which on work is worth another thread.
+fn shared_from() -> usize {
+    if share::is_anyone_lingering() { OFFER_NS } else { WAKE_NS }
 }
 
 /// How independent parts of a piece of work are done.

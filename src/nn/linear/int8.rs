@@ -11,7 +11,7 @@
 //! LLM.int8's (Dettmers et al. 2022, arXiv:2208.07339).
 
 use crate::cpu::Level;
-use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::cpu::contracts::{BlockCodes, Condition, Rows};
 use crate::memory::Footprint;
 use crate::product::{PackedLhs, PackedRhs, ScoreScales, max_depth, score_tiles, unpack};
 use crate::quant::Rotation;
@@ -188,6 +188,7 @@ pub(super) struct Int8Rows {
 #[derive(Default)]
 pub(super) struct Buffers {
     rotated: Vec<f32>,
+    magnitudes: Vec<f32>,
     codes: Vec<i8>,
     scales: Vec<f32>,
     zeros: Vec<i32>,
@@ -203,8 +204,8 @@ impl Footprint for Int8Rows {
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        let Self { rotated, codes, scales, zeros, sums } = self;
-        let rows = rotated.footprint() + codes.footprint();
+        let Self { rotated, magnitudes, codes, scales, zeros, sums } = self;
+        let rows = rotated.footprint() + magnitudes.footprint() + codes.footprint();
         rows + scales.footprint() + zeros.footprint() + sums.footprint()
     }
 }
@@ -213,9 +214,6 @@ impl Buffers {
     /// Symmetric codes of `count` rotated rows, with their scales and sums.
     fn quantize(&mut self, level: Level, rotation: Rotation, rows: &[f32], count: usize) {
         let depth = rotation.depth();
-        self.rotated.clear();
-        self.rotated.extend_from_slice(rows);
-        rotation.apply_on(level, &mut self.rotated);
         self.codes.resize(count * depth, 0);
         // Of rows without elements nothing is written.
         self.scales.clear();
@@ -223,15 +221,32 @@ impl Buffers {
         self.zeros.resize(count, 0);
         self.sums.clear();
         self.sums.resize(count, 0);
-        let out = BlockCodes {
-            codes: &mut self.codes,
-            scales: &mut self.scales,
-            zeros: &mut self.zeros,
-            sums: &mut self.sums,
-        };
-        level.quantize_symmetric(Rows::new(&self.rotated, count, depth, depth), None, out);
+        if depth == 0 {
+            return;
+        }
+        self.rotated.resize(IN_L1.max(depth).min(count * depth), 0.0);
+        self.magnitudes.resize(count, 0.0);
+        // As many rows at a time as stay in L1 from their rotation to their codes.
+        let part = (IN_L1 / depth).max(1);
+        for start in (0..count).step_by(part) {
+            let end = (start + part).min(count);
+            let values = &mut self.rotated[..(end - start) * depth];
+            let magnitudes = &mut self.magnitudes[start..end];
+            let rows = Rows::contiguous(&rows[start * depth..end * depth], depth);
+            level.condition(Condition { rows, mean: None, rotate: true, values, magnitudes });
+            let out = BlockCodes {
+                codes: &mut self.codes[start * depth..end * depth],
+                scales: &mut self.scales[start..end],
+                zeros: &mut self.zeros[start..end],
+                sums: &mut self.sums[start..end],
+            };
+            level.quantize_symmetric(Rows::contiguous(values, depth), Some(magnitudes), out);
+        }
     }
 }
+
+/// Elements that L1 holds beside what is made of them.
+const IN_L1: usize = 6144;
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,6 @@ use super::int8::{Buffers, Int8Rows, Int8Weights, PANEL};
 use super::int16::{Int16Rows, Int16Weights};
 use super::tasks::{BLOCK, Grid, Task};
 use super::{Activation, Packed, Weights};
-use crate::cpu::plain::widest;
 use crate::memory::{Footprint, Kept, overwrite, written};
 use crate::nn::layer_norm::FusedNorm;
 use crate::parallel::Work;
@@ -264,17 +263,17 @@ impl Job<'_> {
             // SAFETY: `multiply` writes numbers.
             let out = unsafe { overwrite(sums) };
             left.multiply(columns.clone(), &self.layer.bias, (out, width));
-            if let Some(residual) = self.epilogue.residual {
-                let residual = &residual[task.rows.start * outputs + first..];
-                let job = (&mut *sums, width, residual, outputs, columns.len());
-                widest!(add, job, (&mut [f32], usize, &[f32], usize, usize) => ());
-            }
-            if let Some(activation) = self.epilogue.activation {
-                crate::cpu::vectors().dispatch(Activate { activation, sums });
-            }
             let at = first - task.columns.start;
-            let job = Store { sums, width, out: &mut task.out, at: at..at + columns.len() };
-            widest!(store, job, Store<'_, '_> => ());
+            let panel = Store {
+                sums,
+                width,
+                residual: (self.epilogue.residual)
+                    .map(|all| (&all[task.rows.start * outputs + first..], outputs)),
+                activation: self.epilogue.activation,
+                out: &mut task.out,
+                at: at..at + columns.len(),
+            };
+            crate::cpu::vectors().dispatch(panel);
         }
         if let (Some(norm), true) = (self.epilogue.norm, self.whole_rows) {
             for row in task.out {
@@ -293,49 +292,63 @@ impl Job<'_> {
     }
 }
 
-/// Adds the residual, whose rows are `outputs` apart, to the first `count` of each row of `width` sums.
-#[inline(always)]
-fn add((sums, width, residual, outputs, count): (&mut [f32], usize, &[f32], usize, usize)) {
-    for (sums, residual) in sums.chunks_exact_mut(width).zip(residual.chunks(outputs)) {
-        sums[..count].iter_mut().zip(&residual[..count]).for_each(|(sum, x)| *sum += x);
-    }
-}
-
-/// Rows of `width` sums, whose first go to these places of the rows of the result.
+/// What follows the sums of a panel, on their way to the result.
 struct Store<'a, 'b> {
+    /// Rows of `width`, which are whole vectors.
     sums: &'a [f32],
     width: usize,
+    /// From the panel's first element on, and what lies between two rows.
+    residual: Option<(&'a [f32], usize)>,
+    activation: Option<Activation>,
     out: &'a mut [&'b mut [MaybeUninit<f32>]],
+    /// Where the panel is in each row of `out`.
     at: Range<usize>,
 }
 
-#[inline(always)]
-fn store(Store { sums, width, out, at }: Store<'_, '_>) {
-    for (sums, out) in sums.chunks_exact(width).zip(out) {
-        let out = &mut out[at.clone()];
-        match (sums.first_chunk::<PANEL>(), out.first_chunk_mut::<PANEL>()) {
-            // A length that is known is a few moves, and any other a call.
-            (Some(sums), Some(out)) if at.len() == PANEL => _ = out.write_copy_of_slice(sums),
-            _ => _ = out.write_copy_of_slice(&sums[..at.len()]),
-        }
-    }
-}
-
-/// An activation of sums, which are whole vectors as panels are.
-struct Activate<'a> {
-    activation: Activation,
-    sums: &'a mut [f32],
-}
-
-impl WithSimd for Activate<'_> {
+impl WithSimd for Store<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (whole, rest) = S::as_mut_simd_f32s(self.sums);
-        assert!(rest.is_empty(), "{} sums beside whole vectors", rest.len());
-        self.activation.of_vectors(simd, whole);
+        let Self { sums, width, residual, activation, out, at } = self;
+        for (row, (sums, out)) in sums.chunks_exact(width).zip(out).enumerate() {
+            let out = &mut out[at.clone()];
+            let residual = residual.map(|(all, stride)| &all[row * stride..][..out.len()]);
+            let (sums, rest) = sums[..out.len()].as_chunks::<PANEL>();
+            let (whole, out_rest) = out.as_chunks_mut::<PANEL>();
+            for (i, (sums, out)) in sums.iter().zip(whole).enumerate() {
+                let residual = residual.map(|row| &row[i * PANEL..][..PANEL]);
+                out.write_copy_of_slice(&finished(simd, sums, residual, activation));
+            }
+            if !rest.is_empty() {
+                let mut panel = [0.0; PANEL];
+                panel[..rest.len()].copy_from_slice(rest);
+                let residual = residual.map(|row| &row[row.len() - rest.len()..]);
+                let panel = finished(simd, &panel, residual, activation);
+                out_rest.write_copy_of_slice(&panel[..rest.len()]);
+            }
+        }
     }
+}
+
+/// Sums with what follows them; the residual may be shorter.
+#[inline(always)]
+fn finished<S: Simd>(
+    simd: S,
+    sums: &[f32; PANEL],
+    residual: Option<&[f32]>,
+    activation: Option<Activation>,
+) -> [f32; PANEL] {
+    let mut x = *sums;
+    if let Some(residual) = residual {
+        x.iter_mut().zip(residual).for_each(|(x, residual)| *x += residual);
+    }
+    if let Some(activation) = activation {
+        let (whole, rest) = S::as_mut_simd_f32s(&mut x);
+        assert!(rest.is_empty(), "{} sums beside whole vectors", rest.len());
+        activation.of_vectors(simd, whole);
+    }
+    x
 }
 
 #[cfg(test)]

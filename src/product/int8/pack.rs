@@ -2,6 +2,7 @@
 
 use crate::cpu::Level;
 use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput};
+use crate::cpu::plain::widest;
 use crate::memory::{AlignedBytes, Footprint};
 
 /// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
@@ -62,6 +63,14 @@ fn spread_bytes(
     }
 }
 
+/// Rows of codes as u8, 128 more than they are, each filled up to `stride`.
+#[inline(always)]
+fn bias((out, stride, codes, depth): (&mut [u8], usize, &[i8], usize)) {
+    for (row, codes) in out.chunks_exact_mut(stride).zip(codes.chunks_exact(depth)) {
+        row.iter_mut().zip(codes).for_each(|(to, &code)| *to = code as u8 ^ 0x80);
+    }
+}
+
 /// The codes of `rows` rows of `depth`, row-major, from where they lie in the order of a
 /// [`PackedRhs::layout`], of this level or of another.
 ///
@@ -113,9 +122,7 @@ impl PackedLhs {
         match lhs {
             LhsFormat::Signed => spread_bytes(codes, depth, (0, mr), group, out),
             LhsFormat::Biased if depth > 0 => {
-                for (row, codes) in out.chunks_exact_mut(stride).zip(codes.chunks_exact(depth)) {
-                    row.iter_mut().zip(codes).for_each(|(to, &code)| *to = code as u8 ^ 0x80);
-                }
+                widest!(bias, (out, stride, codes, depth), (&mut [u8], usize, &[i8], usize) => ());
             }
             LhsFormat::Biased => {}
             LhsFormat::Wide => {
