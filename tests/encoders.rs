@@ -18,6 +18,7 @@ use candle_int8_attention::models::{
     CalibrationConfig, EncoderModel, LayerSettings, LayeredModel, ModelFiles, StaticScales,
     TextEncoder, calibrate, run_layers,
 };
+use candle_int8_attention::nn::{self, Precision};
 use candle_int8_attention::{AttentionConfig, Backend, Error};
 use common::tiny_encoders::{FAMILIES, HIDDEN, LAYERS, TOKENS, TinyEncoder, VOCAB};
 use common::{largest, largest_difference, randn};
@@ -289,5 +290,59 @@ fn files_of_a_model_that_contradict_each_other_are_named() -> TestResult {
         let found = refused(&tiny)?;
         assert!(found.contains(message), "{family} {key}: {found}");
     }
+    Ok(())
+}
+
+#[test]
+fn packed_layers_are_the_same_model_in_every_family_and_precision() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("packed.safetensors");
+    for family in FAMILIES {
+        let tiny = TinyEncoder::new(family, "");
+        for precision in [Precision::Int8, Precision::Int16, Precision::F32] {
+            let mut packed = load(&tiny)?;
+            packed.set_linear(precision)?;
+            packed.save_linear(&path)?;
+            let mut model = load(&tiny)?;
+            model.load_linear(&path)?;
+            let found = model.forward(&ids(2, 9)?, None, None)?;
+            let expected = packed.forward(&ids(2, 9)?, None, None)?;
+            assert_eq!(largest_difference(&found, &expected), 0.0, "{family} {precision:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_layers_of_another_model_are_refused_and_change_nothing() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("packed.safetensors");
+    let mut bert = load(&TinyEncoder::new("bert", ""))?;
+    let before = bert.forward(&ids(1, 5)?, None, None)?;
+    let mut refused = |layers: Vec<(String, nn::Linear)>| -> TestResult<String> {
+        nn::save_linear(&path, layers.iter().map(|(name, layer)| (name.as_str(), layer)))?;
+        let error = bert.load_linear(&path).err().ok_or("it was loaded")?;
+        assert!(matches!(error, Error::Mismatch(_)), "{error}");
+        assert_eq!(largest_difference(&bert.forward(&ids(1, 5)?, None, None)?, &before), 0.0);
+        Ok(error.to_string())
+    };
+    let all = || -> TestResult<Vec<(String, nn::Linear)>> {
+        let mut other = load(&TinyEncoder::new("bert", ""))?;
+        let layers = other.linear_mut().into_iter().map(|named| {
+            let name = format!("{}.{}", named.layer, named.name);
+            Ok((name, named.linear.to_precision(Precision::Int8)?))
+        });
+        layers.collect()
+    };
+    let mut missing = all()?;
+    missing.remove(1);
+    assert!(refused(missing)?.contains("no layer \"0.output\", which the model has"));
+    let mut wide = all()?;
+    wide[0].1 = nn::Linear::new(&randn(&[3 * HIDDEN, HIDDEN + 1]), None, Precision::Int8)?;
+    let shapes = format!("(48, {}), expected (48, {HIDDEN})", HIDDEN + 1);
+    assert!(refused(wide)?.contains(&format!("layer \"0.qkv\" has shape {shapes}")));
+    let mut more = all()?;
+    more.push(("9.up".into(), nn::Linear::new(&randn(&[2, 2]), None, Precision::F32)?));
+    assert!(refused(more)?.contains("a layer \"9.up\", which the model does not have"));
     Ok(())
 }

@@ -18,11 +18,12 @@ use super::{BertConfig, LayeredModel, ModelFiles, Weights, mean_pool};
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
 use crate::files::{corrupt, read_text};
 use crate::memory::check_size;
-use crate::nn::Precision;
+use crate::nn::{Linear, Precision, load_linear, save_linear};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What all families have, as their `config.json` says.
@@ -215,6 +216,35 @@ impl EncoderModel {
         set_linear(&mut *self.family, precision)
     }
 
+    /// Writes the linear layers as they are packed, by layer and product (`0.qkv`), for
+    /// [`EncoderModel::load_linear`].
+    ///
+    /// # Errors
+    /// Those of [`save_linear`].
+    pub fn save_linear(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let layers: Vec<_> = self.family.linear_mut().into_iter().map(named).collect();
+        save_linear(path, layers.iter().map(|(name, linear)| (name.as_str(), &**linear)))
+    }
+
+    /// Takes the linear layers that [`EncoderModel::save_linear`] wrote for a model with these weights: the
+    /// same bits, without rotating and rounding again. Attention, embeddings and norms stay as they are.
+    ///
+    /// # Errors
+    /// Those of [`load_linear`]; [`Error::Mismatch`] naming the first layer that is missing, has another shape,
+    /// or is not one of the model. The model is then as it was.
+    pub fn load_linear(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let mut found = load_linear(path)?;
+        let layers: Vec<_> = self.family.linear_mut().into_iter().map(named).collect();
+        check_packed(&layers, &found).map_err(|problem| {
+            Error::Mismatch(format!("the packed layers in {}: {problem}", path.display()))
+        })?;
+        for (name, linear) in layers {
+            *linear = found.remove(&name).expect("checked to be there");
+        }
+        Ok(())
+    }
+
     /// [`EncoderModel::forward`] for sequences of ids of any lengths, without padding: the last hidden states
     /// of each, `[N_i, hidden_size]`, with the bits that the sequence alone gives. Linear layers and norms
     /// work on all tokens at once; ModernBERT, whose positions turn queries and keys, on each sequence by
@@ -363,6 +393,30 @@ pub(super) fn layer(
         return Err(Error::InvalidArgument(format!("layer {index}, expected less than {layers}")));
     }
     model.layer(index, hidden, attend)
+}
+
+/// A layer by the name it has in a file.
+fn named(NamedLinear { layer, name, linear }: NamedLinear<'_>) -> (String, &mut Linear) {
+    (format!("{layer}.{name}"), linear)
+}
+
+/// Says where packed layers are not those of a model.
+fn check_packed(
+    layers: &[(String, &mut Linear)],
+    packed: &BTreeMap<String, Linear>,
+) -> std::result::Result<(), String> {
+    for (name, linear) in layers {
+        let packed = packed.get(name).ok_or(format!("no layer {name:?}, which the model has"))?;
+        let (found, expected) = (packed.shape(), linear.shape());
+        if found != expected {
+            return Err(format!("layer {name:?} has shape {found:?}, expected {expected:?}"));
+        }
+    }
+    let known = |name: &str| layers.iter().any(|(of_model, _)| of_model == name);
+    match packed.keys().find(|name| !known(name)) {
+        Some(name) => Err(format!("a layer {name:?}, which the model does not have")),
+        None => Ok(()),
+    }
 }
 
 /// [`EncoderModel::set_linear`] of a family.

@@ -72,6 +72,41 @@ impl TextEncoder {
         Ok(())
     }
 
+    /// Writes the linear layers as they are packed, so that a start does not pack them again:
+    ///
+    /// ```no_run
+    /// use candle_core::Device;
+    /// use candle_int8_attention::AttentionConfig;
+    /// use candle_int8_attention::models::{ModelFiles, TextEncoder};
+    /// use candle_int8_attention::nn::Precision;
+    ///
+    /// let files = ModelFiles::from_dir("all-MiniLM-L6-v2")?;
+    /// let mut encoder = TextEncoder::load(&files, &Device::Cpu)?;
+    /// encoder.set_precision(Precision::Int8)?;
+    /// encoder.save_linear("all-MiniLM-L6-v2/int8.safetensors")?;
+    ///
+    /// // Another time: the same bits.
+    /// let mut encoder = TextEncoder::load(&files, &Device::Cpu)?;
+    /// encoder.load_linear("all-MiniLM-L6-v2/int8.safetensors")?;
+    /// encoder.model.set_attention(&AttentionConfig::int8());
+    /// # Ok::<(), candle_int8_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`EncoderModel::save_linear`].
+    pub fn save_linear(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        self.model.save_linear(path)
+    }
+
+    /// Takes the linear layers that [`TextEncoder::save_linear`] wrote for this model. What is checked against
+    /// the configuration is names and shapes, not that they are of the same weights.
+    ///
+    /// # Errors
+    /// Those of [`EncoderModel::load_linear`].
+    pub fn load_linear(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        self.model.load_linear(path)
+    }
+
     /// What the files ask for and is not done, see [`EncoderModel::warnings`]. In sentences, for
     /// people.
     pub fn warnings(&self) -> &[String] {
