@@ -5,8 +5,9 @@ use super::cutter::decoder::DecoderCutter;
 use super::cutter::encoder::EncoderCutter;
 use super::llama::{Decoder, GgufArgs, LlamaArgs};
 use super::model::{HubArgs, ModelArgs};
+use super::precision::{Precision, PrecisionArgs};
 use super::text;
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use candle_core::Tensor;
 use candle_int8_attention::models::{Attend, EncoderModel, LayeredModel, TextEncoder};
 use candle_int8_attention::{Error, QuantizedAttention};
@@ -25,6 +26,10 @@ pub struct TextModelArgs {
 
     #[command(flatten)]
     pub hub: HubArgs,
+
+    /// With fp32 and with int8 attention alike.
+    #[command(flatten)]
+    pub linear: PrecisionArgs,
 
     #[command(flatten)]
     pub format: GgufArgs,
@@ -53,15 +58,21 @@ enum Kind {
 impl TextModelArgs {
     /// The model; a decoder's layers all have fp32 attention.
     pub fn load(&self) -> Result<Loaded> {
-        let (model, hub) = (self.model.clone(), self.hub.clone());
+        let (model, hub, precision) = (self.model.clone(), self.hub.clone(), self.linear.precision);
         match self.kind()? {
             Kind::Encoder => {
-                let (encoder, name, files) = ModelArgs { model, hub }.encoder_and_files()?;
+                let (mut encoder, name, files) = ModelArgs { model, hub }.encoder_and_files()?;
                 self.format.refuse_for(&name)?;
-                let files = files.all()?;
+                encoder.model.set_linear(precision.into())?;
+                let (name, files) = (name + &precision.suffix(), files.all()?);
                 Ok(Loaded { model: TextModel::Encoder(Box::new(encoder)), name, files })
             }
             Kind::Decoder => {
+                ensure!(
+                    precision == Precision::F32,
+                    "--precision {} is for the linear layers of an encoder, and this is a decoder",
+                    precision.name()
+                );
                 let decoder = LlamaArgs { model, hub, format: self.format.clone() }.load()?;
                 let (name, files) = (decoder.name.clone(), decoder.files()?);
                 Ok(Loaded { model: TextModel::Decoder(Box::new(decoder)), name, files })

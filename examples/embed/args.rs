@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::common::model::ModelArgs;
-use crate::common::precision::Precision;
+use crate::common::precision::PrecisionArgs;
 use crate::common::shard::Shard;
 use std::path::PathBuf;
 
@@ -22,10 +22,6 @@ pub struct Args {
     #[arg(long, short, value_name = "FILE")]
     pub output: PathBuf,
 
-    /// In which numbers the encoder computes
-    #[arg(long, value_enum, default_value_t)]
-    pub precision: Precision,
-
     /// Scale each embedding to length 1
     #[arg(long)]
     pub normalize: bool,
@@ -41,4 +37,8 @@ pub struct Args {
 
     #[command(flatten)]
     pub model: ModelArgs,
+
+    /// With attention in int8 as well for int8.
+    #[command(flatten)]
+    pub linear: PrecisionArgs,
 }

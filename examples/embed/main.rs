@@ -44,7 +44,7 @@ fn run(args: &Args) -> Result<String> {
     let target = NewFile::create(&args.output, [&args.file])?;
     let format = output::Format::of(&args.output)?;
     let (mut encoder, model) = args.model.encoder()?;
-    encoder.set_precision(args.precision.into())?;
+    encoder.set_precision(args.linear.precision.into())?;
 
     let (start, progress) = (Instant::now(), progress_bar(texts.bytes()));
     let mut report = Report::new(args, model);

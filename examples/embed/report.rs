@@ -33,7 +33,7 @@ impl Report {
     pub fn new(args: &Args, model: String) -> Self {
         Self {
             model,
-            precision: args.precision.name(),
+            precision: args.linear.precision.name(),
             normalized: args.normalize,
             file: shown(&args.file),
             output: shown(&args.output),

@@ -19,10 +19,11 @@ mod report;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
+use candle_int8_attention::Int8Config;
 use candle_int8_attention::models::SequenceClassifier;
-use candle_int8_attention::{AttentionConfig, Int8Config};
 use common::config::{QuantArgs, describe};
 use common::model::ModelArgs;
+use common::precision::PrecisionArgs;
 use common::print::{finish, parse};
 use common::text;
 use report::{Passage, Report};
@@ -55,6 +56,10 @@ struct Args {
     #[command(flatten)]
     model: ModelArgs,
 
+    /// Beside the int8 attention; beside that in f32 they are in f32.
+    #[command(flatten)]
+    linear: PrecisionArgs,
+
     #[command(flatten)]
     int8: QuantArgs,
 }
@@ -83,10 +88,10 @@ fn run(args: &Args) -> Result<String> {
     );
     let (fp32, truncated) = scores(&model, &args.query, &passages)?;
     let int8_scores = args.int8.scores();
-    let config = describe(&int8_scores, None);
+    let config = describe(&int8_scores, None) + &args.linear.precision.suffix();
+    model.model.set_linear(args.linear.precision.into())?;
     model.model.set_attention(&Int8Config { scores: int8_scores, ..Int8Config::default() }.into());
     let (int8, _) = scores(&model, &args.query, &passages)?;
-    model.model.set_attention(&AttentionConfig::fp32());
 
     let passages = passages.into_iter().zip(fp32.into_iter().zip(int8));
     let passages =

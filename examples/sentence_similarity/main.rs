@@ -25,7 +25,7 @@ use candle_int8_attention::models::LayerSettings;
 use candle_int8_attention::{AttentionConfig, Int8Config};
 use common::config::{QuantArgs, describe};
 use common::model::ModelArgs;
-use common::precision::Precision;
+use common::precision::PrecisionArgs;
 use common::print::{finish, parse};
 use report::{Report, Similarity, Subject};
 use std::path::PathBuf;
@@ -50,12 +50,12 @@ struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "QuantArgs")]
     layers: Option<PathBuf>,
 
-    /// In which numbers the linear layers compute beside the int8 attention
-    #[arg(long, value_enum, default_value_t)]
-    precision: Precision,
-
     #[command(flatten)]
     model: ModelArgs,
+
+    /// Beside the int8 attention; beside that in f32 they are in f32.
+    #[command(flatten)]
+    linear: PrecisionArgs,
 
     #[command(flatten)]
     int8: QuantArgs,
@@ -88,10 +88,8 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
             name
         }
     };
-    if args.precision != Precision::F32 {
-        encoder.model.set_linear(args.precision.into())?;
-        config += &format!(", linear layers in {}", args.precision.name());
-    }
+    encoder.model.set_linear(args.linear.precision.into())?;
+    config += &args.linear.precision.suffix();
     let int8 = corpus.embed(&encoder)?;
 
     let cosines = fp32.iter().zip(&int8).map(|(a, b)| Ok(cosine(a, b)?));

@@ -2,6 +2,7 @@
 
 use crate::common::config::Int8Args;
 use crate::common::model::ModelArgs;
+use crate::common::precision::PrecisionArgs;
 use crate::common::text::read;
 use anyhow::{Result, ensure};
 use candle_int8_attention::PvPrecision;
@@ -56,6 +57,10 @@ pub struct Args {
 
     #[command(flatten)]
     pub model: ModelArgs,
+
+    /// With fp32 and with int8 attention alike.
+    #[command(flatten)]
+    pub linear: PrecisionArgs,
 
     /// Folder with the static GloVe word embeddings
     #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "compare")]

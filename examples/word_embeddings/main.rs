@@ -36,7 +36,9 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<String> {
     let source = args.source()?;
-    let (mut encoder, model_name) = args.model.encoder()?;
+    let (mut encoder, name) = args.model.encoder()?;
+    encoder.model.set_linear(args.linear.precision.into())?;
+    let model_name = name + &args.linear.precision.suffix();
     let Windows { windows, tokens_lost } = Windows::of(&encoder, &source.text)?;
     let config = encoder.model.config();
     let subject = |used: &[Window]| Subject {

@@ -65,6 +65,28 @@ fn linear_layers_in_int8_change_little() {
     assert!(cosine >= 0.9993 && cosine < f32, "{cosine}, linear layers in f32 {f32}");
 }
 
+/// Tools of attention keep the precision that they are told on both sides, and say so.
+#[test]
+fn every_tool_of_encoders_has_linear_layers_in_the_precision_that_is_named() {
+    let short = file(SENTENCE.as_bytes());
+    let tools: &[(&str, &[&str])] = &[
+        (WORDS, &["--file", &short.1]),
+        ("calibrate", &["--observer", "min-max"]),
+        #[cfg(feature = "drift")]
+        ("drift", &["--file", &short.1]),
+    ];
+    for (name, args) in tools {
+        let report = json(name, &[*args, &["--precision", "int16"]].concat());
+        let text = report.to_string();
+        assert!(text.contains("MiniLM-L3-v2, linear layers in int16"), "{name}: {text}");
+    }
+    let rows = |precision| {
+        json("calibrate", &["--observer", "min-max", "--precision", precision])["rows"].clone()
+    };
+    let db = |rows: Value| rows[0]["layer_sqnr_db"][2].as_f64().unwrap();
+    assert_ne!(db(rows("int8")), db(rows("f32")));
+}
+
 #[test]
 fn correlations_that_are_undefined_are_null() {
     let unscored = "A cat sleeps.\tA dog sleeps.\nIt rains.\tThe sun shines.\n";

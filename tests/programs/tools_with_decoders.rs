@@ -62,6 +62,8 @@ fn ranges_of_a_decoder_are_collected_saved_and_loaded() -> Result<()> {
     let db = |report: &Value| report["rows"][2]["worst_head_db"].as_f64().unwrap_or(f64::NAN);
     assert!((db(&loaded) - db(&report)).abs() < 0.2, "{loaded} {report}");
 
+    let int8 = run("calibrate", &["--model", &model, "--precision", "int8"]);
+    expect_failure(&int8, &["--precision int8 is for the linear layers of an encoder"]);
     let encoder = run("calibrate", &["--ranges", &ranges]);
     expect_failure(&encoder, &["ranges of 2 layers for a model of 3"]);
     let mut wrong = saved;
