@@ -1,5 +1,8 @@
 //! What several benches need, and tests against other implementations beside them.
 
+pub mod machine;
+pub mod options;
+pub mod serve;
 pub mod turns;
 
 use std::path::{Path, PathBuf};

@@ -1,11 +1,11 @@
 //! The command line.
 
 use crate::shape::{README, SHORT, Shape};
+use benches::options::Options;
 use candle_core::DType;
 use candle_int8_attention::{AttentionConfig, Int8Config, PvPrecision};
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 /// Time this crate's attention and raw scores beside Candle and rten-gemm, in turns within one run
@@ -15,10 +15,6 @@ pub struct Args {
     /// Shape of queries, keys and values; can be given several times [default: the README's seven]
     #[arg(long, value_name = "B,H,N,D")]
     pub shape: Vec<Shape>,
-
-    /// Threads [default: RAYON_NUM_THREADS, or one for each core]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
 
     /// Measure one of the two
     #[arg(long, value_name = "WHAT")]
@@ -32,15 +28,6 @@ pub struct Args {
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: Dtype,
 
-    /// Seconds of measuring for each shape; everyone is called at least three times in any case
-    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
-    #[arg(allow_negative_numbers = true)]
-    pub seconds: f64,
-
-    /// Small shapes and three calls each: shows that everything runs, not how fast
-    #[arg(long)]
-    pub short: bool,
-
     /// Leave the peers out
     #[arg(long)]
     pub alone: bool,
@@ -52,9 +39,8 @@ pub struct Args {
     #[command(flatten)]
     pub mode: Mode,
 
-    /// What cargo adds when it runs a bench
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    pub options: Options,
 }
 
 /// What to do instead of the tables.
@@ -71,14 +57,14 @@ pub struct Mode {
 
     /// Answer commands from stdin with lines of JSON, for a driver that takes turns with other
     /// programs; `help` lists the commands
-    #[arg(long, conflicts_with_all = ["shape", "only", "seconds", "short", "alone", "json"])]
+    #[arg(long, conflicts_with_all = ["shape", "only", "seconds", "after_silence", "short", "alone", "json"])]
     pub serve: bool,
 }
 
 impl Args {
     /// The shapes to measure.
     pub fn shapes(&self) -> Vec<Shape> {
-        match (self.shape.is_empty(), self.short) {
+        match (self.shape.is_empty(), self.options.short) {
             (false, _) => self.shape.clone(),
             (true, true) => SHORT.to_vec(),
             (true, false) => README.to_vec(),
@@ -154,9 +140,4 @@ impl Dtype {
     pub fn name(self) -> &'static str {
         self.candle().as_str()
     }
-}
-
-fn seconds(text: &str) -> Result<f64, String> {
-    let seconds = text.parse().ok().filter(|s: &f64| s.is_finite() && *s >= 0.0);
-    seconds.ok_or_else(|| "expected a number of seconds, 0 or more".to_string())
 }

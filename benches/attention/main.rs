@@ -2,7 +2,8 @@
 //!
 //! * `cargo bench -p benches --bench attention` prints tables: for every shape the median time of each
 //!   contender, how many times as long as this crate it takes, and which fraction of the machine's
-//!   limit this crate reaches.
+//!   limit this crate reaches. `--after-silence` has the first call after 100 ms of silence, as a server
+//!   sees it, and `--level NAME` forces a level of the processor.
 //! * `-- --scaling` shows how time grows with the number of keys and shrinks with threads.
 //! * `-- --memory` shows the peak memory of one call.
 //! * `-- --serve` runs contenders one at a time for a driver: see `benches/peers`.
@@ -13,7 +14,6 @@
 mod args;
 mod contenders;
 mod limit;
-mod machine;
 mod memory;
 mod peak;
 mod print;
@@ -21,7 +21,6 @@ mod scaling;
 mod serve;
 mod shape;
 mod tables;
-mod turns;
 
 use anyhow::{Context, Result};
 use args::Args;
@@ -41,9 +40,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    benches::start_in_project()?;
-    machine::set_threads(args.threads)?;
-    let machine = machine::Machine::find()?;
+    let machine = args.options.start()?;
     if args.mode.serve {
         return serve::run(args, &machine);
     }
@@ -55,7 +52,7 @@ fn run(args: &Args) -> Result<()> {
     } else if args.mode.memory {
         ("memory", serde_json::to_value(memory::run(args)?)?)
     } else {
-        ("comparison", serde_json::to_value(tables::run(args)?)?)
+        ("comparison", serde_json::to_value(tables::run(args, machine.level)?)?)
     };
     if let Some(file) = json {
         let report = serde_json::json!({

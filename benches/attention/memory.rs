@@ -25,7 +25,7 @@ struct Report {
 /// else before, so that its peak is that of the call.
 pub fn run(args: &Args) -> Result<impl Serialize + use<>> {
     let shape = match args.shape[..] {
-        [] if args.short => Shape([1, 2, 1024, 32]),
+        [] if args.options.short => Shape([1, 2, 1024, 32]),
         [] => LONG,
         [shape] => shape,
         _ => bail!(

@@ -4,12 +4,11 @@ use crate::args::Args;
 use crate::contenders::{Contender, Inputs};
 use crate::print::{self, milliseconds, percent, times};
 use crate::shape::{README, Shape};
-use crate::turns::{Timing, in_turns};
 use anyhow::{Result, bail};
+use benches::turns::{Timing, in_turns};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::Serialize;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// From here up, threads are expected to help, and time to grow with `M * N` alone.
 const THREADS_HELP: usize = 512;
@@ -63,7 +62,7 @@ fn shapes(args: &Args) -> Vec<Shape> {
     if !args.shape.is_empty() {
         return args.shape.clone();
     }
-    if args.short {
+    if args.options.short {
         return [1024, 2048].map(|n| Shape([1, 1, n, 16])).to_vec();
     }
     let series = [1024, 2048, 4096, 8192, 16384].map(|n| Shape([1, 12, n, 64]));
@@ -79,9 +78,9 @@ fn measure(shape: Shape, pools: &[Arc<ThreadPool>; 2], args: &Args) -> Result<Ro
         let (inputs, config) = (inputs.clone(), args.attention());
         Contender::new("ours", "this crate", move || pool.install(|| inputs.attend(&config)))
     });
-    let budget = Duration::from_secs_f64(if args.short { 0.0 } else { args.seconds });
-    let timings: Vec<Timing> =
-        in_turns(&mut contenders, budget).into_iter().collect::<candle_core::Result<_>>()?;
+    let mut calls = contenders.each_mut().map(|contender| || contender.call());
+    let timings = in_turns(&mut calls, args.options.pace()).into_iter();
+    let timings: Vec<Timing> = timings.collect::<candle_core::Result<_>>()?;
     let (one_thread, all_threads) = (timings[0], timings[1]);
     Ok(Row { shape, speedup: one_thread.median / all_threads.median, one_thread, all_threads })
 }

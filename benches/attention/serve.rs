@@ -1,20 +1,17 @@
 //! Contenders one at a time, for a driver that takes turns with other programs.
-//!
-//! Reads a command a line from stdin, answers each with a line of JSON on stdout: what was asked
-//! for, or `{"error": ".."}`. Ends when stdin ends.
 
 use crate::args::{Args, What};
 use crate::contenders::{self, Contender, Inputs};
 use crate::limit::{Limit, pv_peak};
-use crate::machine::Machine;
 use crate::peak::Peaks;
 use crate::shape::Shape;
-use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Tensor};
+use anyhow::{Context, Result, bail};
+use benches::machine::Machine;
+use benches::serve::{self, calls as calls_of, commands, words};
+use benches::turns::seconds;
+use candle_core::Tensor;
 use clap::ValueEnum;
 use serde_json::{Value, json};
-use std::io::{BufRead, Write};
-use std::path::Path;
 
 const COMMANDS: &str = "\
 about -> the machine and this crate's version; \
@@ -28,17 +25,7 @@ WHAT is scores or attention; CONTENDER is ours, candle, candle-flash (attention)
 /// Answers until there are no more commands.
 pub fn run(args: &Args, machine: &Machine) -> Result<()> {
     let mut server = Server { args, machine, peaks: None, ready: None };
-    for line in std::io::stdin().lock().lines() {
-        let line = line.context("cannot read a command from stdin")?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let answer =
-            server.answer(&line).unwrap_or_else(|error| json!({ "error": format!("{error:#}") }));
-        let mut out = std::io::stdout().lock();
-        writeln!(out, "{answer}").and_then(|()| out.flush()).context("cannot answer on stdout")?;
-    }
-    Ok(())
+    commands(|line| server.answer(line))
 }
 
 struct Server<'a> {
@@ -52,12 +39,8 @@ struct Server<'a> {
 
 impl Server<'_> {
     fn answer(&mut self, line: &str) -> Result<Value> {
-        // The last word of `compute` is a path, which may have spaces.
-        let words: Vec<&str> = match line.trim().splitn(4, ' ').collect::<Vec<_>>()[..] {
-            ["compute", what, contender, folder] => return self.compute(what, contender, folder),
-            _ => line.split_whitespace().collect(),
-        };
-        match words[..] {
+        match words(line)[..] {
+            ["compute", what, contender, folder] => self.compute(what, contender, folder),
             ["about"] => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),
                 "machine": self.machine,
@@ -67,9 +50,7 @@ impl Server<'_> {
             ["peaks"] => Ok(json!({ "peaks": self.peaks() })),
             ["limit", what, shape] => self.limit(parse_what(what)?, parse_shape(shape)?),
             ["run", what, contender, shape, calls] => {
-                let calls = calls.parse().ok().filter(|&calls| calls > 0);
-                let calls = calls.context("CALLS is not a number above 0")?;
-                self.run(parse_what(what)?, contender, parse_shape(shape)?, calls)
+                self.run(parse_what(what)?, contender, parse_shape(shape)?, calls_of(calls)?)
             }
             ["release"] => {
                 self.ready = None;
@@ -81,7 +62,7 @@ impl Server<'_> {
     }
 
     fn peaks(&mut self) -> &Peaks {
-        self.peaks.get_or_insert_with(Peaks::measure)
+        self.peaks.get_or_insert_with(|| Peaks::measure(self.machine.level))
     }
 
     fn limit(&mut self, what: What, shape: Shape) -> Result<Value> {
@@ -108,36 +89,22 @@ impl Server<'_> {
         }
         let (_, _, contenders) = self.ready.as_mut().expect("just made");
         let contender = find(contenders, contender)?;
-        let seconds: Vec<f64> =
-            (0..calls).map(|_| contender.call()).collect::<candle_core::Result<_>>()?;
+        let call = |_| seconds(|| contender.call());
+        let seconds: Vec<f64> = (0..calls).map(call).collect::<candle_core::Result<_>>()?;
         Ok(json!({ "seconds": seconds }))
     }
 
     fn compute(&mut self, what: &str, contender: &str, folder: &str) -> Result<Value> {
         let what = parse_what(what)?;
-        let folder = Path::new(folder);
-        let read = |name: &str| -> Result<Tensor> {
-            let path = folder.join(name);
-            let tensor = Tensor::read_npy(&path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            ensure!(
-                tensor.rank() == 4,
-                "{}: shape {:?}, expected [B, H, N, D]",
-                path.display(),
-                tensor.dims()
-            );
-            Ok(tensor.to_dtype(self.args.dtype.candle())?)
+        let read = |name| -> Result<Tensor> {
+            Ok(serve::read(folder, name)?.to_dtype(self.args.dtype.candle())?)
         };
-        let inputs = Inputs { q: read("q.npy")?, k: read("k.npy")?, v: read("v.npy")? };
+        let inputs = Inputs { q: read("q")?, k: read("k")?, v: read("v")? };
         let mut contenders = contenders::all(what, &inputs, self.args)?;
         let contender = find(&mut contenders, contender)?;
         let output = contender.output()?;
         let output = output.with_context(|| format!("{} has no f32 result", contender.name))?;
-        let path = folder.join(format!("{}.npy", contender.id));
-        output
-            .to_dtype(DType::F32)?
-            .write_npy(&path)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        let path = serve::write(folder, contender.id, &output)?;
         Ok(json!({ "written": path }))
     }
 }

@@ -6,11 +6,10 @@ use crate::limit::{Limit, pv_peak};
 use crate::peak::{Peak, Peaks};
 use crate::print::{self, known, milliseconds, percent, times};
 use crate::shape::Shape;
-use crate::turns::{Timing, in_turns};
 use anyhow::{Context, Result};
+use benches::turns::{Timing, in_turns};
 use comfy_table::CellAlignment;
 use serde::Serialize;
-use std::time::Duration;
 
 /// From here up, attention should be near its limit.
 const LONG: usize = 512;
@@ -69,8 +68,8 @@ struct Entry {
 }
 
 /// Measures and prints; what is returned goes into the JSON.
-pub fn run(args: &Args) -> Result<impl Serialize + use<>> {
-    let peaks = Peaks::measure();
+pub fn run(args: &Args, level: &str) -> Result<impl Serialize + use<>> {
+    let peaks = Peaks::measure(level);
     print_peaks(&peaks);
     let mut tables = Vec::new();
     for what in args.tables() {
@@ -90,8 +89,9 @@ fn measure(what: What, shape: Shape, peaks: &Peaks, args: &Args) -> Result<Row> 
     if args.alone {
         contenders.truncate(1);
     }
-    let budget = Duration::from_secs_f64(if args.short { 0.0 } else { args.seconds });
-    let mut timings = in_turns(&mut contenders, budget).into_iter();
+    let mut calls: Vec<_> = contenders.iter_mut().map(|contender| || contender.call()).collect();
+    let mut timings = in_turns(&mut calls, args.options.pace()).into_iter();
+    drop(calls);
     let ours = timings.next().context("nobody ran")?.with_context(context)?;
     let entry = |(contender, timing): (_, candle_core::Result<Timing>)| {
         let contenders::Contender { id, name, .. } = contender;
@@ -144,9 +144,10 @@ impl Table {
             What::Attention => ("Attention: softmax(q·k^T / sqrt(D))·v", "see below"),
         };
         println!(
-            "\n{title}, {} in and out.\nMedian ms ± half of the interquartile range, and how many \
+            "\n{title}, {} in and out, {}.\nMedian ms ± half of the interquartile range, and how many \
              times as long as this crate.\nLimit: {limit}.\n",
-            args.dtype.name()
+            args.dtype.name(),
+            args.options.pace()
         );
         let names = first.entries.iter().map(|entry| entry.name);
         let mut header: Vec<&str> = [print::SHAPE].into_iter().chain(names).collect();
@@ -237,7 +238,7 @@ impl Table {
 fn print_peaks(peaks: &Peaks) {
     let threads = rayon::current_num_threads();
     println!(
-        "\nInstruction peaks: loops on registers alone, all threads at once. Multiply-accumulates\n\
+        "\nInstruction peaks of the level: loops on registers alone, all threads at once. Multiply-accumulates\n\
          (MACs), or f32 exponentials with a polynomial of degree 5, in 10^9 a second.\n"
     );
     let mut table = print::table(&["peak of", "all threads", "one thread", "loop"]);
@@ -256,7 +257,7 @@ fn print_peaks(peaks: &Peaks) {
                 format!("{:.1}", peak.per_second / 1e9 / threads as f64),
                 peak.instructions,
             ),
-            None => (print::NOTHING.into(), print::NOTHING.into(), "not on this machine"),
+            None => (print::NOTHING.into(), print::NOTHING.into(), "not in this level"),
         };
         table.add_row([quantity.to_string(), all, one, instructions.to_string()]);
     }

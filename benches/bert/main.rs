@@ -9,7 +9,8 @@
 mod serve;
 
 use anyhow::{Context, Result};
-use benches::turns::{Contender, Timing, in_turns};
+use benches::options::Options;
+use benches::turns::{Timing, in_turns};
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::AttentionConfig;
 use candle_int8_attention::models::{BertModel, ModelFiles};
@@ -20,7 +21,6 @@ use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// `[B, N]`: sequences, tokens of each.
 type Shape = [usize; 2];
@@ -37,27 +37,17 @@ struct Args {
     /// [default: models/paraphrase-MiniLM-L3-v2 of this project].
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Threads; default: as rayon chooses (RAYON_NUM_THREADS or all cores).
-    #[arg(long)]
-    threads: Option<usize>,
-    /// Small shapes and few rounds: shows that everything runs, not how fast.
-    #[arg(long)]
-    short: bool,
     /// Only this contender (for a profiler).
     #[arg(long, value_name = "NAME", value_parser = OURS.into_iter().chain([CANDLE]).collect::<Vec<_>>())]
     only: Option<String>,
     /// Also write the results to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Seconds of measuring for each shape.
-    #[arg(long, default_value_t = 3.0)]
-    seconds: f64,
     /// Answer commands on stdin, for benches/peers/encoders.py.
     #[arg(long)]
     serve: bool,
-    /// What cargo adds when it runs a bench.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    options: Options,
 }
 
 fn parse_shape(text: &str) -> Result<Shape, String> {
@@ -71,6 +61,9 @@ fn parse_shape(text: &str) -> Result<Shape, String> {
 /// This crate's encoders: the precision of the attention, and of linear layers if it is not f32.
 const OURS: [&str; 4] = ["int8", "fp32", "fp32+int16", "int8+int8"];
 const CANDLE: &str = "candle";
+
+/// Computes once.
+type Run<'a> = Box<dyn FnMut() -> Result<()> + 'a>;
 
 /// The encoders, on the same weights.
 struct Encoders {
@@ -101,14 +94,17 @@ impl Encoders {
     }
 
     /// Those whose name is wanted, to be timed on the same ids.
-    fn contenders<'a>(&'a self, ids: &'a Tensor, only: Option<&str>) -> Vec<Contender<'a>> {
-        let ours = self.ours().map(|(name, model)| Contender {
-            name,
-            run: Box::new(move || Ok(model.forward(ids, None).map(drop)?)),
+    fn contenders<'a>(
+        &'a self,
+        ids: &'a Tensor,
+        only: Option<&str>,
+    ) -> Vec<(&'static str, Run<'a>)> {
+        let ours = self.ours().map(|(name, model)| -> (_, Run<'a>) {
+            (name, Box::new(move || Ok(model.forward(ids, None).map(drop)?)))
         });
-        let candle = Contender { name: CANDLE, run: Box::new(|| self.candle(ids).map(drop)) };
+        let candle: Run<'a> = Box::new(|| self.candle(ids).map(drop));
         let wanted = |name: &str| only.is_none_or(|only| only == name);
-        ours.chain([candle]).filter(|contender| wanted(contender.name)).collect()
+        ours.chain([(CANDLE, candle)]).filter(|(name, _)| wanted(name)).collect()
     }
 }
 
@@ -131,7 +127,7 @@ fn any_ids([b, n]: Shape, vocabulary: usize) -> Result<Tensor> {
 #[derive(Serialize)]
 struct Outcome {
     shape: Shape,
-    timings: Vec<Timing>,
+    timings: Vec<(&'static str, Timing)>,
     /// Largest difference from candle-transformers' result, for each of this crate's.
     differences: Vec<f32>,
 }
@@ -139,9 +135,11 @@ struct Outcome {
 impl Outcome {
     fn measure(encoders: &Encoders, shape: Shape, args: &Args) -> Result<Self> {
         let ids = any_ids(shape, encoders.ours[0].config().vocab_size)?;
-        let budget = if args.short { 0.0 } else { args.seconds };
-        let mut contenders = encoders.contenders(&ids, args.only.as_deref());
-        let timings = in_turns(&mut contenders, Duration::from_secs_f64(budget))?;
+        let (names, mut runs): (Vec<_>, Vec<_>) =
+            encoders.contenders(&ids, args.only.as_deref()).into_iter().unzip();
+        let timings = in_turns(&mut runs, args.options.pace());
+        let timings = names.into_iter().zip(timings).map(|(name, timing)| Ok((name, timing?)));
+        let timings = timings.collect::<Result<_>>()?;
         let expected = encoders.candle(&ids)?;
         let difference = |(_, model): (_, &BertModel)| -> Result<f32> {
             let found = model.forward(&ids, None)?;
@@ -154,7 +152,7 @@ impl Outcome {
     /// Of each encoder the median milliseconds; of this crate's also how many times as long
     /// candle-transformers takes, and the difference.
     fn row(&self) -> Vec<String> {
-        let seconds = |name: &str| self.timings.iter().find(|t| t.name == name).map(|t| t.seconds);
+        let seconds = |name: &str| self.timings.iter().find(|t| t.0 == name).map(|t| t.1.median);
         let or_dash = |cell: Option<String>| cell.unwrap_or("-".into());
         let ms = |name: &str| or_dash(seconds(name).map(|s| format!("{:.2}", s * 1e3)));
         let ratio = |name: &str| {
@@ -173,10 +171,7 @@ impl Outcome {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    benches::start_in_project()?;
-    if let Some(threads) = args.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    }
+    let machine = args.options.start()?;
     let shipped = benches::project().join("models/paraphrase-MiniLM-L3-v2");
     let folder = args.model.clone().unwrap_or(shipped);
     let to_measure = "the encoder to measure (--model DIR)";
@@ -185,22 +180,19 @@ fn main() -> Result<()> {
         return serve::run(&files, load_candle(&files).context(to_measure)?);
     }
     let encoders = Encoders::load(&files).context(to_measure)?;
-    let shapes = match (args.shape.is_empty(), args.short) {
+    let shapes = match (args.shape.is_empty(), args.options.short) {
         (false, _) => args.shape.clone(),
         (true, true) => vec![[1, 5], [2, 17]],
         (true, false) => SHAPES.to_vec(),
     };
-    let (threads, level) =
-        (rayon::current_num_threads(), candle_int8_attention::cpu::active_level()?);
-    println!("BERT forward, {threads} threads, level {level}: median ms");
+    println!("{machine}\nBERT forward, {}: median ms", args.options.pace());
     let outcomes: Vec<Outcome> = shapes
         .into_iter()
         .map(|shape| Outcome::measure(&encoders, shape, &args))
         .collect::<Result<_>>()?;
     print(&outcomes);
     if let Some(path) = &args.json {
-        let report =
-            serde_json::json!({ "threads": threads, "level": level, "outcomes": outcomes });
+        let report = serde_json::json!({ "machine": machine, "outcomes": outcomes });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)
             .with_context(|| format!("writing {}", path.display()))?;
     }

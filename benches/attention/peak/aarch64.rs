@@ -13,6 +13,11 @@ const CHAINS: usize = 24;
 /// Exponentials (vectors of them) in a step; they do not depend on each other at all.
 const EXPONENTIALS: usize = 8;
 
+/// Levels of the crate.
+const I8MM: &str = "aarch64-i8mm";
+const DOTPROD: &str = "aarch64-dotprod";
+const NEON: &str = "aarch64-neon";
+
 /// Every loop whose instructions this machine has.
 pub fn loops() -> Vec<Loop> {
     use Quantity::*;
@@ -20,22 +25,22 @@ pub fn loops() -> Vec<Loop> {
     let i8mm = is_aarch64_feature_detected!("i8mm");
     let bf16 = is_aarch64_feature_detected!("bf16");
     let mut loops = Vec::new();
-    let mut add = |available, quantity, instructions, per_step, run| {
+    let mut add = |available, level, quantity, instructions, per_step, run| {
         if available {
-            loops.push(Loop { quantity, instructions, per_step, run });
+            loops.push(Loop { quantity, level, instructions, per_step, run });
         }
     };
     // SAFETY: what each function needs was detected, or `add` drops it unused.
     unsafe {
-        add(i8mm, Int8, "smmla", 32 * CHAINS, |n| smmla(n));
-        add(dotprod, Int8, "sdot", 16 * CHAINS, |n| sdot(n));
-        add(bf16, Bf16, "bfmmla", 16 * CHAINS, |n| bfmmla(n));
-        add(bf16, Bf16, "bfdot", 8 * CHAINS, |n| bfdot(n));
+        add(i8mm, I8MM, Int8, "smmla", 32 * CHAINS, |n| smmla(n));
+        add(dotprod, DOTPROD, Int8, "sdot", 16 * CHAINS, |n| sdot(n));
+        add(bf16, I8MM, Bf16, "bfmmla", 16 * CHAINS, |n| bfmmla(n));
+        add(bf16, I8MM, Bf16, "bfdot", 8 * CHAINS, |n| bfdot(n));
     }
-    add(true, Int8, "smlal (from int16)", 4 * CHAINS, smlal);
-    add(true, F32, "fmla", 4 * CHAINS, fmla);
+    add(true, NEON, Int8, "smlal (from int16)", 4 * CHAINS, smlal);
+    add(true, NEON, F32, "fmla", 4 * CHAINS, fmla);
     let instructions = "fadd, 2 fsub, 5 fmla, shl, add";
-    add(true, Exp2, instructions, 4 * EXPONENTIALS, exp2);
+    add(true, NEON, Exp2, instructions, 4 * EXPONENTIALS, exp2);
     loops
 }
 

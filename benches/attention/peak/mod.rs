@@ -3,7 +3,7 @@
 //!
 //! A loop keeps all its operands in registers, and makes enough independent results that it waits
 //! for none of them: it measures instructions, not memory and not latency. `x86` and `aarch64` hold
-//! one loop for each instruction that attention can use; the fastest that the machine has counts.
+//! one loop for each instruction that attention can use; the fastest of the level in use counts.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -12,6 +12,7 @@ mod x86;
 
 #[cfg(target_arch = "aarch64")]
 use aarch64::loops;
+use candle_int8_attention::cpu::levels;
 use serde::Serialize;
 use std::num::NonZeroUsize;
 use std::sync::Barrier;
@@ -44,6 +45,8 @@ pub enum Quantity {
 /// One instruction, or a short sequence, over and over.
 pub struct Loop {
     pub quantity: Quantity,
+    /// The lowest level of the processor that has its instructions.
+    pub level: &'static str,
     pub instructions: &'static str,
     /// Multiply-accumulates, or exponentials, in one step.
     pub per_step: usize,
@@ -59,7 +62,7 @@ pub struct Peak {
     pub per_second: f64,
 }
 
-/// All peaks; `None` where the machine lacks the instruction or this bench a loop for it.
+/// All peaks; `None` where the level lacks the instruction or this bench a loop for it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Peaks {
     pub int8: Option<Peak>,
@@ -70,9 +73,13 @@ pub struct Peaks {
 }
 
 impl Peaks {
-    /// Measures all of them in about a second, on all threads of the current pool.
-    pub fn measure() -> Self {
-        let loops = loops();
+    /// Measures those of a level in about a second, on all threads of the current pool.
+    pub fn measure(level: &str) -> Self {
+        // Best first: a level has what those after it have.
+        let levels = levels();
+        let place = |name: &str| levels.iter().position(|level| level.name == name);
+        let mut loops = loops();
+        loops.retain(|candidate| place(candidate.level) >= place(level));
         let fastest = |quantity| {
             let of_kind = loops.iter().filter(|candidate| candidate.quantity == quantity);
             of_kind.map(measure).max_by(|a, b| a.per_second.total_cmp(&b.per_second))

@@ -7,11 +7,18 @@ use std::f32::consts::LN_2;
 use std::hint::black_box;
 
 /// Independent results in a step. Every instruction here takes at most 6 cycles and starts at most
-/// twice a cycle; the results and their operands fit the registers (32 of 512 bits, 16 of 256).
+/// twice a cycle; the results and their operands fit the registers (32 of 512 bits, 16 of fewer).
 const CHAINS_512: usize = 24;
 const CHAINS_256: usize = 12;
+const CHAINS_128: usize = 12;
 /// Exponentials (vectors of them) in a step; they do not depend on each other at all.
 const EXPONENTIALS: usize = 8;
+
+/// Levels of the crate.
+const AVX512: &str = "x86_64-avx512-vnni";
+const AVX_VNNI: &str = "x86_64-avx-vnni";
+const AVX2: &str = "x86_64-avx2";
+const SSE2: &str = "portable";
 
 /// Every loop whose instructions this machine has.
 pub fn loops() -> Vec<Loop> {
@@ -22,29 +29,36 @@ pub fn loops() -> Vec<Loop> {
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
     let vnni256 = avx2 && is_x86_feature_detected!("avxvnni");
     let mut loops = Vec::new();
-    let mut add = |available, quantity, instructions, per_step, run| {
+    let mut add = |available, level, quantity, instructions, per_step, run| {
         if available {
-            loops.push(Loop { quantity, instructions, per_step, run });
+            loops.push(Loop { quantity, level, instructions, per_step, run });
         }
     };
+    let madd_256 = "vpmaddwd + vpaddd, 256 bit";
+    let madd_128 = "pmaddwd + paddd, 128 bit";
     // SAFETY: what each function needs was detected, or `add` drops it unused.
     unsafe {
-        add(vnni512, Int8, "vpdpbusd, 512 bit", 64 * CHAINS_512, |n| vpdpbusd_512(n));
-        add(vnni256, Int8, "vpdpbusd, 256 bit", 32 * CHAINS_256, |n| vpdpbusd_256(n));
-        add(avx2, Int8, "vpmaddwd + vpaddd, 256 bit", 16 * CHAINS_256, |n| vpmaddwd_256(n));
-        add(vnni512, Int16, "vpdpwssd, 512 bit", 32 * CHAINS_512, |n| vpdpwssd_512(n));
-        add(vnni256, Int16, "vpdpwssd, 256 bit", 16 * CHAINS_256, |n| vpdpwssd_256(n));
-        add(avx2, Int16, "vpmaddwd + vpaddd, 256 bit", 16 * CHAINS_256, |n| vpmaddwd_256(n));
-        add(bf16, Bf16, "vdpbf16ps, 512 bit", 32 * CHAINS_512, |n| vdpbf16ps_512(n));
-        add(avx512, F32, "vfmaddps, 512 bit", 16 * CHAINS_512, |n| vfmaddps_512(n));
-        add(avx2, F32, "vfmaddps, 256 bit", 8 * CHAINS_256, |n| vfmaddps_256(n));
+        add(vnni512, AVX512, Int8, "vpdpbusd, 512 bit", 64 * CHAINS_512, |n| vpdpbusd_512(n));
+        add(vnni256, AVX_VNNI, Int8, "vpdpbusd, 256 bit", 32 * CHAINS_256, |n| vpdpbusd_256(n));
+        add(avx2, AVX2, Int8, madd_256, 16 * CHAINS_256, |n| vpmaddwd_256(n));
+        add(vnni512, AVX512, Int16, "vpdpwssd, 512 bit", 32 * CHAINS_512, |n| vpdpwssd_512(n));
+        add(vnni256, AVX_VNNI, Int16, "vpdpwssd, 256 bit", 16 * CHAINS_256, |n| vpdpwssd_256(n));
+        add(avx2, AVX2, Int16, madd_256, 16 * CHAINS_256, |n| vpmaddwd_256(n));
+        add(bf16, AVX512, Bf16, "vdpbf16ps, 512 bit", 32 * CHAINS_512, |n| vdpbf16ps_512(n));
+        add(avx512, AVX512, F32, "vfmaddps, 512 bit", 16 * CHAINS_512, |n| vfmaddps_512(n));
+        add(avx2, AVX2, F32, "vfmaddps, 256 bit", 8 * CHAINS_256, |n| vfmaddps_256(n));
         let instructions = "vreduceps, 5 vfmaddps, vscalefps, 512 bit";
-        add(avx512, Exp2, instructions, 16 * EXPONENTIALS, |n| exp2_scalef_512(n));
+        add(avx512, AVX512, Exp2, instructions, 16 * EXPONENTIALS, |n| exp2_scalef_512(n));
         let instructions = "3 vaddps, 5 vfmaddps, vpslld, vpaddd, 512 bit";
-        add(avx512, Exp2, instructions, 16 * EXPONENTIALS, |n| exp2_512(n));
+        add(avx512, AVX512, Exp2, instructions, 16 * EXPONENTIALS, |n| exp2_512(n));
         let instructions = "3 vaddps, 5 vfmaddps, vpslld, vpaddd, 256 bit";
-        add(avx2, Exp2, instructions, 8 * EXPONENTIALS, |n| exp2_256(n));
+        add(avx2, AVX2, Exp2, instructions, 8 * EXPONENTIALS, |n| exp2_256(n));
     }
+    add(true, SSE2, Int8, madd_128, 8 * CHAINS_128, pmaddwd_128);
+    add(true, SSE2, Int16, madd_128, 8 * CHAINS_128, pmaddwd_128);
+    add(true, SSE2, F32, "mulps + addps, 128 bit", 4 * CHAINS_128, mulps_128);
+    let instructions = "8 addps, 5 mulps, pslld, paddd, 128 bit";
+    add(true, SSE2, Exp2, instructions, 4 * EXPONENTIALS, exp2_128);
     loops
 }
 
@@ -132,6 +146,22 @@ fn vpmaddwd_256(steps: usize) {
     black_box(sums);
 }
 
+/// The same with what every x86-64 processor has: the compiler may use no more in portable code.
+fn pmaddwd_128(steps: usize) {
+    // SAFETY: SSE2 is part of x86-64; the empty instruction is as above.
+    unsafe {
+        let (mut a, b) = (black_box(_mm_set1_epi32(1)), black_box(_mm_set1_epi32(2)));
+        let mut sums = [_mm_setzero_si128(); CHAINS_128];
+        for _ in 0..steps {
+            for sum in &mut sums {
+                asm!("/* {0} */", inout(xmm_reg) a, options(nomem, nostack, preserves_flags));
+                *sum = _mm_add_epi32(*sum, _mm_madd_epi16(a, b));
+            }
+        }
+        black_box(sums);
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn vdpbf16ps_512(steps: usize) {
     let one = black_box(_mm512_set1_ps(1.0));
@@ -167,6 +197,21 @@ fn vfmaddps_256(steps: usize) {
         }
     }
     black_box(sums);
+}
+
+fn mulps_128(steps: usize) {
+    // SAFETY: SSE is part of x86-64; the empty instruction reads and writes `a`, see [`vpmaddwd_256`].
+    unsafe {
+        let (mut a, b) = (black_box(_mm_set1_ps(1e-3)), black_box(_mm_set1_ps(0.5)));
+        let mut sums = [_mm_setzero_ps(); CHAINS_128];
+        for _ in 0..steps {
+            for sum in &mut sums {
+                asm!("/* {0} */", inout(xmm_reg) a, options(nomem, nostack, preserves_flags));
+                *sum = _mm_add_ps(*sum, _mm_mul_ps(a, b));
+            }
+        }
+        black_box(sums);
+    }
 }
 
 /// Coefficients of `2^f`, highest power first; their values do not change the speed.
@@ -246,6 +291,30 @@ fn exp2_256(steps: usize) {
             // SAFETY: see above.
             unsafe {
                 asm!("/* {0} */", in(ymm_reg) power, options(nomem, nostack, preserves_flags))
+            }
+        }
+    }
+}
+
+/// The same with 128 bits and without fused multiply-adds.
+fn exp2_128(steps: usize) {
+    // SAFETY: SSE2 is part of x86-64; empty instructions, as above.
+    unsafe {
+        let mut x = black_box(_mm_set1_ps(-1.5));
+        let round = black_box(_mm_set1_ps(ROUND));
+        let c = black_box(EXP2).map(|c| _mm_set1_ps(c));
+        for _ in 0..steps {
+            for _ in 0..EXPONENTIALS {
+                asm!("/* {0} */", inout(xmm_reg) x, options(nomem, nostack, preserves_flags));
+                let shifted = _mm_add_ps(x, round);
+                let f = _mm_sub_ps(x, _mm_sub_ps(shifted, round));
+                let mut p = c[0];
+                for &c in &c[1..] {
+                    p = _mm_add_ps(_mm_mul_ps(p, f), c);
+                }
+                let exponent = _mm_slli_epi32::<23>(_mm_castps_si128(shifted));
+                let power = _mm_add_epi32(_mm_castps_si128(p), exponent);
+                asm!("/* {0} */", in(xmm_reg) power, options(nomem, nostack, preserves_flags));
             }
         }
     }

@@ -1,9 +1,9 @@
 //! The machine, and how much of it is used.
 
 use anyhow::Result;
+use candle_int8_attention::cpu::{KernelInfo, active_level, levels};
 use serde::Serialize;
 use std::fmt;
-use std::num::NonZeroUsize;
 
 /// What results depend on.
 #[derive(Debug, Serialize)]
@@ -14,26 +14,39 @@ pub struct Machine {
     pub cores: usize,
     /// Threads of rayon's global pool.
     pub threads: usize,
-    /// The level of the processor that this crate uses.
+    /// The level of the processor that the crate uses.
     pub level: &'static str,
+    /// Each operation of the crate, and the level whose instructions it uses.
+    pub kernels: Vec<(&'static str, &'static str)>,
 }
 
 impl Machine {
+    /// Asks the system and the crate.
+    ///
+    /// # Errors
+    /// If a level is forced that cannot be used: the message lists those that can.
     pub fn find() -> Result<Self> {
+        let level = active_level()?;
+        let of_level = levels().into_iter().filter(|info| info.name == level);
+        let pair = |KernelInfo { operation, kernel, .. }| (operation, kernel);
         Ok(Self {
             processor: processor().unwrap_or_else(|| std::env::consts::ARCH.to_string()),
             cores: std::thread::available_parallelism()?.get(),
             threads: rayon::current_num_threads(),
-            level: candle_int8_attention::cpu::active_level()?,
+            level,
+            kernels: of_level.flat_map(|info| info.kernels).map(pair).collect(),
         })
     }
 }
 
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { processor, cores, threads, level } = self;
+        let Self { processor, cores, threads, level, kernels } = self;
         let noun = if *threads == 1 { "thread" } else { "threads" };
         write!(f, "{processor}, {cores} cores; {threads} {noun}, level {level}")?;
+        for (operation, kernel) in kernels {
+            write!(f, "\n  {operation}: {kernel}")?;
+        }
         if threads > cores {
             write!(f, "\nMore threads than cores: they take turns, and times are not comparable.")?;
         }
@@ -46,15 +59,4 @@ fn processor() -> Option<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_string())
-}
-
-/// Makes everyone use this many threads: rayon's global pool, and Candle, which has a pool of its
-/// own and asks the same variable.
-pub fn set_threads(threads: Option<NonZeroUsize>) -> Result<()> {
-    if let Some(threads) = threads {
-        // SAFETY: `main` has just begun and no other thread runs.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-    }
-    rayon::ThreadPoolBuilder::new().build_global()?;
-    Ok(())
 }
