@@ -14,7 +14,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 const COMMANDS: &str = "\
-about -> the machine and this crate's version; \
+about -> the machine; \
 peaks -> the instruction peaks; \
 limit WHAT B,H,N,D -> the seconds that the instructions allow; \
 run WHAT CONTENDER B,H,N,D CALLS -> the seconds of each call, on random inputs; \
@@ -42,7 +42,6 @@ impl Server<'_> {
         match words(line)[..] {
             ["compute", what, contender, folder] => self.compute(what, contender, folder),
             ["about"] => Ok(json!({
-                "version": env!("CARGO_PKG_VERSION"),
                 "machine": self.machine,
                 "dtype": self.args.dtype,
                 "pv": self.args.pv,

@@ -39,7 +39,7 @@ pub fn all(inputs: &Inputs) -> Result<Vec<Contender>> {
     let Inputs { q, k, v } = inputs;
     let mut contenders = Vec::new();
     for (id, name, values) in [
-        ("ours-f16", "f16 values", CacheValues::F16),
+        ("ours", "f16 values", CacheValues::F16),
         ("ours-bf16", "bf16 values", CacheValues::Bf16),
         ("ours-int8", "int8 values", CacheValues::Int8),
     ] {

@@ -9,17 +9,17 @@ use benches::turns::seconds;
 use serde_json::{Value, json};
 
 const COMMANDS: &str = "\
-about -> the machine and this crate's version; \
+about -> the machine; \
 run decode CONTENDER H,H_kv,N,D CALLS -> the seconds of each call, on random inputs; \
 compute decode CONTENDER FOLDER -> reads q.npy, k.npy and v.npy (f32), writes CONTENDER.npy; \
 release -> frees the caches of the last run. \
-CONTENDER is ours-f16, ours-bf16, ours-int8 or candle";
+CONTENDER is ours, ours-bf16, ours-int8 or candle";
 
 /// Answers until there are no more commands.
 pub fn run(queries: usize, machine: &Machine) -> Result<()> {
     let mut ready: Option<(Shape, Vec<Contender>)> = None;
     commands(|line| match words(line)[..] {
-        ["about"] => Ok(json!({ "version": env!("CARGO_PKG_VERSION"), "machine": machine })),
+        ["about"] => Ok(json!({ "machine": machine })),
         ["run", "decode", contender, shape, count] => {
             let (shape, count) = (parse_shape(shape).map_err(Error::msg)?, calls(count)?);
             if ready.as_ref().is_none_or(|ready| ready.0 != shape) {

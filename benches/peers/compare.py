@@ -1,4 +1,4 @@
-"""This crate's attention beside ONNX Runtime, PyTorch and Candle, in turns within one run.
+"""This crate's attention beside ONNX Runtime, OpenVINO, PyTorch and Candle, in turns within one run.
 
     python benches/peers/compare.py --json peers.json --markdown peers.md
 
@@ -21,6 +21,7 @@ try:
 
     import contenders
     import report
+    import worker
 except ImportError as error:
     here = Path(__file__).with_name("requirements.txt")
     sys.exit(f"error: {error}. Install it with: {sys.executable} -m pip install -r {here}")
@@ -37,19 +38,26 @@ SHAPES = [
 SWEEP = [
     [1, 12, tokens, 64] for tokens in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ]
-SMALL = [2, 3, 70, 48]
+DECODE = [[12, 12, 8192, 64], [32, 8, 8192, 128]]
+SMALL = {"attention": [2, 3, 70, 48], "scores": [2, 3, 70, 48], "decode": [4, 2, 70, 48]}
 
 TABLES = {
     "attention": ("attention", SHAPES, "Attention: softmax(q·k^T / sqrt(D))·v"),
     "scores": ("scores", SHAPES, "Scores: q·k^T"),
+    "decode": ("decode", DECODE, "Decoding: one query against a cache, shapes [H, H_kv, N, D]"),
     "sweep": ("attention", SWEEP, "Attention against the number of tokens"),
 }
 
-# A turn, the pause after it in which the threads of a library stop spinning, and the calls that
-# everyone makes at least.
-TURN = 0.05
+# A turn, of which the first third is not counted, the pause before it in which the threads of a library
+# stop spinning, what a server sleeps between two requests, and the calls of everyone that are counted.
+TURN = 0.6
 PAUSE = 0.02
+SILENCE = 0.1
 FEWEST_CALLS = 3
+PACES = {
+    "steady state": "In a steady state.",
+    "after silence": "The first call after 100 ms of silence.",
+}
 # A first call that is shorter tells little about the second.
 WARM = 1.0
 
@@ -111,28 +119,42 @@ def arguments():
         help="seconds of a call beyond which a peer is left out (default: 8)",
     )
     parser.add_argument(
-        "--leave-out", action="append", default=[], choices=["onnxruntime", "torch", "candle"]
+        "--leave-out", action="append", default=[], choices=["onnxruntime", "openvino", "torch", "candle"]
     )
-    parser.add_argument("--binary", type=Path, help="the bench, instead of building it with cargo")
+    parser.add_argument("--level", metavar="NAME", help="of the processor, for this crate alone")
+    parser.add_argument(
+        "--after-silence",
+        action="store_true",
+        help="time the first call after 100 ms in which nothing runs, not a steady state",
+    )
+    parser.add_argument(
+        "--binaries",
+        type=Path,
+        metavar="FOLDER",
+        help="with the benches `attention` and `decode`, instead of building them with cargo",
+    )
     parser.add_argument("--json", type=output, metavar="FILE", help="write the results here too")
     parser.add_argument("--markdown", type=output, metavar="FILE", help="write the tables here too")
     args = parser.parse_args()
-    if args.binary and not args.binary.is_file():
-        parser.error(f"--binary {args.binary}: no such file; without it, cargo builds the bench")
+    programs = contenders.programs(args.binaries).values() if args.binaries else []
+    for program in programs:
+        if not program.is_file():
+            parser.error(f"--binaries: no {program}; without it, cargo builds the benches")
     return args
 
 
 def results_of(args, processes, everyone):
     """Checks that all agree, and measures all tables."""
     agreement = check(everyone)
-    bench = processes["bench"]
+    bench = processes["attention"]
     results = {
         "date": datetime.date.today().isoformat(),
         "machine": bench.about["machine"],
         "threads": args.threads,
+        "pace": "after silence" if args.after_silence else "steady state",
         "versions": {
-            "candle-int8-attention": bench.about["version"],
-            **{name: p.about["version"] for name, p in processes.items() if name != "bench"},
+            "candle-int8-attention": contenders.version(),
+            **{n: p.about["version"] for n, p in processes.items() if "version" in p.about},
             "python": platform.python_version(),
         },
         "peaks": bench.ask("peaks")["peaks"],
@@ -155,15 +177,20 @@ def results_of(args, processes, everyone):
 
 def check(everyone):
     """Everyone computes the same on a small input, or the comparison means nothing."""
-    errors = {"scores": {}, "attention": {}}
+    errors = {what: {} for what in SMALL}
     random = np.random.default_rng(7)
-    q, k, v = (random.standard_normal(SMALL, dtype=np.float32) for _ in range(3))
-    expected = reference(*(x.astype(np.float64) for x in (q, k, v)))
-    with tempfile.TemporaryDirectory() as folder:
-        for name, array in (("q", q), ("k", k), ("v", v)):
-            np.save(Path(folder, f"{name}.npy"), array)
+    with tempfile.TemporaryDirectory() as parent:
+        folders, expected = {}, {}
+        for what, small in SMALL.items():
+            folders[what] = Path(parent, what)
+            folders[what].mkdir()
+            qkv = [random.standard_normal(x, dtype=np.float32) for x in worker.shapes(what, small)]
+            for name, array in zip("qkv", qkv, strict=True):
+                np.save(folders[what] / f"{name}.npy", array)
+            expected[what] = reference(what, *(x.astype(np.float64) for x in qkv))
         for contender in everyone:
-            output, right = np.load(contender.compute(folder)), expected[contender.what]
+            output = np.load(contender.compute(folders[contender.what]))
+            right = expected[contender.what]
             if output.shape != right.shape:
                 raise contenders.Problem(
                     f"{contender.title}: {contender.what} of shape {output.shape}, "
@@ -179,12 +206,13 @@ def check(everyone):
     return errors
 
 
-def reference(q, k, v):
-    """Scores and attention in float64."""
+def reference(what, q, k, v):
+    """Scores or attention in float64; for decode, query heads share heads of keys."""
+    k, v = (x.repeat(q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = q @ k.swapaxes(-1, -2)
     scaled = scores / np.sqrt(q.shape[-1])
     probs = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    return {"scores": scores, "attention": probs @ v / probs.sum(axis=-1, keepdims=True)}
+    return scores if what == "scores" else probs @ v / probs.sum(axis=-1, keepdims=True)
 
 
 def measure(args, bench, what, shape, those, pace):
@@ -202,13 +230,15 @@ def measure(args, bench, what, shape, those, pace):
             first = contender.run(shape, 1)[0]
             if first < WARM:
                 first = contender.run(shape, 1)[0]
+        except contenders.Ended:
+            raise
         except contenders.Problem as problem:
             if contender.id == "ours":
                 raise
             entries[i]["left_out"] = str(problem)
             continue
         pace[contender.id] = first / products
-        calls[i] = max(1, min(1000, round(TURN / first)))
+        calls[i] = 1 if args.after_silence else max(1, round(TURN / first))
     start, turn = time.perf_counter(), 0
     while any(calls[i] and len(seconds[i]) < FEWEST_CALLS for i in range(len(those))) or (
         time.perf_counter() - start < args.seconds
@@ -216,10 +246,9 @@ def measure(args, bench, what, shape, those, pace):
         for step in range(len(those)):
             i = (turn + step) % len(those)  # each round starts with another one
             if calls[i]:
-                time.sleep(PAUSE)
-                # The first of several calls finds cold caches and sleeping threads.
-                several = calls[i] > 1
-                seconds[i] += those[i].run(shape, calls[i] + several)[several:]
+                time.sleep(SILENCE if args.after_silence else PAUSE)
+                # The first third finds the caches of others and threads that wake up.
+                seconds[i] += those[i].run(shape, calls[i])[calls[i] // 3 :]
         turn += 1
     for process in {contender.process for contender in those}:
         process.ask("release")
@@ -227,7 +256,10 @@ def measure(args, bench, what, shape, those, pace):
         if times:
             entry |= report.timing(times)
             entry["ratio"] = report.digits(entry["median"] / entries[0]["median"])
-    limit = bench.ask(f"limit {what} {','.join(map(str, shape))}")
+    # What decoding takes is memory, of which there is no peak here.
+    limit = {"seconds": None}
+    if what != "decode":
+        limit = bench.ask(f"limit {what} {','.join(map(str, shape))}")
     fraction = limit["seconds"] and report.digits(limit["seconds"] / entries[0]["median"])
     return {"shape": shape, "entries": entries, "limit": limit, "fraction_of_limit": fraction}
 
@@ -240,7 +272,7 @@ def markdown(results):
     parts = [
         f"{results['date']}, {machine['processor']}, {machine['cores']} cores, "
         f"{results['threads']} {noun}; level {machine['level']}; {libraries}.",
-        "Median ms ± half of the interquartile range, and how many times as long as this crate; "
+        f"{PACES[results['pace']]} Median ms ± half of the interquartile range, and how many times as long as this crate; "
         "f32 in and f32 out.",
     ]
     for table in results["tables"]:

@@ -2,15 +2,25 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
+# Seconds after which a process that does not answer counts as dead.
+LONGEST_ANSWER = 120
+
+
 class Problem(Exception):
     """Something that the user can put right; its text says what."""
+
+
+class Ended(Problem):
+    """A process has crashed, or does not answer."""
 
 
 class Missing(Problem):
@@ -43,10 +53,16 @@ class Process:
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended; what it last said is still to be read
+        timer = threading.Timer(LONGEST_ANSWER, self.process.kill)
+        timer.start()
         answer = self.process.stdout.readline()
         if not answer:
             code = self.process.wait()
-            raise Problem(f"{self.name} ended with code {code} instead of answering {line!r}")
+            if timer.finished.is_set():
+                raise Ended(f"{self.name} does not answer {line!r} within {LONGEST_ANSWER} s")
+            timer.cancel()
+            raise Ended(f"{self.name} ended with code {code} instead of answering {line!r}")
+        timer.cancel()
         try:
             answer = json.loads(answer)
         except json.JSONDecodeError:
@@ -58,7 +74,10 @@ class Process:
         return answer
 
     def close(self):
-        self.process.stdin.close()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has ended, and someone has said so
         self.process.wait()
 
 
@@ -87,10 +106,11 @@ INT8 = 0.04
 def start(args):
     """Starts everyone who takes part; returns the processes and the contenders, ours first."""
     processes, notes = {}, []
-    binary = args.binary or build()
-    command = [str(binary), "--serve", "--threads", str(args.threads)]
-    processes["bench"] = Process("the bench", command, args.threads)
-    for library in ("onnxruntime", "torch"):
+    for bench, program in (programs(args.binaries) if args.binaries else build()).items():
+        command = [str(program), "--serve", "--threads", str(args.threads)]
+        command += ["--level", args.level] if args.level else []
+        processes[bench] = Process(f"the bench {bench}", command, args.threads)
+    for library in ("onnxruntime", "openvino", "torch"):
         if library in args.leave_out:
             continue
         worker = Path(__file__).with_name("worker.py")
@@ -98,18 +118,23 @@ def start(args):
         try:
             processes[library] = Process(library, command, args.threads)
         except Missing as error:
-            if library == "onnxruntime":
+            if library != "torch":
                 raise Missing(f"{error}\n{install('requirements.txt')}") from None
             notes.append(f"PyTorch is left out: {error}. {install('requirements-torch.txt')}")
     everyone = [
-        ("attention", "ours", "this crate", "bench", INT8),
+        ("attention", "ours", "this crate", "attention", INT8),
         ("attention", "ort", "ONNX Runtime MHA f32", "onnxruntime", FLOAT),
+        ("attention", "openvino", "OpenVINO SDPA f32", "openvino", FLOAT),
         ("attention", "sdpa", "PyTorch SDPA f32", "torch", FLOAT),
-        ("attention", "candle", "Candle unfused", "bench", FLOAT),
-        ("attention", "candle-flash", "Candle flash_attn", "bench", FLOAT),
-        ("scores", "ours", "this crate", "bench", INT8),
+        ("attention", "candle", "Candle unfused", "attention", FLOAT),
+        ("attention", "candle-flash", "Candle flash_attn", "attention", FLOAT),
+        ("scores", "ours", "this crate", "attention", INT8),
         ("scores", "ort", "ONNX Runtime int8", "onnxruntime", INT8),
-        ("scores", "candle", "Candle matmul f32", "bench", FLOAT),
+        ("scores", "candle", "Candle matmul f32", "attention", FLOAT),
+        ("decode", "ours", "this crate, f16 values", "decode", INT8),
+        ("decode", "ours-int8", "this crate, int8 values", "decode", INT8),
+        ("decode", "ort", "ONNX Runtime int8 cache", "onnxruntime", INT8),
+        ("decode", "candle", "Candle f32", "decode", FLOAT),
     ]
     contenders = [
         Contender(what, id, title, processes[process], bound)
@@ -125,19 +150,35 @@ def install(requirements):
     return f"Install it with: {sys.executable} -m pip install -r {path}"
 
 
-def build(name="attention"):
-    """Builds the bench of this name with cargo; returns its path."""
-    bench = ["cargo", "bench", "-p", "benches", "--bench", name]
-    command = [*bench, "--no-run", "--message-format", "json"]
+BENCHES = ("attention", "decode")
+
+
+def programs(folder):
+    """The benches in a folder."""
+    return {bench: folder / bench for bench in BENCHES}
+
+
+def build(benches=BENCHES):
+    """Builds benches with cargo; returns their paths by name."""
+    command = ["cargo", "bench", "-p", "benches", "--no-run", "--message-format", "json"]
+    for bench in benches:
+        command += ["--bench", bench]
     try:
         done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     except FileNotFoundError:
-        message = "cargo is not there to build the bench: install Rust, or give --binary"
+        message = "cargo is not there to build the benches: install Rust, or give --binaries"
         raise Problem(message) from None
     if done.returncode != 0:
-        raise Problem(f"`{' '.join(bench)}` failed: its messages are above")
+        raise Problem(f"`{' '.join(command)}` failed: its messages are above")
     messages = map(json.loads, filter(lambda line: line.startswith("{"), done.stdout.splitlines()))
-    for message in messages:
-        if message.get("executable") and message["target"]["name"] == name:
-            return Path(message["executable"])
-    raise Problem(f"cargo built no bench `{name}`")
+    built = {m["target"]["name"]: Path(m["executable"]) for m in messages if m.get("executable")}
+    missing = [bench for bench in benches if bench not in built]
+    if missing:
+        raise Problem(f"cargo built no bench {missing[0]}")
+    return {bench: built[bench] for bench in benches}
+
+
+def version():
+    """That of this crate."""
+    manifest = (PROJECT / "Cargo.toml").read_text()
+    return re.search(r'^version = "(.*)"', manifest, re.MULTILINE)[1]

@@ -133,7 +133,7 @@ def arguments():
 def start(args):
     """Starts everyone; returns the processes and the contenders."""
     processes = {}
-    binary = args.binary or contenders.build("bert")
+    binary = args.binary or contenders.build(["bert"])["bert"]
     common = ["--model", str(args.model), "--threads", str(args.threads)]
     commands = {"bench": [str(binary), "--serve", *common]}
     worker = str(Path(__file__).with_name("encoder_worker.py"))

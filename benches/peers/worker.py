@@ -1,4 +1,4 @@
-"""ONNX Runtime or PyTorch behind the protocol of the bench's `--serve`.
+"""ONNX Runtime, OpenVINO or PyTorch behind the protocol of the bench's `--serve`.
 
     python worker.py onnxruntime --threads 2
 
@@ -79,37 +79,131 @@ class OnnxRuntime:
         run = self._bind(session, {"q": q, "k": keys})
         return run, lambda: run().numpy()
 
-    def _session(self, nodes, inputs, output):
+    def decode(self, q, k, v):
+        """GroupQueryAttention of com.microsoft for one query, with a cache in int8, a scale a channel.
+
+        The last key and value come as input, in f32, and are written to the cache, which is full.
+        """
+        from onnx import TensorProto, helper
+
+        _, heads, _, dim = q.shape
+        _, key_heads, tokens, _ = k.shape
+        node = helper.make_node(
+            "GroupQueryAttention",
+            ["q", "k", "v", "past_k", "past_v", "last", "total", *[""] * 5, "k_scale", "v_scale"],
+            ["out", "present_k", "present_v"],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=key_heads,
+            k_quant_type="PER_CHANNEL",
+            v_quant_type="PER_CHANNEL",
+            kv_cache_bit_width=8,
+        )
+
+        def cache(x):
+            scale = np.abs(x).max(axis=(0, 2)) / 127
+            codes = np.rint(x / scale[:, np.newaxis]).astype(np.int8)
+            return codes, scale.reshape(-1)
+
+        (past_k, k_scale), (past_v, v_scale) = cache(k), cache(v)
+        feeds = {
+            "q": q.reshape(1, 1, heads * dim),
+            "k": np.ascontiguousarray(k[:, :, -1]).reshape(1, 1, key_heads * dim),
+            "v": np.ascontiguousarray(v[:, :, -1]).reshape(1, 1, key_heads * dim),
+            "past_k": past_k,
+            "past_v": past_v,
+            "last": np.array([tokens - 1], np.int32),
+            "total": np.array([tokens], np.int32),
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+        }
+        integers = {
+            **dict.fromkeys(("past_k", "past_v", "present_k", "present_v"), TensorProto.INT8),
+            **dict.fromkeys(("last", "total"), TensorProto.INT32),
+        }
+        shapes = {name: list(array.shape) for name, array in feeds.items()}
+        outputs = {name: list(k.shape) for name in ("present_k", "present_v")}
+        session = self._session([node], shapes, list(feeds["q"].shape), outputs, integers)
+        # What it writes is the cache that it reads, as in a generation.
+        run = self._bind(session, feeds, {"present_k": "past_k", "present_v": "past_v"})
+        return run, lambda: run().numpy().reshape(q.shape)
+
+    def _session(self, nodes, inputs, output, more_outputs={}, types={}):
         from onnx import TensorProto, helper
 
         def value(name, shape):
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            kind = types.get(name, TensorProto.FLOAT)
+            return helper.make_tensor_value_info(name, kind, shape)
 
-        graph = helper.make_graph(
-            nodes, "peer", [value(*item) for item in inputs.items()], [value("out", output)]
-        )
+        outputs = {"out": output, **more_outputs}
+        values = [[value(*item) for item in group.items()] for group in (inputs, outputs)]
+        graph = helper.make_graph(nodes, "peer", *values)
         domains = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION)
         return self.runtime.InferenceSession(
             model.SerializeToString(), self.options, providers=["CPUExecutionProvider"]
         )
 
-    def _bind(self, session, feeds):
+    def _bind(self, session, feeds, in_place={}):
         """A call without copies between NumPy and ONNX Runtime, which `session.run` would make.
 
         The output is allocated in every call, from ONNX Runtime's arena.
         """
         binding = session.io_binding()
-        for name, array in feeds.items():
-            value = self.runtime.OrtValue.ortvalue_from_numpy(array)
+        copied = self.runtime.OrtValue.ortvalue_from_numpy
+        values = {name: copied(array) for name, array in feeds.items()}
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("out", "cpu")
+        for output, name in in_place.items():
+            binding.bind_ortvalue_output(output, values[name])
 
         def run():
             session.run_with_iobinding(binding)
             return binding.get_outputs()[0]
 
         return run
+
+
+class OpenVino:
+    """ScaledDotProductAttention of the CPU plugin in f32."""
+
+    name = "openvino"
+
+    def __init__(self, threads):
+        import openvino
+        import openvino.opset13
+
+        self.openvino = openvino
+        self.version = openvino.__version__.split("-")[0]
+        self.core = openvino.Core()
+        # f32 because it would take bf16 where the processor has it.
+        self.config = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+
+    def attention(self, q, k, v):
+        inputs = (q, k, v)
+        operations = self.openvino.opset13
+        parameters = [operations.parameter(list(x.shape), self.openvino.Type.f32) for x in inputs]
+        attend = operations.scaled_dot_product_attention(*parameters)
+        model = self.openvino.Model([attend], parameters, "peer")
+        request = self.core.compile_model(model, "CPU", self.config).create_infer_request()
+        # `infer` reads memory that it does not own: the closure keeps these tensors alive.
+        tensors = [self.openvino.Tensor(x, shared_memory=True) for x in inputs]
+        for i, tensor in enumerate(tensors):
+            request.set_input_tensor(i, tensor)
+
+        def run(_keep=(tensors, inputs)):
+            request.infer()
+
+        def output():
+            run()
+            return request.get_output_tensor(0).data.copy()
+
+        return run, output
 
 
 class PyTorch:
@@ -136,7 +230,15 @@ class PyTorch:
         return run, lambda: run().numpy()
 
 
-LIBRARIES = {library.name: library for library in (OnnxRuntime, PyTorch)}
+LIBRARIES = {library.name: library for library in (OnnxRuntime, OpenVino, PyTorch)}
+
+
+def shapes(what, shape):
+    """Those of queries, keys and values: for decode, `shape` is H, H_kv, N, D and there is one query."""
+    if what != "decode":
+        return [shape] * 3
+    heads, key_heads, tokens, dim = shape
+    return [[1, heads, 1, dim], *[[1, key_heads, tokens, dim]] * 2]
 
 
 class Server:
@@ -169,7 +271,7 @@ class Server:
         if self.ready != (what, shape):
             self.ready = self.call = None
             random = np.random.default_rng()
-            inputs = [random.standard_normal(shape, dtype=np.float32) for _ in range(3)]
+            inputs = [random.standard_normal(x, dtype=np.float32) for x in shapes(what, shape)]
             self.call, _ = self.prepare(what, inputs)
             self.ready = (what, shape)
         seconds = []
