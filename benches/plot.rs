@@ -35,6 +35,7 @@ struct Results {
 #[derive(Deserialize)]
 struct Machine {
     processor: String,
+    level: String,
 }
 
 #[derive(Deserialize)]
@@ -128,8 +129,8 @@ fn draw(results: &Results, table: &Table, svg: &mut String) -> Result<()> {
     let [batch, heads, _, dim] = table.rows[0].shape;
     let title = format!("Attention of [{batch}, {heads}, N, {dim}] on a CPU, f32 in and out");
     let subtitle = format!(
-        "{}, {} threads, {}; medians, everyone in turns",
-        results.machine.processor, results.threads, results.date
+        "{}, {} threads, level {}, {}; medians, everyone in turns",
+        results.machine.processor, results.threads, results.machine.level, results.date
     );
     let times = Panel {
         what: "time of a call",

@@ -23,7 +23,7 @@ fn results(table: &str) -> Value {
     json!({
         "date": "2026-01-31",
         "threads": 3,
-        "machine": { "processor": "Abacus" },
+        "machine": { "processor": "Abacus", "level": "portable" },
         "tables": [{
             "name": table,
             "rows": [row(16, 1e-7, json!(50.0)), row(64, 2e-3, json!(1e-4)), row(256, 0.3, json!(null))],
@@ -41,7 +41,7 @@ fn draws_every_contender_with_legend_and_units() {
     let svg = std::fs::read_to_string(folder.path().join("results.svg")).unwrap();
     for text in [
         "Attention of [1, 12, N, 64]",
-        "Abacus, 3 threads, 2026-01-31",
+        "Abacus, 3 threads, level portable, 2026-01-31",
         "this crate",
         "Peer &amp; Co",
         "limit of the instructions (int8, bf16)",
