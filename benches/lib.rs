@@ -6,6 +6,7 @@ pub mod serve;
 pub mod turns;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 /// The folder of the whole project.
 pub fn project() -> PathBuf {
@@ -19,4 +20,15 @@ pub fn start_in_project() -> std::io::Result<()> {
         std::env::set_current_dir(project())?;
     }
     Ok(())
+}
+
+/// The end of a bench: an error in one line, without a backtrace.
+pub fn end(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

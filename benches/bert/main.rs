@@ -21,6 +21,7 @@ use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// `[B, N]`: sequences, tokens of each.
 type Shape = [usize; 2];
@@ -169,8 +170,11 @@ impl Outcome {
     }
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    benches::end(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<()> {
     let machine = args.options.start()?;
     let shipped = benches::project().join("models/paraphrase-MiniLM-L3-v2");
     let folder = args.model.clone().unwrap_or(shipped);
@@ -188,7 +192,7 @@ fn main() -> Result<()> {
     println!("{machine}\nBERT forward, {}: median ms", args.options.pace());
     let outcomes: Vec<Outcome> = shapes
         .into_iter()
-        .map(|shape| Outcome::measure(&encoders, shape, &args))
+        .map(|shape| Outcome::measure(&encoders, shape, args))
         .collect::<Result<_>>()?;
     print(&outcomes);
     if let Some(path) = &args.json {

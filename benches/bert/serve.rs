@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::Instant;
 
 const COMMANDS: &str = "\
-about -> threads, level and this crate's version; \
+about -> threads and level; \
 run NAME B,N CALLS -> the seconds of each forward pass; \
 compute NAME FOLDER -> reads ids.npy (U32 [B, N]), writes the hidden states to NAME.npy; \
 embed NAME FOLDER -> the seconds that the lines of texts.txt take; writes their embeddings to NAME.npy. \
@@ -57,7 +57,6 @@ impl Server {
         // The last word may be a path, which may have spaces.
         match line.trim().splitn(3, ' ').collect::<Vec<_>>()[..] {
             ["about"] => Ok(json!({
-                "version": env!("CARGO_PKG_VERSION"),
                 "threads": rayon::current_num_threads(),
                 "level": candle_int8_attention::cpu::active_level()?,
             })),

@@ -8,8 +8,6 @@ have their turn. README.md in this folder says how to install what is needed.
 
 import argparse
 import datetime
-import json
-import os
 import platform
 import sys
 import tempfile
@@ -63,34 +61,7 @@ WARM = 1.0
 
 
 def main():
-    args = arguments()
-    processes = {}
-    try:
-        processes, everyone, notes = contenders.start(args)
-        for note in [*notes, *busy()]:
-            print(note, file=sys.stderr)
-        results = results_of(args, processes, everyone)
-    except contenders.Problem as problem:
-        sys.exit(f"error: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
-    finally:
-        for process in processes.values():
-            process.close()
-    text = markdown(results)
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-
-
-def busy():
-    """A warning if others use the machine: whoever is interrupted more often looks slower."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 0.5:
-        return [f"The machine is busy (load {load:.1f}): times will mean little."]
-    return []
+    contenders.drive(arguments(), contenders.start, results_of, markdown)
 
 
 def arguments():

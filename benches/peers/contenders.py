@@ -144,6 +144,37 @@ def start(args):
     return processes, contenders, notes
 
 
+def busy():
+    """A warning if others use the machine: whoever is interrupted more often looks slower."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        return [f"The machine is busy (load {load:.1f}): times will mean little."]
+    return []
+
+
+def drive(args, start, results_of, markdown):
+    """Starts everyone, measures, prints the tables and writes the files that are asked for."""
+    processes = {}
+    try:
+        processes, everyone, notes = start(args)
+        for note in [*notes, *busy()]:
+            print(note, file=sys.stderr)
+        results = results_of(args, processes, everyone)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    finally:
+        for process in processes.values():
+            process.close()
+    text = markdown(results)
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
 def install(requirements):
     path = Path(__file__).with_name(requirements)
     path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -9,7 +9,6 @@ such process for each library.
 import argparse
 import json
 import logging
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import bert_graph
+from answering import answer_all
 
 # Texts of a padded batch.
 BATCH = 32
@@ -195,22 +195,8 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     logging.disable()  # of the quantizer, which asks for what the graph here does not need
-    try:
-        server = Server(LIBRARIES[args.library](args.model, args.threads), args.model)
-    except ImportError as error:
-        # The driver sees this instead of the answer to its first command.
-        print(json.dumps({"missing": str(error)}), flush=True)
-        return
-    for line in sys.stdin:
-        try:
-            answer = server.answer(line.strip())
-        except Exception as error:  # whatever a library raises goes to the driver
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+    answer_all(lambda: Server(LIBRARIES[args.library](args.model, args.threads), args.model))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        pass  # the driver was interrupted and says so
+    main()

@@ -9,7 +9,6 @@ README.md in this folder says how to install what is needed.
 
 import argparse
 import datetime
-import json
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ try:
 
     import contenders
     import report
-    from compare import busy, output, positive
+    from compare import output, positive
 except ImportError as error:
     here = Path(__file__).with_name("requirements.txt")
     sys.exit(f"error: {error}. Install it with: {sys.executable} -m pip install -r {here}")
@@ -69,26 +68,7 @@ class Contender:
 
 
 def main():
-    args = arguments()
-    processes = {}
-    try:
-        processes, everyone = start(args)
-        for note in busy():
-            print(note, file=sys.stderr)
-        results = results_of(args, processes, everyone)
-    except contenders.Problem as problem:
-        sys.exit(f"error: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
-    finally:
-        for process in processes.values():
-            process.close()
-    text = markdown(results)
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    contenders.drive(arguments(), start, results_of, markdown)
 
 
 def arguments():
@@ -145,7 +125,7 @@ def start(args):
     except contenders.Missing as error:
         raise contenders.Missing(f"{error}\n{contenders.install('requirements.txt')}") from None
     everyone = [Contender(processes[process], *rest) for process, *rest in EVERYONE]
-    return processes, everyone
+    return processes, everyone, []
 
 
 def results_of(args, processes, everyone):
@@ -156,7 +136,8 @@ def results_of(args, processes, everyone):
         "model": args.model.name,
         "threads": args.threads,
         "level": processes["bench"].about["level"],
-        "versions": {name: process.about["version"] for name, process in processes.items()},
+        "versions": {"bench": contenders.version()}
+        | {name: processes[name].about["version"] for name in ("onnxruntime", "openvino")},
         "differences": check(everyone),
         "forward": [],
         "texts": [],

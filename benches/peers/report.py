@@ -60,7 +60,8 @@ def means(table):
 def render(table):
     """The table in Markdown, with what has to be said below it."""
     titles = [entry["title"] for entry in table["rows"][0]["entries"]]
-    header = ["[B, H, N, D]", *titles, "of the limit"]
+    dims = "[H, H_kv, N, D]" if table["what"] == "decode" else "[B, H, N, D]"
+    header = [dims, *titles, "of the limit"]
     rows = [
         [shape_text(row["shape"]), *map(cell, row["entries"]), percent(row["fraction_of_limit"])]
         for row in table["rows"]

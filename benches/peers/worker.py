@@ -7,12 +7,11 @@ starts one such process for each library, so that its threads sleep while others
 """
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from answering import answer_all
 
 # Operator set and file version of the ONNX models made here: old enough for the pinned runtime.
 OPSET = 21
@@ -294,22 +293,8 @@ def main():
     parser.add_argument("library", choices=sorted(LIBRARIES))
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    try:
-        server = Server(LIBRARIES[args.library](args.threads))
-    except Exception as error:  # a missing package, or one whose own libraries are missing
-        # The driver sees this instead of the answer to its first command.
-        print(json.dumps({"missing": str(error)}), flush=True)
-        return
-    for line in sys.stdin:
-        try:
-            answer = server.answer(line.strip())
-        except Exception as error:  # whatever a library raises goes to the driver
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+    answer_all(lambda: Server(LIBRARIES[args.library](args.threads)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        pass  # the driver was interrupted and says so
+    main()
