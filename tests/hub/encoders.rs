@@ -12,6 +12,8 @@ fn encoder(modules: &str) -> HashMap<&'static str, Vec<u8>> {
         ("config.json", b"{}".to_vec()),
         ("tokenizer.json", b"{}".to_vec()),
         ("modules.json", modules.as_bytes().to_vec()),
+        ("1_Pooling/config.json", b"{}".to_vec()),
+        ("2_Dense/config.json", b"{}".to_vec()),
         ("sentence_bert_config.json", b"{}".to_vec()),
         ("config_sentence_transformers.json", b"{}".to_vec()),
         ("model.safetensors.index.json", index.as_bytes().to_vec()),
