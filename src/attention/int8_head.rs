@@ -17,8 +17,6 @@ struct KeyChunk<'a> {
     keys: Range<usize>,
     rhs: RhsChunk<'a>,
     scales: &'a mut [f32],
-    zeros: &'a mut [i32],
-    sums: &'a mut [i32],
     /// As the codes are, `[keys, D]`, and the means of their blocks.
     conditioned: &'a mut [f32],
     means: &'a mut [f32],
@@ -33,10 +31,8 @@ impl Scorer<'_> {
         let (count, depth, block) = (self.seen.keys(head).len(), self.depth(), self.k.block());
         let padded = count.next_multiple_of(self.key_step());
         keys.head = head;
-        keys.rhs.reset(count, depth);
+        keys.rhs.reset(count, depth, self.is_affine());
         keys.scales.resize(padded, 0.0);
-        keys.zeros.resize(padded, 0);
-        keys.sums.resize(padded, 0);
         let smoothing = self.k.conditioning().smoothing;
         keys.block = if smoothing == Smoothing::Block { block } else { usize::MAX };
         let blocks = count.div_ceil(block);
@@ -47,16 +43,14 @@ impl Scorer<'_> {
         let size = CHUNK.next_multiple_of(self.key_step()).next_multiple_of(block);
         let mut conditioned = keys.conditioned.chunks_mut(size * depth.max(1));
         let mut means = keys.means.chunks_mut(size / block * depth.max(1));
-        let chunks = (keys.rhs.chunks_mut(size))
-            .zip(keys.scales.chunks_mut(size))
-            .zip(keys.zeros.chunks_mut(size).zip(keys.sums.chunks_mut(size)))
-            .enumerate()
-            .map(|(index, ((rhs, scales), (zeros, sums)))| {
+        let chunks = keys.rhs.chunks_mut(size).zip(keys.scales.chunks_mut(size)).enumerate().map(
+            |(index, (rhs, scales))| {
                 let keys = index * size..((index + 1) * size).min(count);
                 let conditioned = conditioned.next().unwrap_or_default();
                 let means = means.next().unwrap_or_default();
-                KeyChunk { keys, rhs, scales, zeros, sums, conditioned, means }
-            });
+                KeyChunk { keys, rhs, scales, conditioned, means }
+            },
+        );
         // Panels do not depend on each other.
         let outliers = pace.map(chunks, |chunk| self.pack_chunk(head, head_mean.as_deref(), chunk));
         keys.outliers = outliers.concat();
@@ -91,10 +85,8 @@ impl Scorer<'_> {
                 if let (Some(mean), true) = (conditioned.mean(), depth > 0) {
                     chunk.means[index * depth..][..depth].copy_from_slice(mean);
                 }
-                chunk.rhs.put(block.start, &rows.codes, &rows.sums);
-                chunk.scales[block.clone()].copy_from_slice(&rows.scales);
-                chunk.zeros[block.clone()].copy_from_slice(&rows.zeros);
-                chunk.sums[block].copy_from_slice(&rows.sums);
+                chunk.rhs.put(block.start, &rows.codes, rows.sums());
+                chunk.scales[block].copy_from_slice(&rows.scales);
             }
         });
         outliers

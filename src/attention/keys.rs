@@ -10,8 +10,6 @@ pub(super) struct PackedKeys {
     pub head: usize,
     pub rhs: PackedRhs,
     pub scales: Vec<f32>,
-    pub zeros: Vec<i32>,
-    pub sums: Vec<i32>,
     /// `[N, D]`, conditioned as the codes are, where queries are smoothed: their mean is multiplied with
     /// these.
     pub conditioned: Vec<f32>,
@@ -35,10 +33,8 @@ impl PackedKeys {
     pub(super) fn new(level: Level) -> Self {
         Self {
             head: 0,
-            rhs: PackedRhs::new(level, 0, 0),
+            rhs: PackedRhs::new(level, 0, 0, false),
             scales: Vec::new(),
-            zeros: Vec::new(),
-            sums: Vec::new(),
             conditioned: Vec::new(),
             means: Vec::new(),
             block: 1,
@@ -56,11 +52,9 @@ impl PackedKeys {
 
 impl Footprint for PackedKeys {
     fn footprint(&self) -> usize {
-        let Self { rhs, scales, zeros, sums, conditioned, means, outliers, outlier_rows, .. } =
-            self;
-        let codes = scales.footprint() + zeros.footprint() + sums.footprint();
+        let Self { rhs, scales, conditioned, means, outliers, outlier_rows, .. } = self;
         let floats = conditioned.footprint() + means.footprint() + outlier_rows.footprint();
         let query_means: usize = self.query_means.iter().map(Footprint::footprint).sum();
-        rhs.footprint() + codes + floats + outliers.footprint() + query_means
+        rhs.footprint() + scales.footprint() + floats + outliers.footprint() + query_means
     }
 }

@@ -6,6 +6,7 @@ use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
 use crate::memory::Footprint;
 use crate::parallel;
+use crate::product::RowSums;
 use crate::quant::rows::{RowParams, quantize_block, row_range};
 use crate::quant::{
     Conditioned, Conditioning, Granularity, KEY_BLOCK, MeanSums, QUERY_BLOCK, QuantConfig,
@@ -242,9 +243,9 @@ impl<'a> Operand<'a> {
             }
         };
         let QuantizedRows { codes, scales, zeros, sums } = out;
-        let magnitudes = conditioned.then_some(block.magnitudes.as_slice());
+        let ranges = conditioned.then_some(&block.ranges);
         let out = BlockCodes { codes, scales, zeros, sums };
-        quantize_block(self.level, (values, magnitudes), params, out);
+        quantize_block(self.level, (values, ranges), params, out);
     }
 
     /// Copies rows that were quantized last, conditioned.
@@ -318,6 +319,11 @@ impl<'a> Operand<'a> {
 }
 
 impl QuantizedRows {
+    /// For the packed product.
+    pub(super) fn sums(&self) -> RowSums<'_> {
+        RowSums { sums: &self.sums, zeros: &self.zeros }
+    }
+
     /// Makes one of the rows 0.
     pub(super) fn forget(&mut self, row: usize, depth: usize) {
         self.codes[row * depth..(row + 1) * depth].fill(0);

@@ -9,7 +9,7 @@ use crate::cpu::Level;
 use crate::cpu::contracts::Rows as Matrix;
 use crate::memory::{Kept, written};
 use crate::parallel::{Pace, Work};
-use crate::product::{self, ScoreScales, ZeroCorrection};
+use crate::product::{self, ScoreScales};
 use crate::quant::{Scheme, Smoothing};
 use crate::view::View;
 use crate::{Error, Result};
@@ -145,18 +145,15 @@ impl<'a> Scorer<'a> {
         let first = block.member * tokens;
         let tokens = rows.range.start - first..rows.range.end - first;
         let q_mean = keys.query_means[block.member].as_deref();
-        let QueryBlock { buffer, rows, terms, conditioning, .. } = &mut *block;
+        let QueryBlock { buffer, rows, conditioning, .. } = &mut *block;
         self.q.quantize((head, tokens.clone()), q_mean, &self.seen, conditioning, rows);
         let count = tokens.len();
-        terms.clear();
-        let sums = rows.sums.iter().zip(&rows.zeros);
-        terms.extend(sums.map(|(sum, zero)| sum - depth as i32 * zero));
         rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
         let mut rows = std::mem::take(buffer);
         let values = self.q.view().rows(head, tokens, &mut rows);
         self.find_biases(keys, values, block);
         block.buffer = rows;
-        block.pack(self.level, count, depth);
+        block.pack(self.level, count, depth, self.is_affine());
     }
 
     /// What smoothing took away from the scores of a block, and the scores of keys that stand out.
@@ -196,14 +193,9 @@ impl<'a> Scorer<'a> {
         }
     }
 
-    /// Zero points and sums, unless both sides are symmetric.
-    fn zeros<'b>(&self, keys: &'b PackedKeys, block: &'b QueryBlock) -> Option<ZeroCorrection<'b>> {
-        (!(self.q.is_symmetric() && self.k.is_symmetric())).then_some(ZeroCorrection {
-            row_zeros: &block.rows.zeros,
-            row_terms: &block.terms,
-            column_zeros: &keys.zeros,
-            column_sums: &keys.sums,
-        })
+    /// Whether either side may have zero points other than 0.
+    pub(super) fn is_affine(&self) -> bool {
+        !(self.q.is_symmetric() && self.k.is_symmetric())
     }
 
     /// f32 scores of a block against `columns` of its keys, whose start is a multiple of
@@ -223,7 +215,6 @@ impl<'a> Scorer<'a> {
             bias_columns: keys.block,
             column_scales: &keys.scales,
             column_biases: &block.key_biases,
-            zeros: self.zeros(keys, block),
         };
         product::score_tiles(block.packed(), &keys.rhs, columns.clone(), &scales, out, stride);
         let rows = block.rows.scales.len();
@@ -250,7 +241,7 @@ impl<'a> Scorer<'a> {
     pub(super) fn all_sums(&self) -> Vec<i32> {
         let n = self.k.view().tokens();
         let write = |keys: &PackedKeys, block: &QueryBlock, out: &mut [MaybeUninit<i32>]| {
-            product::int_tiles(block.packed(), &keys.rhs, self.zeros(keys, block).as_ref(), out, n);
+            product::int_tiles(block.packed(), &keys.rhs, out, n);
         };
         // SAFETY: `int_tiles` writes every sum.
         unsafe { self.for_all_blocks(write) }

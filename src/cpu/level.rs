@@ -1,8 +1,8 @@
 //! A level that this machine has, and the choice of the one in use.
 
 use super::contracts::{
-    BlockCodes, Condition, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RUN, Rows,
-    ScoreTile, Stored, TileInput,
+    BlockCodes, Condition, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RUN,
+    RowRanges, Rows, ScoreTile, Stored, TileInput,
 };
 use super::table::{Bf16, Entry, TABLE};
 use crate::{Error, Result};
@@ -291,23 +291,26 @@ impl Level {
         unsafe { (self.entry.softmax.exp_int16)(job) }
     }
 
-    /// Symmetric codes with a scale a row, with the largest magnitude of each row where it is known.
+    /// Codes with a scale a row, and a zero point if they are affine, with the range of each row where it is
+    /// known.
     ///
     /// # Panics
     /// Unless all lengths fit the rows.
-    pub(crate) fn quantize_symmetric(
+    pub(crate) fn quantize(
         self,
+        affine: bool,
         rows: Rows<'_>,
-        magnitudes: Option<&[f32]>,
+        ranges: Option<&RowRanges>,
         out: BlockCodes<'_>,
     ) {
         out.check(rows);
-        assert!(magnitudes.is_none_or(|magnitudes| magnitudes.len() == rows.count()));
+        let fits = |ranges: &RowRanges| [ranges.low.len(), ranges.high.len()] == [rows.count(); 2];
+        assert!(ranges.is_none_or(fits));
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.entry.rows.quantize_symmetric)(rows, magnitudes, out) }
+        unsafe { (self.entry.rows.quantize)(affine, rows, ranges, out) }
     }
 
-    /// Subtracts a mean and rotates.
+    /// Subtracts a mean, rotates, and finds the ranges.
     ///
     /// # Panics
     /// Unless all lengths fit the rows, which are not empty.
@@ -315,7 +318,7 @@ impl Level {
         let (count, depth) = (job.rows.count(), job.rows.depth());
         assert!(depth > 0 && job.mean.is_none_or(|mean| mean.len() == depth));
         assert_eq!(Some(job.values.len()), count.checked_mul(depth));
-        assert_eq!(job.magnitudes.len(), count);
+        job.ranges.resize(count);
         // SAFETY: a level is there only with its instructions.
         unsafe { (self.entry.rows.condition)(job) }
     }

@@ -36,11 +36,14 @@ macro_rules! for_row_pairs {
 /// unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[integers; VECTORS]; ROWS]
 /// ```
 ///
-/// for up to `MR` rows. `features` are what both enable; the intrinsics are those of a register of f32.
+/// for up to `MR` rows, which adds the products to what `start` of the same signature gives: the columns'
+/// starts, and zero points by an expression that adds to sums `sum` the products of pairs of i16 `x` and `y`.
+/// `features` are what all enable; the intrinsics are those of a register of i32, and of f32.
 macro_rules! int8_tiles {
     (
         features: $features:literal,
-        store: $store_integers:ident,
+        integers: $register:ty, $load_integers:ident, $splat_integers:ident, $store_integers:ident,
+        pairs: |$sum:ident, $x:ident, $y:ident| $add_pairs:expr,
         convert: $convert:ident,
         floats: $load:ident, $splat:ident, $mul:ident, $add:ident, $store:ident $(,)?
     ) => {
@@ -59,6 +62,37 @@ macro_rules! int8_tiles {
                     for_rows!(input.rows, store_scores, (input, scores));
                 }
             }
+        }
+
+        /// # Safety
+        /// As for [`Int8Product::tile`].
+        #[target_feature(enable = $features)]
+        #[inline]
+        unsafe fn start<const ROWS: usize>(input: TileInput) -> [[$register; VECTORS]; ROWS] {
+            let mut init = [$splat_integers(0); VECTORS];
+            for (v, init) in init.iter_mut().enumerate() {
+                // SAFETY: a start for every column of a tile by contract.
+                *init = unsafe { $load_integers(input.init.add(v * LANES).cast()) };
+            }
+            let mut sums = [init; ROWS];
+            for group in 0..input.zero_groups {
+                // SAFETY: a pair of each group for every column by contract.
+                let columns = unsafe { input.column_zeros.add(group * NR).cast::<i32>() };
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: a pair of each group for every row by contract, of 4 bytes.
+                    let $x = unsafe {
+                        let pair = input.row_zeros.add(row * input.zero_groups + group);
+                        $splat_integers(pair.cast::<i32>().read_unaligned())
+                    };
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        // SAFETY: as above.
+                        let $y = unsafe { $load_integers(columns.add(v * LANES).cast()) };
+                        let $sum = *sum;
+                        *sum = $add_pairs;
+                    }
+                }
+            }
+            sums
         }
 
         #[target_feature(enable = $features)]

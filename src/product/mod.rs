@@ -15,6 +15,6 @@ mod panels;
 pub use int8::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 
 pub(crate) use int8::{
-    PackedLhs, PackedRhs, RhsChunk, ScoreScales, ZeroCorrection, int_tiles, score_tiles, unpack,
+    PackedLhs, PackedRhs, RhsChunk, RowSums, ScoreScales, int_tiles, score_tiles, unpack,
 };
 pub(crate) use panels::{LARGEST, PackedMatrix, Start, StoredMatrix};

@@ -8,7 +8,7 @@
 use super::rotation::Rotation;
 use super::smooth::{MeanSums, Smoothing, mean_of_rows};
 use crate::cpu::Level;
-use crate::cpu::contracts::{Condition, Rows};
+use crate::cpu::contracts::{Condition, RowRanges, Rows};
 use crate::cpu::plain::rows::max_magnitude;
 use crate::memory::Footprint;
 
@@ -49,8 +49,8 @@ pub(crate) struct Conditioned {
     /// The rows that stand out, in the order in which they were found.
     pub outliers: Vec<usize>,
     sums: MeanSums,
-    /// The largest magnitude of each row, infinite or NaN for one that is not finite.
-    pub magnitudes: Vec<f32>,
+    /// The range of each row.
+    pub ranges: RowRanges,
     rotation: Option<Rotation>,
     rotated_mean: Vec<f32>,
 }
@@ -113,9 +113,9 @@ impl Conditioning {
 
 impl Footprint for Conditioned {
     fn footprint(&self) -> usize {
-        let Self { values, mean, outliers, sums, magnitudes, rotated_mean, .. } = self;
+        let Self { values, mean, outliers, sums, ranges, rotated_mean, .. } = self;
         let means = mean.footprint() + rotated_mean.footprint();
-        let floats = values.footprint() + means + magnitudes.footprint();
+        let floats = values.footprint() + means + ranges.footprint();
         floats + outliers.footprint() + sums.footprint()
     }
 }
@@ -222,7 +222,7 @@ impl Conditioned {
 
     fn condition(&mut self, level: Level, rows: Rows<'_>) {
         self.values.resize(rows.count() * rows.depth(), 0.0);
-        self.magnitudes.resize(rows.count(), 0.0);
+        self.ranges.resize(rows.count());
         if rows.depth() == 0 {
             return;
         }
@@ -232,7 +232,7 @@ impl Conditioned {
             mean: self.smoothed.then_some(&self.mean),
             rotate: self.rotation.is_some(),
             values: &mut self.values,
-            magnitudes: &mut self.magnitudes,
+            ranges: &mut self.ranges,
         });
     }
 
@@ -241,7 +241,7 @@ impl Conditioned {
         let takes_part = |row: usize| takes_part.is_none_or(|takes_part| takes_part(row));
         let (mut count, mut sum, mut largest) = (0usize, 0f64, (0f32, None));
         let everywhere = self.outliers.is_empty();
-        for (row, &magnitude) in self.magnitudes.iter().enumerate() {
+        for (row, magnitude) in self.ranges.magnitudes().enumerate() {
             let counts = everywhere || !self.outliers.contains(&row);
             if magnitude.is_finite() && counts && takes_part(row) {
                 count += 1;
@@ -309,7 +309,7 @@ mod tests {
 
     /// Any depth, rows apart from each other, with a mean and without, rotated or not, on every level.
     #[test]
-    fn one_pass_is_a_mean_subtracted_a_rotation_and_the_largest_magnitudes() {
+    fn one_pass_is_a_mean_subtracted_a_rotation_and_the_ranges() {
         let wave = |i: usize| (i as f32 * 0.37).sin() * 3.0 + (i % 11) as f32 / 8.0;
         for depth in [1usize, 2, 5, 15, 16, 17, 31, 32, 48, 64, 80, 96, 127, 128, 200, 256, 300] {
             for (count, special) in [(1, 0.0), (3, f32::NAN), (16, f32::MAX), (35, f32::INFINITY)] {
@@ -330,10 +330,9 @@ mod tests {
 
     fn check_condition(level: Level, rows: Rows<'_>, mean: Option<&[f32]>, rotate: bool) {
         let (count, depth) = (rows.count(), rows.depth());
-        let (mut values, mut magnitudes) = (vec![7.0; count * depth], vec![-1.0; count]);
-        let (values_out, magnitudes_out) = (&mut values[..], &mut magnitudes[..]);
-        let job = Condition { rows, mean, rotate, values: values_out, magnitudes: magnitudes_out };
-        level.condition(job);
+        let (mut values, mut ranges) = (vec![7.0; count * depth], RowRanges::default());
+        level.condition(Condition { rows, mean, rotate, values: &mut values, ranges: &mut ranges });
+        let magnitudes: Vec<f32> = ranges.magnitudes().collect();
         for (i, row) in rows.iter().enumerate() {
             let less = |i: usize| mean.map_or(0.0, |mean| mean[i]);
             let mut expected: Vec<f32> = (0..depth).map(|i| row[i] - less(i)).collect();
@@ -345,12 +344,15 @@ mod tests {
             let same =
                 |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
             assert!(found.iter().zip(&expected).all(same), "{level:?} {depth} {count} {i}");
-            let largest =
-                expected.iter().fold(0f32, |max, x| if x.abs() > max { x.abs() } else { max });
-            match expected.iter().all(|x| x.is_finite()) {
-                true => assert_eq!(magnitudes[i], largest, "{level:?} {depth} {count} {i}"),
-                false => assert!(!magnitudes[i].is_finite(), "{level:?} {depth} {count} {i}"),
+            let at = (level, depth, count, i);
+            if !expected.iter().all(|x| x.is_finite()) {
+                assert!(!magnitudes[i].is_finite(), "{at:?}");
+                continue;
             }
+            let low = expected.iter().copied().fold(-0.0, f32::min);
+            let high = expected.iter().copied().fold(0.0, f32::max);
+            assert_eq!((ranges.low[i], ranges.high[i]), (low, high), "{at:?}");
+            assert_eq!(magnitudes[i], high.max(-low), "{at:?}");
         }
     }
 

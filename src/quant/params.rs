@@ -1,6 +1,7 @@
 //! Scale and zero point of one group.
 
 use super::Scheme;
+use crate::cpu::plain::rows::{affine_params, symmetric_scale};
 use crate::{Error, Result};
 
 /// The smallest and largest value of a group of finite numbers.
@@ -110,18 +111,11 @@ impl QuantParams {
     pub(crate) fn from_finite_range(scheme: Scheme, range: ValueRange) -> Self {
         match scheme {
             Scheme::Symmetric => {
-                let scale = usable_scale(range.max_abs() / 127.0, range.max_abs());
-                Self { scale, zero_point: 0, scheme }
+                Self { scale: symmetric_scale(range.max_abs()), zero_point: 0, scheme }
             }
             Scheme::Affine => {
-                let (min, max) = (range.min.min(0.0), range.max.max(0.0));
-                let width = max - min;
-                let step =
-                    if width.is_finite() { width / 255.0 } else { max / 255.0 - min / 255.0 };
-                let scale = usable_scale(step, width);
-                let unsigned = (-min / scale).round_ties_even().clamp(0.0, 255.0);
-                let zero_point = if width == 0.0 { 0 } else { (unsigned - 128.0) as i8 };
-                Self { scale, zero_point, scheme }
+                let (scale, zero) = affine_params(range.min.min(0.0), range.max.max(0.0));
+                Self { scale, zero_point: zero as i8, scheme }
             }
         }
     }
@@ -159,11 +153,6 @@ impl QuantParams {
         let steps = f32::from(i16::from(q) - i16::from(self.zero_point));
         (self.scale * steps).clamp(f32::MIN, f32::MAX)
     }
-}
-
-/// A scale that can be divided by: 1 for a range of width 0, never subnormal.
-fn usable_scale(scale: f32, width: f32) -> f32 {
-    if width == 0.0 { 1.0 } else { scale.max(f32::MIN_POSITIVE) }
 }
 
 #[cfg(test)]

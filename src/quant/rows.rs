@@ -1,14 +1,14 @@
 //! The loops over rows of f32 that quantizing is made of: ranges, codes, means.
 //!
-//! Symmetric codes with a scale a row, which every query and key of the default configuration goes
-//! through, and dot products are kernels of a level; the others are plain Rust, compiled for its
-//! vectors. All levels give the same bits.
+//! Codes with a scale a row, which every query and key of the default configuration goes through, and dot
+//! products are kernels of a level; the others are plain Rust, compiled for its vectors. All levels give
+//! the same bits.
 //!
 //! A call works on a block of rows, because a call for a level costs as much as a short row.
 
 use super::{QuantParams, Scheme, ValueRange};
 use crate::cpu::Level;
-use crate::cpu::contracts::{BlockCodes, Rows};
+use crate::cpu::contracts::{BlockCodes, RowRanges, Rows};
 use crate::cpu::plain::rows::{fold_row, max_magnitude, quantize_row as quantize_row_body};
 use crate::cpu::plain::{LANES, each_lane, fold_lanes, sum_lanes, widest};
 
@@ -30,19 +30,21 @@ pub(crate) enum RowParams<'a> {
     Given(&'a [QuantParams]),
 }
 
-/// Quantizes a block row by row, with the largest magnitude of each row where it is known.
+/// Quantizes a block row by row, with the range of each row where it is known.
 pub(crate) fn quantize_block(
     level: Level,
-    (rows, magnitudes): (Rows<'_>, Option<&[f32]>),
+    (rows, ranges): (Rows<'_>, Option<&RowRanges>),
     params: RowParams<'_>,
     out: BlockCodes<'_>,
 ) {
-    if let RowParams::Own(Scheme::Symmetric) = params {
-        return level.quantize_symmetric(rows, magnitudes, out);
+    match params {
+        RowParams::Own(scheme) => level.quantize(scheme == Scheme::Affine, rows, ranges, out),
+        RowParams::Given(params) => {
+            out.check(rows);
+            type Arguments<'a> = (Rows<'a>, &'a [QuantParams], BlockCodes<'a>);
+            widest!(quantize_given, (rows, params, out), Arguments<'_> => ());
+        }
     }
-    out.check(rows);
-    type Arguments<'a> = (Rows<'a>, RowParams<'a>, BlockCodes<'a>);
-    widest!(quantize_block_body, (rows, params, out), Arguments<'_> => ());
 }
 
 /// Smallest and largest element of `row`, and whether all of it is finite.
@@ -67,20 +69,13 @@ fn row_range_body(row: &[f32]) -> RowRange {
 }
 
 #[inline(always)]
-fn quantize_block_body((rows, params, out): (Rows<'_>, RowParams<'_>, BlockCodes<'_>)) {
+fn quantize_given((rows, params, out): (Rows<'_>, &[QuantParams], BlockCodes<'_>)) {
     let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
     for (row, (values, codes)) in rows.iter().zip(codes).enumerate() {
-        let (finite, params) = match params {
-            RowParams::Own(scheme) => {
-                let found = row_range_body(values);
-                (found.finite, QuantParams::from_finite_range(scheme, found.range))
-            }
-            RowParams::Given(params) => (max_magnitude(values).1, params[row]),
-        };
-        if finite {
-            out.sums[row] = quantize_with(values, params, codes);
-            out.scales[row] = params.scale();
-            out.zeros[row] = i32::from(params.zero_point());
+        if max_magnitude(values).1 {
+            out.sums[row] = quantize_with(values, params[row], codes);
+            out.scales[row] = params[row].scale();
+            out.zeros[row] = i32::from(params[row].zero_point());
         } else {
             codes.fill(0);
             (out.sums[row], out.scales[row], out.zeros[row]) = (0, f32::NAN, 0);
@@ -205,6 +200,7 @@ mod tests {
         fn levels_agree(
             data in prop::collection::vec(any_finite(), 90),
             depth in 1usize..40,
+            affine: bool,
         ) {
             let rows = Rows::new(&data, 6, depth, 10);
             let run = |f: &dyn Fn(BlockCodes<'_>)| {
@@ -215,19 +211,29 @@ mod tests {
                 });
                 (codes, scales, zeros, sums)
             };
-            let symmetric = RowParams::Own(Scheme::Symmetric);
+            let scheme = if affine { Scheme::Affine } else { Scheme::Symmetric };
+            let own = RowParams::Own(scheme);
             let levels = runnable();
-            let on = |level: Level| run(&|out| quantize_block(level, (rows, None), symmetric, out));
-            let portable = on(*levels.last().unwrap());
+            let on = |level: Level, ranges: Option<&RowRanges>| {
+                run(&|out| quantize_block(level, (rows, ranges), own, out))
+            };
+            let mut ranges = RowRanges::default();
+            for row in rows.iter().map(|row| row_range(row).range) {
+                ranges.low.push(row.min.min(0.0));
+                ranges.high.push(row.max.max(0.0));
+            }
+            let portable = on(*levels.last().unwrap(), None);
             for level in levels {
-                prop_assert_eq!(&on(level), &portable, "{:?}", level);
+                prop_assert_eq!(&on(level, None), &portable, "{:?}", level);
+                prop_assert_eq!(&on(level, Some(&ranges)), &portable, "{:?}", level);
             }
             for (i, row) in rows.iter().enumerate() {
-                let range = row_range(row).range;
-                let params = QuantParams::from_range(Scheme::Symmetric, range).unwrap();
+                let params = QuantParams::from_range(scheme, row_range(row).range).unwrap();
                 let expected: Vec<i8> = row.iter().map(|&x| params.quantize(x)).collect();
+                prop_assert_eq!(portable.3[i], expected.iter().map(|&q| i32::from(q)).sum::<i32>());
                 prop_assert_eq!(&portable.0[i * depth..(i + 1) * depth], expected);
                 prop_assert_eq!(portable.1[i], params.scale());
+                prop_assert_eq!(portable.2[i], i32::from(params.zero_point()));
             }
         }
 

@@ -31,18 +31,22 @@ pub(in crate::attention) struct QueryBlock {
     pub outliers: Vec<f32>,
     /// What conditioning takes.
     pub conditioning: Buffers,
-    /// Sums of codes, less what zero points take away.
-    pub terms: Vec<i32>,
     /// Among the query heads that share keys, where all rows are of one.
     pub member: usize,
 }
 
 impl QueryBlock {
-    /// Packs the codes, `rows` of `depth`, for a level.
-    pub(in crate::attention) fn pack(&mut self, level: Level, rows: usize, depth: usize) {
+    /// Packs the codes, `rows` of `depth`, for a level, with zero points if those of either side may not be 0.
+    pub(in crate::attention) fn pack(
+        &mut self,
+        level: Level,
+        rows: usize,
+        depth: usize,
+        affine: bool,
+    ) {
         let lhs = self.lhs.take().filter(|lhs| lhs.level() == level);
         let lhs = self.lhs.insert(lhs.unwrap_or_else(|| PackedLhs::new(level)));
-        lhs.put(&self.rows.codes, rows, depth);
+        lhs.put(&self.rows.codes, rows, depth, affine.then(|| self.rows.sums()));
     }
 
     /// The packed codes.
@@ -56,8 +60,8 @@ impl Footprint for QueryBlock {
         let Self { values, rotated, buffer, rows, lhs, biases, key_biases, outliers, .. } = self;
         let rows_of = values.footprint() + rotated.footprint() + buffer.footprint();
         let biases = biases.footprint() + key_biases.footprint() + outliers.footprint();
-        let rest = self.terms.footprint() + self.conditioning.footprint();
-        rows_of + biases + rows.footprint() + lhs.footprint() + rest
+        let rest = lhs.footprint() + self.conditioning.footprint();
+        rows_of + biases + rows.footprint() + rest
     }
 }
 

@@ -15,7 +15,7 @@ use crate::attention::operand::QuantizedRows;
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes};
 use crate::memory::Footprint;
-use crate::product::PackedRhs;
+use crate::product::{PackedRhs, RowSums};
 use crate::quant::{Conditioned, Conditioning, KEY_BLOCK, Rotation, Smoothing, mean_of_rows};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -46,7 +46,7 @@ impl Page {
         Self {
             offsets: vec![0.0; groups * dims.depth],
             outliers: Vec::new(),
-            keys: PackedRhs::new(level, PAGE, dims.depth),
+            keys: PackedRhs::new(level, PAGE, dims.depth, false),
             key_scales: vec![0.0; PAGE],
             values: Values::new(format, PAGE, dims.value_dim),
         }
@@ -66,7 +66,7 @@ impl Page {
 
     /// Packs key codes from slot `first` on.
     pub(super) fn put_codes(&mut self, first: usize, codes: &[i8], scales: &[f32], sums: &[i32]) {
-        self.keys.put(first, codes, sums);
+        self.keys.put(first, codes, RowSums { sums, zeros: &[] });
         self.key_scales[first..first + scales.len()].copy_from_slice(scales);
     }
 
@@ -418,8 +418,7 @@ impl Packer {
         let QuantizedRows { codes, scales, zeros, sums } = &mut self.rows;
         let conditioned = contracts::Rows::contiguous(&self.conditioned.values, depth);
         let out = BlockCodes { codes, scales, zeros, sums };
-        let magnitudes = &self.conditioned.magnitudes;
-        head.level.quantize_symmetric(conditioned, Some(magnitudes), out);
+        head.level.quantize(false, conditioned, Some(&self.conditioned.ranges), out);
         for &row in &self.conditioned.outliers {
             self.rows.forget(row, depth);
             // That of codes which are all 0.

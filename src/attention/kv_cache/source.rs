@@ -108,7 +108,6 @@ impl CacheHead<'_> {
                 bias_columns: PAGE / groups,
                 column_scales: &page.key_scales,
                 column_biases: &NO_BIAS,
-                zeros: None,
             };
             let out = &mut scores[start + slots.start - tokens.start..];
             // SAFETY: `score_tiles` writes numbers.
@@ -271,7 +270,7 @@ impl KeyValues for CacheHead<'_> {
         if let Some(offset) = &self.head.offset {
             self.bias(values, offset, biases, 1);
         }
-        queries.pack(self.level, 2 * count, depth);
+        queries.pack(self.level, 2 * count, depth, false);
     }
 
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize) {
@@ -353,7 +352,7 @@ fn two_codes(
     let mut quantize = |values: &[f32], codes: &mut [i8], scales: &mut [f32]| {
         let (zeros, sums) = (&mut zeros[..rows], &mut sums[..rows]);
         let out = BlockCodes { codes, scales, zeros, sums };
-        level.quantize_symmetric(contracts::Rows::contiguous(values, depth), None, out);
+        level.quantize(false, contracts::Rows::contiguous(values, depth), None, out);
     };
     quantize(values, first, first_scales);
     left_over.clear();

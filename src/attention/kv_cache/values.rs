@@ -130,7 +130,7 @@ impl Values {
                     zeros: &mut [0],
                     sums: &mut [0],
                 };
-                level.quantize_symmetric(Rows::contiguous(row, row.len()), None, codes_out);
+                level.quantize(false, Rows::contiguous(row, row.len()), None, codes_out);
                 out.iter_mut().zip(codes).for_each(|(out, code)| *out = code as u8);
             }
         }

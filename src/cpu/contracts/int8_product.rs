@@ -19,6 +19,15 @@
 //! `vpdpbusd` multiplies u8 by i8. Signed codes on the left side are stored as `a + 128` for such
 //! kernels ([`LhsFormat::Biased`]), which adds `128 * sum(b)` to every product; starting the sums
 //! of column `n` at `-128 * sum(b_n)` takes it out again at no cost.
+//!
+//! # Zero points
+//! ```text
+//! sum (a - za)(b - zb)  =  sum ab - zb * (sum a - D za) - za * sum b
+//! ```
+//! What is subtracted is a product of pairs, `(sum a - D za, za)` of the row with `(zb, sum b)` of the
+//! column. As pairs of i16 they ride in the sums: one instruction a register, whatever the depth. A number
+//! too large for an i16 is spread over several groups of pairs; how many depends on the depth alone
+//! ([`zero_groups`]).
 
 /// How elements of the left side are stored. The kernels of one architecture do not use them all.
 #[allow(dead_code)]
@@ -63,10 +72,21 @@ pub(crate) struct Geometry {
     pub lhs: LhsFormat,
 }
 
+/// A pair of i16, with which zero points ride in the sums.
+pub(crate) type ZeroPair = [i16; 2];
+
+/// Groups of pairs that hold what is subtracted for zero points at this depth: `sum a - D za` is at most
+/// `255 D`. The first group holds all of it, or its low byte; 256 times what the others hold is the rest.
+pub(crate) const fn zero_groups(depth: usize) -> usize {
+    let most = depth * 255;
+    if most <= i16::MAX as usize { 1 } else { 1 + (most / 256 + 1).div_ceil(i16::MAX as usize) }
+}
+
 /// Larger than any tile of any kernel, for buffers on the stack.
 pub(crate) const MAX_TILE: usize = 512;
 
-/// Pointers of one tile, or of all tiles of one right panel.
+/// Pointers of one tile, or of all tiles of one right panel. Sums of pairs may leave the range of an i32 in
+/// between; two's complement wraps them back.
 #[derive(Clone, Copy)]
 pub(crate) struct TileInput {
     /// How many rows of the left side are wanted.
@@ -82,6 +102,12 @@ pub(crate) struct TileInput {
     pub rhs: *const i8,
     /// What each column's sum starts from: `nr` elements.
     pub init: *const i32,
+    /// Groups of pairs for zero points: [`zero_groups`], or 0 where all of them are 0.
+    pub zero_groups: usize,
+    /// Pairs of the rows: `zero_groups` for each.
+    pub row_zeros: *const ZeroPair,
+    /// Pairs of the columns: `nr` for each group.
+    pub column_zeros: *const ZeroPair,
 }
 
 /// Where a tile of f32 scores goes: `out = (acc * row_scale) * column_scale + column_bias +
@@ -136,7 +162,9 @@ impl TileInput {
     pub(crate) unsafe fn rows_from(self, row: usize, count: usize) -> Self {
         // SAFETY: panels and plain rows alike have `row_bytes` for each row before `row`.
         let lhs = unsafe { self.lhs.add(row * self.row_bytes) };
-        Self { rows: count.min(self.rows - row), lhs, ..self }
+        // SAFETY: each row before `row` has as many pairs.
+        let row_zeros = unsafe { self.row_zeros.add(row * self.zero_groups) };
+        Self { rows: count.min(self.rows - row), lhs, row_zeros, ..self }
     }
 }
 

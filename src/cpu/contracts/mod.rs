@@ -6,10 +6,12 @@ pub(crate) mod panel_product;
 pub(crate) mod rows;
 pub(crate) mod softmax;
 
-pub(crate) use int8_product::{Geometry, Int8Product, LhsFormat, MAX_TILE, ScoreTile, TileInput};
+pub(crate) use int8_product::{
+    Geometry, Int8Product, LhsFormat, MAX_TILE, ScoreTile, TileInput, ZeroPair, zero_groups,
+};
 pub(crate) use panel_product::{
     Format, GROUP, INT16_MATRIX, Int8Run, LANES, Panel, PanelProduct, RUN, Stored, StoredProduct,
     VECTORS, bf16_bits,
 };
-pub(crate) use rows::{BlockCodes, Condition, ROTATED, RowKernels, Rows};
+pub(crate) use rows::{BlockCodes, Condition, ROTATED, RowKernels, RowRanges, Rows};
 pub(crate) use softmax::{CODES, ExpBf16, Int16Exp, Softmax};

@@ -1,5 +1,7 @@
 //! Loops over rows of f32: codes with a scale a row, rotations, and dot products.
 
+use crate::memory::Footprint;
+
 /// Some rows of `depth` f32 each, the same distance apart.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rows<'a> {
@@ -105,6 +107,40 @@ impl BlockCodes<'_> {
     }
 }
 
+/// The range of each row, widened to hold 0. One end is infinite or NaN for a row that is not finite.
+///
+/// As signed integers, the bits of numbers from 0 on have the order of the numbers, and those of negative
+/// ones are less; as unsigned integers, those of negative ones are the larger the smaller the number, and more
+/// than all others. So two integer maxima find both ends, and keep infinity and NaN.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub(crate) struct RowRanges {
+    /// The smallest element, or -0 where none is negative.
+    pub low: Vec<f32>,
+    /// The largest, or 0 where none is positive.
+    pub high: Vec<f32>,
+}
+
+impl RowRanges {
+    /// Room for as many rows.
+    pub(crate) fn resize(&mut self, rows: usize) {
+        self.low.resize(rows, 0.0);
+        self.high.resize(rows, 0.0);
+    }
+
+    /// The largest magnitude of each row, infinite or NaN for one that is not finite.
+    pub(crate) fn magnitudes(&self) -> impl Iterator<Item = f32> {
+        let magnitude = |x: &f32| x.to_bits() & 0x7fff_ffff;
+        let ends = self.low.iter().zip(&self.high);
+        ends.map(move |(low, high)| f32::from_bits(magnitude(low).max(magnitude(high))))
+    }
+}
+
+impl Footprint for RowRanges {
+    fn footprint(&self) -> usize {
+        self.low.footprint() + self.high.footprint()
+    }
+}
+
 /// Rows on their way to codes.
 pub(crate) struct Condition<'a> {
     pub rows: Rows<'a>,
@@ -114,8 +150,8 @@ pub(crate) struct Condition<'a> {
     pub rotate: bool,
     /// `[rows, depth]`, what comes of them.
     pub values: &'a mut [f32],
-    /// The largest magnitude of each, infinite or NaN for a row that is not finite.
-    pub magnitudes: &'a mut [f32],
+    /// The range of each of those.
+    pub ranges: &'a mut RowRanges,
 }
 
 /// Elements of the largest block that is rotated: enough to spread an outlier, and a block fits the
@@ -127,12 +163,12 @@ pub(crate) const ROTATED: usize = 128;
 pub(crate) struct RowKernels {
     /// Name in reports.
     pub name: &'static str,
-    /// Symmetric codes with a scale a row: `(rows, magnitudes, out)`, with the largest magnitude of each row
-    /// where it is known. Lengths are checked by the caller.
+    /// Codes with a scale a row, and a zero point if they are affine: `(affine, rows, ranges, out)`, with the
+    /// range of each row where it is known. Lengths are checked by the caller.
     ///
     /// # Safety
     /// The instructions are there; so for the others.
-    pub quantize_symmetric: unsafe fn(Rows<'_>, Option<&[f32]>, BlockCodes<'_>),
+    pub quantize: unsafe fn(bool, Rows<'_>, Option<&RowRanges>, BlockCodes<'_>),
     /// Subtracts a mean and rotates, in one pass.
     pub condition: unsafe fn(Condition<'_>),
     /// Multiplies rows of `depth` elements by the matrix of [`Rotation`](crate::quant::Rotation), in place:

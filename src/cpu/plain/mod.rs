@@ -49,7 +49,7 @@ macro_rules! plain_kernels {
         pub(crate) const ROWS: crate::cpu::contracts::RowKernels =
             crate::cpu::contracts::RowKernels {
                 name: $name,
-                quantize_symmetric,
+                quantize,
                 condition,
                 dots,
                 rotate,
@@ -90,12 +90,13 @@ macro_rules! plain_kernels {
         }
 
         $(#[target_feature(enable = $features)])?
-        fn quantize_symmetric(
+        fn quantize(
+            affine: bool,
             rows: crate::cpu::contracts::Rows<'_>,
-            magnitudes: Option<&[f32]>,
+            ranges: Option<&crate::cpu::contracts::RowRanges>,
             out: crate::cpu::contracts::BlockCodes<'_>,
         ) {
-            crate::cpu::plain::rows::quantize_symmetric(rows, magnitudes, out);
+            crate::cpu::plain::rows::quantize(affine, rows, ranges, out);
         }
 
         $(#[target_feature(enable = $features)])?

@@ -2,7 +2,7 @@
 
 use super::rotate::rotate;
 use super::{LANES, each_lane, fold_lanes, lanes as lanes_or_zeros, sum_lanes};
-use crate::cpu::contracts::{BlockCodes, Condition, Rows};
+use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
 
 /// The largest magnitude of `row`, and whether all of it is finite.
 #[inline(always)]
@@ -37,10 +37,39 @@ pub(crate) fn fold_row<A>(row: &[f32], start: A, step: impl Fn(A, [f32; LANES]) 
     folded
 }
 
+/// A range as [`RowRanges`] has it, of a row.
+#[inline(always)]
+fn range_of(row: &[f32]) -> (f32, f32) {
+    let start = ([SIGN; LANES], [0i32; LANES]);
+    let (low, high) = fold_row(row, start, |(low, high), chunk| {
+        let bits = each_lane(|i| chunk[i].to_bits());
+        (each_lane(|i| low[i].max(bits[i])), each_lane(|i| high[i].max(bits[i] as i32)))
+    });
+    let low = low.into_iter().fold(SIGN, u32::max);
+    let high = high.into_iter().fold(0, i32::max);
+    (f32::from_bits(low), f32::from_bits(high as u32))
+}
+
+/// The bits of -0.
+const SIGN: u32 = 1 << 31;
+
 /// The scale of symmetric codes for magnitudes up to `max`: never 0, never subnormal.
 #[inline(always)]
-fn symmetric_scale(max: f32) -> f32 {
+pub(crate) fn symmetric_scale(max: f32) -> f32 {
     if max == 0.0 { 1.0 } else { (max / 127.0).max(f32::MIN_POSITIVE) }
+}
+
+/// Scale and zero point of affine codes for numbers from `low` to `high`, which hold 0.
+#[inline(always)]
+pub(crate) fn affine_params(low: f32, high: f32) -> (f32, i32) {
+    let width = high - low;
+    if width == 0.0 {
+        return (1.0, 0);
+    }
+    let step = if width.is_finite() { width / 255.0 } else { high / 255.0 - low / 255.0 };
+    let scale = step.max(f32::MIN_POSITIVE);
+    // At most 255, because the range holds 0.
+    (scale, (-low / scale).round_ties_even() as i32 - 128)
 }
 
 /// `1.5 * 2^23`: adding it to a number below `2^22` rounds that to an integer, ties to even, and
@@ -74,23 +103,31 @@ pub(crate) fn quantize_row(
     sum
 }
 
-/// [`RowKernels::quantize_symmetric`](crate::cpu::contracts::RowKernels::quantize_symmetric).
+/// [`RowKernels::quantize`](crate::cpu::contracts::RowKernels::quantize).
 #[inline(always)]
-pub(crate) fn quantize_symmetric(rows: Rows<'_>, magnitudes: Option<&[f32]>, out: BlockCodes<'_>) {
+pub(crate) fn quantize(
+    affine: bool,
+    rows: Rows<'_>,
+    ranges: Option<&RowRanges>,
+    out: BlockCodes<'_>,
+) {
     let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
-    out.zeros.fill(0);
     for (row, (values, codes)) in rows.iter().zip(codes).enumerate() {
-        let (max, finite) = match magnitudes {
-            None => max_magnitude(values),
-            Some(magnitudes) => (magnitudes[row], magnitudes[row].is_finite()),
+        let (low, high) = match ranges {
+            None => range_of(values),
+            Some(ranges) => (ranges.low[row], ranges.high[row]),
         };
-        if finite {
-            out.scales[row] = symmetric_scale(max);
-            out.sums[row] = quantize_row(values, (out.scales[row], 0), (-127, 127), codes);
-        } else {
+        if !(low.is_finite() && high.is_finite()) {
             codes.fill(0);
-            (out.sums[row], out.scales[row]) = (0, f32::NAN);
+            (out.scales[row], out.zeros[row], out.sums[row]) = (f32::NAN, 0, 0);
+            continue;
         }
+        let (params, limits) = match affine {
+            true => (affine_params(low, high), (-128, 127)),
+            false => ((symmetric_scale(high.max(-low)), 0), (-127, 127)),
+        };
+        (out.scales[row], out.zeros[row]) = params;
+        out.sums[row] = quantize_row(values, params, limits, codes);
     }
 }
 
@@ -98,8 +135,8 @@ pub(crate) fn quantize_symmetric(rows: Rows<'_>, magnitudes: Option<&[f32]>, out
 #[inline(always)]
 pub(crate) fn condition(job: Condition<'_>) {
     let depth = job.rows.depth();
-    let out = job.values.chunks_exact_mut(depth).zip(job.magnitudes);
-    for (row, (values, magnitude)) in job.rows.iter().zip(out) {
+    let values = job.values.chunks_exact_mut(depth);
+    for (index, (row, values)) in job.rows.iter().zip(values).enumerate() {
         match job.mean {
             None => values.copy_from_slice(row),
             Some(mean) => {
@@ -111,9 +148,7 @@ pub(crate) fn condition(job: Condition<'_>) {
         if job.rotate {
             rotate(depth, values);
         }
-        // As integers, magnitudes have the same order, with infinity and NaN above all numbers.
-        let max = values.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
-        *magnitude = f32::from_bits(max);
+        (job.ranges.low[index], job.ranges.high[index]) = range_of(values);
     }
 }
 

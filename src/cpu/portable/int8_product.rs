@@ -48,15 +48,33 @@ unsafe fn sums(input: TileInput) -> [[i32; NR]; MR] {
         )
     };
     let mut sums = [*init; MR];
+    for (row, sums) in sums.iter_mut().enumerate().take(input.rows) {
+        // SAFETY: pairs of rows that are there, and of whole panels of columns, by contract.
+        let (row, columns) = unsafe {
+            let row = input.row_zeros.add(row * input.zero_groups);
+            (
+                std::slice::from_raw_parts(row, input.zero_groups),
+                std::slice::from_raw_parts(input.column_zeros.cast(), input.zero_groups),
+            )
+        };
+        row.iter().zip(columns).for_each(|(x, y): (_, &[_; NR])| add_pairs(sums, *x, y));
+    }
     for (a, b) in lhs.iter().zip(rhs) {
         // Pairs of 16-bit products are what SSE2's pmaddwd and its kin sum in one step.
         let b = b.map(|pair| pair.map(i16::from));
         for (sums, a) in sums.iter_mut().zip(a) {
-            for (sum, b) in sums.iter_mut().zip(&b) {
-                let product = i32::from(a[0]) * i32::from(b[0]) + i32::from(a[1]) * i32::from(b[1]);
-                *sum = sum.wrapping_add(product);
-            }
+            add_pairs(sums, *a, &b);
         }
     }
     sums
+}
+
+#[inline(always)]
+fn add_pairs(sums: &mut [i32; NR], a: [i16; 2], b: &[[i16; 2]; NR]) {
+    for (sum, b) in sums.iter_mut().zip(b) {
+        // One product of the smallest i16 with itself fits, two of them do not.
+        let product = i32::from(a[0]) * i32::from(b[0]);
+        let product = product.wrapping_add(i32::from(a[1]) * i32::from(b[1]));
+        *sum = sum.wrapping_add(product);
+    }
 }

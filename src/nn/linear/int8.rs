@@ -11,9 +11,9 @@
 //! LLM.int8's (Dettmers et al. 2022, arXiv:2208.07339).
 
 use crate::cpu::Level;
-use crate::cpu::contracts::{BlockCodes, Condition, Rows};
+use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
 use crate::memory::Footprint;
-use crate::product::{PackedLhs, PackedRhs, ScoreScales, max_depth, score_tiles, unpack};
+use crate::product::{PackedLhs, PackedRhs, RowSums, ScoreScales, max_depth, score_tiles, unpack};
 use crate::quant::Rotation;
 use crate::{Error, Result};
 use std::mem::MaybeUninit;
@@ -56,8 +56,8 @@ impl Int8Weights {
         (outputs, depth): (usize, usize),
     ) -> Result<Self> {
         check_depth(depth)?;
-        let mut packed = PackedRhs::new(level, outputs, depth);
-        packed.put(0, codes, &sums);
+        let mut packed = PackedRhs::new(level, outputs, depth, false);
+        packed.put(0, codes, RowSums { sums: &sums, zeros: &[] });
         Ok(Self::of_packed(packed, scales, depth))
     }
 
@@ -74,7 +74,7 @@ impl Int8Weights {
     ) -> Result<Self> {
         check_depth(depth)?;
         let outputs = scales.len();
-        let mut packed = PackedRhs::new(level, outputs, depth);
+        let mut packed = PackedRhs::new(level, outputs, depth, false);
         if packed.layout() == layout {
             packed.put_packed(codes);
         } else {
@@ -82,7 +82,7 @@ impl Int8Weights {
             let sum = |row: &[i8]| row.iter().map(|&q| i32::from(q)).sum();
             let mut sums: Vec<i32> = codes.chunks_exact(depth.max(1)).map(sum).collect();
             sums.resize(outputs, 0);
-            packed.put(0, &codes, &sums);
+            packed.put(0, &codes, RowSums { sums: &sums, zeros: &[] });
         }
         Ok(Self::of_packed(packed, scales, depth))
     }
@@ -138,7 +138,7 @@ impl Int8Weights {
         buffers.quantize(level, self.rotation, x, count);
         let lhs = rows.lhs.take().filter(|lhs| lhs.level() == level);
         let lhs = rows.lhs.insert(lhs.unwrap_or_else(|| PackedLhs::new(level)));
-        lhs.put(&buffers.codes, count, self.depth());
+        lhs.put(&buffers.codes, count, self.depth(), None);
         rows.scales.clone_from(&buffers.scales);
         rows.zeros.resize(count, 0.0);
     }
@@ -159,7 +159,6 @@ impl Int8Weights {
             bias_columns: self.outputs().max(1).next_multiple_of(self.panel_width()),
             column_scales: &self.scales,
             column_biases: bias,
-            zeros: None,
         };
         let lhs = rows.lhs.as_ref().expect("rows that were quantized");
         score_tiles(lhs, &self.codes, outputs, &scales, out, stride);
@@ -188,7 +187,7 @@ pub(super) struct Int8Rows {
 #[derive(Default)]
 pub(super) struct Buffers {
     rotated: Vec<f32>,
-    magnitudes: Vec<f32>,
+    ranges: RowRanges,
     codes: Vec<i8>,
     scales: Vec<f32>,
     zeros: Vec<i32>,
@@ -204,8 +203,8 @@ impl Footprint for Int8Rows {
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        let Self { rotated, magnitudes, codes, scales, zeros, sums } = self;
-        let rows = rotated.footprint() + magnitudes.footprint() + codes.footprint();
+        let Self { rotated, ranges, codes, scales, zeros, sums } = self;
+        let rows = rotated.footprint() + ranges.footprint() + codes.footprint();
         rows + scales.footprint() + zeros.footprint() + sums.footprint()
     }
 }
@@ -225,22 +224,21 @@ impl Buffers {
             return;
         }
         self.rotated.resize(IN_L1.max(depth).min(count * depth), 0.0);
-        self.magnitudes.resize(count, 0.0);
         // As many rows at a time as stay in L1 from their rotation to their codes.
         let part = (IN_L1 / depth).max(1);
         for start in (0..count).step_by(part) {
             let end = (start + part).min(count);
             let values = &mut self.rotated[..(end - start) * depth];
-            let magnitudes = &mut self.magnitudes[start..end];
+            let ranges = &mut self.ranges;
             let rows = Rows::contiguous(&rows[start * depth..end * depth], depth);
-            level.condition(Condition { rows, mean: None, rotate: true, values, magnitudes });
+            level.condition(Condition { rows, mean: None, rotate: true, values, ranges });
             let out = BlockCodes {
                 codes: &mut self.codes[start * depth..end * depth],
                 scales: &mut self.scales[start..end],
                 zeros: &mut self.zeros[start..end],
                 sums: &mut self.sums[start..end],
             };
-            level.quantize_symmetric(Rows::contiguous(values, depth), Some(magnitudes), out);
+            level.quantize(false, Rows::contiguous(values, depth), Some(&self.ranges), out);
         }
     }
 }
@@ -374,7 +372,7 @@ mod tests {
                 let scales = (sums.clone(), vec![1.0; outputs]);
                 let weights = Int8Weights::from_codes(level, &b, scales, (outputs, depth)).unwrap();
                 let mut lhs = PackedLhs::new(level);
-                lhs.put(&a, m, depth);
+                lhs.put(&a, m, depth, None);
                 let (scales, zeros) = (vec![1.0; m], vec![0.0; m]);
                 let rows = Int8Rows { lhs: Some(lhs), scales, zeros };
                 let stride = outputs.next_multiple_of(weights.panel_width());

@@ -1,7 +1,7 @@
 //! The whole product for plain slices.
 
-use super::pack::{PackedLhs, PackedRhs};
-use super::tiles::{ZeroCorrection, int_tiles};
+use super::pack::{PackedLhs, PackedRhs, RowSums};
+use super::tiles::int_tiles;
 use crate::cpu::Level;
 use crate::memory::{check_size, written};
 use crate::parallel::Work;
@@ -159,34 +159,20 @@ pub(super) fn matmul_nt_with(
             (signed.as_slice(), shift.iter().map(|zero| zero - 128).collect())
         }
     };
-    let mut rhs_zeros = rhs_zeros.expand(n);
+    let rhs_zeros = rhs_zeros.expand(n);
 
-    let mut column_sums = row_sums(rhs, n, depth);
-    let mut keys = PackedRhs::new(level, n, depth);
-    keys.put(0, rhs, &column_sums);
-    let padded = n.next_multiple_of(level.int8_product().geometry.nr);
-    column_sums.resize(padded, 0);
-    rhs_zeros.resize(padded, 0);
     let corrected = lhs_zeros.iter().chain(&rhs_zeros).any(|&zero| zero != 0);
+    let mut keys = PackedRhs::new(level, n, depth, corrected);
+    keys.put(0, rhs, RowSums { sums: &row_sums(rhs, n, depth), zeros: &rhs_zeros });
 
     let block = |(index, out): (usize, &mut [MaybeUninit<i32>])| {
         let rows = index * ROW_BLOCK..(index * ROW_BLOCK + out.len() / n);
         let codes = &lhs[rows.start * depth..rows.end * depth];
         let mut packed = PackedLhs::new(level);
-        packed.put(codes, rows.len(), depth);
-        let row_zeros = &lhs_zeros[rows.clone()];
-        let row_terms: Vec<i32> = row_sums(codes, rows.len(), depth)
-            .iter()
-            .zip(row_zeros)
-            .map(|(sum, zero)| sum - (depth as i32).wrapping_mul(*zero))
-            .collect();
-        let zeros = corrected.then_some(ZeroCorrection {
-            row_zeros,
-            row_terms: &row_terms,
-            column_zeros: &rhs_zeros,
-            column_sums: &column_sums,
-        });
-        int_tiles(&packed, &keys, zeros.as_ref(), out, n);
+        let sums = row_sums(codes, rows.len(), depth);
+        let zeros = RowSums { sums: &sums, zeros: &lhs_zeros[rows.clone()] };
+        packed.put(codes, rows.len(), depth, corrected.then_some(zeros));
+        int_tiles(&packed, &keys, out, n);
     };
     let work = Work { int8_macs: len.saturating_mul(depth), elements: len, ..Work::default() };
     let all = |out: &mut [MaybeUninit<i32>]| {
@@ -275,6 +261,42 @@ mod tests {
         let lhs_zeros = (0..m).map(|_| if affine { i32::from(left(byte())) } else { 0 }).collect();
         let rhs_zeros = (0..n).map(|_| if affine { i32::from(byte() as i8) } else { 0 }).collect();
         Case { lhs, unsigned, lhs_zeros, rhs, rhs_zeros, dims }
+    }
+
+    /// Zero points at both ends, with codes at both ends, where what is subtracted takes one group of pairs, two
+    /// and three.
+    #[test]
+    fn zero_points_are_exact_at_every_depth() {
+        let ends = [i8::MIN, i8::MAX];
+        let cases = ends.into_iter().flat_map(|a| ends.into_iter().map(move |b| (a, b)));
+        for depth in [1usize, 127, 128, 129, 255, 256, 257, 4096, 32894, 32895, 33025] {
+            for (a, za) in cases.clone() {
+                for (b, zb) in cases.clone() {
+                    let (lhs, rhs) = (vec![a; depth], vec![b; depth]);
+                    let zeros = [za, zb].map(|zero| ZeroPoints::Uniform(i32::from(zero)));
+                    let less = |code: i8, zero: i8| i64::from(code) - i64::from(zero);
+                    let expected = depth as i64 * less(a, za) * less(b, zb);
+                    for level in runnable() {
+                        let shape = (1, 1, depth);
+                        let out =
+                            matmul_nt_with(level, Lhs::I8(&lhs), zeros[0], &rhs, zeros[1], shape);
+                        let at = (level, depth, a, za, b, zb);
+                        assert_eq!(
+                            out.unwrap().into_iter().map(i64::from).collect::<Vec<_>>(),
+                            [expected],
+                            "{at:?}"
+                        );
+                    }
+                }
+            }
+        }
+        // Unsigned codes without zero points, whose signed form has some.
+        let depth = max_depth(false);
+        for level in runnable() {
+            let (lhs, rhs, zero) = (vec![255u8; depth], vec![i8::MIN; depth], ZeroPoints::Zero);
+            let out = matmul_nt_with(level, Lhs::U8(&lhs), zero, &rhs, zero, (1, 1, depth));
+            assert_eq!(out.unwrap(), [-128 * 255 * depth as i32], "{level:?}");
+        }
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 //! for each panel of NR rows of the right side      packed once, stays in L1
 //!   for each panel of MR rows of the left side
 //!     kernel: an MR x NR tile of int32, over the whole depth D
-//!     epilogue: zero points, then int32 out, or f32 out with scales
+//!     epilogue: int32 out, or f32 out with scales
 //! ```
 //!
 //! `pack` puts operands into the order a kernel reads, `tiles` has the loops around it, `matmul` the whole
@@ -22,5 +22,5 @@ mod tiles;
 
 pub use matmul::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 
-pub(crate) use pack::{PackedLhs, PackedRhs, RhsChunk, unpack};
-pub(crate) use tiles::{ScoreScales, ZeroCorrection, int_tiles, score_tiles};
+pub(crate) use pack::{PackedLhs, PackedRhs, RhsChunk, RowSums, unpack};
+pub(crate) use tiles::{ScoreScales, int_tiles, score_tiles};

@@ -1,7 +1,7 @@
 //! Operands in the order a kernel reads them. Packed data remembers its level.
 
 use crate::cpu::Level;
-use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput};
+use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput, ZeroPair, zero_groups};
 use crate::cpu::plain::widest;
 use crate::memory::{AlignedBytes, Footprint};
 
@@ -71,6 +71,29 @@ fn bias((out, stride, codes, depth): (&mut [u8], usize, &[i8], usize)) {
     }
 }
 
+/// What stands in a group of pairs for a sum of codes.
+fn part(sum: i32, group: usize, groups: usize) -> i16 {
+    const MOST: i32 = i16::MAX as i32;
+    if groups == 1 {
+        return sum as i16;
+    }
+    let Some(before) = group.checked_sub(1) else { return (sum & 255) as i16 };
+    let (high, before) = (sum >> 8, MOST * before as i32);
+    (high - high.clamp(-before, before)).clamp(-MOST, MOST) as i16
+}
+
+/// What stands beside it for a zero point: 256 times as much where it meets the rest of a sum.
+fn factor(zero: i32, group: usize) -> i16 {
+    (if group == 0 { zero } else { 256 * zero }) as i16
+}
+
+/// The sums of the codes of rows, and their zero points, which are codes; empty where all are 0.
+#[derive(Clone, Copy)]
+pub(crate) struct RowSums<'a> {
+    pub sums: &'a [i32],
+    pub zeros: &'a [i32],
+}
+
 /// The codes of `rows` rows of `depth`, row-major, from where they lie in the order of a
 /// [`PackedRhs::layout`], of this level or of another.
 ///
@@ -98,6 +121,8 @@ pub(crate) struct PackedLhs {
     bytes: AlignedBytes,
     rows: usize,
     depth: usize,
+    /// Pairs for zero points, `[rows, groups]`; none where nothing is known of any.
+    zeros: Vec<ZeroPair>,
 }
 
 impl PackedLhs {
@@ -106,14 +131,33 @@ impl PackedLhs {
         let geometry = level.int8_product().geometry;
         let Geometry { mr, nr, .. } = geometry;
         assert!(mr * nr <= MAX_TILE, "{level:?}: a tile of {mr} x {nr}");
-        Self { level, geometry, bytes: AlignedBytes::zeroed(0), rows: 0, depth: 0 }
+        let bytes = AlignedBytes::zeroed(0);
+        Self { level, geometry, bytes, rows: 0, depth: 0, zeros: Vec::new() }
     }
 
-    /// Packs row-major signed codes, `rows * depth` of them, in the place of what was there.
-    pub(crate) fn put(&mut self, codes: &[i8], rows: usize, depth: usize) {
+    /// Packs row-major signed codes, `rows * depth` of them, in the place of what was there, with their zero
+    /// points if any of this product is not 0.
+    pub(crate) fn put(
+        &mut self,
+        codes: &[i8],
+        rows: usize,
+        depth: usize,
+        zeros: Option<RowSums<'_>>,
+    ) {
         let Geometry { mr, group, lhs, .. } = self.geometry;
         assert_eq!(codes.len(), rows * depth);
         (self.rows, self.depth) = (rows, depth);
+        self.zeros.clear();
+        if let Some(RowSums { sums, zeros }) = zeros {
+            assert!(sums.len() == rows && zeros.len() == rows);
+            let groups = zero_groups(depth);
+            for (&sum, &zero) in sums.iter().zip(zeros) {
+                // Negative, because 256 times the smallest zero point is in an i16 and its negative is not.
+                let term = (depth as i32).wrapping_mul(zero).wrapping_sub(sum);
+                let pair = |group| [part(term, group, groups), factor(zero, group)];
+                self.zeros.extend((0..groups).map(pair));
+            }
+        }
         // Padding may hold anything: in the depth it meets zeros on the right side, and padded rows
         // are dropped.
         self.bytes.grow(packed_bytes((rows, depth), (mr, group), lhs.size()));
@@ -145,6 +189,9 @@ impl PackedLhs {
 
     /// All rows as the input of a kernel, against the right panel of column `column`.
     pub(super) fn against(&self, rhs: &PackedRhs, column: usize) -> TileInput {
+        let column_zeros = rhs.pairs(column);
+        let zero_groups = if self.zeros.is_empty() { 0 } else { zero_groups(self.depth) };
+        assert_eq!(column_zeros.is_empty(), zero_groups == 0, "zero points of one side alone");
         TileInput {
             rows: self.rows,
             groups: self.depth.div_ceil(self.geometry.group),
@@ -152,6 +199,9 @@ impl PackedLhs {
             row_bytes: self.row_bytes(),
             rhs: rhs.panel(column),
             init: rhs.init(column).as_ptr(),
+            zero_groups,
+            row_zeros: self.zeros.as_ptr(),
+            column_zeros: column_zeros.as_ptr(),
         }
     }
 
@@ -174,6 +224,8 @@ pub(crate) struct PackedRhs {
     depth: usize,
     /// What the sums of each column start from, padded to whole panels.
     init: Vec<i32>,
+    /// Pairs for zero points, `[panels, groups, nr]`; none where all of them are 0.
+    zeros: Vec<ZeroPair>,
 }
 
 /// Some whole panels of the right side, to be filled by one thread.
@@ -181,33 +233,46 @@ pub(crate) struct RhsChunk<'a> {
     geometry: Geometry,
     bytes: &'a mut [u8],
     init: &'a mut [i32],
+    zeros: &'a mut [ZeroPair],
     depth: usize,
 }
 
 impl RhsChunk<'_> {
-    /// Packs the rows from `first` of this chunk on: row-major codes, and the sum of each row.
-    pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
+    /// Packs the rows from `first` of this chunk on: row-major codes, and the sum and zero point of each row.
+    pub(crate) fn put(&mut self, first: usize, codes: &[i8], RowSums { sums, zeros }: RowSums<'_>) {
         assert_eq!(codes.len(), sums.len() * self.depth);
         let Geometry { nr, group, lhs, .. } = self.geometry;
         let init = &mut self.init[first..first + sums.len()];
         for (init, sum) in init.iter_mut().zip(sums) {
             *init = (-lhs.bias()).wrapping_mul(*sum);
         }
+        if !self.zeros.is_empty() {
+            assert_eq!(zeros.len(), sums.len());
+            let groups = zero_groups(self.depth);
+            for (row, (&sum, &zero)) in (first..).zip(sums.iter().zip(zeros)) {
+                for group in 0..groups {
+                    let pair = [factor(zero, group), part(sum.wrapping_neg(), group, groups)];
+                    self.zeros[(row / nr * groups + group) * nr + row % nr] = pair;
+                }
+            }
+        }
         spread_bytes(codes, self.depth, (first, nr), group, self.bytes);
     }
 }
 
 impl PackedRhs {
-    /// Room for `rows` rows of `depth` codes; [`PackedRhs::put`] fills it.
-    pub(crate) fn new(level: Level, rows: usize, depth: usize) -> Self {
+    /// Room for `rows` rows of `depth` codes, with zero points if any of their products is not 0;
+    /// [`PackedRhs::put`] fills it.
+    pub(crate) fn new(level: Level, rows: usize, depth: usize, with_zeros: bool) -> Self {
         let (geometry, bytes) = (level.int8_product().geometry, AlignedBytes::zeroed(0));
-        let mut packed = Self { level, geometry, bytes, rows, depth, init: Vec::new() };
-        packed.reset(rows, depth);
+        let (init, zeros) = (Vec::new(), Vec::new());
+        let mut packed = Self { level, geometry, bytes, rows, depth, init, zeros };
+        packed.reset(rows, depth, with_zeros);
         packed
     }
 
     /// Room for other rows, in the place of those that are there.
-    pub(crate) fn reset(&mut self, rows: usize, depth: usize) {
+    pub(crate) fn reset(&mut self, rows: usize, depth: usize, with_zeros: bool) {
         let Geometry { nr, group, .. } = self.geometry;
         (self.rows, self.depth) = (rows, depth);
         let used = packed_bytes((rows, depth), (nr, group), 1);
@@ -215,15 +280,18 @@ impl PackedRhs {
         if !depth.is_multiple_of(group) {
             self.bytes.as_mut_slice()[..used].fill(0); // the padding of the depth
         }
-        self.init.resize(rows.next_multiple_of(nr), 0);
+        let padded = rows.next_multiple_of(nr);
+        self.init.resize(padded, 0);
+        // What stands in the padding of columns does not matter.
+        self.zeros.resize(if with_zeros { padded * zero_groups(depth) } else { 0 }, [0; 2]);
     }
 
-    /// Packs the rows from `first` on: row-major codes, and the sum of each row.
-    pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: &[i32]) {
-        assert!(first + sums.len() <= self.rows);
+    /// Packs the rows from `first` on: row-major codes, and the sum and zero point of each row.
+    pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: RowSums<'_>) {
+        assert!(first + sums.sums.len() <= self.rows);
         let (geometry, depth) = (self.geometry, self.depth);
         let (bytes, init) = (self.bytes.as_mut_slice(), self.init.as_mut_slice());
-        RhsChunk { geometry, bytes, init, depth }.put(first, codes, sums);
+        RhsChunk { geometry, bytes, init, zeros: &mut self.zeros, depth }.put(first, codes, sums);
     }
 
     /// The whole in chunks of `rows` rows, a multiple of the kernel's `nr`; the last may be
@@ -232,12 +300,11 @@ impl PackedRhs {
         assert!(rows > 0 && rows.is_multiple_of(self.geometry.nr));
         let (geometry, depth) = (self.geometry, self.depth);
         let row_bytes = depth.next_multiple_of(geometry.group);
-        let mut bytes = self.bytes.as_mut_slice();
+        let (mut bytes, mut zeros) = (self.bytes.as_mut_slice(), self.zeros.as_mut_slice());
         let chunk = move |init| {
-            let whole = std::mem::take(&mut bytes);
-            let (chunk, rest) = whole.split_at_mut((rows * row_bytes).min(whole.len()));
-            bytes = rest;
-            RhsChunk { geometry, bytes: chunk, init, depth }
+            let bytes = take_front(&mut bytes, rows * row_bytes);
+            let zeros = take_front(&mut zeros, rows * zero_groups(depth));
+            RhsChunk { geometry, bytes, init, zeros, depth }
         };
         self.init.chunks_mut(rows).map(chunk)
     }
@@ -288,6 +355,15 @@ impl PackedRhs {
         sums
     }
 
+    /// The pairs for zero points of that panel, if there are any.
+    fn pairs(&self, row: usize) -> &[ZeroPair] {
+        if self.zeros.is_empty() {
+            return &[];
+        }
+        let groups = zero_groups(self.depth);
+        &self.zeros[row * groups..(row + self.geometry.nr) * groups]
+    }
+
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }
@@ -315,14 +391,23 @@ impl PackedRhs {
     }
 }
 
+/// The first `count` elements, or as many as there are, which leave the slice.
+fn take_front<'a, T>(slice: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+    let whole = std::mem::take(slice);
+    let (front, rest) = whole.split_at_mut(count.min(whole.len()));
+    *slice = rest;
+    front
+}
+
 impl Footprint for PackedLhs {
     fn footprint(&self) -> usize {
-        self.bytes.footprint()
+        self.bytes.footprint() + self.zeros.capacity() * size_of::<ZeroPair>()
     }
 }
 
 impl Footprint for PackedRhs {
     fn footprint(&self) -> usize {
-        self.bytes.footprint() + self.init.footprint()
+        let zeros = self.zeros.capacity() * size_of::<ZeroPair>();
+        self.bytes.footprint() + self.init.footprint() + zeros
     }
 }

@@ -6,37 +6,6 @@ use crate::cpu::contracts::{Geometry, MAX_TILE, ScoreTile, TileInput};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Zero points and sums of the codes, for `sum (a - za)(b - zb)`:
-///
-/// ```text
-/// sum ab - zb * sum a - za * sum b + D * za * zb  =  sum ab - zb * row_term - za * sum b
-/// ```
-pub(crate) struct ZeroCorrection<'a> {
-    /// `za` of each row of the left side.
-    pub row_zeros: &'a [i32],
-    /// `sum a - D * za` of each row of the left side.
-    pub row_terms: &'a [i32],
-    /// `zb` of each row of the right side, padded to whole panels.
-    pub column_zeros: &'a [i32],
-    /// `sum b` of each row of the right side, padded to whole panels.
-    pub column_sums: &'a [i32],
-}
-
-impl ZeroCorrection<'_> {
-    /// Corrects a tile of sums that lie `nr` elements apart.
-    fn apply(&self, sums: &mut [i32], nr: usize, rows: Range<usize>, column: usize) {
-        let zeros = &self.column_zeros[column..column + nr];
-        let column_sums = &self.column_sums[column..column + nr];
-        for (sums, row) in sums.chunks_exact_mut(nr).zip(rows) {
-            let (za, term) = (self.row_zeros[row], self.row_terms[row]);
-            for ((sum, &zb), &b) in sums.iter_mut().zip(zeros).zip(column_sums) {
-                let correction = zb.wrapping_mul(term).wrapping_add(za.wrapping_mul(b));
-                *sum = sum.wrapping_sub(correction);
-            }
-        }
-    }
-}
-
 /// What turns int32 sums into f32 scores; see [`ScoreTile`] for the formula. The column slices
 /// are padded to whole panels.
 pub(crate) struct ScoreScales<'a> {
@@ -47,8 +16,6 @@ pub(crate) struct ScoreScales<'a> {
     pub bias_columns: usize,
     pub column_scales: &'a [f32],
     pub column_biases: &'a [f32],
-    /// Zero points, unless both sides are symmetric.
-    pub zeros: Option<ZeroCorrection<'a>>,
 }
 
 /// Calls `f(columns, input)` for every panel of `columns`, whose start is a multiple of the
@@ -84,7 +51,6 @@ fn for_each_tile(mr: usize, panel: TileInput, mut f: impl FnMut(Range<usize>, Ti
 pub(crate) fn int_tiles(
     lhs: &PackedLhs,
     rhs: &PackedRhs,
-    zeros: Option<&ZeroCorrection<'_>>,
     out: &mut [MaybeUninit<i32>],
     stride: usize,
 ) {
@@ -95,9 +61,6 @@ pub(crate) fn int_tiles(
             // SAFETY: packing asserted that a tile fits MAX_TILE; the input is 1..=mr rows and a
             // whole panel, which live as long as `lhs` and `rhs`.
             unsafe { level.int8_tile(input, sums.as_mut_ptr(), nr) };
-            if let Some(zeros) = zeros {
-                zeros.apply(&mut sums[..rows.len() * nr], nr, rows.clone(), columns.start);
-            }
             copy_tile(&sums, nr, rows, columns.clone(), out, stride);
         });
     });
@@ -127,7 +90,7 @@ pub(crate) fn score_tiles(
         // A panel that reaches over the row's end would overwrite the next row's start, or end
         // outside of the buffer.
         let whole = at + nr <= stride && at + (panel.rows - 1) * stride + nr <= out.len();
-        if whole && scales.zeros.is_none() {
+        if whole {
             let tile = scales.tile(out[at..].as_mut_ptr().cast(), stride, (0, columns.start));
             // SAFETY: as in `int_tiles` for the panel. The scales and biases were checked to cover
             // all rows and whole panels of columns, and every row of the panel lies inside `out`.
@@ -135,18 +98,8 @@ pub(crate) fn score_tiles(
         }
         for_each_tile(mr, panel, |rows, input| {
             let tile = scales.tile(edge.as_mut_ptr(), nr, (rows.start, columns.start));
-            match &scales.zeros {
-                // SAFETY: as above; `edge` holds any tile.
-                None => unsafe { level.int8_scores(input, tile) },
-                Some(zeros) => {
-                    let mut sums = [0i32; MAX_TILE];
-                    // SAFETY: as above; a tile fits MAX_TILE.
-                    unsafe { level.int8_tile(input, sums.as_mut_ptr(), nr) };
-                    zeros.apply(&mut sums[..rows.len() * nr], nr, rows.clone(), columns.start);
-                    // SAFETY: as above.
-                    unsafe { tile.write(&sums, rows.len(), nr) };
-                }
-            }
+            // SAFETY: as above; `edge` holds any tile.
+            unsafe { level.int8_scores(input, tile) };
             copy_tile(&edge, nr, rows, at..at + columns.len(), out, stride);
         });
     });
@@ -198,6 +151,7 @@ fn copy_tile<T: Copy>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::pack::RowSums;
     use super::*;
     use crate::cpu::{Level, runnable};
     use crate::memory::overwrite;
@@ -265,28 +219,20 @@ mod tests {
                 (0..rows).map(|i| row(i).iter().map(|&q| i32::from(q)).sum()).collect()
             };
             let padded = n.next_multiple_of(level.int8_product().geometry.nr);
-            let pad_i32 = |x: &[i32]| [x, &vec![0; padded - n]].concat();
             let pad_f32 = |x: &[f32]| [x, &vec![0.0; padded - n]].concat();
             let mut lhs = PackedLhs::new(level);
-            lhs.put(&self.lhs, m, depth);
-            let mut rhs = PackedRhs::new(level, n, depth);
-            let column_sums = sums(&self.rhs, n);
-            rhs.put(0, &self.rhs, &column_sums);
-            let terms = sums(&self.lhs, m).into_iter().zip(&self.row_zeros);
-            let zeros = ZeroCorrection {
-                row_zeros: &self.row_zeros,
-                row_terms: &terms.map(|(sum, zero)| sum - depth as i32 * zero).collect::<Vec<_>>(),
-                column_zeros: &pad_i32(&self.column_zeros),
-                column_sums: &pad_i32(&column_sums),
-            };
             let affine = self.row_zeros.iter().chain(&self.column_zeros).any(|&zero| zero != 0);
+            let (row_sums, column_sums) = (sums(&self.lhs, m), sums(&self.rhs, n));
+            let rows = RowSums { sums: &row_sums, zeros: &self.row_zeros };
+            lhs.put(&self.lhs, m, depth, affine.then_some(rows));
+            let mut rhs = PackedRhs::new(level, n, depth, affine);
+            rhs.put(0, &self.rhs, RowSums { sums: &column_sums, zeros: &self.column_zeros });
             let scales = ScoreScales {
                 row_scales: &self.factors[0],
                 row_biases: &self.factors[1],
                 bias_columns: BIAS_COLUMNS,
                 column_scales: &pad_f32(&self.factors[2]),
                 column_biases: &pad_f32(&self.factors[3]),
-                zeros: affine.then_some(zeros),
             };
             let mut out = vec![POISON; m * stride];
             // SAFETY: `score_tiles` writes numbers.

@@ -25,7 +25,8 @@ pub(crate) const PRODUCT: Int8Product = Int8Product {
 
 int8_tiles! {
     features: "neon,dotprod",
-    store: vst1q_s32,
+    integers: int32x4_t, vld1q_s32, vdupq_n_s32, vst1q_s32,
+    pairs: |sum, x, y| crate::cpu::aarch64::neon::add_pairs(sum, x, y),
     convert: vcvtq_f32_s32,
     floats: vld1q_f32, vdupq_n_f32, vmulq_f32, vaddq_f32, vst1q_f32,
 }
@@ -61,12 +62,8 @@ fn add_row<const INDEX: i32>(
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
 unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[int32x4_t; VECTORS]; ROWS] {
-    let mut init = [vdupq_n_s32(0); VECTORS];
-    for (v, init) in init.iter_mut().enumerate() {
-        // SAFETY: `init` holds 16 elements by contract.
-        *init = unsafe { vld1q_s32(input.init.add(v * LANES)) };
-    }
-    let mut sums = [init; ROWS];
+    // SAFETY: by contract.
+    let mut sums = unsafe { start::<ROWS>(input) };
     for group in 0..input.groups {
         let mut b = [vdupq_n_s8(0); VECTORS];
         for (v, b) in b.iter_mut().enumerate() {

@@ -8,6 +8,7 @@
 //!
 //! Rust's intrinsic is not stable yet, hence the inline assembly for the one instruction.
 
+use crate::cpu::aarch64::neon::add_pairs;
 use crate::cpu::contracts::{Geometry, Int8Product, LhsFormat, ScoreTile, TileInput};
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -78,6 +79,25 @@ unsafe fn sums<const ROW_PAIRS: usize>(input: TileInput) -> [[int32x4_t; PAIRS];
         *init = vcombine_s32(columns, columns);
     }
     let mut sums = [init; ROW_PAIRS];
+    for group in 0..input.zero_groups {
+        for (pair, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: a pair of i16 of each group for every row and for 8 columns, by contract. The last
+            // row of an odd number is taken twice, and what comes of it the second time is dropped.
+            unsafe {
+                let row = |row: usize| {
+                    let row = (2 * pair + row).min(input.rows - 1);
+                    let at = input.row_zeros.add(row * input.zero_groups + group);
+                    vdup_n_s32(at.cast::<i32>().read_unaligned())
+                };
+                let rows = vcombine_s32(row(0), row(1));
+                for (columns, sum) in sums.iter_mut().enumerate() {
+                    let columns = input.column_zeros.add(group * NR + 2 * columns);
+                    let columns = vld1_s32(columns.cast());
+                    *sum = add_pairs(*sum, rows, vcombine_s32(columns, columns));
+                }
+            }
+        }
+    }
     for group in 0..input.groups {
         let mut b = [vdupq_n_s8(0); PAIRS];
         for (pair, b) in b.iter_mut().enumerate() {

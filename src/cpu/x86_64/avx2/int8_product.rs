@@ -22,7 +22,8 @@ pub(crate) const PRODUCT: Int8Product = Int8Product {
 
 int8_tiles! {
     features: "avx2",
-    store: _mm256_storeu_si256,
+    integers: __m256i, _mm256_loadu_si256, _mm256_set1_epi32, _mm256_storeu_si256,
+    pairs: |sum, x, y| _mm256_add_epi32(sum, _mm256_madd_epi16(x, y)),
     convert: _mm256_cvtepi32_ps,
     floats: _mm256_loadu_ps, _mm256_set1_ps, _mm256_mul_ps, _mm256_add_ps, _mm256_storeu_ps,
 }
@@ -31,11 +32,8 @@ int8_tiles! {
 #[target_feature(enable = "avx2")]
 #[inline]
 unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[__m256i; VECTORS]; ROWS] {
-    // SAFETY: `init` holds 16 elements by contract.
-    let init = unsafe {
-        [_mm256_loadu_si256(input.init.cast()), _mm256_loadu_si256(input.init.add(8).cast())]
-    };
-    let mut sums = [init; ROWS];
+    // SAFETY: by contract.
+    let mut sums = unsafe { start::<ROWS>(input) };
     for group in 0..input.groups {
         // SAFETY: the right panel holds `groups` times 32 bytes, the left one `groups` times 6
         // pairs of i16, by contract.

@@ -1,4 +1,4 @@
-//! AVX2: dot products, rows less a mean, rotated. Symmetric codes are plain Rust compiled for it.
+//! AVX2: dot products, rows less a mean, rotated. Codes are plain Rust compiled for it.
 //!
 //! The loops of plain Rust take four times as long: what is 1, 2 and 4 elements apart becomes gathers, and 16
 //! sums of lanes are added up one by one.
@@ -109,11 +109,12 @@ fn condition(job: Condition<'_>) {
     let depth = job.rows.depth();
     assert!(job.mean.is_none_or(|mean| mean.len() == depth));
     let whole = depth / LANES * LANES;
-    let out = job.values.chunks_exact_mut(depth).zip(job.magnitudes);
-    for (row, (to, magnitude)) in job.rows.iter().zip(out) {
+    let ranges = job.ranges.low.iter_mut().zip(&mut job.ranges.high);
+    let out = job.values.chunks_exact_mut(depth).zip(ranges);
+    for (row, (to, (low, high))) in job.rows.iter().zip(out) {
         let from = (row.as_ptr(), job.mean.map(<[f32]>::as_ptr), to.as_mut_ptr());
         // SAFETY: the row, the mean and the values have this length.
-        let largest = unsafe {
+        let ends = unsafe {
             match job.rotate {
                 true => blocks::<true>(from, depth),
                 false => blocks::<false>(from, depth),
@@ -126,24 +127,67 @@ fn condition(job: Condition<'_>) {
         if job.rotate {
             rotate_rest(rest);
         }
-        // As integers, magnitudes have the same order, with infinity and NaN above all numbers.
-        let of_rest = rest.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
-        *magnitude = f32::from_bits(largest_lane(largest).max(of_rest));
+        (*low, *high) = ends.with(rest);
+    }
+}
+
+/// What a row has of its range, as [`RowRanges`](crate::cpu::contracts::RowRanges) finds it.
+#[derive(Clone, Copy)]
+struct Ends {
+    low: __m256i,
+    high: __m256i,
+}
+
+impl Ends {
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn none() -> Self {
+        Self { low: _mm256_set1_epi32(i32::MIN), high: _mm256_setzero_si256() }
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn and(self, x: __m256) -> Self {
+        let x = _mm256_castps_si256(x);
+        Self { low: _mm256_max_epu32(self.low, x), high: _mm256_max_epi32(self.high, x) }
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn union(self, other: Self) -> Self {
+        let low = _mm256_max_epu32(self.low, other.low);
+        Self { low, high: _mm256_max_epi32(self.high, other.high) }
+    }
+
+    /// Both ends, with what is left of the row.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn with(self, rest: &[f32]) -> (f32, f32) {
+        let both = |x: __m256i| (_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+        let ((a, b), (c, d)) = (both(self.low), both(self.high));
+        let (low, high) = (_mm_max_epu32(a, b), _mm_max_epi32(c, d));
+        let low = _mm_max_epu32(low, _mm_shuffle_epi32::<0x4e>(low));
+        let high = _mm_max_epi32(high, _mm_shuffle_epi32::<0x4e>(high));
+        let low = _mm_max_epu32(low, _mm_shuffle_epi32::<0xb1>(low));
+        let high = _mm_max_epi32(high, _mm_shuffle_epi32::<0xb1>(high));
+        let (low, high) = (_mm_cvtsi128_si32(low) as u32, _mm_cvtsi128_si32(high));
+        let low = rest.iter().fold(low, |low, x| low.max(x.to_bits()));
+        let high = rest.iter().fold(high, |high, x| high.max(x.to_bits() as i32));
+        (f32::from_bits(low), f32::from_bits(high as u32))
     }
 }
 
 /// From where, less what, to where.
 type Job = (*const f32, Option<*const f32>, *mut f32);
 
-/// All whole 16 elements of a row, less a mean, and rotated if `ROTATE`, block by block; returns their largest
-/// magnitudes.
+/// All whole 16 elements of a row, less a mean, and rotated if `ROTATE`, block by block; returns their ends.
 ///
 /// # Safety
 /// There are `depth` elements at all, of which the first and the last may be the same.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-unsafe fn blocks<const ROTATE: bool>((from, mean, to): Job, depth: usize) -> __m256i {
-    let mut largest = _mm256_setzero_si256();
+unsafe fn blocks<const ROTATE: bool>((from, mean, to): Job, depth: usize) -> Ends {
+    let mut ends = Ends::none();
     let mut at = 0;
     while depth - at >= LANES {
         let block = if ROTATE { (1 << (depth - at).ilog2()).min(ROTATED) } else { LANES };
@@ -158,10 +202,10 @@ unsafe fn blocks<const ROTATE: bool>((from, mean, to): Job, depth: usize) -> __m
                 _ => vectors::<2, ROTATE>(job, factor),
             }
         };
-        largest = _mm256_max_epu32(largest, of_block);
+        ends = ends.union(of_block);
         at += block;
     }
-    largest
+    ends
 }
 
 /// A block of 16 registers, more than there are: its halves, then the last step.
@@ -170,9 +214,9 @@ unsafe fn blocks<const ROTATE: bool>((from, mean, to): Job, depth: usize) -> __m
 /// There are as many elements at all.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-unsafe fn both_halves((from, mean, to): Job, factor: __m256) -> __m256i {
+unsafe fn both_halves((from, mean, to): Job, factor: __m256) -> Ends {
     const HALF_BLOCK: usize = ROTATED / 2;
-    let mut largest = _mm256_setzero_si256();
+    let mut ends = Ends::none();
     // SAFETY: by contract.
     unsafe {
         for at in [0, HALF_BLOCK] {
@@ -185,11 +229,11 @@ unsafe fn both_halves((from, mean, to): Job, factor: __m256) -> __m256i {
                 [(to.add(at), _mm256_add_ps(a, b)), (to.add(HALF_BLOCK + at), _mm256_sub_ps(a, b))]
             {
                 _mm256_storeu_ps(to, x);
-                largest = _mm256_max_epu32(largest, magnitudes(x));
+                ends = ends.and(x);
             }
         }
     }
-    largest
+    ends
 }
 
 /// `N` registers.
@@ -201,7 +245,7 @@ unsafe fn both_halves((from, mean, to): Job, factor: __m256) -> __m256i {
 unsafe fn vectors<const N: usize, const ROTATE: bool>(
     (from, mean, to): Job,
     factor: __m256,
-) -> __m256i {
+) -> Ends {
     let mut v = [_mm256_setzero_ps(); N];
     for (i, v) in v.iter_mut().enumerate() {
         // SAFETY: 8 of `N` times 8 elements.
@@ -225,13 +269,13 @@ unsafe fn vectors<const N: usize, const ROTATE: bool>(
     if ROTATE && N > 4 {
         across::<N, 4>(&mut v);
     }
-    let mut largest = _mm256_setzero_si256();
+    let mut ends = Ends::none();
     for (i, v) in v.into_iter().enumerate() {
         // SAFETY: as above.
         unsafe { _mm256_storeu_ps(to.add(i * HALF), v) };
-        largest = _mm256_max_epu32(largest, magnitudes(v));
+        ends = ends.and(v);
     }
-    largest
+    ends
 }
 
 /// The steps of elements that are 1, 2 and 4 apart. A product with 1 or -1 is exact, so the fused addition
@@ -260,18 +304,4 @@ fn across<const N: usize, const APART: usize>(v: &mut [__m256; N]) {
         }
         i += 1;
     }
-}
-
-#[target_feature(enable = "avx2")]
-#[inline]
-fn magnitudes(x: __m256) -> __m256i {
-    _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fff_ffff))
-}
-
-#[target_feature(enable = "avx2")]
-#[inline]
-fn largest_lane(x: __m256i) -> u32 {
-    let x = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
-    let x = _mm_max_epu32(x, _mm_shuffle_epi32::<0x4e>(x));
-    _mm_cvtsi128_si32(_mm_max_epu32(x, _mm_shuffle_epi32::<0xb1>(x))) as u32
 }

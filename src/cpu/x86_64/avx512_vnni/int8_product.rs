@@ -23,7 +23,8 @@ pub(crate) const PRODUCT: Int8Product = Int8Product {
 
 int8_tiles! {
     features: "avx512f,avx512vnni",
-    store: _mm512_storeu_si512,
+    integers: __m512i, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_storeu_si512,
+    pairs: |sum, x, y| _mm512_dpwssd_epi32(sum, x, y),
     convert: _mm512_cvtepi32_ps,
     floats: _mm512_loadu_ps, _mm512_set1_ps, _mm512_mul_ps, _mm512_add_ps, _mm512_storeu_ps,
 }
@@ -32,12 +33,8 @@ int8_tiles! {
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
 unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[__m512i; VECTORS]; ROWS] {
-    let mut init = [_mm512_setzero_si512(); VECTORS];
-    for (v, init) in init.iter_mut().enumerate() {
-        // SAFETY: `init` holds 64 elements by contract.
-        *init = unsafe { _mm512_loadu_si512(input.init.add(v * LANES).cast()) };
-    }
-    let mut sums = [init; ROWS];
+    // SAFETY: by contract.
+    let mut sums = unsafe { start::<ROWS>(input) };
     for group in 0..input.groups {
         let mut b = [_mm512_setzero_si512(); VECTORS];
         for (v, b) in b.iter_mut().enumerate() {

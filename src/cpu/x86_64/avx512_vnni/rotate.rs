@@ -2,7 +2,7 @@
 //! last; within a register, a step is a shuffle, and an addition of lanes whose signs change. (Plain loops
 //! take five times as long: what is 1, 2, 4 and 8 apart becomes gathers and scatters.)
 
-use super::rows::{first, fold_max, load, max_bits};
+use super::rows::{Ends, first, load};
 use crate::cpu::contracts::{Condition, ROTATED, Rows};
 use crate::cpu::plain::rotate::{factor, rotate_rest};
 use std::arch::x86_64::*;
@@ -16,9 +16,7 @@ pub(crate) fn rotate(depth: usize, rows: &mut [f32]) {
         let (count, at) = (rows.len() / depth, rows.as_mut_ptr());
         let from = Strided { at, stride: depth };
         // SAFETY: as many whole rows are there.
-        unsafe {
-            blocks::<true>((from, None, at), (count, depth), &mut [_mm512_setzero_ps(); LANES])
-        };
+        unsafe { blocks::<true>((from, None, at), (count, depth), &mut [Ends::none(); LANES]) };
         rows.chunks_exact_mut(depth).for_each(|row| rotate_rest(&mut row[depth / LANES * LANES..]));
     }
 }
@@ -27,34 +25,39 @@ pub(crate) fn rotate(depth: usize, rows: &mut [f32]) {
 pub(crate) fn condition(job: Condition<'_>) {
     let depth = job.rows.depth();
     let values = job.values.chunks_mut(LANES * depth);
-    for (index, (values, magnitudes)) in values.zip(job.magnitudes.chunks_mut(LANES)).enumerate() {
-        let (start, count) = (index * LANES, magnitudes.len());
+    let ranges = job.ranges.low.chunks_mut(LANES).zip(job.ranges.high.chunks_mut(LANES));
+    for (index, (values, (low, high))) in values.zip(ranges).enumerate() {
+        let (start, count) = (index * LANES, low.len());
         let rows = job.rows.part(start..start + count);
-        let largest = condition_rows(rows, job.mean, job.rotate, values);
-        // SAFETY: lanes beyond the slice are masked out.
-        unsafe { _mm512_mask_storeu_ps(magnitudes.as_mut_ptr(), first(count), largest) };
+        let ends = condition_rows(rows, job.mean, job.rotate, values);
+        assert_eq!(high.len(), count);
+        // SAFETY: lanes beyond the slices are masked out.
+        unsafe {
+            _mm512_mask_storeu_ps(low.as_mut_ptr(), first(count), ends.0);
+            _mm512_mask_storeu_ps(high.as_mut_ptr(), first(count), ends.1);
+        }
     }
 }
 
-/// Up to 16 rows; returns the largest magnitude of each.
+/// Up to 16 rows; returns both ends of the range of each.
 #[target_feature(enable = "avx512f")]
 fn condition_rows(
     rows: Rows<'_>,
     mean: Option<&[f32]>,
     rotated: bool,
     values: &mut [f32],
-) -> __m512 {
+) -> (__m512, __m512) {
     let (count, depth) = (rows.count(), rows.depth());
     assert!(count <= LANES && values.len() == count * depth);
     assert!(mean.is_none_or(|mean| mean.len() == depth));
     let from = Strided { at: rows.data().as_ptr(), stride: rows.stride() };
     let job = (from, mean.map(<[f32]>::as_ptr), values.as_mut_ptr());
-    let mut largest = [_mm512_setzero_ps(); LANES];
+    let mut ends = [Ends::none(); LANES];
     // SAFETY: the rows, the mean and the values have these lengths.
     unsafe {
         match rotated {
-            true => blocks::<true>(job, (count, depth), &mut largest),
-            false => blocks::<false>(job, (count, depth), &mut largest),
+            true => blocks::<true>(job, (count, depth), &mut ends),
+            false => blocks::<false>(job, (count, depth), &mut ends),
         }
     }
     let whole = depth / LANES * LANES;
@@ -68,10 +71,10 @@ fn condition_rows(
             if rotated {
                 rotate_rest(to);
             }
-            largest[i] = max_bits(magnitudes(load(to, 0, to.len())), largest[i]);
+            ends[i] = ends[i].and(load(to, 0, to.len()));
         }
     }
-    _mm512_castsi512_ps(fold_max(largest))
+    Ends::fold(ends)
 }
 
 /// Rows somewhere.
@@ -85,7 +88,7 @@ struct Strided {
 type Job = (Strided, Option<*const f32>, *mut f32);
 
 /// All whole vectors of up to 16 rows, less a mean, and rotated if `ROTATE`, block by block; takes in the
-/// magnitudes of each row.
+/// elements of each row.
 ///
 /// # Safety
 /// There are `count` rows of `depth` elements at both, which may be the same, and `depth` of the mean.
@@ -94,7 +97,7 @@ type Job = (Strided, Option<*const f32>, *mut f32);
 unsafe fn blocks<const ROTATE: bool>(
     (from, mean, to): Job,
     (count, depth): (usize, usize),
-    largest: &mut [__m512; LANES],
+    ends: &mut [Ends; LANES],
 ) {
     let mut at = 0;
     while depth - at >= LANES {
@@ -104,10 +107,10 @@ unsafe fn blocks<const ROTATE: bool>(
             let from = Strided { at: from.at.add(at), ..from };
             let job = (from, mean.map(|mean| mean.add(at)), to.add(at));
             match block / LANES {
-                8 => vectors::<8, ROTATE>(job, depth, &mut largest[..count]),
-                4 => vectors::<4, ROTATE>(job, depth, &mut largest[..count]),
-                2 => vectors::<2, ROTATE>(job, depth, &mut largest[..count]),
-                _ => vectors::<1, ROTATE>(job, depth, &mut largest[..count]),
+                8 => vectors::<8, ROTATE>(job, depth, &mut ends[..count]),
+                4 => vectors::<4, ROTATE>(job, depth, &mut ends[..count]),
+                2 => vectors::<2, ROTATE>(job, depth, &mut ends[..count]),
+                _ => vectors::<1, ROTATE>(job, depth, &mut ends[..count]),
             }
         }
         at += block;
@@ -118,14 +121,14 @@ unsafe fn blocks<const ROTATE: bool>(
 /// registers.
 ///
 /// # Safety
-/// There are `N` times 16 elements of as many rows as have a magnitude, `depth` elements from one to the next
+/// There are `N` times 16 elements of as many rows as have ends, `depth` elements from one to the next
 /// where they go to, and of the mean.
 #[target_feature(enable = "avx512f")]
 #[inline(never)]
 unsafe fn vectors<const N: usize, const ROTATE: bool>(
     (from, mean, to): Job,
     depth: usize,
-    largest: &mut [__m512],
+    ends: &mut [Ends],
 ) {
     let factor = _mm512_set1_ps(factor(N * LANES));
     // Less nothing is less 0.
@@ -136,7 +139,7 @@ unsafe fn vectors<const N: usize, const ROTATE: bool>(
             *less = unsafe { _mm512_loadu_ps(mean.add(i * LANES)) };
         }
     }
-    for (row, largest) in largest.iter_mut().enumerate() {
+    for (row, ends) in ends.iter_mut().enumerate() {
         let mut v = [_mm512_setzero_ps(); N];
         for (i, v) in v.iter_mut().enumerate() {
             // SAFETY: as above.
@@ -158,16 +161,9 @@ unsafe fn vectors<const N: usize, const ROTATE: bool>(
         for (i, v) in v.into_iter().enumerate() {
             // SAFETY: as above.
             unsafe { _mm512_storeu_ps(to.add(row * depth + i * LANES), v) };
-            *largest = max_bits(magnitudes(v), *largest);
+            *ends = ends.and(v);
         }
     }
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn magnitudes(x: __m512) -> __m512 {
-    let bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fff_ffff));
-    _mm512_castsi512_ps(bits)
 }
 
 /// The steps of elements that are 1, 2, 4 and 8 apart. A product with 1 or -1 is exact, so the fused

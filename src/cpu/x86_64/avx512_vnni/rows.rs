@@ -1,71 +1,190 @@
-//! AVX-512: symmetric codes with a scale for each row, which is what every query and key of the
-//! default configuration goes through, and dot products.
+//! AVX-512: codes with a scale for each row, which is what every query and key of the default configuration
+//! goes through, and dot products.
 //!
 //! Rows are taken 16 at a time, so that what is found for each row (a maximum, a sum) is folded for
 //! all of them at once, and their scales are one vector.
 
 use super::rotate::{condition, rotate};
-use crate::cpu::contracts::{BlockCodes, RowKernels, Rows};
+use crate::cpu::contracts::{BlockCodes, RowKernels, RowRanges, Rows};
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
 
+/// `fold!(vectors, op)`: lane `i` of the result is `op` over all lanes of vector `i`. Each level
+/// halves the vectors: first within 128 bits, then across them. A macro over plain loops, because a
+/// closure (that of `map` too) is not inlined for certain, and then is compiled without AVX-512.
+macro_rules! fold {
+    ($vectors:expr, $op:ident) => {{
+        let v: [__m512; LANES] = $vectors;
+        let mut pairs = [_mm512_setzero_ps(); 8];
+        for (i, pair) in pairs.iter_mut().enumerate() {
+            let (a, b) = (v[2 * i], v[2 * i + 1]);
+            *pair = $op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        let mut quads = [_mm512_setzero_ps(); 4];
+        for (i, quad) in quads.iter_mut().enumerate() {
+            let (a, b) = (_mm512_castps_pd(pairs[2 * i]), _mm512_castps_pd(pairs[2 * i + 1]));
+            let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+            *quad = $op(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+        }
+        let mut halves = [_mm512_setzero_ps(); 2];
+        for (i, half) in halves.iter_mut().enumerate() {
+            let (a, b) = (quads[2 * i], quads[2 * i + 1]);
+            *half = $op(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        }
+        let [a, b] = halves;
+        $op(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
+    }};
+}
+
 pub(crate) const ROWS: RowKernels =
-    RowKernels { name: super::NAME, quantize_symmetric, dots, condition, rotate };
+    RowKernels { name: super::NAME, quantize, dots, condition, rotate };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn quantize_symmetric(rows: Rows<'_>, magnitudes: Option<&[f32]>, out: BlockCodes<'_>) {
-    let depth = rows.depth();
-    let row = |row: usize| Row(rows.row(row));
-    out.zeros.fill(0);
-    for start in (0..rows.count()).step_by(LANES) {
-        let count = LANES.min(rows.count() - start);
-        let mut folded = [_mm512_setzero_ps(); LANES];
-        let magnitudes = match magnitudes {
-            Some(magnitudes) => _mm512_castps_si512(load(magnitudes, start, count)),
-            None => {
-                for (i, max) in folded[..count].iter_mut().enumerate() {
-                    *max = _mm512_castsi512_ps(row(start + i).max_magnitude());
-                }
-                fold_max(folded)
-            }
-        };
-        let (scales, reciprocals, finite) = scales(magnitudes);
-        let (mut scale, mut reciprocal) = ([0f32; LANES], [0f32; LANES]);
-        // SAFETY: 16 lanes into 16 elements.
-        unsafe {
-            _mm512_storeu_ps(scale.as_mut_ptr(), scales);
-            _mm512_storeu_ps(reciprocal.as_mut_ptr(), reciprocals);
-        }
-        for i in 0..count {
-            let codes = &mut out.codes[(start + i) * depth..(start + i + 1) * depth];
-            let sums = row(start + i).quantize::<true>(scale[i], reciprocal[i], codes);
-            folded[i] = _mm512_castsi512_ps(sums);
-        }
-        for i in (0..count).filter(|i| finite >> i & 1 == 0) {
-            out.codes[(start + i) * depth..(start + i + 1) * depth].fill(0);
-            (folded[i], scale[i]) = (_mm512_setzero_ps(), f32::NAN);
-        }
-        out.scales[start..start + count].copy_from_slice(&scale[..count]);
-        let mut sums = [0i32; LANES];
-        // SAFETY: 16 lanes into 16 elements.
-        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), fold_sum(folded)) };
-        out.sums[start..start + count].copy_from_slice(&sums[..count]);
+fn quantize(affine: bool, rows: Rows<'_>, ranges: Option<&RowRanges>, out: BlockCodes<'_>) {
+    match affine {
+        true => quantize_rows::<true>(rows, ranges, out),
+        false => quantize_rows::<false>(rows, ranges, out),
     }
 }
 
-/// The scale of each row, its reciprocal, and which are finite, from the bits of their largest
-/// magnitudes: as `plain::rows::symmetric_scale` finds it.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn scales(max: __m512i) -> (__m512, __m512, __mmask16) {
-    let finite = _mm512_cmplt_epu32_mask(max, _mm512_set1_epi32(f32::INFINITY.to_bits() as i32));
-    let zero = _mm512_testn_epi32_mask(max, max);
-    let scale = _mm512_div_ps(_mm512_castsi512_ps(max), _mm512_set1_ps(127.0));
-    let scale = _mm512_max_ps(scale, _mm512_set1_ps(f32::MIN_POSITIVE));
-    let one = _mm512_set1_ps(1.0);
-    let scale = _mm512_mask_blend_ps(zero, scale, one);
-    (scale, _mm512_div_ps(one, scale), finite)
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn quantize_rows<const AFFINE: bool>(
+    rows: Rows<'_>,
+    ranges: Option<&RowRanges>,
+    out: BlockCodes<'_>,
+) {
+    let depth = rows.depth();
+    let row = |row: usize| Row(rows.row(row));
+    for start in (0..rows.count()).step_by(LANES) {
+        let count = LANES.min(rows.count() - start);
+        let (low, high) = match ranges {
+            Some(RowRanges { low, high }) => (load(low, start, count), load(high, start, count)),
+            None => {
+                let mut ends = [Ends::none(); LANES];
+                for (i, ends) in ends[..count].iter_mut().enumerate() {
+                    row(start + i).for_each_chunk(|_, _, x| *ends = ends.and(x));
+                }
+                Ends::fold(ends)
+            }
+        };
+        let params = Params::of::<AFFINE>(low, high);
+        let (scales, zeros) = (params.scales.to_array(), params.zeros.to_array());
+        let reciprocals = params.reciprocals.to_array();
+        let mut folded = [_mm512_setzero_ps(); LANES];
+        for i in 0..count {
+            let codes = &mut out.codes[(start + i) * depth..(start + i + 1) * depth];
+            let step = (scales[i], reciprocals[i], zeros[i]);
+            let sums = row(start + i).quantize::<AFFINE, true>(step, codes);
+            folded[i] = _mm512_castsi512_ps(sums);
+        }
+        for i in (0..count).filter(|i| params.finite >> i & 1 == 0) {
+            out.codes[(start + i) * depth..(start + i + 1) * depth].fill(0);
+            folded[i] = _mm512_setzero_ps();
+        }
+        out.scales[start..start + count].copy_from_slice(&scales[..count]);
+        out.zeros[start..start + count].copy_from_slice(&zeros[..count]);
+        out.sums[start..start + count].copy_from_slice(&fold_sum(folded).to_array()[..count]);
+    }
+}
+
+/// Scale and zero point of 16 rows, the reciprocals of the scales, and which rows are finite: as
+/// `plain::rows::symmetric_scale` and `affine_params` find them, NaN and 0 for a row that is not finite.
+struct Params {
+    scales: __m512,
+    reciprocals: __m512,
+    zeros: __m512i,
+    finite: __mmask16,
+}
+
+impl Params {
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn of<const AFFINE: bool>(low: __m512, high: __m512) -> Self {
+        let magnitude = max_bits(_mm512_abs_ps(low), _mm512_abs_ps(high));
+        let infinity = _mm512_set1_epi32(f32::INFINITY.to_bits() as i32);
+        let finite = _mm512_cmplt_epu32_mask(_mm512_castps_si512(magnitude), infinity);
+        let (all, one) = (_mm512_set1_ps(if AFFINE { 255.0 } else { 127.0 }), _mm512_set1_ps(1.0));
+        let width = if AFFINE { _mm512_sub_ps(high, low) } else { magnitude };
+        let mut scales = _mm512_div_ps(width, all);
+        if AFFINE {
+            let apart = _mm512_sub_ps(_mm512_div_ps(high, all), _mm512_div_ps(low, all));
+            let overflow = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(width, _mm512_castsi512_ps(infinity));
+            scales = _mm512_mask_blend_ps(overflow, scales, apart);
+        }
+        scales = _mm512_max_ps(scales, _mm512_set1_ps(f32::MIN_POSITIVE));
+        let nothing = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(width, _mm512_setzero_ps());
+        scales = _mm512_mask_blend_ps(nothing, scales, one);
+        let mut zeros = _mm512_setzero_si512();
+        if AFFINE {
+            let below = _mm512_cvtps_epi32(_mm512_div_ps(low, scales)); // to nearest, ties to even
+            let zero = _mm512_sub_epi32(_mm512_set1_epi32(-128), below);
+            zeros = _mm512_maskz_mov_epi32(finite & !nothing, zero);
+        }
+        let scales = _mm512_mask_blend_ps(finite, _mm512_set1_ps(f32::NAN), scales);
+        Self { scales, reciprocals: _mm512_div_ps(one, scales), zeros, finite }
+    }
+}
+
+/// What a row has of its range, as [`RowRanges`] finds it.
+#[derive(Clone, Copy)]
+pub(super) struct Ends {
+    low: __m512,
+    high: __m512,
+}
+
+impl Ends {
+    /// Of no elements.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub(super) fn none() -> Self {
+        Self { low: _mm512_set1_ps(-0.0), high: _mm512_setzero_ps() }
+    }
+
+    /// With 16 elements more.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub(super) fn and(self, x: __m512) -> Self {
+        Self { low: max_bits(self.low, x), high: max_signed(self.high, x) }
+    }
+
+    /// The ends of 16 rows.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub(super) fn fold(ends: [Ends; LANES]) -> (__m512, __m512) {
+        let (mut low, mut high) = ([_mm512_setzero_ps(); LANES], [_mm512_setzero_ps(); LANES]);
+        for (i, ends) in ends.into_iter().enumerate() {
+            (low[i], high[i]) = (ends.low, ends.high);
+        }
+        (fold!(low, max_bits), fold!(high, max_signed))
+    }
+}
+
+/// Lanes as an array.
+trait ToArray {
+    type Array;
+
+    fn to_array(self) -> Self::Array;
+}
+
+impl ToArray for __m512 {
+    type Array = [f32; LANES];
+
+    #[inline(always)]
+    fn to_array(self) -> Self::Array {
+        // SAFETY: of one size, and every bit pattern is a number.
+        unsafe { std::mem::transmute(self) }
+    }
+}
+
+impl ToArray for __m512i {
+    type Array = [i32; LANES];
+
+    #[inline(always)]
+    fn to_array(self) -> Self::Array {
+        // SAFETY: of one size, and every bit pattern is a number.
+        unsafe { std::mem::transmute(self) }
+    }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -130,7 +249,7 @@ fn array<'a, const N: usize>(f: impl Fn(usize) -> &'a [f32]) -> [&'a [f32]; N] {
 struct Row<'a>(&'a [f32]);
 
 /// Multiplying by a reciprocal is 4 times as fast as dividing. Its two roundings of a number up to
-/// 127 are off by at most `127 * 2^-23 = 1.5e-5`, which only near a tie can give another code.
+/// 255 are off by at most `255 * 2^-23 = 3e-5`, which only near a tie can give another code.
 const NEAR: f32 = 1e-4;
 
 /// The first `len` of 16 lanes.
@@ -168,25 +287,16 @@ impl Row<'_> {
         }
     }
 
-    /// The bits of the largest magnitude among elements `16 * i + lane`. As integers, magnitudes
-    /// have the same order, with infinity and NaN above all numbers.
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn max_magnitude(self) -> __m512i {
-        let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-        let mut max = _mm512_setzero_si512();
-        self.for_each_chunk(|_, _, x| {
-            let bits = _mm512_and_si512(_mm512_castps_si512(x), magnitude);
-            max = _mm512_max_epu32(max, bits);
-        });
-        max
-    }
-
-    /// Writes codes, returns partial sums of them. The magnitude of an element is at most 127
-    /// scales, so nothing has to be clamped. With `FAST`, starts again if a tie may be near.
+    /// Writes codes, returns partial sums of them. No element is beyond the range, so only the largest may be
+    /// one step too far, where its end and the zero point are both rounded up. With `FAST`, starts again if a
+    /// tie may be near.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     #[inline]
-    fn quantize<const FAST: bool>(self, scale: f32, reciprocal: f32, codes: &mut [i8]) -> __m512i {
+    fn quantize<const AFFINE: bool, const FAST: bool>(
+        self,
+        (scale, reciprocal, zero): (f32, f32, i32),
+        codes: &mut [i8],
+    ) -> __m512i {
         let (by, limit) = (_mm512_set1_ps(reciprocal), _mm512_set1_ps(0.5 - NEAR));
         let mut sums = _mm512_setzero_si512();
         let mut near_tie = 0;
@@ -195,24 +305,34 @@ impl Row<'_> {
                 true => _mm512_mul_ps(x, by),
                 false => _mm512_div_ps(x, _mm512_set1_ps(scale)),
             };
-            let q = _mm512_cvtps_epi32(steps); // to nearest, ties to even
+            let mut q = _mm512_cvtps_epi32(steps); // to nearest, ties to even
             if FAST {
                 let rest = _mm512_abs_ps(_mm512_sub_ps(steps, _mm512_cvtepi32_ps(q)));
                 near_tie |= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(rest, limit);
+            }
+            if AFFINE {
+                q = _mm512_add_epi32(q, _mm512_set1_epi32(zero));
+                q = _mm512_min_epi32(q, _mm512_set1_epi32(127));
+                // What is missing in the last vector is not part of the sum.
+                q = _mm512_maskz_mov_epi32(first(len), q);
             }
             sums = _mm512_add_epi32(sums, q);
             store(_mm512_cvtepi32_epi8(q), &mut codes[at..at + len]);
         });
         match near_tie {
             0 => sums,
-            _ => self.quantize_by_division(scale, codes),
+            _ => self.quantize_by_division::<AFFINE>((scale, reciprocal, zero), codes),
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     #[cold]
-    fn quantize_by_division(self, scale: f32, codes: &mut [i8]) -> __m512i {
-        self.quantize::<false>(scale, 0.0, codes)
+    fn quantize_by_division<const AFFINE: bool>(
+        self,
+        step: (f32, f32, i32),
+        codes: &mut [i8],
+    ) -> __m512i {
+        self.quantize::<AFFINE, false>(step, codes)
     }
 }
 
@@ -228,37 +348,17 @@ fn store(codes: __m128i, to: &mut [i8]) {
     }
 }
 
-/// `fold!(vectors, op)`: lane `i` of the result is `op` over all lanes of vector `i`. Each level
-/// halves the vectors: first within 128 bits, then across them. A macro over plain loops, because a
-/// closure (that of `map` too) is not inlined for certain, and then is compiled without AVX-512.
-macro_rules! fold {
-    ($vectors:expr, $op:ident) => {{
-        let v: [__m512; LANES] = $vectors;
-        let mut pairs = [_mm512_setzero_ps(); 8];
-        for (i, pair) in pairs.iter_mut().enumerate() {
-            let (a, b) = (v[2 * i], v[2 * i + 1]);
-            *pair = $op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        }
-        let mut quads = [_mm512_setzero_ps(); 4];
-        for (i, quad) in quads.iter_mut().enumerate() {
-            let (a, b) = (_mm512_castps_pd(pairs[2 * i]), _mm512_castps_pd(pairs[2 * i + 1]));
-            let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-            *quad = $op(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-        }
-        let mut halves = [_mm512_setzero_ps(); 2];
-        for (i, half) in halves.iter_mut().enumerate() {
-            let (a, b) = (quads[2 * i], quads[2 * i + 1]);
-            *half = $op(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-        }
-        let [a, b] = halves;
-        $op(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
-    }};
-}
-
-/// The larger of two magnitudes' bits.
+/// The larger of the bits of two numbers, as signed integers.
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub(super) fn max_bits(a: __m512, b: __m512) -> __m512 {
+fn max_signed(a: __m512, b: __m512) -> __m512 {
+    _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+}
+
+/// The same, as unsigned ones.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn max_bits(a: __m512, b: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 }
 
@@ -267,12 +367,6 @@ pub(super) fn max_bits(a: __m512, b: __m512) -> __m512 {
 #[inline]
 fn add_integers(a: __m512, b: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-pub(super) fn fold_max(v: [__m512; LANES]) -> __m512i {
-    _mm512_castps_si512(fold!(v, max_bits))
 }
 
 #[target_feature(enable = "avx512f")]

@@ -18,7 +18,7 @@ const GROUP: usize = 4;
 
 /// A module with the tile in one encoding.
 macro_rules! encoding {
-    ($module:ident, $name:expr, $features:literal, $dpbusd:ident) => {
+    ($module:ident, $name:expr, $features:literal, $dpbusd:ident, $dpwssd:ident) => {
         pub(crate) mod $module {
             use super::*;
             use std::arch::x86_64::*;
@@ -32,7 +32,8 @@ macro_rules! encoding {
 
             int8_tiles! {
                 features: $features,
-                store: _mm256_storeu_si256,
+                integers: __m256i, _mm256_loadu_si256, _mm256_set1_epi32, _mm256_storeu_si256,
+                pairs: |sum, x, y| $dpwssd(sum, x, y),
                 convert: _mm256_cvtepi32_ps,
                 floats: _mm256_loadu_ps, _mm256_set1_ps, _mm256_mul_ps, _mm256_add_ps,
                     _mm256_storeu_ps,
@@ -45,15 +46,10 @@ macro_rules! encoding {
             #[target_feature(enable = $features)]
             #[inline]
             unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[__m256i; VECTORS]; ROWS] {
-                // SAFETY: `init` holds 16 elements, the right panel `groups` times 64 bytes and each
-                // row of the left side `groups` words of 4 bytes, by contract.
+                // SAFETY: the right panel holds `groups` times 64 bytes and each row of the left side
+                // `groups` words of 4 bytes, by contract.
                 unsafe {
-                    let init = input.init;
-                    let init = [
-                        _mm256_loadu_si256(init.cast()),
-                        _mm256_loadu_si256(init.add(LANES).cast()),
-                    ];
-                    let mut sums = [init; ROWS];
+                    let mut sums = start::<ROWS>(input);
                     for group in 0..input.groups {
                         let b = input.rhs.add(group * NR * GROUP);
                         let b = [
@@ -75,6 +71,18 @@ macro_rules! encoding {
     };
 }
 
-encoding!(vex, super::super::NAME, "avx2,avxvnni", _mm256_dpbusd_avx_epi32);
+encoding!(
+    vex,
+    super::super::NAME,
+    "avx2,avxvnni",
+    _mm256_dpbusd_avx_epi32,
+    _mm256_dpwssd_avx_epi32
+);
 #[cfg(test)]
-encoding!(evex, super::super::EVEX, "avx2,avx512vnni,avx512vl", _mm256_dpbusd_epi32);
+encoding!(
+    evex,
+    super::super::EVEX,
+    "avx2,avx512vnni,avx512vl",
+    _mm256_dpbusd_epi32,
+    _mm256_dpwssd_epi32
+);
