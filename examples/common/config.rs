@@ -33,8 +33,8 @@ impl Int8Args {
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Int8")]
 pub struct QuantArgs {
-    /// symmetric (zero stays zero) or affine (the range need not be centred on zero)
-    #[arg(long, value_name = "SCHEME", default_value = "symmetric")]
+    /// affine (the range need not be centred on zero) or symmetric (it is)
+    #[arg(long, value_name = "SCHEME", default_value = "affine")]
     pub scheme: Scheme,
 
     /// What shares one scale: tensor, head, token or block:N (N tokens); or, as reports write it,
@@ -73,7 +73,7 @@ pub struct QuantArgs {
 impl QuantArgs {
     /// The options that ask for something else than the default.
     pub fn chosen(&self) -> Vec<&'static str> {
-        let default = QuantConfig::default();
+        let default = ScoreConfig::default().q;
         let options = [
             ("--scheme", self.scheme != default.scheme),
             ("--granularity", self.granularity != default.granularity),

@@ -37,12 +37,13 @@ pub struct ScoreConfig {
 }
 
 impl Default for ScoreConfig {
-    /// Symmetric, one scale a token, smoothed by blocks, rotated, outliers apart: of the configurations
-    /// measured in docs/accuracy.md the most accurate that needs no zero-point correction of every score.
+    /// Affine, one scale a token, smoothed by blocks, rotated, outliers apart: the most accurate of the
+    /// configurations measured in docs/accuracy.md.
     fn default() -> Self {
+        let affine = QuantConfig { scheme: Scheme::Affine, ..QuantConfig::default() };
         Self {
-            q: QuantConfig::default(),
-            k: QuantConfig::default(),
+            q: affine.clone(),
+            k: affine,
             smooth_k: Smoothing::Block,
             smooth_q: Smoothing::Block,
             rotate: true,
