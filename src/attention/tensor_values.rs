@@ -27,11 +27,6 @@ pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &
     Kept::with(&GATHERED, KEPT, |(buffer, (gathered, slice))| {
         let count = seen.len();
         let blocks = (0..count).step_by(RUN).map(|start| start..(start + RUN).min(count));
-        if packed.needs_ranges() {
-            for block in blocks.clone() {
-                packed.observe(seen.rows(values, head, block, buffer, gathered).as_slice(slice));
-            }
-        }
         for block in blocks {
             let rows = seen.rows(values, head, block.clone(), buffer, gathered);
             packed.put(block.start, rows.as_slice(slice));

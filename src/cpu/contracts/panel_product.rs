@@ -42,7 +42,8 @@ const _: () = assert!(RUN as i64 * INT16_LEFT as i64 * INT16_MATRIX as i64 <= i3
 pub(crate) struct Int8Run {
     /// What a code of 1 stands for.
     pub scale: f32,
-    /// The sum of all codes of the run.
+    /// The sum of all codes of the run, for kernels with a [`PanelProduct::bias`].
+    #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code))]
     pub codes: u32,
 }
 
@@ -53,7 +54,7 @@ pub(crate) enum Format {
     F32,
     /// bf16; f32 sums.
     Bf16,
-    /// u8 on the left, i8 in the matrix; exact i32 sums over a run, then f32.
+    /// u8 on the left, i8 in the matrix, both with a scale for each run; exact i32 sums over a run, then f32.
     Int8,
     /// i16 up to [`INT16_LEFT`] on the left and up to [`INT16_MATRIX`] in the matrix, both with a scale for
     /// each run; exact i32 sums over a run, then f32.
@@ -128,8 +129,8 @@ pub(crate) struct Panel {
     pub row_scales: *const f32,
     /// Elements from one row of these to the next.
     pub row_scales_stride: usize,
-    /// What a 1 in the matrix of an int16 product stands for: a number for each run and column, that of the
-    /// first here. Not read for other formats.
+    /// What a 1 in the matrix of an int8 or int16 product stands for: a number for each run and column, that of
+    /// the first here. Not read for other formats.
     pub column_scales: *const f32,
     /// Elements from one run of these to the next; 0 for columns with one scale for all runs.
     pub column_scales_stride: usize,
@@ -221,7 +222,7 @@ impl Panel {
         self.row_scales.wrapping_add(row * self.row_scales_stride + run)
     }
 
-    /// What a 1 of a `column` and those behind it stands for in a run of an int16 product.
+    /// What a 1 of a `column` and those behind it stands for in a run of an integer product.
     #[inline(always)]
     pub(crate) fn column_scale(&self, column: usize, run: usize) -> *const f32 {
         self.column_scales.wrapping_add(run * self.column_scales_stride + column)
@@ -237,13 +238,11 @@ impl Panel {
 /// `sums[r, c] = start[r, c] + sum_k lhs[r, k] * matrix[k, c]` over one panel; in f32 the products are
 /// added up in the order of the depth, and the start last.
 ///
-/// In int8, run by run: the exact integer, rounded to f32, times the scale of the run, rounded, is
-/// added to the sum, which is rounded; so every kernel gives the same bits.
-///
-/// So it is in int16, where the integer, rounded to f32, is multiplied by the scale of the row and then by
-/// that of the column, each product and each addition rounded and none fused: not every level has an
-/// instruction for that. In this order nothing overflows but the sum itself: an integer times the scale of
-/// its row is at most what the left side adds up to, times [`INT16_MATRIX`].
+/// In int8 and int16, run by run: the exact integer, rounded to f32, is multiplied by the scale of the row and
+/// then by that of the column, and added to the sum, each step rounded and none fused: not every level has an
+/// instruction for that. So every kernel gives the same bits, and nothing overflows but the sum itself: an
+/// integer times the scale of its row is at most what the left side adds up to, times the largest code of the
+/// matrix.
 ///
 /// # Safety
 /// The instructions are there, and the pointers of the panel are valid for what is named there, sums for

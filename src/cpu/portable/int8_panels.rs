@@ -42,12 +42,13 @@ unsafe fn add(panel: &Panel, row: usize, vector: usize, run: usize, keys: Range<
             *sum += i32::from(p) * i32::from(value);
         }
     }
-    // SAFETY: by contract.
-    let (scale, out) = unsafe {
+    // SAFETY: by contract, which has scales of 16 columns for every run.
+    let (scale, columns, out) = unsafe {
         let out = panel.sums_of(row, vector * LANES).cast::<[f32; LANES]>();
-        ((*panel.run_of(row, run)).scale, &mut *out)
+        let columns = panel.column_scale(vector * LANES, run).cast::<[f32; LANES]>();
+        ((*panel.run_of(row, run)).scale, &*columns, &mut *out)
     };
-    for (out, sum) in out.iter_mut().zip(sums) {
-        *out += sum as f32 * scale;
+    for ((out, sum), column) in out.iter_mut().zip(sums).zip(columns) {
+        *out += sum as f32 * scale * column;
     }
 }

@@ -4,14 +4,12 @@
 //! multiplies it; queries times keys in f32; linear layers; and the pages of a cache, which are multiplied as
 //! they lie. int16 halves the memory of f32 and doubles the speed, in exact sums over runs of 64 keys:
 //! probabilities have 12 bits with a scale for each row and run, values 13 and a sign with a scale for each
-//! channel and run. In int8, values have one for each channel, and that costs more accuracy than the scores
-//! do.
+//! channel and run. int8 has 8 and 7 bits, and costs more accuracy than the scores do.
 //!
 //! * `pack` puts a matrix in the order a kernel reads, which `order` knows; `multiply` are the products with it.
-//! * `channels` is the arithmetic around int8 sums, `runs` that of int16.
+//! * `runs` is what the codes of int8 and int16 stand for.
 //! * `stored` multiplies with a matrix where it lies.
 
-mod channels;
 mod multiply;
 mod order;
 mod pack;

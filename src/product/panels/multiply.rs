@@ -1,14 +1,9 @@
 //! The products with a packed matrix: a panel after the other, each by the kernel of its level.
 
-use super::channels::{Dequantize, dequantize};
 use super::pack::PackedMatrix;
 use crate::cpu::contracts::{Format, GROUP, Int8Run, LANES, Panel, PanelProduct, RUN};
-use crate::cpu::plain::widest;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// Rows whose int8 sums are on the stack at a time.
-const INT8_ROWS: usize = 24;
 
 /// What sums start from.
 #[derive(Clone, Copy)]
@@ -49,7 +44,7 @@ impl PackedMatrix {
     }
 
     /// [`PackedMatrix::accumulate_f32`] for int8 codes; `runs` says what they stand for: [`RUN`]
-    /// elements each, all runs of a row before those of the next.
+    /// elements each, all runs of a row before those of the next. `rows` starts at a multiple of [`RUN`].
     pub(crate) fn accumulate_int8(
         &self,
         rows: Range<usize>,
@@ -58,23 +53,11 @@ impl PackedMatrix {
         runs: &[Int8Run],
         out: &mut [f32],
     ) {
-        let (width, per_row) = (self.width(), rows.len().div_ceil(RUN));
-        if per_row == 0 || width == 0 {
-            return;
-        }
-        assert_eq!(out.len() / width * per_row, runs.len(), "{per_row} runs in each row");
-        let blocks = out.chunks_mut(INT8_ROWS * width).zip(runs.chunks(INT8_ROWS * per_row));
-        for (i, (out, runs)) in blocks.enumerate() {
-            let lhs = &lhs[i * INT8_ROWS * stride..];
-            for panel in self.panels() {
-                self.int8_panel(&panel, &rows, (lhs, stride), runs, out);
-            }
-        }
+        assert_eq!(self.product.format, Format::Int8);
+        self.accumulate_runs(rows, (lhs, stride), (runs, &[]), out);
     }
 
-    /// [`PackedMatrix::accumulate_f32`] for int16; `scales` says what a 1 on the left side stands for: a
-    /// number for [`RUN`] elements each, all runs of a row before those of the next. `rows` starts at a
-    /// multiple of [`RUN`].
+    /// [`PackedMatrix::accumulate_int8`] for int16; `scales` says what a 1 on the left side stands for.
     pub(crate) fn accumulate_int16(
         &self,
         rows: Range<usize>,
@@ -83,14 +66,26 @@ impl PackedMatrix {
         scales: &[f32],
         out: &mut [f32],
     ) {
+        assert_eq!(self.product.format, Format::Int16);
+        self.accumulate_runs(rows, (lhs, stride), (&[], scales), out);
+    }
+
+    /// Every panel of an integer format: of what the left side stands for, that of the format is there.
+    fn accumulate_runs<T>(
+        &self,
+        rows: Range<usize>,
+        (lhs, stride): (&[T], usize),
+        (runs, scales): (&[Int8Run], &[f32]),
+        out: &mut [f32],
+    ) {
         let width = self.width();
         if out.is_empty() || rows.is_empty() {
             return;
         }
         let (count, per_row) = (out.len() / width, rows.len().div_ceil(RUN));
         assert!(rows.start.is_multiple_of(RUN) && out.len() == count * width);
-        assert_eq!(count * per_row, scales.len(), "{per_row} scales in each row");
-        let known = self.run_scales.as_ref().expect("int16");
+        assert_eq!(count * per_row, runs.len() + scales.len(), "{per_row} scales in each row");
+        let known = self.run_scales.as_ref().expect("integers");
         for panel in self.panels() {
             let of_columns = known.from(rows.start / RUN, panel.start);
             assert!(of_columns.len() >= (per_row - 1) * known.stride() + panel.len());
@@ -104,40 +99,13 @@ impl PackedMatrix {
                 sums_stride: width,
                 start: sums,
                 start_stride: width,
-                ..self.job(&panel, &rows, (lhs, stride, count), &[])
+                ..self.job(&panel, &rows, (lhs, stride, count), runs)
             };
-            // SAFETY: `job` checked the left side and the matrix, and the panel's columns are in every row
-            // of sums and of scales, as just asserted. `put` bounds the integers of the matrix; the caller
-            // those of the left side.
+            // SAFETY: `job` checked the left side and the matrix, and in int8 its runs; the panel's columns
+            // are in every row of sums and of scales, as just asserted. `put` bounds the integers of the
+            // matrix; the caller those of the left side.
             unsafe { self.level.multiply(self.product.format, job) };
         }
-    }
-
-    /// Up to [`INT8_ROWS`] rows of one panel.
-    fn int8_panel(
-        &self,
-        panel: &Range<usize>,
-        rows: &Range<usize>,
-        (lhs, stride): (&[u8], usize),
-        runs: &[Int8Run],
-        out: &mut [f32],
-    ) {
-        let channels = self.channels.as_ref().expect("int8 columns");
-        let per_row = rows.len().div_ceil(RUN);
-        let (count, width) = (runs.len() / per_row, panel.len());
-        let mut sums = [0f32; INT8_ROWS * LANES * crate::cpu::contracts::VECTORS];
-        let sums = &mut sums[..count * width];
-        self.add_panel(panel, rows, (lhs, stride), runs, (sums, width));
-        let job = Dequantize {
-            sums,
-            runs,
-            per_row,
-            scales: &channels.scales[panel.clone()],
-            offsets: &channels.offsets[panel.clone()],
-            out: &mut out[panel.start..],
-            stride: self.width(),
-        };
-        widest!(dequantize, job, Dequantize<'_> => ());
     }
 
     /// Every panel of a float format.
@@ -147,7 +115,7 @@ impl PackedMatrix {
             return;
         }
         for panel in self.panels() {
-            self.add_panel(&panel, &rows, (lhs, stride), &[], (&mut out[panel.start..], width));
+            self.add_panel(&panel, &rows, (lhs, stride), (&mut out[panel.start..], width));
         }
     }
 
@@ -157,7 +125,6 @@ impl PackedMatrix {
         panel: &Range<usize>,
         rows: &Range<usize>,
         (lhs, stride): (&[T], usize),
-        runs: &[Int8Run],
         (sums, sums_stride): (&mut [f32], usize),
     ) {
         let count = sums.len().div_ceil(sums_stride);
@@ -169,7 +136,7 @@ impl PackedMatrix {
             sums_stride,
             start: sums,
             start_stride: sums_stride,
-            ..self.job(panel, rows, (lhs, stride, count), runs)
+            ..self.job(panel, rows, (lhs, stride, count), &[])
         };
         // SAFETY: `job` checked the left side and the matrix; the panel's columns are in every row of
         // sums, as just asserted.

@@ -1,7 +1,6 @@
 //! The order of elements in a panel: from rows of the matrix, and from its columns.
 
-use super::channels::code;
-use super::runs::code16;
+use super::runs::code;
 use crate::cpu::contracts::{Format, LANES, PanelProduct, Rows, bf16_bits};
 use crate::cpu::plain::{each_lane, lanes};
 use std::ops::{BitOr, Range, Shl};
@@ -45,28 +44,25 @@ pub(super) struct Spread<'a> {
     pub width: usize,
     /// Those of the panel, padded to whole vectors.
     pub columns: Range<usize>,
-    /// The row after the last one.
-    pub fill: &'a [f32],
-    /// Offsets of int8 columns, padded like these.
-    pub offsets: &'a [f32],
-    /// Inverse scales of int8 and int16 columns, padded like these.
+    /// Inverse scales of int8 and int16 columns, padded like these, and the largest code.
     pub inverses: &'a [f32],
+    pub most: f32,
     pub out: &'a mut [u8],
 }
 
 #[inline(always)]
 pub(super) fn spread(job: Spread<'_>) {
     let PanelProduct { format, group, bias, .. } = *job.product;
-    let (offsets, inverses) = (job.offsets, job.inverses);
+    let (inverses, most) = (job.inverses, job.most);
     let f32 = |_: usize, x: [f32; LANES]| each_lane(|i| x[i].to_bits());
     let bf16 = |_: usize, x: [f32; LANES]| each_lane(|i| bf16_bits(x[i]).into());
     let int8 = |at: usize, x: [f32; LANES]| {
-        let (offset, inverse) = (lanes(offsets, at), lanes(inverses, at));
-        each_lane(|i| u32::from(code(x[i], offset[i], inverse[i]) as u8 ^ bias))
+        let inverse = lanes(inverses, at);
+        each_lane(|i| u32::from(code(x[i], inverse[i], most) as u8 ^ bias))
     };
     let int16 = |at: usize, x: [f32; LANES]| {
         let inverse = lanes(inverses, at);
-        each_lane(|i| u32::from(code16(x[i], inverse[i]) as u16))
+        each_lane(|i| code(x[i], inverse[i], most) & 0xffff)
     };
     match (format, group) {
         (Format::F32, _) => interleave::<1, u32>(job, f32),
@@ -116,14 +112,16 @@ fn interleave<const G: usize, W: Word>(
     let groups = job.rows.chunks(G * job.width);
     let outs = job.out.chunks_exact_mut(job.columns.len() * size_of::<W>());
     for (group, out) in groups.zip(outs) {
-        let mut rows = [&job.fill[known.clone()]; G];
+        // Behind the last row are zeros.
+        let mut rows = [&job.rows[..0]; G];
         for (row, values) in rows.iter_mut().zip(group.chunks_exact(job.width)) {
             *row = &values[known.clone()];
         }
         for (i, out) in out.chunks_exact_mut(LANES * size_of::<W>()).enumerate() {
             let mut words = [W::default(); LANES];
             for (g, row) in rows.iter().enumerate() {
-                let elements = elements(i * LANES, lanes(row, i * LANES));
+                let row = row.get(i * LANES..).unwrap_or_default();
+                let elements = elements(i * LANES, lanes(row, 0));
                 let shift = 8 * size_of::<W>() / G * g;
                 words = each_lane(|c| words[c] | W::of(elements[c]) << shift);
             }

@@ -1,9 +1,8 @@
 //! A matrix in the order a kernel reads it.
 
 use super::LARGEST;
-use super::channels::Channels;
 use super::order::{Spread, Transpose, spread, transpose};
-use super::runs::{RunScales, outliers};
+use super::runs::RunScales;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, GROUP, LANES, PanelProduct, RUN, Rows};
 use crate::cpu::plain::widest;
@@ -25,18 +24,14 @@ pub(crate) struct PackedMatrix {
     /// Whether all panels but the last are as wide as can be, so that they start where one expects;
     /// otherwise they are as even as can be.
     pub(super) aligned: bool,
-    /// What stands for a row that is not there: zeros, or the offsets of int8 columns.
-    fill: Vec<f32>,
-    /// Of int8 only.
-    pub(super) channels: Option<Channels>,
-    /// Of int16 only.
+    /// Of int8 and int16 only.
     pub(super) run_scales: Option<RunScales>,
     exceptions: Vec<(usize, Vec<f32>)>,
 }
 
 impl PackedMatrix {
-    /// Room for `depth` rows of `columns` numbers: for int8, [`PackedMatrix::observe`] has to see all
-    /// of them; then [`PackedMatrix::put`] or [`PackedMatrix::put_columns`] fills it.
+    /// Room for `depth` rows of `columns` numbers: [`PackedMatrix::put`] or [`PackedMatrix::put_columns`]
+    /// fills it.
     ///
     /// # Panics
     /// For a format that the machine does not multiply, and a matrix larger than the address space.
@@ -49,9 +44,7 @@ impl PackedMatrix {
             depth,
             columns,
             aligned: false,
-            fill: Vec::new(),
-            channels: None,
-            run_scales: (product.format == Format::Int16).then(|| RunScales::new(0, 0)),
+            run_scales: RunScales::new(product.format),
             exceptions: Vec::new(),
         };
         packed.reset(depth, columns);
@@ -68,9 +61,6 @@ impl PackedMatrix {
             .and_then(|(depth, columns)| depth.checked_mul(columns)?.checked_mul(format.size()));
         self.bytes.grow(bytes.expect("a matrix larger than the address space"));
         (self.depth, self.columns, self.aligned) = (depth, columns, false);
-        self.fill.clear();
-        self.fill.resize(columns, 0.0);
-        self.channels = (format == Format::Int8).then(|| Channels::new(columns));
         if let Some(scales) = &mut self.run_scales {
             scales.reset(depth, columns);
         }
@@ -119,20 +109,7 @@ impl PackedMatrix {
         &self.exceptions
     }
 
-    /// Whether [`PackedMatrix::observe`] is wanted.
-    pub(crate) fn needs_ranges(&self) -> bool {
-        self.channels.is_some()
-    }
-
-    /// Widens the range of every int8 column to these rows; does nothing for other formats.
-    pub(crate) fn observe(&mut self, rows: &[f32]) {
-        if let Some(channels) = &mut self.channels {
-            channels.observe(rows);
-            self.fill.copy_from_slice(&channels.offsets[..self.columns]);
-        }
-    }
-
-    /// Packs the rows from `first` on, which is a multiple of [`GROUP`], and for int16 of [`RUN`], as is
+    /// Packs the rows from `first` on, which is a multiple of [`GROUP`], and for integers of [`RUN`], as is
     /// their number unless they are the last; `rows` is row-major.
     pub(crate) fn put(&mut self, first: usize, rows: &[f32]) {
         if self.columns == 0 {
@@ -146,15 +123,15 @@ impl PackedMatrix {
         }
         assert!(first.is_multiple_of(RUN) && (end == self.depth || end.is_multiple_of(RUN)));
         for (run, rows) in (first / RUN..).zip(rows.chunks(RUN * self.columns)) {
-            let scales = self.run_scales.as_mut().expect("int16");
+            let scales = self.run_scales.as_mut().expect("integers");
             let largest = scales.observe(run, rows, self.columns);
-            let far = outliers(rows, self.columns, largest);
+            let far = scales.outliers(rows, self.columns, largest);
             if far.is_empty() {
                 self.spread(run * RUN, rows);
                 continue;
             }
             let rows = self.keep_beside(run * RUN, rows, far);
-            self.run_scales.as_mut().expect("int16").observe(run, &rows, self.columns);
+            self.run_scales.as_mut().expect("integers").observe(run, &rows, self.columns);
             self.spread(run * RUN, &rows);
         }
     }
@@ -182,36 +159,33 @@ impl PackedMatrix {
         Cow::Owned(self.keep_beside(first, rows, kept))
     }
 
-    /// The rows with what fills those that are kept beside.
+    /// The rows with zeros for those that are kept beside.
     fn keep_beside(&mut self, first: usize, rows: &[f32], kept: Vec<usize>) -> Vec<f32> {
         let mut rows = rows.to_vec();
         for index in kept {
             let row = &mut rows[index * self.columns..][..self.columns];
-            let added = row.iter().zip(&self.fill).map(|(x, fill)| x - fill).collect();
-            self.exceptions.push((first + index, added));
-            row.copy_from_slice(&self.fill);
+            self.exceptions.push((first + index, row.to_vec()));
+            row.fill(0.0);
         }
         rows
     }
 
-    /// Writes rows that the format holds to their place in every panel; in int16 those of the run that was
+    /// Writes rows that the format holds to their place in every panel; in integers those of the run that was
     /// observed last.
     fn spread(&mut self, first: usize, rows: &[f32]) {
         for panel in self.panels() {
             let at = self.panel_start(&panel, first);
-            let (offsets, inverses) = match (&self.channels, &self.run_scales) {
-                (Some(known), _) => (&known.offsets[panel.clone()], &known.inverses[panel.clone()]),
-                (_, Some(known)) => (Default::default(), &known.inverses()[panel.clone()]),
-                _ => Default::default(),
+            let (inverses, most) = match &self.run_scales {
+                Some(known) => (&known.inverses()[panel.clone()], known.most()),
+                None => Default::default(),
             };
             let job = Spread {
                 product: self.product,
                 rows,
                 width: self.columns,
                 columns: panel,
-                fill: &self.fill,
-                offsets,
                 inverses,
+                most,
                 out: &mut self.bytes.as_mut_slice()[at..],
             };
             widest!(spread, job, Spread<'_> => ());
@@ -271,8 +245,8 @@ impl PackedMatrix {
 impl Footprint for PackedMatrix {
     fn footprint(&self) -> usize {
         let rows = self.exceptions.iter().map(|(_, row)| row.footprint() + size_of_val(row));
-        let channels = self.channels.as_ref().map_or(0, Channels::footprint);
-        self.bytes.footprint() + self.fill.footprint() + channels + rows.sum::<usize>()
+        let scales = self.run_scales.as_ref().map_or(0, RunScales::footprint);
+        self.bytes.footprint() + scales + rows.sum::<usize>()
     }
 }
 

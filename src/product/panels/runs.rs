@@ -1,25 +1,28 @@
-//! Int16 values: one scale a channel and run of [`RUN`] rows.
+//! Integer values: one scale a channel and run of [`RUN`] rows.
 //!
 //! ```text
-//! value = scale[run, channel] * code        |code| <= 8191
+//! value = scale[run, channel] * code        |code| <= 8191 in int16, 127 in int8
 //! ```
 //!
 //! A scale that belongs to a run alone makes a large value coarsen its own run only, and codes of a run do
 //! not depend on other rows. Within a run, a row that is far larger than the others is an outlier: it would
 //! leave them few codes, so it is kept beside, as rows are that are not finite.
 
-use crate::cpu::contracts::{INT16_MATRIX, LANES, RUN};
+use crate::cpu::contracts::{Format, INT16_MATRIX, LANES, RUN};
 use crate::cpu::plain::{each_lane, fold_lanes, lanes, widest};
+use crate::memory::Footprint;
 
 /// Outliers of a run, at most.
 const OUTLIERS: usize = 4;
 
-/// An outlier is larger than the largest row that is none by more than this. It costs the others four bits
-/// of their thirteen at most; smaller ones are more work beside the product than they are worth.
-const FAR: f32 = 16.0;
-
 /// What codes stand for. Padded with zeros to whole vectors.
 pub(super) struct RunScales {
+    /// The largest code.
+    most: f32,
+    /// An outlier is larger than the largest row that is none by more than this. Those that are not cost the
+    /// others four bits of their thirteen at most, and two of seven in int8; they are more work beside the
+    /// product than they are worth.
+    far: f32,
     width: usize,
     /// `[runs, width]`.
     scales: Vec<f32>,
@@ -28,10 +31,14 @@ pub(super) struct RunScales {
 }
 
 impl RunScales {
-    pub(super) fn new(depth: usize, columns: usize) -> Self {
-        let width = columns.next_multiple_of(LANES);
-        let scales = vec![0.0; depth.div_ceil(RUN) * width];
-        Self { width, scales, inverses: vec![0.0; width] }
+    /// Of no rows yet; `None` for a format that has no scales.
+    pub(super) fn new(format: Format) -> Option<Self> {
+        let (most, far) = match format {
+            Format::Int8 => (f32::from(i8::MAX), 4.0),
+            Format::Int16 => (f32::from(INT16_MATRIX), 16.0),
+            Format::F32 | Format::Bf16 => return None,
+        };
+        Some(Self { most, far, width: 0, scales: Vec::new(), inverses: Vec::new() })
     }
 
     /// Room for others.
@@ -46,8 +53,23 @@ impl RunScales {
     /// Finds the scales of a run from its row-major rows, which are finite; returns the largest magnitude.
     pub(super) fn observe(&mut self, run: usize, rows: &[f32], columns: usize) -> f32 {
         let scales = &mut self.scales[run * self.width..][..self.width];
-        let job = Observe { rows, columns, scales, inverses: &mut self.inverses };
+        let job = Observe { rows, columns, most: self.most, scales, inverses: &mut self.inverses };
         widest!(observe, job, Observe<'_> => f32)
+    }
+
+    /// The outliers among up to [`RUN`] finite rows of `columns`, in no order; `most` is the largest magnitude.
+    pub(super) fn outliers(&self, rows: &[f32], columns: usize, most: f32) -> Vec<usize> {
+        outliers(rows, columns, most, self.far)
+    }
+
+    /// The largest code.
+    pub(super) fn most(&self) -> f32 {
+        self.most
+    }
+
+    /// Bytes of memory.
+    pub(super) fn footprint(&self) -> usize {
+        self.scales.footprint() + self.inverses.footprint()
     }
 
     /// Of the run that was observed last.
@@ -69,13 +91,13 @@ impl RunScales {
 struct Observe<'a> {
     rows: &'a [f32],
     columns: usize,
+    most: f32,
     scales: &'a mut [f32],
     inverses: &'a mut [f32],
 }
 
 #[inline(always)]
 fn observe(job: Observe<'_>) -> f32 {
-    const MOST: f32 = INT16_MATRIX as f32;
     let mut largest_of_all = [0f32; LANES];
     let outs = job.scales.chunks_exact_mut(LANES).zip(job.inverses.chunks_exact_mut(LANES));
     for (i, (scales, inverses)) in outs.enumerate() {
@@ -87,30 +109,28 @@ fn observe(job: Observe<'_>) -> f32 {
         }
         largest_of_all = each_lane(|c| largest_of_all[c].max(largest[c]));
         // Neither a scale nor its inverse may be 0, subnormal or infinite.
-        let scale = each_lane(|c| (largest[c] / MOST).max(f32::MIN_POSITIVE));
+        let scale = each_lane(|c| (largest[c] / job.most).max(f32::MIN_POSITIVE));
         scales.copy_from_slice(&scale);
         inverses.copy_from_slice(&each_lane(|c| 1.0 / scale[c]));
     }
     fold_lanes(largest_of_all, f32::max)
 }
 
-/// The code of a value; to nearest, ties to even.
+/// The code of a value, in the lowest bits; to nearest, ties to even. `most` is the largest code.
 #[inline(always)]
-pub(super) fn code16(x: f32, inverse: f32) -> i16 {
-    const MOST: f32 = INT16_MATRIX as f32;
+pub(super) fn code(x: f32, inverse: f32, most: f32) -> u32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: the integer is in the low bits of the sum.
     let x = x * inverse;
     // No sum overflows, whatever is packed.
-    let x = if x > MOST { MOST } else { x };
-    let x = if x < -MOST { -MOST } else { x };
-    (x + ROUND).to_bits() as i16
+    let x = if x > most { most } else { x };
+    let x = if x < -most { -most } else { x };
+    (x + ROUND).to_bits()
 }
 
-/// The outliers among up to [`RUN`] finite rows of `columns`, in no order; `most` is the largest magnitude.
-pub(super) fn outliers(rows: &[f32], columns: usize, most: f32) -> Vec<usize> {
+fn outliers(rows: &[f32], columns: usize, most: f32, far: f32) -> Vec<usize> {
     // Rows that are no outliers are smaller than the largest of all by as much. Mostly five that are not are
     // the first five.
-    let is_near = |row: &&[f32]| row.iter().fold(false, |near, x| near | (x.abs() * FAR >= most));
+    let is_near = |row: &&[f32]| row.iter().fold(false, |near, x| near | (x.abs() * far >= most));
     if rows.chunks_exact(columns).filter(is_near).take(OUTLIERS + 1).count() > OUTLIERS {
         return Vec::new();
     }
@@ -124,7 +144,7 @@ pub(super) fn outliers(rows: &[f32], columns: usize, most: f32) -> Vec<usize> {
         if size == 0.0 {
             break;
         }
-        if taken > 0 && before > FAR * size {
+        if taken > 0 && before > far * size {
             count = taken;
         }
         found.push(at);
@@ -152,22 +172,28 @@ mod tests {
 
     #[test]
     fn codes_are_to_nearest_and_saturate() {
-        let codes = |xs: &[f32]| xs.iter().map(|&x| code16(x, 1.0)).collect::<Vec<_>>();
-        let found = codes(&[0.5, 1.5, -0.5, -2.5, 8190.6, 1e9, -1e9, f32::MAX]);
-        assert_eq!(found, [0, 2, 0, -2, 8191, 8191, -8191, 8191]);
+        let codes = |most: f32| {
+            let xs = [0.5, 1.5, -0.5, -2.5, 126.6, 8190.6, 1e9, -1e9, f32::MAX];
+            xs.map(|x| code(x, 1.0, most) as i16)
+        };
+        assert_eq!(codes(8191.0), [0, 2, 0, -2, 127, 8191, 8191, -8191, 8191]);
+        assert_eq!(codes(127.0), [0, 2, 0, -2, 127, 127, 127, -127, 127]);
     }
 
     #[test]
     fn scales_of_any_size_take_the_largest_to_the_largest_code() {
         for largest in [f32::MAX, 1.0, 3e-30, f32::MIN_POSITIVE * 8192.0, 0.0] {
-            let mut scales = RunScales::new(2 * RUN, 3);
-            scales.observe(1, &[0.0, largest, 1.0, -largest, 0.0, 0.5], 3);
-            let code = code16(largest, scales.inverses()[0]);
-            assert_eq!(code, if largest == 0.0 { 0 } else { INT16_MATRIX }, "{largest}");
-            let again = f64::from(scales.from(1, 0)[0]) * f64::from(code);
-            let off = (again - f64::from(largest)).abs();
-            assert!(off <= f64::from(largest) * 1e-6, "{largest} {again}");
-            assert_eq!(scales.from(0, 0)[..3], [0.0; 3]);
+            for format in [Format::Int8, Format::Int16] {
+                let mut scales = RunScales::new(format).unwrap();
+                scales.reset(2 * RUN, 3);
+                scales.observe(1, &[0.0, largest, 1.0, -largest, 0.0, 0.5], 3);
+                let code = f32::from(code(largest, scales.inverses()[0], scales.most()) as i16);
+                assert_eq!(code, if largest == 0.0 { 0.0 } else { scales.most() }, "{largest}");
+                let again = f64::from(scales.from(1, 0)[0]) * f64::from(code);
+                let off = (again - f64::from(largest)).abs();
+                assert!(off <= f64::from(largest) * 1e-6, "{largest} {again}");
+                assert_eq!(scales.from(0, 0)[..3], [0.0; 3]);
+            }
         }
     }
 
@@ -175,7 +201,7 @@ mod tests {
     fn outliers_are_the_few_rows_that_are_far_larger_than_the_rest() {
         let of = |rows: &[f32]| {
             let both: Vec<f32> = rows.iter().flat_map(|&x| [x / 3.0, -x]).collect();
-            let mut found = outliers(&both, 2, rows.iter().fold(0.0, |a, b| b.abs().max(a)));
+            let mut found = outliers(&both, 2, rows.iter().fold(0.0, |a, b| b.abs().max(a)), 16.0);
             found.sort_unstable();
             found
         };

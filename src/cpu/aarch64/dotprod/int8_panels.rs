@@ -83,9 +83,12 @@ unsafe fn add<const R: usize>(tile: Panel, vector: usize) {
             for (quad, sum) in sums.into_iter().enumerate() {
                 let sum = vreinterpretq_s32_u32(vsubq_u32(sum, biased));
                 let sum = vmulq_n_f32(vcvtq_f32_s32(sum), scale);
-                // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
+                let column = vector * LANES + 4 * quad;
+                // SAFETY: scales of `vectors * 16` columns, and as many sums in each of `R` rows, by
+                // contract.
                 unsafe {
-                    let out = tile.sums_of(row, vector * LANES + 4 * quad);
+                    let sum = vmulq_f32(sum, vld1q_f32(tile.column_scale(column, run)));
+                    let out = tile.sums_of(row, column);
                     vst1q_f32(out, vaddq_f32(vld1q_f32(out), sum));
                 }
             }

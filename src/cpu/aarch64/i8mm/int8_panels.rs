@@ -83,10 +83,12 @@ unsafe fn add<const PAIRS: usize>(tile: Panel, vector: usize) {
                 let [left, right] = sums.map(|sum| vreinterpretq_u64_s32(sum));
                 for (sum, row) in rows_of(left, right).into_iter().zip(2 * pair..tile.rows) {
                     let sum = vcvtq_f32_s32(vreinterpretq_s32_u64(sum));
-                    // SAFETY: every run of each row, and `vectors * 16` sums, by contract.
+                    let column = vector * LANES + 4 * quad;
+                    // SAFETY: every run of each row, and `vectors * 16` scales and sums, by contract.
                     unsafe {
                         let sum = vmulq_n_f32(sum, (*tile.run_of(row, run)).scale);
-                        let out = tile.sums_of(row, vector * LANES + 4 * quad);
+                        let sum = vmulq_f32(sum, vld1q_f32(tile.column_scale(column, run)));
+                        let out = tile.sums_of(row, column);
                         vst1q_f32(out, vaddq_f32(vld1q_f32(out), sum));
                     }
                 }

@@ -73,8 +73,11 @@ unsafe fn add<const R: usize>(tile: Panel, vector: usize) {
             let scale = _mm256_set1_ps(unsafe { (*tile.run_of(row, run)).scale });
             for (half, sum) in sums.into_iter().enumerate() {
                 let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scale);
-                // SAFETY: `vectors * 16` sums in each of `R` rows by contract.
+                // SAFETY: scales of `vectors * 16` columns, and as many sums in each of `R` rows, by
+                // contract.
                 unsafe {
+                    let column = tile.column_scale(vector * LANES + 8 * half, run);
+                    let sum = _mm256_mul_ps(sum, _mm256_loadu_ps(column));
                     let out = tile.sums_of(row, vector * LANES + 8 * half);
                     _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum));
                 }

@@ -53,8 +53,10 @@ unsafe fn add<const R: usize, const V: usize>(tile: Panel) {
             let scale = _mm512_set1_ps(unsafe { (*tile.run_of(row, run)).scale });
             for (v, sum) in sums.into_iter().enumerate() {
                 let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-                // SAFETY: `V` vectors of sums in each of `R` rows by contract.
+                // SAFETY: `V` vectors of scales for every run, and of sums in each of `R` rows, by contract.
                 unsafe {
+                    let column = tile.column_scale(v * LANES, run);
+                    let sum = _mm512_mul_ps(sum, _mm512_loadu_ps(column));
                     let out = tile.sums_of(row, v * LANES);
                     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));
                 }
