@@ -210,8 +210,9 @@ fn gradients_flow_past_them() -> TestResult {
         assert_eq!((fused.len(), steps.len()), (3, 3));
         for ((fused, steps), without) in fused.iter().zip(&steps).zip(&without) {
             // The output that is squared is that of int8.
-            assert!(largest_difference(fused, steps) < 0.05);
-            assert!(largest_difference(steps, without) > 0.1, "they count");
+            let off = largest_difference(fused, steps);
+            let counts = largest_difference(steps, without);
+            assert!(off < 0.1 && off < counts / 10.0, "{off}, and without them {counts}");
         }
     }
     Ok(())

@@ -106,15 +106,14 @@ fn scores_fail_alike_from_the_op_and_from_tensor_operations() {
     let x = randn((1, 2, 6, 8));
     let integers = x.to_dtype(DType::U32).unwrap();
     let deep = |depth| Tensor::zeros((1, 1, 1, depth), DType::F32, &Device::Cpu).unwrap();
-    let plain = ScoreConfig::default;
-    let affine = ScoreConfig::plain(Scheme::Affine, Granularity::PerToken);
+    let plain = || ScoreConfig::plain(Scheme::Symmetric, Granularity::PerToken);
     let keys = |k| ScoreConfig { k, ..plain() };
     let params = QuantParams::symmetric(0.1).unwrap();
     for (what, q, k, config, expected, named) in [
         ("integers", &integers, &x, plain(), "DType", "U32"),
         ("integer keys", &x, &integers, plain(), "DType", "U32"),
         ("deep", &deep(65_794), &deep(65_794), plain(), "Depth", "65793"),
-        ("deep, affine", &deep(33_026), &deep(33_026), affine, "Depth", "33025"),
+        ("deep, affine", &deep(33_026), &deep(33_026), ScoreConfig::default(), "Depth", "33025"),
         ("block", &x, &x, keys(blocks(0)), "InvalidArgument", "block of 0"),
         ("count", &x, &x, keys(given(5, params)), "Mismatch", "5 static parameters"),
         ("shape", &x, &randn((1, 2, 6, 9)), plain(), "Shape", "[1, 2, 6, 9]"),

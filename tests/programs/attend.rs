@@ -244,7 +244,7 @@ fn flags_of_int8_change_the_numbers() {
     let rmse = |flags: &[&str]| dump.attend(flags).0["drift"]["rmse"].as_f64().unwrap();
     let all = [
         rmse(&[]),
-        rmse(&["--scheme", "affine"]),
+        rmse(&["--scheme", "symmetric"]),
         rmse(&["--granularity", "block:2"]),
         rmse(&["--no-smooth-k"]),
         rmse(&["--no-smooth-q"]),
