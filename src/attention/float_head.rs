@@ -58,7 +58,7 @@ impl KeyValues for FloatHead<'_> {
         tiles(seen, self.step())
     }
 
-    fn prepare(&self, rows: &Rows, queries: &mut QueryBlock) {
+    fn prepare(&self, rows: &Rows, _tiles: &[Range<usize>], queries: &mut QueryBlock) {
         let QueryBlock { values, buffer, .. } = queries;
         gather(self.queries, &self.shape, rows, values, buffer);
     }

@@ -133,8 +133,8 @@ impl KeyValues for Int8Head<'_> {
         tiles(seen, self.step())
     }
 
-    fn prepare(&self, rows: &Rows, queries: &mut QueryBlock) {
-        self.scorer.quantize_queries(self.keys, rows, queries);
+    fn prepare(&self, rows: &Rows, tiles: &[Range<usize>], queries: &mut QueryBlock) {
+        self.scorer.quantize_queries(self.keys, rows, tiles, queries);
     }
 
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize) {

@@ -3,6 +3,7 @@
 use crate::cpu::Level;
 use crate::memory::Footprint;
 use crate::product::PackedRhs;
+use std::ops::Range;
 
 /// The keys of one head that are seen, quantized, packed and shared by its query heads. What is one a key
 /// is padded to whole panels of the kernel; what stands in the padding does not matter.
@@ -42,6 +43,12 @@ impl PackedKeys {
             outlier_rows: Vec::new(),
             query_means: Vec::new(),
         }
+    }
+
+    /// Those that stand out, by their places among them, of some keys.
+    pub(super) fn outliers_in(&self, keys: &Range<usize>) -> Range<usize> {
+        let before = |end: usize| self.outliers.partition_point(|&key| key < end);
+        before(keys.start)..before(keys.end)
     }
 
     /// Blocks of keys that have a bias of their own for each query.

@@ -137,8 +137,15 @@ impl<'a> Scorer<'a> {
         self.level.int8_product().geometry.nr
     }
 
-    /// Quantizes and packs rows of one query head, one of those that share `keys`.
-    pub(super) fn quantize_queries(&self, keys: &PackedKeys, rows: &Rows, block: &mut QueryBlock) {
+    /// Quantizes and packs rows of one query head, one of those that share `keys`, to be scored with those of
+    /// `tiles`.
+    pub(super) fn quantize_queries(
+        &self,
+        keys: &PackedKeys,
+        rows: &Rows,
+        tiles: &[Range<usize>],
+        block: &mut QueryBlock,
+    ) {
         let (depth, tokens) = (self.depth(), self.q.view().tokens());
         block.member = rows.range.start / tokens;
         let head = self.query_heads(keys.head).start + block.member;
@@ -151,45 +158,63 @@ impl<'a> Scorer<'a> {
         rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
         let mut rows = std::mem::take(buffer);
         let values = self.q.view().rows(head, tokens, &mut rows);
-        self.find_biases(keys, values, block);
+        self.find_biases(keys, values, tiles, block);
         block.buffer = rows;
         block.pack(self.level, count, depth, self.is_affine());
     }
 
-    /// What smoothing took away from the scores of a block, and the scores of keys that stand out.
-    fn find_biases(&self, keys: &PackedKeys, queries: Matrix<'_>, block: &mut QueryBlock) {
-        let (count, depth, blocks) = (queries.count(), self.depth(), keys.blocks());
+    /// What smoothing took away from the scores of a block, and the scores of keys that stand out; of the keys
+    /// of `tiles` only.
+    fn find_biases(
+        &self,
+        keys: &PackedKeys,
+        queries: Matrix<'_>,
+        tiles: &[Range<usize>],
+        block: &mut QueryBlock,
+    ) {
+        let (count, depth) = (queries.count(), self.depth());
         let QueryBlock { rows, biases, key_biases, outliers, conditioning, .. } = block;
+        // What is there is overwritten, or not read.
+        biases.resize(count * keys.blocks(), 0.0);
+        outliers.resize(count * keys.outliers.len(), 0.0);
+        key_biases.resize(keys.scales.len(), 0.0);
+        key_biases[keys.rhs.rows()..].fill(0.0);
+        if depth == 0 {
+            return [biases, outliers, key_biases].into_iter().for_each(|biases| biases.fill(0.0));
+        }
         let dots = |rows: Matrix<'_>, vectors: Matrix<'_>, out: &mut [f32]| {
             self.level.dots(rows, vectors, out);
             out.iter_mut().for_each(|dot| *dot *= self.scale.factor);
         };
-        // What is there is overwritten, or filled with zeros.
-        biases.resize(count * blocks, 0.0);
-        outliers.resize(count * keys.outliers.len(), 0.0);
-        key_biases.resize(keys.scales.len(), 0.0);
-        if depth == 0 {
-            [biases, outliers, key_biases].into_iter().for_each(|biases| biases.fill(0.0));
-            return;
-        }
         // What all scores of a row have in common matters where some have it in themselves.
-        let matters = self.scale.row_constants || blocks > 1 || !keys.outliers.is_empty();
-        match matters && !keys.means.is_empty() {
-            // With the queries as they are.
-            true => dots(queries, Matrix::contiguous(&keys.means[..blocks * depth], depth), biases),
-            false => biases.fill(0.0),
-        }
-        dots(queries, Matrix::contiguous(&keys.outlier_rows, depth), outliers);
-        for scores in outliers.chunks_exact_mut(count.max(1)) {
-            // Those of a query that is not finite are NaN, as with all other keys.
-            scores.iter_mut().zip(&rows.scales).for_each(|(score, scale)| *score += scale * 0.0);
-        }
-        let conditioned = Matrix::contiguous(&keys.conditioned, depth);
-        let (biases, padding) = key_biases.split_at_mut(keys.rhs.rows());
-        padding.fill(0.0);
-        match conditioning.conditioned.rotated_mean(self.level) {
-            Some(mean) => dots(conditioned, Matrix::one(mean), biases),
-            None => biases.fill(0.0),
+        let matters = self.scale.row_constants || keys.blocks() > 1 || !keys.outliers.is_empty();
+        let mean = conditioning.conditioned.rotated_mean(self.level);
+        for tile in tiles.iter().filter(|tile| !tile.is_empty()) {
+            let blocks = tile.start / keys.block..tile.end.div_ceil(keys.block);
+            let of_blocks = &mut biases[blocks.start * count..blocks.end * count];
+            match matters && !keys.means.is_empty() {
+                // With the queries as they are.
+                true => dots(queries, matrix(&keys.means, depth, blocks), of_blocks),
+                false => of_blocks.fill(0.0),
+            }
+            let apart = keys.outliers_in(tile);
+            let exact = &mut outliers[apart.start * count..apart.end * count];
+            dots(queries, matrix(&keys.outlier_rows, depth, apart), exact);
+            for scores in exact.chunks_exact_mut(count.max(1)) {
+                // Those of a query that is not finite are NaN, as with all other keys.
+                scores
+                    .iter_mut()
+                    .zip(&rows.scales)
+                    .for_each(|(score, scale)| *score += scale * 0.0);
+            }
+            let of_keys = &mut key_biases[tile.clone()];
+            match mean {
+                Some(mean) => {
+                    let conditioned = matrix(&keys.conditioned, depth, tile.clone());
+                    dots(conditioned, Matrix::one(mean), of_keys);
+                }
+                None => of_keys.fill(0.0),
+            }
         }
     }
 
@@ -218,12 +243,10 @@ impl<'a> Scorer<'a> {
         };
         product::score_tiles(block.packed(), &keys.rhs, columns.clone(), &scales, out, stride);
         let rows = block.rows.scales.len();
-        for (index, &key) in keys.outliers.iter().enumerate() {
-            if columns.contains(&key) {
-                let exact = &block.outliers[index * rows..(index + 1) * rows];
-                let places = out[key - columns.start..].iter_mut().step_by(stride);
-                places.zip(exact).for_each(|(out, exact)| _ = out.write(*exact));
-            }
+        for index in keys.outliers_in(&columns) {
+            let exact = &block.outliers[index * rows..(index + 1) * rows];
+            let places = out[keys.outliers[index] - columns.start..].iter_mut().step_by(stride);
+            places.zip(exact).for_each(|(out, exact)| _ = out.write(*exact));
         }
     }
 
@@ -277,7 +300,7 @@ impl<'a> Scorer<'a> {
                 });
                 pace.for_each(blocks, |(rows, out)| {
                     Kept::with(&QUERIES, KEPT, |block| {
-                        self.quantize_queries(keys, &rows, block);
+                        self.quantize_queries(keys, &rows, std::slice::from_ref(&(0..n)), block);
                         f(keys, block, out);
                     });
                 });
@@ -292,6 +315,11 @@ impl<'a> Scorer<'a> {
         // from overflowing, so the blocks of all heads cover it; `f` writes all of each.
         unsafe { written(len, all) }
     }
+}
+
+/// Some of the rows that lie one after the other in `data`.
+fn matrix(data: &[f32], depth: usize, rows: Range<usize>) -> Matrix<'_> {
+    Matrix::contiguous(&data[rows.start * depth..rows.end * depth], depth)
 }
 
 thread_local! {

@@ -82,8 +82,8 @@ pub(in crate::attention) trait KeyValues: Sync {
     /// `seen`, at a whole step; keys that are not held are left out.
     fn tiles(&self, seen: Range<usize>) -> Vec<Range<usize>>;
 
-    /// Brings rows of queries into the form of the keys.
-    fn prepare(&self, rows: &Rows, queries: &mut QueryBlock);
+    /// Brings rows of queries into the form of the keys, of which only those of `tiles` will be scored.
+    fn prepare(&self, rows: &Rows, tiles: &[Range<usize>], queries: &mut QueryBlock);
 
     /// Writes the scores of all rows with a tile of keys, in units of log2 unless a softcap follows:
     /// row-major, rows `stride` elements apart. Where that leaves room, up to one step more is overwritten

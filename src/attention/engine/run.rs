@@ -246,7 +246,7 @@ impl Engine<'_> {
         if tiles.is_empty() {
             return;
         }
-        from.prepare(rows, queries);
+        from.prepare(rows, tiles, queries);
         buffers.start(from, seen.len(), tiles);
         for tile in tiles {
             self.tile(from, queries, (rows, seen), tile.clone(), (buffers, partial));

@@ -255,7 +255,7 @@ impl KeyValues for CacheHead<'_> {
         tiles
     }
 
-    fn prepare(&self, rows: &Rows, queries: &mut QueryBlock) {
+    fn prepare(&self, rows: &Rows, _tiles: &[Range<usize>], queries: &mut QueryBlock) {
         let QueryBlock { values, rotated, buffer, rows: codes, biases, .. } = queries;
         gather(self.queries, &self.shape, rows, values, buffer);
         let (count, depth) = (rows.range.len(), self.head.dims.depth);
