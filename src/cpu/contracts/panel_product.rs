@@ -25,7 +25,8 @@ pub(crate) const GROUP: usize = 8;
 
 /// Elements of the depth whose integers on the left side share a scale, a multiple of [`GROUP`]. A
 /// shorter run keeps more of the small probabilities beside a large one, and converts more sums to
-/// f32.
+/// f32. (128, with one bit less in the matrix so that no sum overflows, makes attention 3 % faster and P·V 3 to 4 dB
+/// less accurate.)
 pub(crate) const RUN: usize = 64;
 
 /// The largest magnitude on the left side of an int16 product: 13 bits with the sign.
