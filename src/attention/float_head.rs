@@ -5,7 +5,7 @@
 //! few rows    keys and values are read where they lie: packing them would take longer than the product
 //! ```
 
-use super::engine::{KeyValues, Queries, QueryBlock, Rows, Running, Tile, gather};
+use super::engine::{Block, KeyValues, Queries, QueryBlock, Running, Tile, gather};
 use super::tensor_values::{accumulate, large_among, large_rows, tiles};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, LANES, Rows as Matrix};
@@ -58,9 +58,10 @@ impl KeyValues for FloatHead<'_> {
         tiles(seen, self.step())
     }
 
-    fn prepare(&self, rows: &Rows, _tiles: &[Range<usize>], queries: &mut QueryBlock) {
-        let QueryBlock { values, buffer, .. } = queries;
-        gather(self.queries, &self.shape, rows, values, buffer);
+    fn prepare(&self, blocks: &[Block], queries: &mut [QueryBlock]) {
+        for (block, QueryBlock { values, buffer, .. }) in blocks.iter().zip(queries) {
+            gather(self.queries, &self.shape, &block.rows, values, buffer);
+        }
     }
 
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize) {

@@ -1,6 +1,6 @@
 //! The keys of one head of a tensor in int8, ready for its queries, with its values.
 
-use super::engine::{KeyValues, QueryBlock, Rows, Running, Tile};
+use super::engine::{Block, KeyValues, QueryBlock, Running, Tile};
 use super::keys::PackedKeys;
 use super::operand::{Buffers, QuantizedRows};
 use super::scorer::Scorer;
@@ -133,8 +133,8 @@ impl KeyValues for Int8Head<'_> {
         tiles(seen, self.step())
     }
 
-    fn prepare(&self, rows: &Rows, tiles: &[Range<usize>], queries: &mut QueryBlock) {
-        self.scorer.quantize_queries(self.keys, rows, tiles, queries);
+    fn prepare(&self, blocks: &[Block], queries: &mut [QueryBlock]) {
+        self.scorer.quantize_queries(self.keys, blocks, queries);
     }
 
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize) {

@@ -1,7 +1,7 @@
 //! Int8 scores of any block of queries against all keys of its head.
 
 use super::ScoreConfig;
-use super::engine::{BLOCK, QueryBlock, Rows, blocks};
+use super::engine::{BLOCK, Block, QueryBlock, Rows, TOGETHER, blocks, together};
 use super::keys::PackedKeys;
 use super::operand::{Operand, Side};
 use super::seen::Seen;
@@ -137,85 +137,120 @@ impl<'a> Scorer<'a> {
         self.level.int8_product().geometry.nr
     }
 
-    /// Quantizes and packs rows of one query head, one of those that share `keys`, to be scored with those of
-    /// `tiles`.
+    /// Quantizes and packs blocks, each of one query head of those that share `keys`, to be scored with the keys of
+    /// their tiles.
     pub(super) fn quantize_queries(
         &self,
         keys: &PackedKeys,
-        rows: &Rows,
-        tiles: &[Range<usize>],
-        block: &mut QueryBlock,
+        blocks: &[Block],
+        queries: &mut [QueryBlock],
     ) {
+        let all = blocks.iter().zip(queries);
+        let mut all: Vec<_> = all.filter(|(block, _)| !block.tiles.is_empty()).collect();
+        all.iter_mut().for_each(|(block, queries)| self.quantize_block(keys, block, queries));
+        let tiles = all.iter().flat_map(|(block, _)| block.tiles.iter().cloned());
+        let tiles = union(tiles.collect());
+        let mut queries: Vec<_> = all.into_iter().map(|(_, queries)| queries).collect();
+        self.find_key_biases(keys, &tiles, &mut queries);
+    }
+
+    /// All of a block but what it adds to its keys.
+    fn quantize_block(&self, keys: &PackedKeys, block: &Block, queries: &mut QueryBlock) {
+        let Block { rows, tiles } = block;
         let (depth, tokens) = (self.depth(), self.q.view().tokens());
-        block.member = rows.range.start / tokens;
-        let head = self.query_heads(keys.head).start + block.member;
-        let first = block.member * tokens;
+        queries.member = rows.range.start / tokens;
+        let head = self.query_heads(keys.head).start + queries.member;
+        let first = queries.member * tokens;
         let tokens = rows.range.start - first..rows.range.end - first;
-        let q_mean = keys.query_means[block.member].as_deref();
-        let QueryBlock { buffer, rows, conditioning, .. } = &mut *block;
+        let q_mean = keys.query_means[queries.member].as_deref();
+        let QueryBlock { buffer, rows, conditioning, .. } = &mut *queries;
         self.q.quantize((head, tokens.clone()), q_mean, &self.seen, conditioning, rows);
         let count = tokens.len();
         rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
         let mut rows = std::mem::take(buffer);
         let values = self.q.view().rows(head, tokens, &mut rows);
-        self.find_biases(keys, values, tiles, block);
-        block.buffer = rows;
-        block.pack(self.level, count, depth, self.is_affine());
+        self.find_row_biases(keys, values, tiles, queries);
+        queries.buffer = rows;
+        queries.pack(self.level, count, depth, self.is_affine());
     }
 
-    /// What smoothing took away from the scores of a block, and the scores of keys that stand out; of the keys
-    /// of `tiles` only.
-    fn find_biases(
+    /// What smoothing took away from the scores of a block with blocks of keys, and its scores of keys that stand
+    /// out; of the keys of `tiles` only.
+    fn find_row_biases(
         &self,
         keys: &PackedKeys,
-        queries: Matrix<'_>,
+        values: Matrix<'_>,
         tiles: &[Range<usize>],
-        block: &mut QueryBlock,
+        queries: &mut QueryBlock,
     ) {
-        let (count, depth) = (queries.count(), self.depth());
-        let QueryBlock { rows, biases, key_biases, outliers, conditioning, .. } = block;
+        let (count, depth) = (values.count(), self.depth());
+        let QueryBlock { rows, biases, outliers, .. } = queries;
         // What is there is overwritten, or not read.
         biases.resize(count * keys.blocks(), 0.0);
         outliers.resize(count * keys.outliers.len(), 0.0);
-        key_biases.resize(keys.scales.len(), 0.0);
-        key_biases[keys.rhs.rows()..].fill(0.0);
         if depth == 0 {
-            return [biases, outliers, key_biases].into_iter().for_each(|biases| biases.fill(0.0));
+            return [biases, outliers].into_iter().for_each(|biases| biases.fill(0.0));
         }
-        let dots = |rows: Matrix<'_>, vectors: Matrix<'_>, out: &mut [f32]| {
-            self.level.dots(rows, vectors, out);
-            out.iter_mut().for_each(|dot| *dot *= self.scale.factor);
-        };
         // What all scores of a row have in common matters where some have it in themselves.
         let matters = self.scale.row_constants || keys.blocks() > 1 || !keys.outliers.is_empty();
-        let mean = conditioning.conditioned.rotated_mean(self.level);
         for tile in tiles.iter().filter(|tile| !tile.is_empty()) {
             let blocks = tile.start / keys.block..tile.end.div_ceil(keys.block);
             let of_blocks = &mut biases[blocks.start * count..blocks.end * count];
             match matters && !keys.means.is_empty() {
                 // With the queries as they are.
-                true => dots(queries, matrix(&keys.means, depth, blocks), of_blocks),
+                true => self.dots(values, matrix(&keys.means, depth, blocks), of_blocks),
                 false => of_blocks.fill(0.0),
             }
             let apart = keys.outliers_in(tile);
             let exact = &mut outliers[apart.start * count..apart.end * count];
-            dots(queries, matrix(&keys.outlier_rows, depth, apart), exact);
+            self.dots(values, matrix(&keys.outlier_rows, depth, apart), exact);
             for scores in exact.chunks_exact_mut(count.max(1)) {
                 // Those of a query that is not finite are NaN, as with all other keys.
-                scores
-                    .iter_mut()
-                    .zip(&rows.scales)
-                    .for_each(|(score, scale)| *score += scale * 0.0);
-            }
-            let of_keys = &mut key_biases[tile.clone()];
-            match mean {
-                Some(mean) => {
-                    let conditioned = matrix(&keys.conditioned, depth, tile.clone());
-                    dots(conditioned, Matrix::one(mean), of_keys);
-                }
-                None => of_keys.fill(0.0),
+                let scores = scores.iter_mut().zip(&rows.scales);
+                scores.for_each(|(score, scale)| *score += scale * 0.0);
             }
         }
+    }
+
+    /// What smoothing took away from the scores of each block with each key of `tiles`. For all blocks at once, so
+    /// that every key is read once.
+    fn find_key_biases(
+        &self,
+        keys: &PackedKeys,
+        tiles: &[Range<usize>],
+        queries: &mut [&mut QueryBlock],
+    ) {
+        let depth = self.depth();
+        for QueryBlock { key_biases, .. } in queries.iter_mut().map(|queries| &mut **queries) {
+            // As above.
+            key_biases.resize(keys.scales.len(), 0.0);
+            key_biases[keys.rhs.rows()..].fill(0.0);
+        }
+        Kept::with(&MEANS, KEPT, |(means, dots)| {
+            means.clear();
+            for queries in &mut *queries {
+                let block = &mut queries.conditioning.conditioned;
+                means.extend_from_slice(block.rotated_mean(self.level).unwrap_or_default());
+            }
+            for tile in tiles {
+                if means.is_empty() {
+                    queries.iter_mut().for_each(|block| block.key_biases[tile.clone()].fill(0.0));
+                    continue;
+                }
+                dots.resize(queries.len() * tile.len(), 0.0);
+                let conditioned = matrix(&keys.conditioned, depth, tile.clone());
+                self.dots(conditioned, Matrix::contiguous(means, depth), dots);
+                for (block, dots) in queries.iter_mut().zip(dots.chunks_exact(tile.len())) {
+                    block.key_biases[tile.clone()].copy_from_slice(dots);
+                }
+            }
+        });
+    }
+
+    /// The products of all rows with all vectors, as they are added to scores.
+    fn dots(&self, rows: Matrix<'_>, vectors: Matrix<'_>, out: &mut [f32]) {
+        self.level.dots(rows, vectors, out);
+        out.iter_mut().for_each(|dot| *dot *= self.scale.factor);
     }
 
     /// Whether either side may have zero points other than 0.
@@ -291,17 +326,22 @@ impl<'a> Scorer<'a> {
                 let keys = keys.get_or_insert_with(|| PackedKeys::new(self.level));
                 self.pack_keys(head, pace, keys);
                 // Blocks end with their query head.
-                let blocks = out.chunks_mut(m * n).enumerate().flat_map(|(member, out)| {
-                    let blocks = blocks(m).zip(out.chunks_mut(BLOCK * n));
-                    blocks.map(move |(tokens, out)| {
-                        let range = member * m + tokens.start..member * m + tokens.end;
-                        (Rows { head, range }, out)
-                    })
+                let together = together(pace, m.div_ceil(BLOCK) * self.group);
+                let groups = out.chunks_mut(m * n).enumerate().flat_map(|(member, out)| {
+                    let groups = out.chunks_mut(together * BLOCK * n).enumerate();
+                    groups.map(move |(group, out)| (member * m + group * together * BLOCK, out))
                 });
-                pace.for_each(blocks, |(rows, out)| {
-                    Kept::with(&QUERIES, KEPT, |block| {
-                        self.quantize_queries(keys, &rows, std::slice::from_ref(&(0..n)), block);
-                        f(keys, block, out);
+                pace.for_each(groups, |(first, out)| {
+                    let blocks = blocks(out.len() / n).map(|rows| Block {
+                        rows: Rows { head, range: first + rows.start..first + rows.end },
+                        tiles: std::iter::once(0..n).collect(),
+                    });
+                    let blocks: Vec<Block> = blocks.collect();
+                    Kept::with(&QUERIES, KEPT, |queries| {
+                        let queries = &mut queries[..blocks.len()];
+                        self.quantize_queries(keys, &blocks, queries);
+                        let outs = out.chunks_mut(BLOCK * n);
+                        queries.iter().zip(outs).for_each(|(queries, out)| f(keys, queries, out));
                     });
                 });
             });
@@ -317,6 +357,20 @@ impl<'a> Scorer<'a> {
     }
 }
 
+/// The union of ranges, as ranges that do not touch, in order.
+fn union(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.retain(|range| !range.is_empty());
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|range, before| {
+        let touches = range.start <= before.end;
+        if touches {
+            before.end = before.end.max(range.end);
+        }
+        touches
+    });
+    ranges
+}
+
 /// Some of the rows that lie one after the other in `data`.
 fn matrix(data: &[f32], depth: usize, rows: Range<usize>) -> Matrix<'_> {
     Matrix::contiguous(&data[rows.start * depth..rows.end * depth], depth)
@@ -324,7 +378,9 @@ fn matrix(data: &[f32], depth: usize, rows: Range<usize>) -> Matrix<'_> {
 
 thread_local! {
     /// The queries that a thread works on, kept so that a block allocates nothing.
-    static QUERIES: Kept<QueryBlock> = const { Kept::new() };
+    static QUERIES: Kept<[QueryBlock; TOGETHER]> = const { Kept::new() };
+    /// The means of those, and their products.
+    static MEANS: Kept<(Vec<f32>, Vec<f32>)> = const { Kept::new() };
     /// The keys of the head before, whose memory is used again.
     static KEYS: Kept<Option<PackedKeys>> = const { Kept::new() };
 }

@@ -21,6 +21,12 @@ impl<T: Footprint> Footprint for Option<T> {
     }
 }
 
+impl<T: Footprint, const N: usize> Footprint for [T; N] {
+    fn footprint(&self) -> usize {
+        self.iter().map(T::footprint).sum()
+    }
+}
+
 impl<A: Footprint, B: Footprint> Footprint for (A, B) {
     fn footprint(&self) -> usize {
         self.0.footprint() + self.1.footprint()

@@ -1,6 +1,6 @@
 //! What the engine asks of keys and values.
 
-use super::queries::Rows;
+use super::queries::Block;
 use super::softmax::{Running, Tile};
 use crate::attention::operand::{Buffers, QuantizedRows};
 use crate::cpu::Level;
@@ -82,8 +82,9 @@ pub(in crate::attention) trait KeyValues: Sync {
     /// `seen`, at a whole step; keys that are not held are left out.
     fn tiles(&self, seen: Range<usize>) -> Vec<Range<usize>>;
 
-    /// Brings rows of queries into the form of the keys, of which only those of `tiles` will be scored.
-    fn prepare(&self, rows: &Rows, tiles: &[Range<usize>], queries: &mut QueryBlock);
+    /// Brings the queries of each block into the form of the keys, of which only those of its tiles will be
+    /// scored.
+    fn prepare(&self, blocks: &[Block], queries: &mut [QueryBlock]);
 
     /// Writes the scores of all rows with a tile of keys, in units of log2 unless a softcap follows:
     /// row-major, rows `stride` elements apart. Where that leaves room, up to one step more is overwritten

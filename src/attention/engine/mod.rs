@@ -29,6 +29,6 @@ pub(super) use key_values::{KeyValues, QueryBlock};
 pub(super) use mask::MaskView;
 pub(super) use modifiers::Modifiers;
 pub(super) use output::Element;
-pub(super) use queries::{BLOCK, Queries, Rows, blocks, gather};
+pub(super) use queries::{BLOCK, Block, Queries, Rows, TOGETHER, blocks, gather, together};
 pub(super) use run::{Engine, TILE};
 pub(super) use softmax::{Probs, Running, Tile};

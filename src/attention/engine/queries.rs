@@ -1,5 +1,6 @@
 //! The queries of a call as rows: one query of one head each, in blocks.
 
+use crate::parallel::Pace;
 use crate::view::View;
 use std::ops::Range;
 
@@ -9,6 +10,17 @@ pub(in crate::attention) const BLOCK: usize = crate::quant::QUERY_BLOCK;
 /// `0..count` in runs of [`BLOCK`].
 pub(in crate::attention) fn blocks(count: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(count))
+}
+
+/// Blocks that are prepared together: what each has to do with all keys is done while the keys are at hand.
+pub(in crate::attention) const TOGETHER: usize = 4;
+
+/// How many of the blocks of a head are prepared together, so that every thread that may help finds some.
+pub(in crate::attention) fn together(pace: Pace, blocks: usize) -> usize {
+    match pace {
+        Pace::Serial => TOGETHER,
+        Pace::Parallel => (blocks / (2 * rayon::current_num_threads())).clamp(1, TOGETHER),
+    }
 }
 
 /// Their shape, `[B, H, M, ..]`, and how they become blocks.
@@ -29,6 +41,13 @@ pub(in crate::attention) struct Rows {
     /// The head of keys, counted over the batch.
     pub head: usize,
     pub range: Range<usize>,
+}
+
+/// Rows, and the tiles of keys with which they are scored.
+#[derive(Debug)]
+pub(in crate::attention) struct Block {
+    pub rows: Rows,
+    pub tiles: Vec<Range<usize>>,
 }
 
 impl Queries {

@@ -4,7 +4,7 @@ use super::key_values::{KeyValues, QueryBlock};
 use super::modifiers::Modifiers;
 use super::output::Element;
 use super::partial::Partial;
-use super::queries::{Queries, Rows};
+use super::queries::{Block, Queries, Rows, TOGETHER, together};
 use super::softmax::{Probs, Tile, softmax_tile};
 use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
@@ -57,7 +57,7 @@ struct Row {
 /// What a thread works in, kept so that a block allocates nothing.
 #[derive(Default)]
 struct Scratch {
-    queries: QueryBlock,
+    queries: [QueryBlock; TOGETHER],
     buffers: Buffers,
     partial: Partial,
 }
@@ -143,44 +143,73 @@ impl Engine<'_> {
             out = rest;
             (Rows { head, range }, block)
         });
-        let blocks: Vec<_> = blocks.collect();
-        pace.for_each(blocks.into_iter(), |(rows, out)| {
-            self.attend_block::<T>(pace, from, &rows, out);
+        let mut blocks: Vec<_> = blocks.collect();
+        let together = together(pace, blocks.len());
+        pace.for_each(blocks.chunks_mut(together), |blocks| {
+            self.attend_blocks::<T>(pace, from, blocks);
         });
     }
 
-    /// Writes the output of a block.
-    fn attend_block<T: Element>(
+    /// Writes the output of some blocks.
+    fn attend_blocks<T: Element>(
         &self,
         pace: Pace,
         from: &dyn KeyValues,
-        rows: &Rows,
+        blocks: &mut [(Rows, &mut [MaybeUninit<T>])],
+    ) {
+        let (mut whole, mut of_whole) = (Vec::new(), Vec::new());
+        for (rows, out) in blocks {
+            let seen = self.rows(rows);
+            let block = Block { rows: rows.clone(), tiles: self.tiles(from, &seen) };
+            // Rows of padding do not make it another computation.
+            let rows_that_see = seen.iter().filter(|row| !row.seen.is_empty()).count();
+            if rows_that_see > FEW || block.tiles.len() <= SPAN {
+                whole.push(block);
+                of_whole.push((seen, out));
+            } else {
+                self.attend_spans::<T>(pace, from, &block, &seen, out);
+            }
+        }
+        with_scratch(|Scratch { queries, buffers, partial }| {
+            from.prepare(&whole, &mut queries[..whole.len()]);
+            for ((block, queries), (seen, out)) in whole.iter().zip(queries).zip(of_whole) {
+                self.attend_tiles(from, block, queries, &seen, (buffers, partial));
+                self.finish(&seen, partial, out);
+            }
+        });
+    }
+
+    /// Writes the output of a block of few rows, whose keys threads share.
+    fn attend_spans<T: Element>(
+        &self,
+        pace: Pace,
+        from: &dyn KeyValues,
+        block: &Block,
+        seen: &[Row],
         out: &mut [MaybeUninit<T>],
     ) {
-        let seen = self.rows(rows);
-        let start = seen.iter().map(|row| row.seen.start).min().unwrap_or(0);
-        let end = seen.iter().map(|row| row.seen.end).max().unwrap_or(0);
-        let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
-        let mut tiles = from.tiles(0..sinks);
-        tiles.extend(from.tiles(start.max(self.sinks)..end.max(self.sinks)));
-        // Rows of padding do not make it another computation.
-        let rows_that_see = seen.iter().filter(|row| !row.seen.is_empty()).count();
-        if rows_that_see > FEW || tiles.len() <= SPAN {
-            return with_scratch(|scratch| {
-                self.attend_tiles(from, rows, &seen, &tiles, scratch);
-                self.finish(&seen, &mut scratch.partial, out);
-            });
-        }
-        let parts = pace.map(tiles.chunks(SPAN), |tiles| {
-            with_scratch(|scratch| {
-                self.attend_tiles(from, rows, &seen, tiles, scratch);
-                std::mem::take(&mut scratch.partial)
+        let parts = pace.map(block.tiles.chunks(SPAN), |tiles| {
+            with_scratch(|Scratch { queries, buffers, partial }| {
+                let span = [Block { rows: block.rows.clone(), tiles: tiles.to_vec() }];
+                from.prepare(&span, &mut queries[..1]);
+                self.attend_tiles(from, &span[0], &queries[0], seen, (buffers, partial));
+                std::mem::take(partial)
             })
         });
         let mut merged = Partial::default();
         merged.start(seen.len(), from.width());
         parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
-        self.finish(&seen, &mut merged, out);
+        self.finish(seen, &mut merged, out);
+    }
+
+    /// The tiles of keys of which rows see some.
+    fn tiles(&self, from: &dyn KeyValues, seen: &[Row]) -> Vec<Range<usize>> {
+        let start = seen.iter().map(|row| row.seen.start).min().unwrap_or(0);
+        let end = seen.iter().map(|row| row.seen.end).max().unwrap_or(0);
+        let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
+        let mut tiles = from.tiles(0..sinks);
+        tiles.extend(from.tiles(start.max(self.sinks)..end.max(self.sinks)));
+        tiles
     }
 
     /// Writes the output of rows that have seen all of their keys.
@@ -232,24 +261,22 @@ impl Engine<'_> {
         start.clamp(self.sinks, end)..end
     }
 
-    /// Attention of a block over some tiles, into the partial of the scratch.
+    /// Attention of a block, prepared, over its tiles, into the partial.
     fn attend_tiles(
         &self,
         from: &dyn KeyValues,
-        rows: &Rows,
+        block: &Block,
+        queries: &QueryBlock,
         seen: &[Row],
-        tiles: &[Range<usize>],
-        scratch: &mut Scratch,
+        (buffers, partial): (&mut Buffers, &mut Partial),
     ) {
-        let Scratch { queries, buffers, partial } = scratch;
         partial.start(seen.len(), from.width());
-        if tiles.is_empty() {
+        if block.tiles.is_empty() {
             return;
         }
-        from.prepare(rows, tiles, queries);
-        buffers.start(from, seen.len(), tiles);
-        for tile in tiles {
-            self.tile(from, queries, (rows, seen), tile.clone(), (buffers, partial));
+        buffers.start(from, seen.len(), &block.tiles);
+        for tile in &block.tiles {
+            self.tile(from, queries, (&block.rows, seen), tile.clone(), (buffers, partial));
         }
     }
 

@@ -8,7 +8,9 @@
 //! pays to bring them into the order of faster kernels first, tile by tile.
 
 use super::head::{GROUP, Head, PAGE, Page, Rows as FloatRows};
-use crate::attention::engine::{KeyValues, Queries, QueryBlock, Rows, Running, TILE, Tile, gather};
+use crate::attention::engine::{
+    Block, KeyValues, Queries, QueryBlock, Running, TILE, Tile, gather,
+};
 use crate::attention::float_head::{accumulate_in_place, score_in_place};
 use crate::attention::operand::QuantizedRows;
 use crate::attention::tensor_values::{accumulate, large_among, large_rows};
@@ -255,22 +257,24 @@ impl KeyValues for CacheHead<'_> {
         tiles
     }
 
-    fn prepare(&self, rows: &Rows, _tiles: &[Range<usize>], queries: &mut QueryBlock) {
-        let QueryBlock { values, rotated, buffer, rows: codes, biases, .. } = queries;
-        gather(self.queries, &self.shape, rows, values, buffer);
-        let (count, depth) = (rows.range.len(), self.head.dims.depth);
-        rotated.clone_from(values);
-        if let Some(rotation) = self.head.rotation {
-            rotation.apply_whole(rotated);
+    fn prepare(&self, blocks: &[Block], queries: &mut [QueryBlock]) {
+        for (block, queries) in blocks.iter().zip(queries) {
+            let QueryBlock { values, rotated, buffer, rows: codes, biases, .. } = queries;
+            gather(self.queries, &self.shape, &block.rows, values, buffer);
+            let (count, depth) = (block.rows.range.len(), self.head.dims.depth);
+            rotated.clone_from(values);
+            if let Some(rotation) = self.head.rotation {
+                rotation.apply_whole(rotated);
+            }
+            two_codes(self.level, rotated, (count, depth), codes, buffer);
+            codes.scales.iter_mut().for_each(|x| *x *= self.factor);
+            biases.clear();
+            biases.resize(2 * count, 0.0);
+            if let Some(offset) = &self.head.offset {
+                self.bias(values, offset, biases, 1);
+            }
+            queries.pack(self.level, 2 * count, depth, false);
         }
-        two_codes(self.level, rotated, (count, depth), codes, buffer);
-        codes.scales.iter_mut().for_each(|x| *x *= self.factor);
-        biases.clear();
-        biases.resize(2 * count, 0.0);
-        if let Some(offset) = &self.head.offset {
-            self.bias(values, offset, biases, 1);
-        }
-        queries.pack(self.level, 2 * count, depth, false);
     }
 
     fn score(&self, queries: &QueryBlock, keys: Range<usize>, scores: &mut [f32], stride: usize) {
