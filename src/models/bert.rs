@@ -4,10 +4,11 @@ use super::encoder::{self, Encoder, EncoderConfig};
 use super::files::unused_head;
 use super::layered::{Attend, NamedLinear};
 use super::loader::Loader;
+use super::pooling::dims2;
 use super::{BertConfig, HiddenAct, ModelFiles, Weights};
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
 use crate::nn::{Activation, LayerNorm, Linear, Precision};
-use crate::{Error, Result};
+use crate::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
 use std::path::Path;
@@ -384,26 +385,4 @@ pub(super) fn padding_call(attention_mask: &Tensor) -> Result<AttentionCall> {
         Some(lens) => call.with_q_lens(lens),
         None => call,
     })
-}
-
-/// The mean of the hidden states `[B, N, hidden]` over tokens, padding (0 in `attention_mask`
-/// `[B, N]`) left out: `[B, hidden]`. A sequence of padding alone gives zeros.
-///
-/// # Errors
-/// [`Error::Shape`] unless the mask has rank 2; Candle's own if the shapes do not fit.
-pub fn mean_pool(hidden: &Tensor, attention_mask: &Tensor) -> Result<Tensor> {
-    let (b, n) = dims2("mean_pool", attention_mask)?;
-    let weights = attention_mask.to_dtype(hidden.dtype())?.reshape((b, n, 1))?;
-    let tokens = weights.sum(1)?.maximum(1.0)?;
-    Ok(hidden.broadcast_mul(&weights)?.sum(1)?.broadcast_div(&tokens)?)
-}
-
-fn dims2(op: &'static str, mask: &Tensor) -> Result<(usize, usize)> {
-    match *mask.dims() {
-        [b, n] => Ok((b, n)),
-        ref shape => {
-            let (shape, expected) = (shape.to_vec(), "[B, N]".to_string());
-            Err(Error::Shape { op, tensor: "attention_mask", shape, expected })
-        }
-    }
 }

@@ -35,7 +35,7 @@ mod tokenizer_file;
 mod weights;
 mod word_embeddings;
 
-pub use bert::{BertLayer, BertModel, mean_pool, padding_mask};
+pub use bert::{BertLayer, BertModel, padding_mask};
 pub use bert_config::{BertConfig, HiddenAct};
 pub use calibration::{
     Calibration, CalibrationConfig, Calibrator, LayerRanges, StaticScales, calibrate,
@@ -45,7 +45,7 @@ pub use encoder::{EncoderConfig, EncoderModel};
 pub use files::ModelFiles;
 pub use layer_settings::LayerSettings;
 pub use layered::{Attend, AttentionInput, LayeredModel, NamedLinear, run_layers};
-pub use pooling::Pooling;
+pub use pooling::{Pooling, mean_pool};
 #[cfg(feature = "hub")]
 pub(crate) use sentence::{FILES as SENTENCE_FILES, Module, read_modules};
 pub use text_encoder::{Embeddings, TextEmbedding, TextEncoder};

@@ -1,7 +1,7 @@
 //! One vector a text out of its hidden states, in the ways of sentence-transformers.
 
-use super::mean_pool;
 use crate::files::{corrupt, read_text};
+use crate::memory::check_size;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use serde_json::Value;
@@ -38,6 +38,7 @@ impl Pooling {
     /// [`Error::Shape`] unless the mask is `[B, N]`.
     pub fn forward(self, hidden: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let (b, n, _) = hidden.dims3()?;
+        check_size("Pooling::forward", "hidden", hidden.dims())?;
         if mask.dims() != [b, n] {
             let (shape, expected) = (mask.dims().to_vec(), format!("[{b}, {n}]"));
             let (op, tensor) = ("Pooling::forward", "attention_mask");
@@ -75,6 +76,37 @@ impl Pooling {
 fn zeros_without_tokens(pooled: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let some = mask.max_keepdim(1)?.ne(0u32)?.broadcast_as(pooled.shape())?;
     Ok(some.where_cond(pooled, &pooled.zeros_like()?)?)
+}
+
+/// The mean of the hidden states `[B, N, hidden]` over tokens, padding (0 in `attention_mask`
+/// `[B, N]`) left out: `[B, hidden]`. A sequence of padding alone gives zeros.
+///
+/// # Errors
+/// [`Error::Shape`] unless the mask has rank 2, and for more elements than memory has addresses; Candle's own if
+/// the shapes do not fit.
+pub fn mean_pool(hidden: &Tensor, attention_mask: &Tensor) -> Result<Tensor> {
+    let (b, n) = dims2("mean_pool", attention_mask)?;
+    check_size("mean_pool", "hidden", hidden.dims())?;
+    let weights = attention_mask.to_dtype(hidden.dtype())?.reshape((b, n, 1))?;
+    let tokens = weights.sum(1)?.maximum(1.0)?;
+    Ok(hidden.broadcast_mul(&weights)?.sum(1)?.broadcast_div(&tokens)?)
+}
+
+/// `[B, N]`.
+///
+/// # Errors
+/// [`Error::Shape`] for a mask of another rank, and more elements than memory has addresses.
+pub(super) fn dims2(op: &'static str, mask: &Tensor) -> Result<(usize, usize)> {
+    match *mask.dims() {
+        [b, n] => {
+            check_size(op, "attention_mask", &[b, n])?;
+            Ok((b, n))
+        }
+        ref shape => {
+            let (shape, expected) = (shape.to_vec(), "[B, N]".to_string());
+            Err(Error::Shape { op, tensor: "attention_mask", shape, expected })
+        }
+    }
 }
 
 /// A pooling module: what its `config.json` asks for.

@@ -17,8 +17,8 @@ use candle_core::{Device, Tensor};
 use candle_nn::{Linear, Module as _};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::collections::BTreeMap;
-use std::path::{Component, Path};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
 
 /// The files beside a model that are read, but for those that `modules.json` names.
 pub(crate) const FILES: [&str; 4] = [
@@ -293,16 +293,27 @@ impl Module {
 /// Reads a `modules.json`.
 ///
 /// # Errors
-/// [`Error::Corrupt`] for what is none, or leads out of its folder.
+/// [`Error::Corrupt`] for what is none, leads out of its folder, or has two dense layers in one folder: memory
+/// would grow with their number, not with the files.
 pub(crate) fn read_modules(path: &Path) -> Result<Vec<Module>> {
     let modules: Vec<Module> = read("modules", path)?;
     let inside = |module: &&Module| {
         let mut parts = Path::new(&module.path).components();
         parts.all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
     };
-    match modules.iter().find(|module| !inside(module)) {
-        Some(Module { path: found, .. }) => {
-            Err(corrupt(path, format!("names the folder {found:?}, expected one beside it")))
+    if let Some(Module { path: found, .. }) = modules.iter().find(|module| !inside(module)) {
+        let problem = format!("names the folder {found:?}, expected one beside it");
+        return Err(corrupt(path, problem));
+    }
+    let mut folders = BTreeSet::new();
+    let parts = |module: &Module| {
+        let parts = Path::new(&module.path).components();
+        parts.filter(|part| *part != Component::CurDir).collect::<PathBuf>()
+    };
+    let mut dense = modules.iter().filter(|module| module.name() == "Dense");
+    match dense.find(|module| !folders.insert(parts(module))) {
+        Some(twice) => {
+            Err(corrupt(path, format!("has two dense layers in the folder {:?}", twice.path)))
         }
         None => Ok(modules),
     }

@@ -1,6 +1,7 @@
 //! Layer norm (Ba et al. 2016, arXiv:1607.06450) of the rows of a tensor.
 
 use super::{is_plain_f32, is_tracked};
+use crate::memory::check_size;
 use crate::parallel::Work;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, bail};
@@ -32,7 +33,7 @@ impl LayerNorm {
     /// `weight` and `bias` are both `[width]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for tensors of other shapes.
+    /// [`Error::Shape`] for tensors of other shapes, and more elements than memory has addresses.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
         let wrong = |tensor, x: &Tensor, expected| Error::Shape {
             op: "LayerNorm::new",
@@ -45,6 +46,7 @@ impl LayerNorm {
             [width] => return Err(wrong("bias", &bias, format!("[{width}] like the weight"))),
             _ => return Err(wrong("weight", &weight, "[width]".into())),
         }
+        check_size("LayerNorm::new", "weight", weight.dims())?;
         let fused = match is_plain_f32(&[&weight, &bias]) {
             true => Some(FusedNorm {
                 arch: crate::cpu::vectors(),
@@ -60,8 +62,9 @@ impl LayerNorm {
     /// `[.., width]` to the same.
     ///
     /// # Errors
-    /// Candle's own, for another width.
+    /// Candle's own, for another width; [`Error::Shape`] for more elements than memory has addresses.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        check_size("LayerNorm::forward", "x", x.dims())?;
         match &self.fused {
             Some(fused) if is_plain_f32(&[x]) => Ok(x.contiguous()?.apply_op1_no_bwd(fused)?),
             _ => self.of_tensor(x),

@@ -63,6 +63,9 @@ impl Rotation {
             let problem = format!("{} elements in rows of {}", rows.len(), self.depth);
             return Err(Error::Mismatch(problem));
         }
+        if rows.is_empty() {
+            return Ok(());
+        }
         self.apply_on(Level::active()?, rows);
         Ok(())
     }

@@ -10,9 +10,12 @@ use candle_int8_attention::attention::{
     restrict_mask,
 };
 use candle_int8_attention::models::llama::{LlamaModel, WeightFormat};
-use candle_int8_attention::models::{BertModel, CalibrationConfig, Calibrator};
+use candle_int8_attention::models::{
+    BertModel, CalibrationConfig, Calibrator, Pooling, mean_pool, padding_mask,
+};
+use candle_int8_attention::nn::{Activation, LayerNorm, Linear, Precision};
 use candle_int8_attention::product::{Lhs, ZeroPoints, matmul_nt};
-use candle_int8_attention::quant::{Granularity, QuantConfig, QuantizedTensor, Scheme};
+use candle_int8_attention::quant::{Granularity, QuantConfig, QuantizedTensor, Rotation, Scheme};
 use candle_int8_attention::reference::{tensor_ops, unfused};
 use candle_int8_attention::{
     AttentionCall, AttnMask, CacheValues, Int8KvCache, KeySmoothing, KvCacheConfig, RequantConfig,
@@ -188,6 +191,58 @@ fn batches_of_a_model_that_overflow_are_an_error() -> TestResult {
     for shape in [vec![HIDDEN], vec![1, HIDDEN], vec![1, 2, HIDDEN + 1], vec![1, 1, 2, HIDDEN]] {
         let hidden = nothing_of(&shape);
         shape_error("layer_with", llama.layer_with(0, &hidden, |q, _, _| Ok(q.clone())));
+    }
+    Ok(())
+}
+
+#[test]
+fn hidden_states_that_overflow_are_not_pooled() {
+    for hidden in [[1, 1 << 61, 4], [1 << 61, 1, 4], [2, 3, 1 << 61]] {
+        let (states, mask) = (nothing_of(&hidden), nothing_of(&hidden[..2]));
+        shape_error("mean_pool", mean_pool(&states, &mask));
+        for pooling in [Pooling::Cls, Pooling::Max, Pooling::Mean, Pooling::LastToken] {
+            shape_error("Pooling", pooling.forward(&states, &mask));
+        }
+    }
+    shape_error("padding_mask", padding_mask(&nothing_of(&[1 << 61, 4])));
+}
+
+#[test]
+fn layers_that_overflow_are_an_error() -> TestResult {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+    for precision in [Precision::F32, Precision::Int16, Precision::Int8] {
+        for shape in [[1 << 61, 0], [0, 1 << 61], [1 << 61, 1], [1 << 32, 1 << 32], [1 << 62, 4]] {
+            shape_error("weight", Linear::new(&nothing_of(&shape), None, precision));
+        }
+        let layer = Linear::new(&zeros(&[3, 4])?, None, precision)?;
+        let norm = LayerNorm::new(zeros(&[3])?, zeros(&[3])?, 1e-5)?;
+        // The last has twice 2^63 + 2 elements a row: 4 of them behind 2^64.
+        for leading in [&[1 << 61][..], &[1 << 60, 1 << 4], &[1 << 61, 0], &[1, 1, (1 << 63) + 2]] {
+            let last = if leading.len() == 3 { 2 } else { 4 };
+            let x = nothing_of(&[leading, &[last]].concat());
+            let residual = nothing_of(&[&leading[..leading.len().min(2)], &[3]].concat());
+            shape_error("forward", layer.forward(&x));
+            shape_error("activated", layer.forward_activated(&x, Activation::Gelu));
+            shape_error("norm", layer.forward_add_norm(&x, &residual, &norm));
+            let half = Tensor::zeros(vec![1; x.rank()], DType::F16, &Device::Cpu)?;
+            shape_error("in f16", layer.forward(&half.broadcast_as(x.shape())?));
+        }
+        // No outputs, and a norm of them.
+        let (layer, norm) = (
+            Linear::new(&zeros(&[0, 4])?, None, precision)?,
+            LayerNorm::new(zeros(&[0])?, zeros(&[0])?, 1e-5)?,
+        );
+        assert_eq!(layer.forward(&zeros(&[5, 4])?)?.dims(), [5, 0]);
+        let normed = layer.forward_add_norm(&zeros(&[5, 4])?, &zeros(&[5, 0])?, &norm)?;
+        assert_eq!(normed.dims(), [5, 0]);
+    }
+    shape_error("norm", LayerNorm::new(nothing_of(&[1 << 61]), nothing_of(&[1 << 61]), 1e-5));
+    let norm = LayerNorm::new(zeros(&[4])?, zeros(&[4])?, 1e-5)?;
+    for leading in [&[1 << 61][..], &[1 << 60, 1 << 4]] {
+        shape_error("norm", norm.forward(&nothing_of(&[leading, &[4]].concat())));
+    }
+    for depth in [1 << 59, 1 << 60, usize::MAX] {
+        Rotation::new(depth).apply(&mut [])?;
     }
     Ok(())
 }

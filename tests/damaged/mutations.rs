@@ -5,7 +5,7 @@
 
 use super::results::{recorder, sound, state, words};
 use super::tiny::{self, Tiny};
-use super::tiny_encoders::{FAMILIES, TinyEncoder};
+use super::tiny_encoders::{FAMILIES, HIDDEN, TinyEncoder};
 use super::{caches, numbers, tokenizer_files};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
@@ -17,9 +17,11 @@ use candle_int8_attention::models::{
     BertConfig, Calibration, CalibrationConfig, Calibrator, LayerSettings, SequenceClassifier,
     StaticScales, TextEncoder, Weights,
 };
+use candle_int8_attention::nn::{Linear, Precision, load_linear, save_linear};
 use candle_int8_attention::quant::{CodeStorage, QuantConfig, QuantizedTensor};
 use candle_int8_attention::{AttentionConfig, Int8KvCache, KeySmoothing, KvCacheConfig};
 use serde_json::json;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -145,6 +147,7 @@ fn try_all(
     let rounds = (rounds as f64 * setting("CANDLE_INT8_FUZZ_ROUNDS", 1.0)).ceil() as u64;
     let folder = tempfile::tempdir()?;
     let path = folder.path().join(name);
+    std::fs::create_dir_all(path.parent().expect("a folder"))?;
     eprintln!("{format}: {rounds} files, CANDLE_INT8_FUZZ_SEED={seed}, in {}", path.display());
     std::fs::write(&path, whole)?;
     use_it(&path, folder.path())?;
@@ -268,7 +271,7 @@ fn encoder_files_with_random_damage() -> Result<()> {
             Ok(())
         },
     )?;
-    let tensors = std::collections::HashMap::from([
+    let tensors = HashMap::from([
         ("a".to_string(), Tensor::ones((3, 4), DType::F32, &Device::Cpu)?),
         ("b".to_string(), Tensor::ones(7, DType::F16, &Device::Cpu)?),
     ]);
@@ -291,14 +294,19 @@ fn folders_of_encoders_with_random_damage() -> Result<()> {
     let modules = json!([
         {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+        {"idx": 3, "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
     ]);
+    let dense = json!({"in_features": HIDDEN, "out_features": 6, "bias": false,
+        "activation_function": "torch.nn.modules.activation.Tanh"});
     let prompts = json!({"prompts": {"query": "query : "}, "default_prompt_name": "query"});
     let text = json!({"max_seq_length": 9, "do_lower_case": true});
     let files = [
         ("modules.json", modules),
         ("config_sentence_transformers.json", prompts),
         ("sentence_bert_config.json", text),
+        ("1_Pooling/config.json", json!({"pooling_mode": "cls", "include_prompt": true})),
+        ("2_Dense/config.json", dense),
     ];
     for family in FAMILIES {
         let tiny = TinyEncoder::new(family, TinyEncoder::own_prefix(family)).with_head(2);
@@ -311,8 +319,14 @@ fn folders_of_encoders_with_random_damage() -> Result<()> {
             let kind = format!("{family}'s {name}");
             try_all(&kind, 300, name, (&whole, 0..whole.len()), |path, folder| {
                 let damaged = std::fs::read(path)?;
-                std::fs::create_dir_all(folder.join("1_Pooling"))?;
-                std::fs::write(folder.join("1_Pooling/config.json"), r#"{"pooling_mode": "cls"}"#)?;
+                for (name, whole) in &files {
+                    let path = folder.join(name);
+                    std::fs::create_dir_all(path.parent().expect("a folder"))?;
+                    std::fs::write(path, whole.to_string())?;
+                }
+                let weight = Tensor::from_vec(numbers(6 * HIDDEN, 3), (6, HIDDEN), &Device::Cpu)?;
+                let weights = HashMap::from([("linear.weight", weight)]);
+                candle_core::safetensors::save(&weights, folder.join("2_Dense/model.safetensors"))?;
                 let files = tiny.write(folder).map_err(|e| anyhow::anyhow!("{e}"))?;
                 std::fs::write(path, damaged)?;
                 let encoder = TextEncoder::load(&files, &Device::Cpu)?;
@@ -403,6 +417,46 @@ fn quantized_tensors_with_random_damage() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+#[test]
+fn packed_layers_with_random_damage() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("layers");
+    let layer = |precision, (outputs, inputs): (usize, usize)| -> Result<Linear> {
+        let weights =
+            Tensor::from_vec(numbers(outputs * inputs, 1), (outputs, inputs), &Device::Cpu)?;
+        Ok(Linear::new(&weights, None, precision)?)
+    };
+    let layers = [
+        ("int8", layer(Precision::Int8, (70, 33))?),
+        ("int16", layer(Precision::Int16, (3, 65))?),
+        ("f32", layer(Precision::F32, (3, 5))?),
+    ];
+    save_linear(&file, layers.iter().map(|(name, layer)| (*name, layer)))?;
+    let whole = std::fs::read(&file)?;
+    try_all("packed layers", 3000, "layers", (&whole, header(&whole)), |path, folder| {
+        let layers = load_linear(path)?;
+        // What loads is what is saved again.
+        let again = folder.join("again");
+        save_linear(&again, layers.iter().map(|(name, layer)| (name.as_str(), layer)))?;
+        let others = load_linear(&again)?;
+        for (name, layer) in &layers {
+            let (outputs, inputs) = layer.shape();
+            let x = Tensor::from_vec(numbers(3 * inputs, 2), (3, inputs), &Device::Cpu)?;
+            let bits = |layer: &Linear| -> Result<Vec<u32>> {
+                let y = layer.forward(&x)?.flatten_all()?.to_vec1::<f32>()?;
+                Ok(y.into_iter().map(f32::to_bits).collect())
+            };
+            let found = bits(layer)?;
+            assert_eq!(found.len(), 3 * outputs, "{name}");
+            // After another call, whose rows are longer.
+            layers.values().for_each(|layer| drop(bits(layer)));
+            assert_eq!(found, bits(layer)?, "{name}");
+            assert_eq!(found, bits(&others[name])?, "{name}");
+        }
+        Ok(())
+    })
 }
 
 #[test]

@@ -274,6 +274,29 @@ fn what_is_not_implemented_is_refused_by_name() -> TestResult {
     Ok(())
 }
 
+/// A line of text each would load the same weights again and again.
+#[test]
+fn a_folder_that_two_dense_layers_share_is_refused() -> TestResult {
+    let beside = Beside::new()?;
+    beside.put("1_Pooling/config.json", &json!({"pooling_mode": "cls"}))?;
+    let config = json!({"in_features": HIDDEN, "out_features": 6});
+    beside.put_dense("2_Dense", &config)?;
+    let module = |path: &str, name: &str| json!({"path": path, "type": format!("models.{name}")});
+    for path in ["2_Dense", "./2_Dense", "2_Dense/.", "2_Dense//"] {
+        let modules = json!([
+            module("", "Transformer"),
+            module("1_Pooling", "Pooling"),
+            module("2_Dense", "Dense"),
+            module(path, "Dense"),
+        ]);
+        beside.put("modules.json", &modules)?;
+        let error = beside.error();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error:?}");
+        assert!(error.to_string().contains("two dense layers in the folder"), "{error}");
+    }
+    Ok(())
+}
+
 #[test]
 fn files_that_contradict_each_other_are_named() -> TestResult {
     let beside = Beside::new()?;

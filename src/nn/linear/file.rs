@@ -136,6 +136,8 @@ impl Reader<'_> {
         about: &LayerHeader,
     ) -> std::result::Result<Linear, String> {
         let LayerHeader { precision, outputs, inputs } = *about;
+        // First: weights without inputs have no bytes that bear their outputs out.
+        let bias = self.f32(&format!("{name}.bias"), &[outputs])?;
         let weights = match precision {
             Precision::F32 | Precision::Int16 => {
                 let weights = self.f32(&format!("{name}.weight"), &[outputs, inputs])?;
@@ -156,12 +158,17 @@ impl Reader<'_> {
                         )
                     })?;
                 let scales = self.f32(&format!("{name}.scales"), &[outputs])?;
+                if let Some(scale) = scales.iter().find(|scale| !is_scale(**scale)) {
+                    return Err(format!("layer {name:?} has a scale of {scale}"));
+                }
+                check_codes(view.data(), layout, (outputs, inputs))
+                    .map_err(|problem| format!("tensor {codes:?} has {problem}"))?;
                 let packed = (layout, view.data());
                 let weights = Int8Weights::from_packed(level, packed, scales, inputs);
                 Weights::Int8(weights.map_err(|e| format!("layer {name:?}: {e}"))?)
             }
         };
-        Ok(Linear::packed(weights, &self.f32(&format!("{name}.bias"), &[outputs])?))
+        Ok(Linear::packed(weights, &bias))
     }
 
     fn tensor(&self, name: &str, dtype: Dtype) -> std::result::Result<TensorView<'_>, String> {
@@ -185,6 +192,33 @@ impl Reader<'_> {
 /// Whether panels and groups are as many as there have to be.
 fn is_room([panels, groups, nr, group]: [usize; 4], (outputs, inputs): (usize, usize)) -> bool {
     nr > 0 && group > 0 && panels == outputs.div_ceil(nr) && groups == inputs.div_ceil(group)
+}
+
+/// Of finite weights, or NaN for an output whose weights are not.
+fn is_scale(scale: f32) -> bool {
+    scale.is_nan() || scale > 0.0 && scale.is_finite()
+}
+
+/// That codes are those of symmetric quantization, and that zeros follow the last output and the last input:
+/// in the depth, kernels multiply them with whatever lies behind a row.
+fn check_codes(
+    codes: &[u8],
+    [_, groups, nr, group]: [usize; 4],
+    (outputs, inputs): (usize, usize),
+) -> std::result::Result<(), &'static str> {
+    if codes.contains(&i8::MIN.cast_unsigned()) {
+        return Err("a code of -128");
+    }
+    let zeros_behind = |(index, codes): (usize, &[u8])| {
+        let (panel, place) = (index / (groups * nr), index % (groups * nr));
+        let is_output = panel * nr + place % nr < outputs;
+        let inside = if is_output { inputs.saturating_sub(place / nr * group) } else { 0 };
+        codes.iter().skip(inside).all(|&code| code == 0)
+    };
+    match codes.chunks_exact(group).enumerate().all(zeros_behind) {
+        true => Ok(()),
+        false => Err("codes beyond its outputs and inputs"),
+    }
 }
 
 fn le_bytes(numbers: &[f32]) -> Vec<u8> {
@@ -246,7 +280,52 @@ mod tests {
         assert!(matches!(save_linear(path, [("a", &packed)]), Err(Error::Io { .. })));
     }
 
-    /// The file with another header, or with a tensor in another shape or dtype.
+    /// Behind the last input of an output kernels read on, where a row has what an earlier call left.
+    #[test]
+    fn codes_behind_the_last_input_are_refused() {
+        for (layout, inputs) in [([1, 2, 2, 4], 5), ([1, 1, 2, 4], 3), ([2, 1, 1, 2], 1)] {
+            let [panels, groups, nr, group] = layout;
+            let mut codes = vec![0u8; panels * groups * nr * group];
+            let shape = (2, inputs);
+            assert_eq!(check_codes(&codes, layout, shape), Ok(()));
+            for at in 0..codes.len() {
+                codes[at] = 7;
+                let input = at / (nr * group) % groups * group + at % group;
+                let found = check_codes(&codes, layout, shape);
+                assert_eq!(found.is_ok(), input < inputs, "{layout:?} {at}");
+                codes[at] = 0;
+            }
+        }
+    }
+
+    /// Weights without inputs have no bytes, whatever the outputs; and the other way around.
+    #[test]
+    fn sizes_that_no_bytes_bear_out_are_refused_at_once() {
+        for precision in [Precision::F32, Precision::Int16, Precision::Int8] {
+            for (outputs, inputs) in [(1 << 40, 0), (usize::MAX, 0), (0, 1 << 60), (0, 1 << 48)] {
+                let about = LayerHeader { precision, outputs, inputs };
+                let layers = BTreeMap::from([("a".to_string(), about)]);
+                let json = serde_json::to_string(&Header { version: VERSION, layers }).unwrap();
+                let of = |dtype, shape: &[usize]| TensorView::new(dtype, shape.to_vec(), &[]);
+                let tensors = [
+                    ("a.weight", of(Dtype::F32, &[outputs, inputs]).unwrap()),
+                    ("a.codes", of(Dtype::I8, &[0, 0, 1, 4]).unwrap()),
+                    ("a.scales", of(Dtype::F32, &[0]).unwrap()),
+                    ("a.bias", of(Dtype::F32, &[0]).unwrap()),
+                ];
+                let metadata = HashMap::from([(KEY.to_string(), json)]);
+                let bytes = safetensors::serialize(tensors, Some(metadata)).unwrap();
+                for level in runnable() {
+                    // An output that is not there may have any inputs that memory has addresses for.
+                    let is_nothing = precision != Precision::Int8 && inputs == 1 << 48;
+                    let found = read(&bytes, level);
+                    assert_eq!(found.is_ok(), is_nothing, "{precision:?} {outputs} {inputs}");
+                }
+            }
+        }
+    }
+
+    /// The file with another header, with a tensor in another shape or dtype, or with other numbers.
     #[test]
     fn damaged_files_say_what_is_wrong() {
         let folder = tempfile::tempdir().unwrap();
@@ -275,6 +354,29 @@ mod tests {
         let wider = header.replace("\"outputs\":3", "\"outputs\":4");
         fails(&rewritten(&wider, ""), "has shape [3], expected [4]");
         fails(&rewritten(&header, "a.bias"), "no tensor named \"a.bias\"");
+        let changed = |name: &str, change: &dyn Fn(&mut [u8])| {
+            let tensors = file.tensors();
+            let mut data =
+                tensors.iter().find(|(found, _)| found == name).unwrap().1.data().to_vec();
+            change(&mut data);
+            let view = |(found, view): &(String, TensorView<'_>)| {
+                let data = if found == name { data.clone() } else { view.data().to_vec() };
+                (found.clone(), (view.dtype(), view.shape().to_vec(), data))
+            };
+            let tensors: Vec<_> = tensors.iter().map(view).collect();
+            let views = tensors.iter().map(|(name, (dtype, shape, data))| {
+                (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+            });
+            let metadata = HashMap::from([(KEY.to_string(), header.clone())]);
+            safetensors::serialize(views, Some(metadata)).unwrap()
+        };
+        for scale in [0.0, -1.0, f32::INFINITY] {
+            let set = |data: &mut [u8]| data[4..8].copy_from_slice(&f32::to_le_bytes(scale));
+            fails(&changed("a.scales", &set), &format!("a scale of {scale}"));
+        }
+        fails(&changed("a.codes", &|data| data[1] = 0x80), "a code of -128");
+        // Behind the last output: there are 3 in a panel of more.
+        fails(&changed("a.codes", &|data| *data.last_mut().unwrap() = 1), "codes beyond its");
         let zeros = candle_core::Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
         candle_core::safetensors::save(&HashMap::from([("a.bias", zeros)]), &path).unwrap();
         let error = load_linear(&path).err().unwrap().to_string();

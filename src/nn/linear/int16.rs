@@ -35,8 +35,10 @@ impl Int16Weights {
         let not_finite: Vec<usize> =
             (0..outputs).filter(|&output| !row(output).iter().all(|x| x.is_finite())).collect();
         let finite = |x: &f32| if x.is_finite() { *x } else { 0.0 };
+        // Without outputs there is nothing to turn, however deep it is.
+        let inputs = if outputs == 0 { 0..0 } else { 0..depth };
         let by_depth: Vec<f32> =
-            (0..depth).flat_map(|k| weights.iter().skip(k).step_by(depth).map(finite)).collect();
+            inputs.flat_map(|k| weights.iter().skip(k).step_by(depth).map(finite)).collect();
         let mut matrix = PackedMatrix::new(level, Format::Int16, 0, 0);
         matrix.reset_columns(depth, outputs);
         matrix.put_runs(&by_depth);

@@ -19,6 +19,7 @@ mod tests;
 
 use super::{Activation, LayerNorm, is_plain_f32};
 use crate::cpu::Level;
+use crate::memory::check_size;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use candle_nn::{Module, VarBuilder};
@@ -98,12 +99,16 @@ enum Weights {
 
 impl Weights {
     /// Packs `weights`, row-major `[outputs, depth]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for more than memory has addresses, [`Error::Depth`] for int8 sums beyond int32.
     fn new(
         level: Level,
         precision: Precision,
         weights: &[f32],
         (outputs, depth): (usize, usize),
     ) -> Result<Self> {
+        check_size(OP, "weight", &[outputs, depth])?;
         Ok(match precision {
             Precision::F32 => Self::Float(FloatWeights::new(level, weights, (outputs, depth))),
             Precision::Int16 => Self::Int16(Int16Weights::new(level, weights, (outputs, depth))),
@@ -178,13 +183,14 @@ impl Linear {
     /// `weight` `[outputs, K]`, `bias` `[outputs]`; without one it is 0.
     ///
     /// # Errors
-    /// [`Error::Shape`] for other shapes, [`Error::Depth`] for a `K` whose int8 sums could leave the range
+    /// [`Error::Shape`] for other shapes and more weights than memory has addresses, [`Error::Depth`] for a `K` whose int8 sums could leave the range
     /// of int32 (above 65793), [`Error::Level`] for a forced level that cannot be used.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, precision: Precision) -> Result<Self> {
         let (outputs, depth) = match *weight.dims() {
             [outputs, depth] => (outputs, depth),
             ref shape => return Err(misshaped("weight", shape, "[outputs, K]".into())),
         };
+        check_size(OP, "weight", weight.dims())?;
         if let Some(bias) = bias.filter(|bias| bias.dims() != [outputs]) {
             let expected = format!("[{outputs}] for weight {:?}", weight.dims());
             return Err(misshaped("bias", bias.dims(), expected));
@@ -322,10 +328,13 @@ impl Linear {
 
     /// With Candle's operations.
     fn of_tensor(&self, x: &Tensor) -> Result<Tensor> {
+        check_size(OP, "x", x.dims())?;
         let x = match x.rank() {
             4 => Cow::Owned(x.flatten_from(2)?),
             _ => Cow::Borrowed(x),
         };
+        let leading = &x.dims()[..x.rank().saturating_sub(1)];
+        check_size(OP, "the result", &[leading, &[self.shape().0]].concat())?;
         let linear = match &self.0 {
             Form::Candle(linear) => Cow::Borrowed(linear),
             Form::Fused(packed) => Cow::Owned(packed.unpacked()?),

@@ -36,8 +36,9 @@ impl Fused<'_> {
         Ok(x.apply_op2_no_bwd(&residual.contiguous()?, self)?)
     }
 
-    /// The shape of the result for an input of this one.
+    /// The shape of the result for an input of this one, which memory has addresses for.
     fn shape(&self, x: &[usize]) -> Result<Vec<usize>> {
+        check_size(OP, "x", x)?;
         let (weights, outputs) = (&self.layer.weights, self.layer.weights.outputs());
         let depth = self.before.map_or(weights.depth(), |(before, _)| before.weights.depth());
         if let Some((before, _)) =
@@ -58,7 +59,9 @@ impl Fused<'_> {
             let expected = format!("[{outputs}], the outputs of the layer");
             return Err(misshaped("norm", &[norm.width()], expected));
         }
-        Ok([leading, &[outputs]].concat())
+        let shape = [leading, &[outputs]].concat();
+        check_size(OP, "the result", &shape)?;
+        Ok(shape)
     }
 
     fn run(
@@ -67,7 +70,6 @@ impl Fused<'_> {
         residual: Option<&[f32]>,
     ) -> Result<(CpuStorage, Shape)> {
         let shape = self.shape(layout.dims())?;
-        check_size(OP, "the result", &shape)?;
         let x = View::of_rows(OP, "x", x, layout)?;
         let epilogue = Epilogue { residual, activation: self.activation, norm: self.norm };
         let len = shape.iter().product();
