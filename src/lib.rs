@@ -70,7 +70,19 @@ pub mod quant;
 pub mod recipes {}
 #[doc = include_str!("../docs/encoders.md")]
 pub mod encoders {}
-pub mod reference;
+/// The same numbers by plainer ways: what the kernels are held against, and what runs where they do
+/// not.
+///
+/// ```text
+/// tensor_ops    int8 scores and attention by Candle's tensor operations   every device
+/// unfused       attention step by step, with all M * N probabilities      fp32, probabilities to look at
+/// int_product   the integer product as a plain triple loop                tests
+/// ```
+pub mod reference {
+    pub use crate::attention::reference::{tensor_ops, unfused};
+    #[doc(hidden)]
+    pub use crate::product::int_product;
+}
 // Integration tests draw from it too, and see of this crate only what is public.
 #[cfg(test)]
 #[path = "../tests/common/numbers.rs"]

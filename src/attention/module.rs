@@ -1,6 +1,7 @@
 //! Attention as a module that a model holds, one a layer.
 
-use super::{AttentionCall, AttentionConfig, attention};
+use super::dispatch::attention;
+use super::{AttentionCall, AttentionConfig};
 use crate::Result;
 use candle_core::Tensor;
 

@@ -7,6 +7,7 @@ use super::float_head::{FEW, Float, FloatHead, in_place};
 use super::int8_head::Int8Head;
 use super::keys::PackedKeys;
 use super::mask::broadcast_mask;
+use super::reference::unfused;
 use super::scorer::{ScoreScale, Scorer};
 use super::seen::Seen;
 use super::tensor_values::pack_values;
@@ -18,7 +19,6 @@ use crate::cpu::contracts::Format;
 use crate::memory::{Footprint, Kept, written};
 use crate::parallel::Work;
 use crate::product::PackedMatrix;
-use crate::reference::unfused;
 use crate::view::View;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, Var};
 

@@ -10,8 +10,9 @@
 //! rounds it whoever computes attention. Its time says nothing, because the numbers are multiplied in f32.
 
 use crate::Result;
+use crate::attention::heads::repeat_heads;
+use crate::attention::reference::unfused;
 use crate::attention::{AttentionCall, AttentionConfig, Backend};
-use crate::reference::{repeat_heads, unfused};
 use candle_core::{DType, Tensor};
 
 /// The nearest numbers of bf16, in f32.

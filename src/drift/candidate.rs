@@ -2,12 +2,12 @@
 
 use super::bf16;
 use crate::attention::attention_scores_requantized;
+use crate::attention::reference::unfused;
 use crate::attention::{
     AttentionCall, AttentionConfig, Int8Config, PvPrecision, RequantConfig, ScoreConfig, attention,
     attention_scores,
 };
 use crate::quant::{Granularity, RangeSource, Smoothing};
-use crate::reference::unfused;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::str::FromStr;

@@ -10,8 +10,11 @@
 //! * The tiles are the leaves of the room `cpu`; the loops around them are here.
 
 mod int8;
+mod int_product;
 mod panels;
 
+#[doc(hidden)]
+pub use int_product::int_product;
 pub use int8::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 
 pub(crate) use int8::{

@@ -9,10 +9,11 @@ mod varlen;
 
 pub use varlen::flash_attn_varlen_cpu;
 
+use super::dispatch::attention;
+use super::heads::same_heads;
 use super::mask::{attended, keep};
-use super::{AttentionCall, AttentionConfig, AttentionSpec, Causal, attention};
+use super::{AttentionCall, AttentionConfig, AttentionSpec, Causal};
 use crate::memory::check_size;
-use crate::reference::repeat_heads;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, WithDType};
 use candle_nn::attention::AttnMask;
@@ -111,25 +112,6 @@ fn heads_first(op: &'static str, tensor: &'static str, x: &Tensor) -> Result<Ten
     check_size(op, tensor, x.dims())?;
     let x = x.transpose(1, 2)?;
     Ok(if x.dtype() == DType::F64 { x.to_dtype(DType::F32)? } else { x })
-}
-
-/// Keys and values with as many heads: Candle lets them differ, if one is a multiple of the other.
-fn same_heads(op: &'static str, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
-    let (h_k, h_v) = (k.dim(1)?, v.dim(1)?);
-    let most = h_k.max(h_v);
-    if h_k == h_v {
-        return Ok((k, v));
-    }
-    if h_k.min(h_v) == 0 || !most.is_multiple_of(h_k.min(h_v)) {
-        let expected = format!("a number of heads that divides, or is divided by, the {h_k} of k");
-        return Err(Error::Shape { op, tensor: "v", shape: v.dims().to_vec(), expected });
-    }
-    let repeat = |tensor, x: &Tensor| {
-        let (b, _, n, d) = x.dims4()?;
-        check_size(op, tensor, &[b, most, n, d])?;
-        repeat_heads(x, most)
-    };
-    Ok((repeat("k, a head for each of v,", &k)?, repeat("v, a head for each of k,", &v)?))
 }
 
 /// Candle's ALiBi slopes: powers of `2^(-max_bias / n)`, `n` a power of two.

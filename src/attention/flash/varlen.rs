@@ -1,7 +1,8 @@
 //! Sequences of different lengths, packed one after the other without padding.
 
-use super::same_heads;
-use crate::attention::{AttentionCall, AttentionConfig, AttentionSpec, attention};
+use crate::attention::dispatch::attention;
+use crate::attention::heads::same_heads;
+use crate::attention::{AttentionCall, AttentionConfig, AttentionSpec};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;

@@ -203,7 +203,7 @@ fn row_sums(codes: &[i8], rows: usize, depth: usize) -> Vec<i32> {
 mod tests {
     use super::*;
     use crate::cpu::runnable;
-    use crate::reference::int_product;
+    use crate::product::int_product;
     use proptest::prelude::*;
 
     struct Case {

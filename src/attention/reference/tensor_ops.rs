@@ -6,7 +6,8 @@
 //! by itself where its tensors are not on a CPU. Codes are held as integers in floating point,
 //! which is exact: in f32 up to a sum of 2^24, in f64 beyond (which needs a device with f64).
 
-use super::steps::{attention_with, repeat_heads, straight_through};
+use super::steps::{attention_with, straight_through};
+use crate::attention::heads::repeat_heads;
 use crate::attention::shapes::{check_float, check_scores};
 use crate::attention::{AttentionCall, AttentionConfig, RequantConfig, RequantMode, ScoreConfig};
 use crate::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme, Smoothing};

@@ -1,6 +1,7 @@
 //! The steps of attention as tensor operations, whoever computes the scores.
 
 use crate::Result;
+use crate::attention::heads::repeat_heads;
 use crate::attention::mask::{apply_tensor, attended, broadcast_mask, keep, masked_softmax};
 use crate::attention::shapes::{check_attention, check_float, check_scores};
 use crate::attention::visible::Visible;
@@ -11,17 +12,6 @@ const OP: &str = "attention";
 
 /// What computes int8 scores.
 pub(super) type Scores<'a> = &'a dyn Fn(&Tensor, &Tensor, &ScoreConfig) -> Result<Tensor>;
-
-/// Repeats every head of `x` `[B, H_kv, S, D]` for the query heads that share it.
-pub(crate) fn repeat_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
-    let (b, h_kv, s, d) = x.dims4()?;
-    if h_kv == heads {
-        return Ok(x.clone());
-    }
-    let group = heads / h_kv;
-    let grouped = x.unsqueeze(2)?.expand((b, h_kv, group, s, d))?;
-    Ok(grouped.reshape((b, heads, s, d))?)
-}
 
 /// Attention with int8 scores from `scores`.
 pub(super) fn attention_with(
