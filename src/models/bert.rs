@@ -2,13 +2,13 @@
 
 use super::encoder::{self, Encoder, EncoderConfig};
 use super::files::unused_head;
-use super::layered::{Attend, NamedLinear};
+use super::layered::{Attend, LayeredModel, NamedLinear};
 use super::loader::Loader;
-use super::pooling::dims2;
+use super::pooling::mean_pool;
 use super::{BertConfig, HiddenAct, ModelFiles, Weights};
+use crate::Result;
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
 use crate::nn::{Activation, LayerNorm, Linear, Precision};
-use crate::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
 use std::path::Path;
@@ -361,28 +361,36 @@ impl BertLayer {
     }
 }
 
-/// `attention_mask` `[B, N]` (1 = token, 0 = padding, any integer or float dtype) as a boolean
-/// mask over keys, `[B, 1, 1, N]`.
-///
-/// # Errors
-/// [`Error::Shape`] unless it has rank 2.
-pub fn padding_mask(attention_mask: &Tensor) -> Result<AttnMask> {
-    let (b, n) = dims2("padding_mask", attention_mask)?;
-    let keep = attention_mask.to_dtype(DType::F32)?.ne(0f32)?;
-    Ok(AttnMask::Mask(keep.reshape((b, 1, 1, n))?))
-}
+/// The input is token ids, U32 `[B, N]` without padding, all of type 0.
+impl LayeredModel for BertModel {
+    type Input = Tensor;
 
-/// The same for keys and queries, where padding follows the tokens: it has no part in their numbers then.
-pub(super) fn padding_call(attention_mask: &Tensor) -> Result<AttentionCall> {
-    let call = AttentionCall::from(padding_mask(attention_mask)?);
-    let rows = attention_mask.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-    let len = |row: &Vec<f32>| {
-        let tokens = row.iter().take_while(|x| **x != 0.0).count();
-        row[tokens..].iter().all(|x| *x == 0.0).then_some(tokens)
-    };
-    let lens: Option<Vec<usize>> = rows.iter().map(len).collect();
-    Ok(match lens {
-        Some(lens) => call.with_q_lens(lens),
-        None => call,
-    })
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        Encoder::attention(self)
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        Encoder::attention_mut(self)
+    }
+
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        Encoder::linear_mut(self)
+    }
+
+    fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
+        encoder::embed(self, input_ids, None)
+    }
+
+    fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
+        encoder::layer(self, index, hidden, attend)
+    }
+
+    fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {
+        let (b, n, _) = hidden.dims3()?;
+        mean_pool(hidden, &Tensor::ones((b, n), DType::U32, hidden.device())?)
+    }
+
+    fn head_counts(&self) -> Option<[usize; 2]> {
+        Some([self.config().num_attention_heads; 2])
+    }
 }

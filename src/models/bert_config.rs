@@ -1,6 +1,6 @@
 //! The part of a BERT `config.json` that decides what is computed.
 
-use super::encoder::read_config;
+use super::files::read_config;
 use crate::nn::Activation;
 use crate::{Error, Result};
 use std::path::Path;

@@ -1,6 +1,7 @@
 //! A head that classifies sequences, behind an encoder: texts or pairs of texts in, scores out.
 
-use super::encoder::{EncoderModel, read_config};
+use super::encoder_model::EncoderModel;
+use super::files::read_config;
 use super::loader::Loader;
 use super::pooling::Pooling;
 use super::text_tokenizer::TextTokenizer;

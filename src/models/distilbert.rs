@@ -2,7 +2,8 @@
 
 use super::bert::{BertFamily, BertLayer, LayerNames, LayerShape};
 use super::bert_config::check_heads;
-use super::encoder::{self, EncoderConfig, look_up, read_config};
+use super::encoder::{self, EncoderConfig, look_up};
+use super::files::read_config;
 use super::loader::Loader;
 use super::{HiddenAct, Weights};
 use crate::Result;

@@ -2,7 +2,9 @@
 
 use super::sentence::{self, Module};
 use super::weights;
+use crate::files::{corrupt, read_text};
 use crate::{Error, Result};
+use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 
 /// The three files of an encoder.
@@ -96,4 +98,17 @@ pub(super) fn refuse_quantized(path: &Path, text: &str) -> Result<()> {
          in f32, f16, bf16 or f64",
         path.display()
     )))
+}
+
+/// A configuration, out of the text of the file at `path`.
+pub(super) fn parse<T: DeserializeOwned>(path: &Path, text: &str, of: &str) -> Result<T> {
+    serde_json::from_str(text)
+        .map_err(|e| corrupt(path, format!("not the configuration of {of}: {e}")))
+}
+
+/// Reads the configuration of a family, whose weights are not quantized.
+pub(super) fn read_config<T: DeserializeOwned>(path: &Path, of: &str) -> Result<T> {
+    let text = read_text("config", path)?;
+    refuse_quantized(path, &text)?;
+    parse(path, &text, of)
 }

@@ -1,14 +1,10 @@
 //! What tools need of a model: its layers one by one, with attention that is computed by someone
 //! else.
 
-use super::encoder::{self, Encoder};
-use super::llama::LlamaModel;
-use super::{BertModel, WordEmbeddings, mean_pool};
 use crate::Result;
-use crate::attention::QuantizedAttention;
-use crate::attention::{AttentionCall, Causal};
+use crate::attention::{AttentionCall, QuantizedAttention};
 use crate::nn::Linear;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 /// The attention that a layer is handed: queries `[B, H, M, D]`, keys `[B, H_kv, N, D]`, values
 /// `[B, H_kv, N, Dv]` and the call, to `[B, H, M, Dv]`. Scale, windows and softcap are those of the
@@ -167,99 +163,4 @@ pub fn run_layers<M: LayeredModel + ?Sized>(
         })?;
     }
     Ok(hidden)
-}
-
-/// The input is token ids, U32 `[B, N]` without padding, all of type 0.
-impl LayeredModel for BertModel {
-    type Input = Tensor;
-
-    fn attention(&self) -> Vec<&QuantizedAttention> {
-        Encoder::attention(self)
-    }
-
-    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
-        Encoder::attention_mut(self)
-    }
-
-    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
-        Encoder::linear_mut(self)
-    }
-
-    fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
-        encoder::embed(self, input_ids, None)
-    }
-
-    fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
-        encoder::layer(self, index, hidden, attend)
-    }
-
-    fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {
-        let (b, n, _) = hidden.dims3()?;
-        mean_pool(hidden, &Tensor::ones((b, n), DType::U32, hidden.device())?)
-    }
-
-    fn head_counts(&self) -> Option<[usize; 2]> {
-        Some([self.config().num_attention_heads; 2])
-    }
-}
-
-/// The input is token ids, U32 `[B, N]` without padding. Attention is causal over the whole
-/// sequence, without a cache; the embedding is the normalized state of the last token, which
-/// predicts the next one.
-impl LayeredModel for LlamaModel {
-    type Input = Tensor;
-
-    fn attention(&self) -> Vec<&QuantizedAttention> {
-        self.layers().iter().map(|layer| &layer.attention).collect()
-    }
-
-    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
-        self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
-    }
-
-    fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
-        LlamaModel::embed(self, input_ids)
-    }
-
-    fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
-        let causal = Causal::Offset(0).into();
-        self.layer_with(index, hidden, |q, k, v| attend(q, k, v, &causal))
-    }
-
-    fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {
-        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.squeeze(1)?;
-        self.normalize(&last)
-    }
-
-    fn head_counts(&self) -> Option<[usize; 2]> {
-        let config = self.config();
-        Some([config.num_attention_heads, config.num_key_value_heads])
-    }
-}
-
-/// The input is rows of the table: words by number. Its one layer is self-attention over them.
-impl LayeredModel for WordEmbeddings {
-    type Input = [u32];
-
-    fn attention(&self) -> Vec<&QuantizedAttention> {
-        vec![&self.attention]
-    }
-
-    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
-        vec![&mut self.attention]
-    }
-
-    fn embed(&self, ids: &[u32]) -> Result<Tensor> {
-        Ok(self.lookup(ids)?.unsqueeze(0)?)
-    }
-
-    fn layer(&self, _index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
-        let x = hidden.unsqueeze(1)?;
-        let out = attend(&x, &x, &x, &AttentionCall::default())?;
-        Ok(out.squeeze(1)?)
-    }
-
-    fn head_counts(&self) -> Option<[usize; 2]> {
-        Some([1, 1])
-    }
 }

@@ -19,6 +19,7 @@ mod calibration;
 mod classifier;
 mod distilbert;
 mod encoder;
+mod encoder_model;
 mod files;
 mod layer_settings;
 mod layered;
@@ -26,6 +27,7 @@ pub mod llama;
 mod loader;
 mod modernbert;
 mod packed;
+mod padding;
 mod pooling;
 mod roberta;
 mod sentence;
@@ -35,16 +37,18 @@ mod tokenizer_file;
 mod weights;
 mod word_embeddings;
 
-pub use bert::{BertLayer, BertModel, padding_mask};
+pub use bert::{BertLayer, BertModel};
 pub use bert_config::{BertConfig, HiddenAct};
 pub use calibration::{
     Calibration, CalibrationConfig, Calibrator, LayerRanges, StaticScales, calibrate,
 };
 pub use classifier::SequenceClassifier;
-pub use encoder::{EncoderConfig, EncoderModel};
+pub use encoder::EncoderConfig;
+pub use encoder_model::EncoderModel;
 pub use files::ModelFiles;
 pub use layer_settings::LayerSettings;
 pub use layered::{Attend, AttentionInput, LayeredModel, NamedLinear, run_layers};
+pub use padding::padding_mask;
 pub use pooling::{Pooling, mean_pool};
 #[cfg(feature = "hub")]
 pub(crate) use sentence::{FILES as SENTENCE_FILES, Module, read_modules};

@@ -12,7 +12,8 @@
 //! and rotate with a base of their own.
 
 use super::bert_config::{check_eps, check_heads};
-use super::encoder::{self, Encoder, EncoderConfig, look_up, read_config};
+use super::encoder::{self, Encoder, EncoderConfig, look_up};
+use super::files::read_config;
 use super::layered::{Attend, NamedLinear};
 use super::llama::rope::{Rope, Rotation};
 use super::llama::{RopeConfig, RopePairs, RopeScaling};

@@ -1,5 +1,6 @@
 //! One vector a text out of its hidden states, in the ways of sentence-transformers.
 
+use super::padding::dims2;
 use crate::files::{corrupt, read_text};
 use crate::memory::check_size;
 use crate::{Error, Result};
@@ -90,23 +91,6 @@ pub fn mean_pool(hidden: &Tensor, attention_mask: &Tensor) -> Result<Tensor> {
     let weights = attention_mask.to_dtype(hidden.dtype())?.reshape((b, n, 1))?;
     let tokens = weights.sum(1)?.maximum(1.0)?;
     Ok(hidden.broadcast_mul(&weights)?.sum(1)?.broadcast_div(&tokens)?)
-}
-
-/// `[B, N]`.
-///
-/// # Errors
-/// [`Error::Shape`] for a mask of another rank, and more elements than memory has addresses.
-pub(super) fn dims2(op: &'static str, mask: &Tensor) -> Result<(usize, usize)> {
-    match *mask.dims() {
-        [b, n] => {
-            check_size(op, "attention_mask", &[b, n])?;
-            Ok((b, n))
-        }
-        ref shape => {
-            let (shape, expected) = (shape.to_vec(), "[B, N]".to_string());
-            Err(Error::Shape { op, tensor: "attention_mask", shape, expected })
-        }
-    }
 }
 
 /// A pooling module: what its `config.json` asks for.

@@ -3,7 +3,8 @@
 //! behind the number of the padding token; tokens that are padding all have that position.
 
 use super::bert::{BERT, BertFamily, BertLayer, LayerShape};
-use super::encoder::{self, EncoderConfig, look_up, read_config};
+use super::encoder::{self, EncoderConfig, look_up};
+use super::files::read_config;
 use super::loader::Loader;
 use super::{BertConfig, Weights};
 use crate::nn::LayerNorm;

@@ -1,7 +1,8 @@
 //! Static word vectors, such as GloVe, with one self-attention block over them.
 
 use super::Weights;
-use crate::attention::QuantizedAttention;
+use super::layered::{Attend, LayeredModel};
+use crate::attention::{AttentionCall, QuantizedAttention};
 use crate::files::{corrupt, read_text};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -132,4 +133,31 @@ fn split_contraction(word: &str, words: &mut Vec<String>) {
     };
     let (stem, ending) = word.split_at(at);
     words.extend([stem, ending].into_iter().filter(|w| !w.is_empty()).map(str::to_string));
+}
+
+/// The input is rows of the table: words by number. Its one layer is self-attention over them.
+impl LayeredModel for WordEmbeddings {
+    type Input = [u32];
+
+    fn attention(&self) -> Vec<&QuantizedAttention> {
+        vec![&self.attention]
+    }
+
+    fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+        vec![&mut self.attention]
+    }
+
+    fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        Ok(self.lookup(ids)?.unsqueeze(0)?)
+    }
+
+    fn layer(&self, _index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
+        let x = hidden.unsqueeze(1)?;
+        let out = attend(&x, &x, &x, &AttentionCall::default())?;
+        Ok(out.squeeze(1)?)
+    }
+
+    fn head_counts(&self) -> Option<[usize; 2]> {
+        Some([1, 1])
+    }
 }

@@ -1,6 +1,6 @@
 //! Layer norm (Ba et al. 2016, arXiv:1607.06450) of the rows of a tensor.
 
-use super::{is_plain_f32, is_tracked};
+use super::plain::{is_plain_f32, is_tracked};
 use crate::memory::check_size;
 use crate::parallel::Work;
 use crate::{Error, Result};

@@ -16,23 +16,14 @@
 mod activation;
 mod layer_norm;
 mod linear;
+mod plain;
 
 pub use activation::Activation;
 pub use layer_norm::LayerNorm;
 pub use linear::{Linear, Precision, load_linear, save_linear};
 
-use candle_core::{DType, Tensor};
-
-/// Whether the fused form can compute from these tensors.
-fn is_plain_f32(tensors: &[&Tensor]) -> bool {
-    let plain = |x: &&Tensor| x.device().is_cpu() && x.dtype() == DType::F32;
-    tensors.iter().all(plain) && !is_tracked(tensors)
-}
-
-/// Whether a gradient may be asked for.
-fn is_tracked(tensors: &[&Tensor]) -> bool {
-    tensors.iter().any(|x| x.track_op())
-}
+#[cfg(test)]
+use candle_core::Tensor;
 
 /// Every instruction set that the tests can run here, plain scalars included.
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod gguf;
 mod gguf_header;
 mod gguf_tokenizer;
 mod layer;
+mod layered;
 mod linear;
 mod model;
 pub(super) mod rope;

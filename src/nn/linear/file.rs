@@ -13,7 +13,8 @@
 //! has the same bits.
 
 use super::int8::Int8Weights;
-use super::{Form, Linear, Precision, Weights};
+use super::layer::{Form, Linear};
+use super::weights::{Precision, Weights};
 use crate::cpu::Level;
 use crate::files::{self, corrupt};
 use crate::{Error, Result};

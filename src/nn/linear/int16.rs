@@ -149,7 +149,8 @@ fn round(Round { x, depth, codes, scales, stride }: Round<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Linear, Precision, Weights};
+    use super::super::layer::Linear;
+    use super::super::weights::{Precision, Weights};
     use super::*;
     use crate::cpu::runnable;
     use crate::testing::{largest_difference, randn};

@@ -248,9 +248,11 @@ const IN_L1: usize = 6144;
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Activation, Linear, Precision, Weights};
+    use super::super::layer::Linear;
+    use super::super::weights::{Precision, Weights};
     use super::*;
     use crate::cpu::runnable;
+    use crate::nn::Activation;
     use crate::nn::LayerNorm;
     use crate::testing::{largest_difference, randn};
     use candle_core::{DType, Device, Tensor};

@@ -1,9 +1,10 @@
 //! The op: shapes are checked, then the result is computed in memory that is written once.
 
 use super::product::{Epilogue, multiply, multiply_twice};
-use super::{Activation, OP, Packed, misshaped};
+use super::weights::{OP, Packed, misshaped};
 use crate::Result;
 use crate::memory::{check_size, written};
+use crate::nn::activation::Activation;
 use crate::nn::layer_norm::FusedNorm;
 use crate::view::View;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};

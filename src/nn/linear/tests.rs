@@ -1,10 +1,14 @@
 //! Every form of the layer, on every level.
 
 use super::super::assert_threads_change_nothing;
-use super::*;
+use super::layer::*;
+use super::weights::*;
+use crate::cpu::Level;
 use crate::cpu::runnable;
+use crate::nn::{Activation, LayerNorm};
 use crate::testing::{largest, largest_difference, randn};
 use candle_core::{DType, Var};
+use candle_core::{Device, Tensor};
 use proptest::prelude::*;
 
 const CPU: Device = Device::Cpu;
