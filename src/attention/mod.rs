@@ -28,6 +28,7 @@ mod op;
 mod operand;
 pub(crate) mod reference;
 mod requantized;
+mod room;
 mod scorer;
 mod scores;
 mod seen;

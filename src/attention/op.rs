@@ -8,6 +8,7 @@ use super::int8_head::Int8Head;
 use super::keys::PackedKeys;
 use super::mask::broadcast_mask;
 use super::reference::unfused;
+use super::room::{Doubt, with_room};
 use super::scorer::{ScoreScale, Scorer};
 use super::seen::Seen;
 use super::tensor_values::pack_values;
@@ -19,8 +20,10 @@ use crate::cpu::contracts::Format;
 use crate::memory::{Footprint, Kept, written};
 use crate::parallel::Work;
 use crate::product::PackedMatrix;
+use crate::quant::RangeSource;
 use crate::view::View;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, Var};
+use std::sync::Arc;
 
 /// `attention` on the CPU; shapes and dtypes are checked.
 pub(super) fn attention(
@@ -45,9 +48,33 @@ pub(super) fn attention(
     )?;
     let mask = mask.map(|mask| broadcast_mask(&mask.detach(), &[b, h, m, n])).transpose()?;
     let call = AttentionCall { mask, ..call };
-    let failure = Failure::default();
-    let op = Attention { level, call, visible, config: config.clone(), failure: failure.clone() };
-    failure.of(q.apply_op3(k, v, op))
+    let run = |q: &Tensor, k: &Tensor, config: &AttentionConfig| -> Result<(Tensor, bool)> {
+        let (failure, doubt) = (Failure::default(), Arc::new(Doubt::default()));
+        let op = Attention {
+            level,
+            call: call.clone(),
+            visible: visible.clone(),
+            config: config.clone(),
+            failure: failure.clone(),
+            doubt: Arc::clone(&doubt),
+        };
+        Ok((failure.of(q.apply_op3(k, v, op))?, doubt.is_there()))
+    };
+    let (out, doubt) = run(q, k, config)?;
+    if !doubt || is_static(config) {
+        return Ok(out);
+    }
+    let Some((wide_q, wide_k, scale)) = with_room(q, k, config.spec.scale(d)?)? else {
+        return Ok(out);
+    };
+    let (out, _) = run(&wide_q, &wide_k, &config.clone().softmax_scale(scale))?;
+    Ok(out.to_dtype(q.dtype())?)
+}
+
+/// Whether ranges are given, for the numbers as they are.
+fn is_static(config: &AttentionConfig) -> bool {
+    let Backend::Int8(int8) = &config.backend else { return false };
+    [&int8.scores.q, &int8.scores.k].iter().any(|side| side.range != RangeSource::Dynamic)
 }
 
 struct Attention {
@@ -57,6 +84,7 @@ struct Attention {
     visible: Visible,
     config: AttentionConfig,
     failure: Failure,
+    doubt: Arc<Doubt>,
 }
 
 /// The inputs of a call.
@@ -144,7 +172,7 @@ impl Attention {
         }
         match &self.config.backend {
             Backend::Int8(int8) => self.run_int8(inputs, engine, (int8, seen.clone()), len),
-            Backend::Fp32 => Ok(run_fp32(inputs, (engine, &seen), len)),
+            Backend::Fp32 => Ok(run_fp32(inputs, (engine, &seen, &self.doubt), len)),
         }
     }
 
@@ -185,7 +213,8 @@ impl Attention {
                         };
                         scorer.pack_keys(head, pace, keys);
                         pack_values(&v, head, &scorer.seen, values);
-                        attend(&Int8Head { scorer: &scorer, keys, values });
+                        let doubt = &self.doubt;
+                        attend(&Int8Head { scorer: &scorer, keys, values, doubt });
                     });
                 })
             })
@@ -204,7 +233,7 @@ fn elements(scores: usize, q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
 
 fn run_fp32<T: Element>(
     Inputs { q, k, v }: Inputs<'_>,
-    (engine, seen): (Engine<'_>, &Seen),
+    (engine, seen, doubt): (Engine<'_>, &Seen, &Doubt),
     len: usize,
 ) -> Vec<T> {
     let (level, factor) = (engine.level, engine.modifiers.factor());
@@ -248,7 +277,7 @@ fn run_fp32<T: Element>(
                         Float::Packed(&kept.values)
                     };
                     let (queries, shape) = (&q, engine.queries);
-                    attend(&FloatHead { level, queries, shape, keys, values, factor });
+                    attend(&FloatHead { level, queries, shape, keys, values, factor, doubt });
                 });
             })
         })

@@ -3,6 +3,7 @@
 
 use super::*;
 use candle_core::DType;
+use candle_int8_attention::quant::Granularity;
 use candle_int8_attention::reference::{tensor_ops, unfused};
 use candle_int8_attention::{
     AttentionCall, AttnMask, CacheValues, Causal, Int8KvCache, KvCacheConfig, PvPrecision,
@@ -255,6 +256,105 @@ fn scales_up_to_the_largest_number_give_finite_attention() -> TestResult {
             let out = cache_of(&k, &v, CacheValues::F16).attention(&q, &AttnMask::None, &config)?;
             exact.check(&format!("cache {scale} {m} {n}"), &out, INT8_BOUND);
         }
+    }
+    Ok(())
+}
+
+/// Rows that are multiples of one direction, all with the same sign unless `signs` says otherwise.
+fn along(multiples: &[f32], depth: usize, signs: bool) -> Tensor {
+    let sign = |d: usize| if signs && d % 3 == 1 { -1.0 } else { 1.0 };
+    let rows = multiples.iter().flat_map(|x| (0..depth).map(move |d| x * sign(d)));
+    let shape = (1, 1, multiples.len(), depth);
+    Tensor::from_vec(rows.collect::<Vec<f32>>(), shape, &Device::Cpu).unwrap()
+}
+
+/// Numbers whose scores are finite as `(q·k^T) * scale`, wherever they are on the way: the largest scores, and
+/// queries and keys that are large before they meet.
+#[test]
+fn scores_up_to_the_largest_number_are_those_of_the_definition() -> TestResult {
+    let depth = 16;
+    for (q, k, scale) in [
+        (3.0, 1e38, 1.0),
+        (-3.0, 1e38, 1.0),
+        (1e19, 3e19, 1.0),
+        (-1e19, 3e19, 1.0),
+        (1e-38, 3e38, 1.0),
+        (3e38, 1e-38, 1.0),
+        (1e-38, f32::MAX, 0.25),
+        (1e30, 1e-30, 3e38),
+        (-1e30, 1e-30, 3e38),
+    ] {
+        for (m, n) in [(1, 9), (5, 40), (60, 600)] {
+            let v = randn((1, 1, n, 8));
+            // Products of a row are one number, and the sum of them is that times the depth.
+            let q = q / depth as f32;
+            let queries = along(&vec![q; m], depth, true);
+            // One score far above the others: many that are nearly the largest are no test of rounded ones.
+            let (top, others) = if q > 0.0 { (k, 0.5 * k) } else { (0.5 * k, k) };
+            let one = |j: usize| if j == n / 2 { top } else { others };
+            for (multiples, is_one) in [(vec![k; n], false), ((0..n).map(one).collect(), true)] {
+                let keys = along(&multiples, depth, true);
+                let tensors = [&queries, &keys, &v];
+                let exact =
+                    Definition { tensors, scale: f64::from(scale), softcap: None, slope: 0.0 };
+                for (name, config) in fused() {
+                    let config = config.softmax_scale(scale);
+                    let what = format!("{name} {q} {k} {scale} {m} {n}");
+                    let out = attention(&queries, &keys, &v, &AttnMask::None, &config)?;
+                    if is_one || name == "fp32" {
+                        let bound = if name == "fp32" { FP32_BOUND } else { INT8_BOUND };
+                        exact.check(&what, &out, bound);
+                    } else {
+                        // Rounding tells scores of this size apart, be they equal: any mean of values.
+                        let (found, most) = (common::largest(&out), common::largest(&v));
+                        assert!(found > 0.0 && found < most * 1.01, "{what}: {found}");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// In a cache too, but for keys that are large themselves and are rotated as they come, and for queries all of
+/// whose scores are below -2.3e38.
+#[test]
+fn scores_of_a_cache_up_to_the_largest_number_are_those_of_the_definition() -> TestResult {
+    let depth = 16;
+    for (q, k, scale) in [(1e19f32, 3e19f32, 1.0f32), (3.0, 1e37, 10.0), (3e38, 1e-38, 1.0)] {
+        for (m, n) in [(1, 9), (5, 40), (60, 600)] {
+            let (q, v) = (q / depth as f32, randn((1, 1, n, 8)));
+            let queries = along(&vec![q; m], depth, true);
+            let one = |j: usize| if j == n / 2 { k } else { 0.5 * k };
+            let keys = along(&(0..n).map(one).collect::<Vec<_>>(), depth, true);
+            let tensors = [&queries, &keys, &v];
+            let exact = Definition { tensors, scale: f64::from(scale), softcap: None, slope: 0.0 };
+            let config = AttentionConfig::int8().softmax_scale(scale);
+            let out = cache_of(&keys, &v, CacheValues::F16);
+            let out = out.attention(&queries, &AttnMask::None, &config)?;
+            exact.check(&format!("{q} {k} {scale} {m} {n}"), &out, INT8_BOUND);
+        }
+    }
+    Ok(())
+}
+
+/// Ordinary rows beside them keep their bits, and gradients are those of the same numbers.
+#[test]
+fn ordinary_rows_beside_the_largest_scores_keep_their_bits() -> TestResult {
+    let (m, n, depth) = (20, 100, 16);
+    let (q, k, v) = (randn((1, 1, m, depth)), randn((1, 1, n, depth)), randn((1, 1, n, 8)));
+    let large = along(&[1e37; 2], depth, true);
+    let both = Tensor::cat(&[&q, &large], 2)?;
+    for (name, config) in fused() {
+        let config = config.granularity(Granularity::PerToken);
+        let config = if name == "fp32" { AttentionConfig::fp32() } else { config };
+        let config = config.softmax_scale(4.0);
+        let alone = attention(&q, &k, &v, &AttnMask::None, &config)?;
+        let beside = attention(&both, &k, &v, &AttnMask::None, &config)?;
+        assert!(common::largest(&beside).is_finite(), "{name}");
+        let difference = largest_difference(&beside.narrow(2, 0, m)?, &alone);
+        let bound = if name == "fp32" { 0.0 } else { INT8_BOUND };
+        assert!(difference <= bound, "{name}: {difference}");
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use crate::attention::AttentionCall;
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
 use crate::attention::engine::{Element, Engine, MaskView, Modifiers, Queries};
 use crate::attention::mask::broadcast_mask;
+use crate::attention::room::{Doubt, queries_with_room};
 use crate::attention::shapes::{check_attention, check_cpu, check_float};
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
@@ -50,6 +51,24 @@ impl Int8KvCache {
         let call = call.into();
         check_float(OP, &[("q", q)])?;
         check_cpu(OP, &[("q", q)])?;
+        let (out, doubt) = self.attend(q, &call, config)?;
+        if !doubt.is_beyond() {
+            return Ok(out);
+        }
+        let Some((wide, scale)) = queries_with_room(q, config.spec.scale(q.dim(3)?)?)? else {
+            return Ok(out);
+        };
+        let (out, _) = self.attend(&wide, &call, &config.clone().softmax_scale(scale))?;
+        Ok(out.to_dtype(q.dtype())?)
+    }
+
+    /// [`Int8KvCache::attention`] of numbers as they are.
+    fn attend(
+        &self,
+        q: &Tensor,
+        call: &AttentionCall,
+        config: &AttentionConfig,
+    ) -> Result<(Tensor, Doubt)> {
         let (storage, layout) = q.storage_and_layout();
         let queries = View::new(OP, "q", cpu(&storage)?, layout)?;
         let mask = call.mask.as_ref().map(|mask| self.whole_mask(mask, &queries)).transpose()?;
@@ -64,7 +83,7 @@ impl Int8KvCache {
             level,
             queries: Queries { heads: h, tokens: m, group: h / heads.max(1), apart: false },
             value_dim,
-            visible: Visible::of_cache(&self.lens(), m, &call, spec)?,
+            visible: Visible::of_cache(&self.lens(), m, call, spec)?,
             sinks: self.config.sinks,
             window: self.config.window,
             modifiers: Modifiers::new(spec, scale, mask),
@@ -72,19 +91,15 @@ impl Int8KvCache {
         };
         self.check_dropped(&engine)?;
         let factor = engine.modifiers.factor();
-        let heads =
-            CacheHeads { cache: self, queries: &queries, factor, many: int8.pv.format(level)? };
+        let (many, doubt) = (int8.pv.format(level)?, Doubt::default());
+        let heads = CacheHeads { cache: self, queries: &queries, factor, many, doubt: &doubt };
         let storage = match q.dtype() {
             DType::F16 => CpuStorage::F16(heads.run(&engine)),
             DType::BF16 => CpuStorage::BF16(heads.run(&engine)),
             _ => CpuStorage::F32(heads.run(&engine)),
         };
-        Ok(Tensor::from_storage(
-            Storage::Cpu(storage),
-            (b, h, m, value_dim),
-            BackpropOp::none(),
-            false,
-        ))
+        let (storage, shape) = (Storage::Cpu(storage), (b, h, m, value_dim));
+        Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), doubt))
     }
 
     /// # Errors
@@ -151,6 +166,7 @@ struct CacheHeads<'a> {
     queries: &'a View<'a>,
     factor: f32,
     many: Format,
+    doubt: &'a Doubt,
 }
 
 impl CacheHeads<'_> {
@@ -180,6 +196,7 @@ impl CacheHeads<'_> {
                         shape: engine.queries,
                         factor: self.factor,
                         many: self.many,
+                        doubt: self.doubt,
                     });
                 })
             })
