@@ -122,9 +122,9 @@ impl BertModel {
     /// `[B, N, hidden_size]`. Token types default to 0.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `N` exceeds `max_position_embeddings`, the shapes do not fit or the batch is larger
+    /// [`Error::Shape`](crate::Error::Shape) if `N` exceeds `max_position_embeddings`, the shapes do not fit or the batch is larger
     /// than memory has addresses,
-    /// [`Error::DType`] unless ids are U32, [`Error::InvalidArgument`] for an id outside of its table.
+    /// [`Error::DType`](crate::Error::DType) unless ids are U32, [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an id outside of its table.
     pub fn embed(&self, input_ids: &Tensor, token_type_ids: Option<&Tensor>) -> Result<Tensor> {
         encoder::embed(self, input_ids, token_type_ids)
     }
@@ -133,7 +133,7 @@ impl BertModel {
     /// 0. `attention_mask` `[B, N]` is 1 for tokens and 0 for padding; without it all are tokens.
     ///
     /// # Errors
-    /// Those of [`BertModel::embed`], [`padding_mask`] and [`attention`](crate::attention()).
+    /// Those of [`BertModel::embed`], [`padding_mask`](super::padding_mask) and [`attention`](crate::attention()).
     pub fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
         encoder::run(self, input_ids, None, attention_mask)
     }

@@ -15,7 +15,7 @@ pub type Attend<'a> = dyn FnMut(&Tensor, &Tensor, &Tensor, &AttentionCall) -> Re
 /// someone else.
 ///
 /// Calibration, search and the recorder of drift work with any model that implements it, as
-/// [`BertModel`], [`LlamaModel`] and [`WordEmbeddings`] do. A model of your own names its
+/// [`BertModel`](super::BertModel), [`LlamaModel`](super::llama::LlamaModel) and [`WordEmbeddings`](super::WordEmbeddings) do. A model of your own names its
 /// attention, and calls `attend(...)` in its layer where it would call that:
 ///
 /// ```

@@ -30,7 +30,8 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::Io`], or [`Error::Corrupt`] for a file that is truncated
-    /// or is not safetensors, and for an index that is none or names what is not beside it.
+    /// or is not safetensors, for an index that is none or names what is not beside it, and
+    /// for a tensor that two of its files hold.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let paths = match is_index(path) {
@@ -38,10 +39,15 @@ impl Weights {
             false => vec![path.to_path_buf()],
         };
         let files = paths.iter().map(|path| open_file(path)).collect::<Result<Vec<_>>>()?;
-        let of_file = |(number, file): (usize, &BufferedSafetensors)| {
-            file.tensors().into_iter().map(move |(name, _)| (name, number)).collect::<Vec<_>>()
-        };
-        let names = files.iter().enumerate().flat_map(of_file).collect();
+        let mut names = BTreeMap::new();
+        for (number, file) in files.iter().enumerate() {
+            for (name, _) in file.tensors() {
+                if let Some(other) = names.insert(name.clone(), number) {
+                    let [a, b] = [other, number].map(|file| paths[file].display());
+                    return Err(corrupt(path, format!("tensor {name:?} is in {a} and in {b}")));
+                }
+            }
+        }
         Ok(Self { path: path.to_path_buf(), files, names, prefix: String::new() })
     }
 

@@ -285,6 +285,13 @@ fn encoder_files_with_random_damage() -> Result<()> {
         weights.get("b", &shape, &Device::Cpu)?;
         weights.get("a", &[3, 4], &Device::Cpu)?;
         Ok(())
+    })?;
+    let index = json!({"metadata": {}, "weight_map": {"a": "weights", "b": "weights"}});
+    let (index, name) = (index.to_string().into_bytes(), "model.safetensors.index.json");
+    try_all("weights index", 1000, name, (&index, 0..index.len()), |path, folder| {
+        std::fs::write(folder.join("weights"), &whole)?;
+        Weights::open(path)?.get("a", &[3, 4], &Device::Cpu)?;
+        Ok(())
     })
 }
 

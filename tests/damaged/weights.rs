@@ -3,13 +3,14 @@
 use super::corrupt;
 use super::tiny::{self, Tiny};
 use anyhow::Result;
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::Error;
 use candle_int8_attention::models::llama::{LlamaConfig, LlamaModel};
 use candle_int8_attention::models::{BertConfig, ModelFiles, TextEncoder, Weights};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::path::Path;
 
 fn bundled() -> Result<ModelFiles> {
@@ -129,5 +130,28 @@ fn a_head_that_is_ignored_is_said() -> Result<()> {
         assert_eq!(found, said, "{name}: {warnings:?}");
         tensors.remove(name);
     }
+    Ok(())
+}
+
+/// The last of them would have been taken, whatever the index says.
+#[test]
+fn a_tensor_that_two_files_of_an_index_hold_is_refused_by_name() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name);
+    let tensor = Tensor::zeros(3, DType::F32, &Device::Cpu)?;
+    let save = |names: &[&str], file: &str| {
+        let tensors: HashMap<&str, Tensor> =
+            names.iter().map(|name| (*name, tensor.clone())).collect();
+        candle_core::safetensors::save(&tensors, path(file))
+    };
+    let map = json!({"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"});
+    let index = path("model.safetensors.index.json");
+    std::fs::write(&index, json!({"weight_map": map}).to_string())?;
+    save(&["a", "b"], "1.safetensors")?;
+    save(&["c"], "2.safetensors")?;
+    assert_eq!(Weights::open(&index)?.shape("b")?, [3]);
+    save(&["b", "c"], "2.safetensors")?;
+    let problem = corrupt(&index, Weights::open(&index));
+    assert!(problem.contains("tensor \"b\" is in"), "{problem}");
     Ok(())
 }
