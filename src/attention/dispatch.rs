@@ -35,13 +35,13 @@ use candle_core::Tensor;
 /// ```
 ///
 /// # Errors
-/// Those of [`attention_scores`](super::attention_scores); [`Error::Shape`](crate::Error::Shape) for a `v` or a mask that
-/// does not fit; [`Error::DType`](crate::Error::DType) for a mask that is neither U8 nor float;
-/// [`Error::Mismatch`](crate::Error::Mismatch) for lengths, positions, slopes or sink logits that
-/// do not match the shapes; [`Error::Shape`](crate::Error::Shape) for more elements than memory has
-/// addresses; [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a scale, softcap, slope
-/// or sink logit that makes no sense; [`Error::Unsupported`](crate::Error::Unsupported) for a
-/// precision of P·V for which this machine has no instruction.
+/// Those of [`attention_scores`](super::attention_scores); [`Error::Shape`](crate::Error::Shape) for a `v` or a
+/// mask that does not fit; [`Error::DType`](crate::Error::DType) for a mask that is neither U8 nor float;
+/// [`Error::Mismatch`](crate::Error::Mismatch) for lengths, positions, slopes or sink logits that do not match
+/// the shapes; [`Error::Shape`](crate::Error::Shape) for more elements than memory has addresses;
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a scale, softcap, slope or sink logit that
+/// makes no sense; [`Error::Unsupported`](crate::Error::Unsupported) for a precision of P·V for which this
+/// machine has no instruction.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,

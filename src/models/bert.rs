@@ -122,9 +122,9 @@ impl BertModel {
     /// `[B, N, hidden_size]`. Token types default to 0.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if `N` exceeds `max_position_embeddings`, the shapes do not fit or the batch is larger
-    /// than memory has addresses,
-    /// [`Error::DType`](crate::Error::DType) unless ids are U32, [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an id outside of its table.
+    /// [`Error::Shape`](crate::Error::Shape) if `N` exceeds `max_position_embeddings`, the shapes do not fit or
+    /// the batch is larger than memory has addresses, [`Error::DType`](crate::Error::DType) unless ids are U32,
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an id outside of its table.
     pub fn embed(&self, input_ids: &Tensor, token_type_ids: Option<&Tensor>) -> Result<Tensor> {
         encoder::embed(self, input_ids, token_type_ids)
     }

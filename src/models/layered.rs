@@ -15,8 +15,9 @@ pub type Attend<'a> = dyn FnMut(&Tensor, &Tensor, &Tensor, &AttentionCall) -> Re
 /// someone else.
 ///
 /// Calibration, search and the recorder of drift work with any model that implements it, as
-/// [`BertModel`](super::BertModel), [`LlamaModel`](super::llama::LlamaModel) and [`WordEmbeddings`](super::WordEmbeddings) do. A model of your own names its
-/// attention, and calls `attend(...)` in its layer where it would call that:
+/// [`BertModel`](super::BertModel), [`LlamaModel`](super::llama::LlamaModel) and
+/// [`WordEmbeddings`](super::WordEmbeddings) do. A model of your own names its attention, and calls
+/// `attend(...)` in its layer where it would call that:
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -49,8 +49,9 @@ impl Linear {
     /// `weight` `[outputs, K]`, `bias` `[outputs]`; without one it is 0.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) for other shapes and more weights than memory has addresses, [`Error::Depth`](crate::Error::Depth) for a `K` whose int8 sums could leave the range
-    /// of int32 (above 65793), [`Error::Level`](crate::Error::Level) for a forced level that cannot be used.
+    /// [`Error::Shape`](crate::Error::Shape) for other shapes and more weights than memory has addresses,
+    /// [`Error::Depth`](crate::Error::Depth) for a `K` whose int8 sums could leave the range of int32 (above
+    /// 65793), [`Error::Level`](crate::Error::Level) for a forced level that cannot be used.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, precision: Precision) -> Result<Self> {
         let (outputs, depth) = match *weight.dims() {
             [outputs, depth] => (outputs, depth),
