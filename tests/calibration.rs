@@ -9,6 +9,7 @@ use candle_int8_attention::models::{
     BertModel, Calibration, CalibrationConfig, Calibrator, LayerSettings, LayeredModel, ModelFiles,
     StaticScales, TextEncoder, calibrate, run_layers,
 };
+use candle_int8_attention::nn::Precision;
 use candle_int8_attention::quant::{Granularity, ObserverKind, Scheme, Smoothing};
 use candle_int8_attention::{AttentionConfig, AttnMask, Backend, Error, attention};
 use common::randn;
@@ -267,13 +268,16 @@ fn layer_settings_are_applied_saved_and_loaded() {
 fn files_that_are_not_layer_settings_are_refused() {
     let good = r#"{"format": "candle-int8-attention layer settings", "version": 1, "layers": [
         {"backend": "int8", "scheme": "affine", "granularity": "block:128/token", "smooth_k": "head",
-         "smooth_q": "none", "rotate": false, "outliers": false, "pv": "f32"}, {"backend": "fp32"}]}"#;
+         "smooth_q": "none", "rotate": false, "outliers": false, "pv": "f32"}, {"backend": "fp32"}],
+        "linear": [{"layer": 0, "product": "qkv", "precision": "int16"}]}"#;
     let (_folder, path) = folder();
     std::fs::write(&path, good).unwrap();
     let settings = LayerSettings::load(&path).unwrap();
     assert_eq!(settings.layers[0].to_string(), "affine+block:128/token+smooth-k+f32");
     assert_eq!(settings.layers[1], Backend::Fp32);
     assert_eq!(settings.about_json(), "null");
+    let linear = &settings.linear[0];
+    assert_eq!((linear.product.as_str(), linear.precision), ("qkv", Precision::Int16));
     let cases = [
         ("version\": 1", "version\": 9", "of version 9, expected"),
         ("\"int8\"", "\"int4\"", "unknown variant `int4`"),
@@ -282,6 +286,14 @@ fn files_that_are_not_layer_settings_are_refused() {
         ("block:128", "block:0", "\"block:0/token\", expected one of symmetric, affine"),
         ("{\"backend\": \"fp32\"}", "{\"backend\": \"fp32\"", "not layer settings"),
         ("\"fp32\"", "\"fp32\", \"pv\": \"f32\"", "key \"pv\", but backend fp32"),
+        (
+            "\"int16\"",
+            "\"int12\"",
+            "unknown variant `int12`, expected one of `f32`, `int16`, `int8`",
+        ),
+        ("\"product\"", "\"products\"", "unknown field `products`"),
+        ("\"layer\": 0", "\"layer\": -1", "invalid value: integer `-1`"),
+        ("\"layer\": 0", "\"layer\": 0, \"layer\": 1", "duplicate field `layer`"),
     ];
     for (from, to, expected) in cases {
         let problem = corrupt(&good.replacen(from, to, 1), |path| LayerSettings::load(path));

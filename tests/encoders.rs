@@ -13,6 +13,7 @@ mod encoders {
 }
 
 use candle_core::{DType, Device, Tensor};
+use candle_int8_attention::drift::linear::Substitutes;
 use candle_int8_attention::drift::{Candidate, Recorder};
 use candle_int8_attention::models::{
     CalibrationConfig, EncoderModel, LayerSettings, LayeredModel, ModelFiles, StaticScales,
@@ -109,8 +110,15 @@ fn calibration_drift_and_settings_work_with_every_family() -> TestResult {
             let words = vec![" word".to_string(); input.dim(1)?];
             recorder.record(&model, input, &words, index)?;
         }
+        let mut substitutes = Substitutes::new(&mut model, Precision::Int8)?;
+        for input in &inputs {
+            recorder.record_linear(&mut model, &mut substitutes, input)?;
+        }
         let report = recorder.report();
         assert_eq!((report.layers.len(), report.passages), (LAYERS, 2), "{family}");
+        let linear = report.linear.ok_or("linear layers")?;
+        assert_eq!(linear.products.len(), model.linear_mut().len(), "{family}");
+        assert!(linear.products.iter().all(|of| of.alone.sqnr_db > 20.0), "{family}: {linear:?}");
 
         let exact = model.forward(&inputs[0], None, None)?;
         ranges.apply(&mut model, StaticScales::PerHead)?;

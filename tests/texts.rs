@@ -3,11 +3,15 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use candle_int8_attention::drift::linear::{choose_linear, linear_errors};
+use candle_int8_attention::drift::layers::{embedding_error, embeddings};
+use candle_int8_attention::drift::linear::linear_errors;
 use candle_int8_attention::drift::metrics::{cosine, lowest};
-use candle_int8_attention::models::{BertModel, ModelFiles, TextEncoder, mean_pool};
+use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
+use candle_int8_attention::models::{
+    BertModel, LayerSettings, LayeredModel, LinearSetting, ModelFiles, TextEncoder, mean_pool,
+};
 use candle_int8_attention::nn::Precision;
-use candle_int8_attention::{AttentionConfig, Error};
+use candle_int8_attention::{AttentionConfig, Backend, Error, Int8Config};
 use common::largest_difference;
 use common::tiny_bert::tiny_folder;
 use std::path::Path;
@@ -139,15 +143,15 @@ fn linear_layers_in_integers_keep_the_embeddings() -> TestResult {
     Ok(())
 }
 
-/// The model as it was afterwards, errors that add up, and a choice that keeps its budget.
+/// The model as it was afterwards, and errors that add up.
 #[test]
-fn the_cost_of_each_product_is_measured_and_chosen_by() -> TestResult {
+fn the_cost_of_each_product_is_measured() -> TestResult {
     let mut encoder = shipped()?;
     let ids = encoder.tokenize(&["It is a truth universally acknowledged."])?.input_ids;
     let (passages, model) = ([ids], &mut encoder.model);
     let before = model.forward(&passages[0], None, None)?;
     let errors = linear_errors(model, &passages, Precision::Int8)?;
-    let names: Vec<_> = errors.iter().map(|e| (e.layer, e.product)).collect();
+    let names: Vec<_> = errors.iter().map(|e| (e.layer, e.product.as_str())).collect();
     assert_eq!(names[..5], [(0, "qkv"), (0, "output"), (0, "up"), (0, "down"), (1, "qkv")]);
     assert_eq!(errors.len(), 12);
     assert!(errors.iter().all(|e| (30.0..90.0).contains(&e.alone.sqnr_db)), "{errors:?}");
@@ -156,12 +160,102 @@ fn the_cost_of_each_product_is_measured_and_chosen_by() -> TestResult {
     assert!(last.min_cosine < first.min_cosine && last.min_cosine > 0.999, "{errors:?}");
     assert_eq!(largest_difference(&before, &model.forward(&passages[0], None, None)?), 0.0);
 
-    // Between all in int8 and all in f32, some are in each.
-    let budget = (1.0 + last.min_cosine) / 2.0;
-    let choice = choose_linear(model, &passages, &[Precision::Int8], budget)?;
-    let int8 = choice.precisions.iter().filter(|&&p| p == Precision::Int8).count();
-    assert!((1..12).contains(&int8) && choice.errors.min_cosine >= budget, "{choice:?}");
-    assert!(largest_difference(&before, &model.forward(&passages[0], None, None)?) > 0.0);
+    // By hand: the second product of the second layer.
+    let reference = embeddings(&*model, &passages)?;
+    let product = &mut model.linear_mut()[5].linear;
+    **product = product.to_precision(Precision::Int8)?;
+    let alone = embedding_error(&reference, &embeddings(&*model, &passages)?)?.sqnr_db();
+    assert!((alone - errors[5].alone.sqnr_db).abs() < 1e-9, "{alone} {:?}", errors[5]);
+    Ok(())
+}
+
+/// The budget is kept on unseen text, by a mixture, and the file that is written gives what was measured.
+#[test]
+fn the_precision_of_linear_layers_is_searched_saved_and_applied() -> TestResult {
+    let mut encoder = shipped()?;
+    let passages =
+        ["It is a truth universally acknowledged.", "A cat sleeps on the warm stove.", "It rains."]
+            .map(|text| encoder.tokenize(&[text]).map(|batch| batch.input_ids));
+    let passages = passages.into_iter().collect::<Result<Vec<_>, Error>>()?;
+    let texts = (&passages[..2], &passages[2..]);
+    let before = vectors(&encoder, &["It rains.".to_string()])?;
+    let mut run = |db, linear: &[Precision]| {
+        let config = SearchConfig {
+            linear: linear.to_vec(),
+            candidates: vec![Int8Config::default()],
+            rounds: 1,
+            ..SearchConfig::new(Budget::Embedding(db))
+        };
+        let found = search(&mut encoder, texts, &config, &mut |_| ())?;
+        let after = vectors(&encoder, &["It rains.".to_string()])?;
+        assert!(before == after, "the model is as it was");
+        Ok::<_, Error>(found)
+    };
+    let int8_alone = run(1.0, &[Precision::Int8])?.promised.embedding_sqnr_db;
+    assert!((25.0..60.0).contains(&int8_alone), "{int8_alone}");
+    // More than all in int8 gives, less than f32.
+    let found = run(int8_alone + 3.0, &[Precision::Int8, Precision::Int16])?;
+    assert!(found.promised.embedding_sqnr_db >= int8_alone + 4.0, "{found:?}");
+    let chosen: Vec<Precision> = found.linear.iter().map(|of| of.setting.precision).collect();
+    assert_eq!(chosen.len(), 12);
+    assert!(chosen.iter().any(|&of| of != chosen[0]), "{chosen:?}");
+    // What integers cannot hold is in f32.
+    let exact = run(300.0, &[Precision::Int8])?;
+    assert!(exact.linear.iter().all(|of| of.setting.precision == Precision::F32), "{exact:?}");
+
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("layers.json");
+    found.settings()?.save(&path)?;
+    let settings = LayerSettings::load(&path)?;
+    let mut encoder = shipped()?;
+    let reference = embeddings(&encoder, texts.1)?;
+    settings.apply(&mut encoder)?;
+    let precisions: Vec<_> = encoder.linear_mut().iter().map(|of| of.linear.precision()).collect();
+    assert_eq!(precisions, chosen);
+    let sqnr = embedding_error(&reference, &embeddings(&encoder, texts.1)?)?.sqnr_db();
+    let verified = found.verified.embedding_sqnr_db;
+    assert!((sqnr - verified).abs() < 1e-9, "{sqnr} {verified}");
+    Ok(())
+}
+
+#[test]
+fn settings_of_other_linear_layers_leave_the_model_as_it_was() -> TestResult {
+    let mut encoder = shipped()?;
+    let products = encoder.linear_mut();
+    let setting = |layer, product: &str| {
+        let (product, precision) = (product.to_string(), Precision::Int8);
+        LinearSetting { layer, product, precision }
+    };
+    let right: Vec<_> = products.iter().map(|of| setting(of.layer, of.name)).collect();
+    let settings = |linear| LayerSettings::new(vec![Backend::default(); 3]).with_linear(linear);
+    let changed = |change: &dyn Fn(&mut Vec<LinearSetting>)| {
+        let mut linear = right.clone();
+        change(&mut linear);
+        settings(linear)
+    };
+    let cases = [
+        (
+            changed(&|all| all[0].product = "qk".into()),
+            "with qk of layer 0, expected qkv of layer 0",
+        ),
+        (
+            changed(&|all| all[1] = all[0].clone()),
+            "with qkv of layer 0, expected output of layer 0",
+        ),
+        (changed(&|all| drop(all.pop())), "with nothing more, expected down of layer 2"),
+        (changed(&|all| all.push(all[0].clone())), "with qkv of layer 0, expected nothing more"),
+    ];
+    for (settings, expected) in cases {
+        let error = settings.apply(&mut encoder).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    // Nor by settings of other layers.
+    let short = LayerSettings::new(vec![Backend::default()]).with_linear(right.clone());
+    assert!(short.apply(&mut encoder).is_err());
+    assert!(encoder.linear_mut().iter().all(|of| of.linear.precision() == Precision::F32));
+    assert!(encoder.attention().iter().all(|of| of.config().backend == Backend::Fp32));
+    settings(right).apply(&mut encoder)?;
+    assert!(encoder.linear_mut().iter().all(|of| of.linear.precision() == Precision::Int8));
     Ok(())
 }
 

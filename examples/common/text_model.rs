@@ -5,11 +5,12 @@ use super::cutter::decoder::DecoderCutter;
 use super::cutter::encoder::EncoderCutter;
 use super::llama::{Decoder, GgufArgs, LlamaArgs};
 use super::model::{HubArgs, ModelArgs};
-use super::precision::{Precision, PrecisionArgs};
+use super::precision::PrecisionArgs;
 use super::text;
 use anyhow::{Result, bail, ensure};
 use candle_core::Tensor;
-use candle_int8_attention::models::{Attend, EncoderModel, LayeredModel, TextEncoder};
+use candle_int8_attention::models::{Attend, EncoderModel, LayeredModel, NamedLinear, TextEncoder};
+use candle_int8_attention::nn::Precision;
 use candle_int8_attention::{Error, QuantizedAttention};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -63,15 +64,14 @@ impl TextModelArgs {
             Kind::Encoder => {
                 let (mut encoder, name, files) = ModelArgs { model, hub }.encoder_and_files()?;
                 self.format.refuse_for(&name)?;
-                encoder.model.set_linear(precision.into())?;
-                let (name, files) = (name + &precision.suffix(), files.all()?);
+                encoder.model.set_linear(precision)?;
+                let (name, files) = (name + &self.linear.suffix(), files.all()?);
                 Ok(Loaded { model: TextModel::Encoder(Box::new(encoder)), name, files })
             }
             Kind::Decoder => {
                 ensure!(
                     precision == Precision::F32,
-                    "--precision {} is for the linear layers of an encoder, and this is a decoder",
-                    precision.name()
+                    "--precision {precision} is for the linear layers of an encoder, and this is a decoder"
                 );
                 let decoder = LlamaArgs { model, hub, format: self.format.clone() }.load()?;
                 let (name, files) = (decoder.name.clone(), decoder.files()?);
@@ -157,6 +157,13 @@ impl LayeredModel for TextModel {
         match self {
             TextModel::Encoder(encoder) => encoder.attention_mut(),
             TextModel::Decoder(decoder) => decoder.model.attention_mut(),
+        }
+    }
+
+    fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+        match self {
+            TextModel::Encoder(encoder) => encoder.linear_mut(),
+            TextModel::Decoder(decoder) => decoder.model.linear_mut(),
         }
     }
 

@@ -3,9 +3,10 @@
 use crate::common::config::Int8Args;
 use crate::common::shard::Shard;
 use crate::common::text_model::TextModelArgs;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_int8_attention::PvPrecision;
 use candle_int8_attention::drift::{Candidate, Gate};
+use candle_int8_attention::nn::Precision;
 use clap::Parser;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -70,6 +71,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "CONFIG", num_args = 0.., value_delimiter = ',')]
     pub compare: Option<Vec<Spec>>,
 
+    /// Measure the linear layers of an encoder in this precision as well, int16 or int8, each product alone and
+    /// with all before it
+    #[arg(long, value_name = "PRECISION", value_parser = other_than_f32)]
+    pub linear: Option<Precision>,
+
     #[command(flatten)]
     pub model: TextModelArgs,
 
@@ -79,6 +85,17 @@ pub struct RunArgs {
     /// Precision of probabilities times values: auto, f32, bf16, int16 or int8
     #[arg(long, value_name = "PRECISION", default_value = "auto", help_heading = "Int8")]
     pub pv: PvPrecision,
+}
+
+/// The precision that linear layers are compared with is f32.
+fn other_than_f32(text: &str) -> Result<Precision, String> {
+    match text.parse() {
+        Ok(Precision::F32) => {
+            Err("linear layers are compared with f32, expected int16 or int8".into())
+        }
+        Ok(precision) => Ok(precision),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 impl RunArgs {
@@ -158,6 +175,15 @@ pub struct SharedArgs {
     /// The model's embedding of every passage: cosine at least
     #[arg(long, value_name = "X", help_heading = "Gate", allow_negative_numbers = true)]
     min_embedding_cosine: Option<f64>,
+
+    /// Every linear layer alone in the precision of --linear: signal-to-noise ratio of the embedding in dB
+    /// at least
+    #[arg(long, value_name = "DB", help_heading = "Gate", allow_negative_numbers = true)]
+    min_linear_sqnr_db: Option<f64>,
+
+    /// The embedding of every passage with all linear layers in that precision: cosine at least
+    #[arg(long, value_name = "X", help_heading = "Gate", allow_negative_numbers = true)]
+    min_linear_embedding_cosine: Option<f64>,
 }
 
 impl SharedArgs {
@@ -172,6 +198,8 @@ impl SharedArgs {
             min_head_top5: self.min_head_top5,
             min_accumulated_sqnr_db: self.min_accumulated_sqnr_db,
             min_embedding_cosine: self.min_embedding_cosine,
+            min_linear_sqnr_db: self.min_linear_sqnr_db,
+            min_linear_embedding_cosine: self.min_linear_embedding_cosine,
         };
         let gate = match &self.gate {
             Some(path) => flags.or(Gate::load(path)?),
@@ -184,6 +212,20 @@ impl SharedArgs {
 }
 
 impl Args {
+    /// The thresholds; an error for those of linear layers where none are measured.
+    pub fn gate(&self) -> Result<Option<Gate>> {
+        let gate = self.shared().gate()?;
+        let of_linear =
+            |gate: &Gate| gate.min_linear_sqnr_db.or(gate.min_linear_embedding_cosine).is_some();
+        ensure!(
+            self.command.is_some()
+                || self.run.linear.is_some()
+                || !gate.as_ref().is_some_and(of_linear),
+            "the gate has thresholds of linear layers, which are measured with --linear int8 (or int16)"
+        );
+        Ok(gate)
+    }
+
     /// What becomes of the results, with or without a subcommand.
     pub fn shared(&self) -> &SharedArgs {
         match &self.command {

@@ -5,6 +5,7 @@
 //! cargo run --release --example drift -- --file book.txt --html report.html
 //! cargo run --release --example drift -- --file book.txt --compare
 //! cargo run --release --example drift -- --file book.txt --gate gate.toml
+//! cargo run --release --example drift -- --file book.txt --linear int8
 //! cargo run --release --example drift -- --file book.txt --model MODEL.gguf
 //! ```
 //!
@@ -71,7 +72,7 @@ fn main() -> ExitCode {
 /// The report as text or JSON, and the thresholds that do not hold.
 fn run(args: &Args) -> anyhow::Result<(String, Vec<String>)> {
     let shared = args.shared();
-    let gate = shared.gate()?;
+    let gate = args.gate()?;
     // Before the long run, so that it is not lost to a wrong path.
     let html = shared.html.as_deref().map(|path| NewFile::create(path, args.inputs()));
     let html = html.transpose()?;

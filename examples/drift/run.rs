@@ -9,9 +9,11 @@ use crate::common::text::Pieces;
 use crate::common::text_model::{Loaded, TextModel};
 use crate::pairs::{self, Judged, Pair, Sentences};
 use crate::results::Results;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use candle_int8_attention::drift::linear::Substitutes;
 use candle_int8_attention::drift::{Embeddings, Recorder, Subject, Text};
 use candle_int8_attention::models::TextEncoder;
+use candle_int8_attention::nn::Precision;
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +27,8 @@ pub fn record(args: &RunArgs) -> Result<Results> {
     let recorder = Recorder::new(args.candidates())?;
     let fingerprint = fingerprint(&files, args.model.format.weights)?;
     let subject = Subject { model: name.clone(), fingerprint, texts: Vec::new() };
-    let run = Run { args, model: &model, recorder, subject };
+    let linear = args.linear.map(|precision| Switched::load(args, precision)).transpose()?;
+    let run = Run { args, model: &model, linear, recorder, subject };
     match (&pairs, text) {
         (Some(pairs), _) => match &model {
             TextModel::Encoder(encoder) => run.pairs(encoder, pairs),
@@ -49,8 +52,31 @@ pub fn record(args: &RunArgs) -> Result<Results> {
 struct Run<'a> {
     args: &'a RunArgs,
     model: &'a TextModel,
+    linear: Option<Switched>,
     recorder: Recorder,
     subject: Subject,
+}
+
+/// The model once more, whose linear layers are switched while the other one cuts the text.
+struct Switched {
+    model: TextModel,
+    substitutes: Substitutes,
+}
+
+impl Switched {
+    fn load(args: &RunArgs, precision: Precision) -> Result<Self> {
+        let of_model = args.model.linear.precision;
+        ensure!(
+            of_model == Precision::F32,
+            "--linear {precision} measures linear layers against f32, and --precision {of_model} says that \
+             they are not; expected one of the two"
+        );
+        let Loaded { mut model, name, .. } = args.model.load()?;
+        let substitutes = Substitutes::new(&mut model, precision).with_context(|| {
+            format!("--linear {precision} is for an encoder, and {name} is none")
+        })?;
+        Ok(Self { model, substitutes })
+    }
 }
 
 impl Run<'_> {
@@ -130,8 +156,13 @@ impl Run<'_> {
 
     fn record(&mut self, passage: &Passage, index: u64) -> Result<Embeddings> {
         let Passage { ids, words } = passage;
-        let recorded = self.recorder.record(self.model, ids, words, index);
-        recorded.with_context(|| format!("passage {index}"))
+        let of_passage = || format!("passage {index}");
+        let embeddings =
+            self.recorder.record(self.model, ids, words, index).with_context(of_passage)?;
+        if let Some(Switched { model, substitutes }) = &mut self.linear {
+            self.recorder.record_linear(model, substitutes, ids).with_context(of_passage)?;
+        }
+        Ok(embeddings)
     }
 
     fn finish(mut self, name: String, cut: String, pairs: Vec<Judged>) -> Result<Results> {
@@ -147,7 +178,6 @@ impl Run<'_> {
     }
 }
 
-/// On stderr, and only if that is a terminal.
 /// A checksum of the model's files, which tells models apart whatever their folders are called; with
 /// how weights are held, if that was chosen, because it changes what they compute.
 fn fingerprint(files: &[PathBuf], weights: Weights) -> Result<String> {

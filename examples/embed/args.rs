@@ -35,6 +35,11 @@ pub struct Args {
     #[arg(long)]
     pub json: bool,
 
+    /// Take the attention of each layer, and the precision of linear layers if it has them, from this file,
+    /// which `search` writes
+    #[arg(long, value_name = "FILE")]
+    pub layers: Option<PathBuf>,
+
     #[command(flatten)]
     pub model: ModelArgs,
 

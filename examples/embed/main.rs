@@ -44,7 +44,10 @@ fn run(args: &Args) -> Result<String> {
     let target = NewFile::create(&args.output, [&args.file])?;
     let format = output::Format::of(&args.output)?;
     let (mut encoder, model) = args.model.encoder()?;
-    encoder.set_precision(args.linear.precision.into())?;
+    match &args.layers {
+        Some(file) => args.linear.apply_layers(file, &mut encoder)?,
+        None => encoder.set_precision(args.linear.precision)?,
+    }
 
     let (start, progress) = (Instant::now(), progress_bar(texts.bytes()));
     let mut report = Report::new(args, model);

@@ -11,7 +11,7 @@ use std::time::Duration;
 #[derive(Debug, Serialize)]
 pub struct Report {
     model: String,
-    precision: &'static str,
+    precision: String,
     normalized: bool,
     file: String,
     output: String,
@@ -33,7 +33,10 @@ impl Report {
     pub fn new(args: &Args, model: String) -> Self {
         Self {
             model,
-            precision: args.linear.precision.name(),
+            precision: match &args.layers {
+                Some(file) => format!("layers as in {}", shown(file)),
+                None => args.linear.precision.to_string(),
+            },
             normalized: args.normalize,
             file: shown(&args.file),
             output: shown(&args.output),

@@ -88,8 +88,8 @@ fn run(args: &Args) -> Result<String> {
     );
     let (fp32, truncated) = scores(&model, &args.query, &passages)?;
     let int8_scores = args.int8.scores();
-    let config = describe(&int8_scores, None) + &args.linear.precision.suffix();
-    model.model.set_linear(args.linear.precision.into())?;
+    let config = describe(&int8_scores, None) + &args.linear.suffix();
+    model.model.set_linear(args.linear.precision)?;
     model.model.set_attention(&Int8Config { scores: int8_scores, ..Int8Config::default() }.into());
     let (int8, _) = scores(&model, &args.query, &passages)?;
 

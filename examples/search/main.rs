@@ -1,7 +1,9 @@
-//! The cheapest attention of each layer that keeps a drift budget, as a file that models load.
+//! The cheapest attention of each layer that keeps a drift budget, as a file that models load; with
+//! `--linear`, and the cheapest precision of each linear layer of an encoder.
 //!
 //! ```text
 //! cargo run --release --example search -- --embedding 45
+//! cargo run --release --example search -- --embedding 40 --linear --file book.txt --output layers.json
 //! cargo run --release --example search -- --attention 44 --file book.txt --output layers.json
 //! ```
 //!
@@ -12,11 +14,11 @@
 //!
 //! ```no_run
 //! use candle_core::Device;
-//! use candle_int8_attention::models::{BertModel, LayerSettings, ModelFiles};
+//! use candle_int8_attention::models::{LayerSettings, ModelFiles, TextEncoder};
 //!
 //! let files = ModelFiles::from_dir("models/paraphrase-MiniLM-L3-v2")?;
-//! let mut model = BertModel::load(&files, &Device::Cpu)?;
-//! LayerSettings::load("layers.json")?.apply(&mut model)?;
+//! let mut encoder = TextEncoder::load(&files, &Device::Cpu)?;
+//! LayerSettings::load("layers.json")?.apply(&mut encoder)?;
 //! # Ok::<(), candle_int8_attention::Error>(())
 //! ```
 
@@ -24,8 +26,9 @@
 mod common;
 mod report;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use candle_int8_attention::drift::search::{Budget, SearchConfig, search};
+use candle_int8_attention::nn::Precision;
 use clap::{ArgGroup, Parser};
 use common::output::check_writable;
 use common::passages::PassageArgs;
@@ -36,7 +39,8 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// The cheapest attention of each layer that keeps a drift budget.
+/// The cheapest attention of each layer that keeps a drift budget, and with --linear the cheapest
+/// precision of each linear layer.
 ///
 /// Exit status 2: the settings that were found do not keep it on text that was not searched.
 #[derive(Debug, Parser)]
@@ -51,6 +55,10 @@ struct Args {
     /// fp32 input to the layer
     #[arg(long, value_name = "DB", group = "budget", allow_negative_numbers = true)]
     attention: Option<f64>,
+
+    /// Choose the precision of each linear layer too, f32, int16 or int8, with --embedding; of an encoder
+    #[arg(long, conflicts_with = "attention")]
+    linear: bool,
 
     /// Aim this many dB above the budget: other text drifts a little more
     #[arg(long, value_name = "DB", default_value = "1", allow_negative_numbers = true)]
@@ -98,10 +106,20 @@ fn run(args: &Args) -> Result<(Report, String)> {
     };
     let inputs = args.text.file.iter().chain(&args.text.unseen);
     let target = args.output.as_deref().map(|path| check_writable(path, inputs)).transpose()?;
+    let of_model = args.model.linear.precision;
+    ensure!(
+        !args.linear || of_model == Precision::F32,
+        "--linear chooses the precision of linear layers, and --precision {of_model} says what it is; \
+         expected one of the two"
+    );
     let Loaded { mut model, name, .. } = args.model.load()?;
     let passages = args.text.read(&model)?;
-    let config =
-        SearchConfig { margin_db: args.margin, rounds: args.rounds, ..SearchConfig::new(budget) };
+    let linear = match args.linear {
+        true => vec![Precision::Int8, Precision::Int16],
+        false => Vec::new(),
+    };
+    let (margin_db, rounds) = (args.margin, args.rounds);
+    let config = SearchConfig { margin_db, linear, rounds, ..SearchConfig::new(budget) };
     // For people who wait; a log file needs none of it.
     let waiting = std::io::stderr().is_terminal();
     let mut progress = |what: &str| {
@@ -110,7 +128,8 @@ fn run(args: &Args) -> Result<(Report, String)> {
         }
     };
     let texts = (passages.seen.as_slice(), passages.unseen.as_slice());
-    let found = search(&mut model, texts, &config, &mut progress)?;
+    let found = search(&mut model, texts, &config, &mut progress)
+        .with_context(|| format!("cannot search {name}"))?;
     let mut report = Report::new(name, passages.summary, found);
     if let (Some(path), true) = (&target, report.holds()) {
         report.save(path)?;

@@ -4,7 +4,7 @@ use crate::common::passages::Summary;
 use crate::common::print::{decibel, table, wrapped};
 use anyhow::Result;
 use candle_int8_attention::drift::metrics::lowest;
-use candle_int8_attention::drift::search::{Budget, Found};
+use candle_int8_attention::drift::search::{Budget, Found, FoundLinear};
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::Path;
@@ -41,7 +41,8 @@ impl Report {
             Budget::AttentionOutput(_) => "attention output of every layer",
         };
         let mut text = format!(
-            "Cheapest attention with {} dB for the {what}: {}\n{}\n{}\n\n",
+            "Cheapest attention{} with {} dB for the {what}: {}\n{}\n{}\n\n",
+            if self.found.linear.is_empty() { "" } else { " and linear layers" },
             budget.decibel(),
             self.model,
             self.text.render("searched:", "verified:"),
@@ -56,6 +57,18 @@ impl Report {
             1e3 * fp32,
             fp32 / seconds
         );
+        if !self.found.linear.is_empty() {
+            let sum = |of: fn(&FoundLinear) -> f64| self.found.linear.iter().map(of).sum::<f64>();
+            let (seconds, own) = (sum(|of| of.seconds), sum(|of| of.own_seconds));
+            let _ = writeln!(
+                text,
+                "{}\n\nProducts of a passage: {:.2} ms, {:.2} ms in f32 ({:.1}x).\n",
+                self.linear(),
+                1e3 * seconds,
+                1e3 * own,
+                own / seconds
+            );
+        }
         let mut figures = table(&["SQNR dB", "promised", "verified on unseen text"]);
         let rows = [
             ("embedding", promised.embedding_sqnr_db, verified.embedding_sqnr_db),
@@ -87,6 +100,22 @@ impl Report {
             let _ = writeln!(text, "Written: {}", path);
         }
         text
+    }
+
+    /// The precision of each linear layer.
+    fn linear(&self) -> comfy_table::Table {
+        let mut table = table(&["layer", "product", "ms", "f32 ms", "alone, dB", "precision"]);
+        for product in &self.found.linear {
+            table.add_row([
+                product.setting.layer.to_string(),
+                product.setting.product.clone(),
+                format!("{:.2}", 1e3 * product.seconds),
+                format!("{:.2}", 1e3 * product.own_seconds),
+                decibel(product.alone_sqnr_db),
+                product.setting.precision.to_string(),
+            ]);
+        }
+        table
     }
 
     fn layers(&self) -> comfy_table::Table {

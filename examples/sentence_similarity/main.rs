@@ -21,7 +21,6 @@ mod report;
 
 use anyhow::Result;
 use candle_int8_attention::drift::metrics::{cosine, lowest};
-use candle_int8_attention::models::LayerSettings;
 use candle_int8_attention::{AttentionConfig, Int8Config};
 use common::config::{QuantArgs, describe};
 use common::model::ModelArgs;
@@ -46,7 +45,8 @@ struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Take the attention of each layer from this file, which `search` writes
+    /// Take the attention of each layer, and the precision of linear layers if it has them, from this file,
+    /// which `search` writes
     #[arg(long, value_name = "FILE", conflicts_with = "QuantArgs")]
     layers: Option<PathBuf>,
 
@@ -78,18 +78,18 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     let fp32 = corpus.embed(&encoder)?;
     let mut config = match &args.layers {
         Some(file) => {
-            LayerSettings::load(file)?.apply(&mut encoder.model)?;
+            args.linear.apply_layers(file, &mut encoder)?;
             format!("layers as in {}", file.display())
         }
         None => {
             let scores = args.int8.scores();
             let name = describe(&scores, None);
             encoder.model.set_attention(&Int8Config { scores, ..Int8Config::default() }.into());
+            encoder.model.set_linear(args.linear.precision)?;
             name
         }
     };
-    encoder.model.set_linear(args.linear.precision.into())?;
-    config += &args.linear.precision.suffix();
+    config += &args.linear.suffix();
     let int8 = corpus.embed(&encoder)?;
 
     let cosines = fp32.iter().zip(&int8).map(|(a, b)| Ok(cosine(a, b)?));

@@ -37,8 +37,8 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<String> {
     let source = args.source()?;
     let (mut encoder, name) = args.model.encoder()?;
-    encoder.model.set_linear(args.linear.precision.into())?;
-    let model_name = name + &args.linear.precision.suffix();
+    encoder.model.set_linear(args.linear.precision)?;
+    let model_name = name + &args.linear.suffix();
     let Windows { windows, tokens_lost } = Windows::of(&encoder, &source.text)?;
     let config = encoder.model.config();
     let subject = |used: &[Window]| Subject {

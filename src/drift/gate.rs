@@ -1,14 +1,14 @@
 //! Thresholds that a report must keep.
 
 use super::Report;
-use super::report::{ConfigReport, HeadReport};
+use super::report::{ConfigReport, HeadReport, LinearReport};
 use crate::files::{corrupt, read_text};
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;
 
 /// Thresholds; those that are `None` are not looked at. They hold for the main configuration of a
-/// report, with fp32 input to every layer unless they say otherwise.
+/// report, with fp32 input to every layer unless they say otherwise, and for its linear layers.
 ///
 /// As a TOML file, in which an unknown key is an error:
 ///
@@ -47,6 +47,11 @@ pub struct Gate {
     pub min_accumulated_sqnr_db: Option<f64>,
     /// Cosine of the model's embedding, int8 in every layer: every passage.
     pub min_embedding_cosine: Option<f64>,
+    /// Signal-to-noise ratio in dB of the model's embedding over all passages, one linear layer in the
+    /// precision that was measured: every product.
+    pub min_linear_sqnr_db: Option<f64>,
+    /// Cosine of the model's embedding, all linear layers in that precision: every passage.
+    pub min_linear_embedding_cosine: Option<f64>,
 }
 
 /// A threshold that does not hold.
@@ -59,6 +64,8 @@ pub struct Violation {
     pub layer: Option<usize>,
     /// See `layer`.
     pub head: Option<usize>,
+    /// The product of the layer, where the threshold is one of linear layers.
+    pub product: Option<String>,
     /// What was found; NaN where nothing was measured.
     pub value: f64,
     /// The threshold.
@@ -67,11 +74,16 @@ pub struct Violation {
 
 impl std::fmt::Display for Violation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.layer, self.head) {
-            (Some(layer), Some(head)) => write!(f, "layer {layer} head {head}")?,
-            (Some(layer), None) => write!(f, "layer {layer}")?,
-            (None, _) if self.name == EMBEDDING => write!(f, "embedding")?,
-            (None, _) => write!(f, "no layer was measured")?,
+        match (self.layer, self.head, &self.product) {
+            (Some(layer), Some(head), _) => write!(f, "layer {layer} head {head}")?,
+            (Some(layer), None, Some(product)) => write!(f, "layer {layer} {product}")?,
+            (Some(layer), None, None) => write!(f, "layer {layer}")?,
+            (None, ..) if self.name == EMBEDDING => write!(f, "embedding")?,
+            (None, ..) if self.name == LINEAR_EMBEDDING => {
+                write!(f, "embedding with all linear layers switched")?;
+            }
+            (None, ..) if self.name == LINEAR => write!(f, "no linear layer was measured")?,
+            (None, ..) => write!(f, "no layer was measured")?,
         }
         write!(f, ": {} is {}, found {}", self.name, self.limit, rounded(self.value, self.limit))
     }
@@ -111,7 +123,7 @@ impl Gate {
     }
 
     /// The thresholds with their names.
-    fn limits(&self) -> [(&'static str, Option<f64>); 8] {
+    fn limits(&self) -> [(&'static str, Option<f64>); 10] {
         [
             ("min_layer_sqnr_db", self.min_layer_sqnr_db),
             ("min_head_sqnr_db", self.min_head_sqnr_db),
@@ -121,6 +133,8 @@ impl Gate {
             ("min_head_top5", self.min_head_top5),
             ("min_accumulated_sqnr_db", self.min_accumulated_sqnr_db),
             (EMBEDDING, self.min_embedding_cosine),
+            (LINEAR, self.min_linear_sqnr_db),
+            (LINEAR_EMBEDDING, self.min_linear_embedding_cosine),
         ]
     }
 
@@ -150,6 +164,9 @@ impl Gate {
             min_head_top5: self.min_head_top5.or(other.min_head_top5),
             min_accumulated_sqnr_db: self.min_accumulated_sqnr_db.or(other.min_accumulated_sqnr_db),
             min_embedding_cosine: self.min_embedding_cosine.or(other.min_embedding_cosine),
+            min_linear_sqnr_db: self.min_linear_sqnr_db.or(other.min_linear_sqnr_db),
+            min_linear_embedding_cosine: (self.min_linear_embedding_cosine)
+                .or(other.min_linear_embedding_cosine),
         }
     }
 
@@ -157,17 +174,16 @@ impl Gate {
     /// report in which nothing was measured holds no threshold.
     pub fn violations(&self, report: &Report) -> Vec<Violation> {
         let mut found = Vec::new();
-        let config = report.main().filter(|_| report.passages > 0);
         for (name, limit) in self.limits() {
             let Some(limit) = limit else { continue };
-            let mut values = config.map_or_else(Vec::new, |config| values(name, config));
-            if values.is_empty() {
-                values.push((None, None, f64::NAN));
+            let mut places = if report.passages > 0 { places(name, report) } else { Vec::new() };
+            if places.is_empty() {
+                places.push(Place::nowhere(f64::NAN));
             }
-            for (layer, head, value) in values {
+            for Place { layer, head, product, value } in places {
                 let holds = if name.starts_with("max") { value <= limit } else { value >= limit };
                 if !holds {
-                    found.push(Violation { name, layer, head, value, limit });
+                    found.push(Violation { name, layer, head, product, value, limit });
                 }
             }
         }
@@ -175,27 +191,74 @@ impl Gate {
     }
 }
 
-/// The threshold that is of no layer.
+/// The thresholds that are of no layer, and that of linear layers.
 const EMBEDDING: &str = "min_embedding_cosine";
+const LINEAR: &str = "min_linear_sqnr_db";
+const LINEAR_EMBEDDING: &str = "min_linear_embedding_cosine";
 
-type Measured = (Option<usize>, Option<usize>, f64);
+/// A value, and where it is from.
+struct Place {
+    layer: Option<usize>,
+    head: Option<usize>,
+    product: Option<String>,
+    value: f64,
+}
+
+impl Place {
+    fn nowhere(value: f64) -> Self {
+        Self { layer: None, head: None, product: None, value }
+    }
+
+    fn layer(layer: usize, value: f64) -> Self {
+        Self { layer: Some(layer), ..Self::nowhere(value) }
+    }
+}
 
 /// Everything that a threshold looks at.
-fn values(name: &str, config: &ConfigReport) -> Vec<Measured> {
-    let heads = |value: fn(&HeadReport) -> f64| -> Vec<Measured> {
+fn places(name: &str, report: &Report) -> Vec<Place> {
+    match name {
+        LINEAR | LINEAR_EMBEDDING => {
+            report.linear.as_ref().map_or_else(Vec::new, |linear| linear_places(name, linear))
+        }
+        _ => report.main().map_or_else(Vec::new, |config| attention_places(name, config)),
+    }
+}
+
+fn linear_places(name: &str, linear: &LinearReport) -> Vec<Place> {
+    let products = linear.products.iter();
+    match name {
+        LINEAR => products
+            .map(|of| Place {
+                product: Some(of.product.clone()),
+                ..Place::layer(of.layer, of.alone.sqnr_db)
+            })
+            .collect(),
+        // The last one has all before it.
+        _ => products
+            .last()
+            .map(|of| Place::nowhere(of.accumulated.min_cosine))
+            .into_iter()
+            .collect(),
+    }
+}
+
+fn attention_places(name: &str, config: &ConfigReport) -> Vec<Place> {
+    let heads = |value: fn(&HeadReport) -> f64| -> Vec<Place> {
         let layers = config.layers.iter();
         layers
             .flat_map(|layer| {
-                let number = Some(layer.layer);
-                let heads = layer.heads.iter();
-                let none = layer.heads.is_empty().then_some((number, None, f64::NAN));
-                heads.map(move |head| (number, Some(head.head), value(head))).chain(none)
+                let heads = layer.heads.iter().map(move |head| Place {
+                    head: Some(head.head),
+                    ..Place::layer(layer.layer, value(head))
+                });
+                let none = layer.heads.is_empty().then(|| Place::layer(layer.layer, f64::NAN));
+                heads.chain(none)
             })
             .collect()
     };
     match name {
         "min_layer_sqnr_db" => {
-            config.layers.iter().map(|l| (Some(l.layer), None, l.mean_sqnr_db)).collect()
+            config.layers.iter().map(|l| Place::layer(l.layer, l.mean_sqnr_db)).collect()
         }
         "min_head_sqnr_db" => heads(|h| h.alone.output.sqnr_db.mean),
         "min_head_cosine" => heads(|h| h.alone.output.cosine.min),
@@ -203,9 +266,9 @@ fn values(name: &str, config: &ConfigReport) -> Vec<Measured> {
         "min_head_top1" => heads(|h| h.alone.probabilities.top1.mean),
         "min_head_top5" => heads(|h| h.alone.probabilities.top5.mean),
         "min_accumulated_sqnr_db" => (config.layers.iter())
-            .map(|l| (Some(l.layer), None, l.output_accumulated.sqnr_db.mean))
+            .map(|l| Place::layer(l.layer, l.output_accumulated.sqnr_db.mean))
             .collect(),
-        _ => vec![(None, None, config.embedding.cosine.min)],
+        _ => vec![Place::nowhere(config.embedding.cosine.min)],
     }
 }
 
@@ -232,7 +295,8 @@ mod tests {
     #[test]
     fn a_value_is_never_shown_as_its_threshold_or_beyond() {
         let shown = |name, value, limit| {
-            let place = Violation { name, layer: Some(1), head: Some(2), value, limit };
+            let place =
+                Violation { name, layer: Some(1), head: Some(2), product: None, value, limit };
             place.to_string()
         };
         let place = "layer 1 head 2: ";

@@ -78,7 +78,8 @@ impl LayerErrors {
     }
 }
 
-fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
+/// The numbers of a tensor in row-major order.
+pub(super) fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 

@@ -1,11 +1,13 @@
-//! What the precision of linear layers costs, product by product, and the cheapest that keeps a budget.
+//! What the precision of linear layers costs, product by product.
 
-use super::layers::{embedding_error, embeddings};
-use super::metrics::{cosine, lowest};
-use crate::Result;
+use super::layers::flat;
+use super::metrics::cosine;
+use super::{ErrorSums, Summary};
 use crate::models::{LayeredModel, NamedLinear};
 use crate::nn::{Linear, Precision};
-use serde::Serialize;
+use crate::{Error, Result};
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 /// How far the embeddings of passages are from those that a model gave before.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -17,15 +19,6 @@ pub struct EmbeddingErrors {
     pub min_cosine: f64,
 }
 
-impl EmbeddingErrors {
-    fn of(reference: &[Vec<f32>], candidate: &[Vec<f32>]) -> Result<Self> {
-        let energy = embedding_error(reference, candidate)?;
-        let cosines = reference.iter().zip(candidate).map(|(a, b)| cosine(a, b));
-        let min_cosine = lowest(cosines.collect::<Result<Vec<_>>>()?);
-        Ok(Self { sqnr_db: energy.sqnr_db(), min_cosine })
-    }
-}
-
 /// What a product costs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -33,7 +26,7 @@ pub struct LinearErrors {
     /// The layer of the model, counted from 0.
     pub layer: usize,
     /// Which of its products.
-    pub product: &'static str,
+    pub product: String,
     /// Of the model's embeddings, with this product alone in the precision.
     pub alone: EmbeddingErrors,
     /// The same with this product and all before it.
@@ -59,114 +52,281 @@ pub struct LinearErrors {
 /// ```
 ///
 /// # Errors
-/// Those of the model and of [`Linear::to_precision`].
+/// Those of [`Substitutes::new`] and of the model.
 pub fn linear_errors<M: LayeredModel<Input: Sized>>(
     model: &mut M,
     passages: &[M::Input],
     precision: Precision,
 ) -> Result<Vec<LinearErrors>> {
-    let reference = embeddings(model, passages)?;
-    let names = products(model);
-    let mut alone = Vec::with_capacity(names.len());
-    for index in 0..names.len() {
-        alone.push(errors_of(model, passages, &reference, &[(index, precision)])?);
+    let mut substitutes = Substitutes::new(model, precision)?;
+    let mut sums = LinearSums::new(&substitutes);
+    for passage in passages {
+        sums.record(model, &mut substitutes, passage)?;
     }
-    let all: Vec<_> = (0..names.len()).map(|index| (index, precision)).collect();
-    let mut found = Vec::with_capacity(names.len());
-    for (index, ((layer, product), alone)) in names.into_iter().zip(alone).enumerate() {
-        let accumulated = errors_of(model, passages, &reference, &all[..=index])?;
-        found.push(LinearErrors { layer, product, alone, accumulated });
-    }
-    Ok(found)
+    Ok(sums.errors())
 }
 
-/// The precision of every product, and what all of them cost together.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct LinearChoice {
-    /// In the order of [`LayeredModel::linear_mut`].
-    pub precisions: Vec<Precision>,
-    /// Against the model as it was.
-    pub errors: EmbeddingErrors,
+/// The linear layers of a model, packed once more in another precision, to stand in for its own.
+pub struct Substitutes {
+    precision: Precision,
+    /// Layer and name of every product.
+    products: Vec<(usize, &'static str)>,
+    linear: Vec<Linear>,
 }
 
-/// The cheapest precisions whose embeddings keep a cosine of `min_cosine`: all products begin in the first
-/// of `candidates`, which is the cheapest; while the lowest cosine is below, the product that costs most by
-/// itself goes to the next. The model stays in what was chosen; products that no candidate can hold stay as
-/// they were.
-///
-/// # Errors
-/// Those of [`linear_errors`].
-pub fn choose_linear<M: LayeredModel<Input: Sized>>(
-    model: &mut M,
-    passages: &[M::Input],
-    candidates: &[Precision],
-    min_cosine: f64,
-) -> Result<LinearChoice> {
-    let reference = embeddings(model, passages)?;
-    let before: Vec<Precision> = model.linear_mut().iter().map(|x| x.linear.precision()).collect();
-    // The step of each product: beyond the last candidate it is as it was.
-    let mut steps = vec![0; before.len()];
-    let mut costs = Vec::with_capacity(candidates.len());
-    for &precision in candidates {
-        let mut cost = Vec::with_capacity(before.len());
-        for index in 0..before.len() {
-            let errors = errors_of(model, passages, &reference, &[(index, precision)])?;
-            cost.push(1.0 - errors.min_cosine);
+impl Substitutes {
+    /// Packs all layers of [`LayeredModel::linear_mut`]; the model stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a model that has none whose precision can be chosen, as decoders;
+    /// [`Error::Mismatch`] for one that names them in another order than that of its layers; those of
+    /// [`Linear::to_precision`].
+    pub fn new<M: LayeredModel>(model: &mut M, precision: Precision) -> Result<Self> {
+        let layers = model.attention().len();
+        let all = model.linear_mut();
+        let products: Vec<_> =
+            all.iter().map(|NamedLinear { layer, name, .. }| (*layer, *name)).collect();
+        if products.is_empty() {
+            return Err(Error::Unsupported(
+                "a model that has no linear layer whose precision can be chosen".into(),
+            ));
         }
-        costs.push(cost);
+        if !products.is_sorted_by_key(|(layer, _)| layer)
+            || products[products.len() - 1].0 >= layers
+        {
+            return Err(Error::Mismatch(format!(
+                "linear layers {products:?}, expected those of layers 0 to {layers} in their order"
+            )));
+        }
+        let linear = all.iter().map(|product| product.linear.to_precision(precision));
+        let linear = linear.collect::<Result<_>>()?;
+        Ok(Self { precision, products, linear })
     }
-    loop {
-        let chosen: Vec<_> = (steps.iter().enumerate())
-            .filter_map(|(index, &step)| Some((index, *candidates.get(step)?)))
-            .collect();
-        let errors = errors_of(model, passages, &reference, &chosen)?;
-        let worst = (0..steps.len())
-            .filter_map(|index| Some((costs.get(steps[index])?[index], index)))
-            .max_by(|a, b| a.0.total_cmp(&b.0));
-        // Not of NaN.
-        let keeps = errors.min_cosine >= min_cosine;
-        match worst {
-            Some((_, worst)) if !keeps => steps[worst] += 1,
-            _ => {
-                drop(replace(model, &chosen)?);
-                let precisions = model.linear_mut().iter().map(|x| x.linear.precision()).collect();
-                return Ok(LinearChoice { precisions, errors });
+
+    /// Their precision.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Layer and name of every product, in the order of [`LayeredModel::linear_mut`].
+    pub fn products(&self) -> &[(usize, &'static str)] {
+        &self.products
+    }
+
+    /// Puts a product's substitute into the model, and what was there into its place.
+    pub(super) fn swap<M: LayeredModel>(&mut self, model: &mut M, product: usize) {
+        std::mem::swap(&mut self.linear[product], model.linear_mut()[product].linear);
+    }
+}
+
+/// What products cost over any number of passages, in constant memory; parts of a text merge.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LinearSums {
+    precision: Precision,
+    products: Vec<ProductSums>,
+}
+
+/// Of one product.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct ProductSums {
+    layer: usize,
+    product: String,
+    alone: EmbeddingSums,
+    accumulated: EmbeddingSums,
+}
+
+/// Of the embeddings.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+struct EmbeddingSums {
+    errors: ErrorSums,
+    /// One a passage.
+    cosine: Summary,
+}
+
+impl EmbeddingSums {
+    fn push(&mut self, reference: &[f32], candidate: &[f32]) -> Result<()> {
+        self.errors.push(reference, candidate)?;
+        self.cosine.push(cosine(reference, candidate)?);
+        Ok(())
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.errors.merge(&other.errors);
+        self.cosine.merge(&other.cosine);
+    }
+
+    fn errors(&self) -> EmbeddingErrors {
+        EmbeddingErrors { sqnr_db: self.errors.sqnr_db(), min_cosine: self.cosine.min() }
+    }
+}
+
+impl LinearSums {
+    /// No passage yet.
+    pub fn new(substitutes: &Substitutes) -> Self {
+        let product = |&(layer, product): &(usize, &str)| ProductSums {
+            layer,
+            product: product.to_string(),
+            alone: EmbeddingSums::default(),
+            accumulated: EmbeddingSums::default(),
+        };
+        let products = substitutes.products.iter().map(product).collect();
+        Self { precision: substitutes.precision, products }
+    }
+
+    /// The precision that is compared with the model's own.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// How many passages were recorded.
+    pub fn passages(&self) -> u64 {
+        self.products.first().map_or(0, |sums| sums.alone.cosine.count())
+    }
+
+    /// The figures of everything recorded so far.
+    pub fn errors(&self) -> Vec<LinearErrors> {
+        let of = |sums: &ProductSums| LinearErrors {
+            layer: sums.layer,
+            product: sums.product.clone(),
+            alone: sums.alone.errors(),
+            accumulated: sums.accumulated.errors(),
+        };
+        self.products.iter().map(of).collect()
+    }
+
+    /// Runs a passage with each product substituted, alone and with all before it. Afterwards the model is as
+    /// it was.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for substitutes of other products or another precision than those it began with;
+    /// those of the model. Nothing of the passage is counted then.
+    pub fn record<M: LayeredModel>(
+        &mut self,
+        model: &mut M,
+        substitutes: &mut Substitutes,
+        passage: &M::Input,
+    ) -> Result<()> {
+        let mut sums = Self::new(substitutes);
+        self.check_same(&sums)?;
+        let count = substitutes.products.len();
+        let inputs = Inputs::of(model, passage)?;
+        for product in 0..count {
+            substitutes.swap(model, product);
+            let layer = substitutes.products[product].0;
+            let found = embedding_from(model, layer, &inputs.hidden[layer]);
+            substitutes.swap(model, product);
+            sums.products[product].alone.push(&inputs.embedding, &found?)?;
+        }
+        let (mut hidden, mut next) = (inputs.hidden[0].clone(), 0);
+        let mut swapped = 0;
+        let all = (0..count).try_for_each(|product| {
+            // All products of the layers before this one's are substituted.
+            while next < substitutes.products[product].0 {
+                hidden = forward(model, next, &hidden)?;
+                next += 1;
+            }
+            substitutes.swap(model, product);
+            swapped += 1;
+            let found = embedding_from(model, next, &hidden)?;
+            sums.products[product].accumulated.push(&inputs.embedding, &found)
+        });
+        (0..swapped).for_each(|product| substitutes.swap(model, product));
+        all?;
+        self.add(&sums);
+        Ok(())
+    }
+
+    /// Adds what was gathered from other passages.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for another precision or other products; nothing is changed then.
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        self.check_same(other)?;
+        self.add(other);
+        Ok(())
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (sums, other) in self.products.iter_mut().zip(&other.products) {
+            sums.alone.merge(&other.alone);
+            sums.accumulated.merge(&other.accumulated);
+        }
+    }
+
+    fn check_same(&self, other: &Self) -> Result<()> {
+        let of = |sums: &Self| {
+            let products = sums.products.iter().map(|x| (x.layer, x.product.clone()));
+            (sums.precision, products.collect::<Vec<_>>())
+        };
+        let (this, that) = (of(self), of(other));
+        if this.0 != that.0 {
+            return Err(Error::Mismatch(format!("linear layers in {} and in {}", this.0, that.0)));
+        }
+        if this.1 != that.1 {
+            return Err(Error::Mismatch(format!(
+                "linear layers of different models: {:?} and {:?}",
+                this.1, that.1
+            )));
+        }
+        Ok(())
+    }
+
+    /// Refuses what no passages of a model of so many layers add up to: for what was read from a file.
+    #[cfg(feature = "drift")]
+    pub(super) fn check(&self, passages: u64, layers: usize) -> std::result::Result<(), String> {
+        if self.products.is_empty() {
+            return Err("no linear layer was measured".into());
+        }
+        for (index, sums) in self.products.iter().enumerate() {
+            let ProductSums { layer, product, alone, accumulated } = sums;
+            let same = |other: &ProductSums| (other.layer, &other.product) == (*layer, product);
+            if *layer >= layers || self.products[..index].iter().any(same) {
+                return Err(format!("a linear layer {product:?} in layer {layer} of {layers}"));
+            }
+            for EmbeddingSums { errors, cosine } in [alone, accumulated] {
+                errors.check()?;
+                cosine.check()?;
+                if cosine.count() != passages {
+                    return Err(format!(
+                        "{} values of {passages} passages for the linear layer {product:?} in layer \
+                         {layer}",
+                        cosine.count()
+                    ));
+                }
             }
         }
+        Ok(())
     }
 }
 
-/// Layer and name of every product.
-fn products<M: LayeredModel>(model: &mut M) -> Vec<(usize, &'static str)> {
-    model.linear_mut().iter().map(|NamedLinear { layer, name, .. }| (*layer, *name)).collect()
+/// What enters every layer of a model as it is, and what it says in the end.
+struct Inputs {
+    hidden: Vec<Tensor>,
+    embedding: Vec<f32>,
 }
 
-/// The errors with some products in other precisions, which go back afterwards.
-fn errors_of<M: LayeredModel<Input: Sized>>(
-    model: &mut M,
-    passages: &[M::Input],
-    reference: &[Vec<f32>],
-    changes: &[(usize, Precision)],
-) -> Result<EmbeddingErrors> {
-    let before = replace(model, changes)?;
-    let found = embeddings(model, passages);
-    let mut all = model.linear_mut();
-    before.into_iter().for_each(|(index, linear)| *all[index].linear = linear);
-    EmbeddingErrors::of(reference, &found?)
+impl Inputs {
+    fn of<M: LayeredModel>(model: &M, passage: &M::Input) -> Result<Self> {
+        let mut hidden = vec![model.embed(passage)?];
+        for layer in 0..model.attention().len() {
+            hidden.push(forward(model, layer, &hidden[layer])?);
+        }
+        let embedding = flat(&model.embedding(&hidden[hidden.len() - 1])?)?;
+        Ok(Self { hidden, embedding })
+    }
 }
 
-/// Packs products in other precisions; returns what was there.
-fn replace<M: LayeredModel>(
-    model: &mut M,
-    changes: &[(usize, Precision)],
-) -> Result<Vec<(usize, Linear)>> {
-    let mut all = model.linear_mut();
-    let packed: Vec<(usize, Linear)> = (changes.iter())
-        .map(|&(index, precision)| Ok((index, all[index].linear.to_precision(precision)?)))
-        .collect::<Result<_>>()?;
-    let swap = |(index, linear): (usize, Linear)| {
-        (index, std::mem::replace(&mut *all[index].linear, linear))
-    };
-    Ok(packed.into_iter().map(swap).collect())
+/// One layer with its own attention.
+fn forward<M: LayeredModel>(model: &M, layer: usize, hidden: &Tensor) -> Result<Tensor> {
+    let attention = model.attention()[layer];
+    model.layer(layer, hidden, &mut |q, k, v, call| attention.forward(q, k, v, call))
+}
+
+/// What the model says of what enters a layer.
+fn embedding_from<M: LayeredModel>(model: &M, layer: usize, hidden: &Tensor) -> Result<Vec<f32>> {
+    let mut hidden = hidden.clone();
+    for layer in layer..model.attention().len() {
+        hidden = forward(model, layer, &hidden)?;
+    }
+    flat(&model.embedding(&hidden)?)
 }

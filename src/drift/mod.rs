@@ -2,8 +2,9 @@
 //! path on the same weights and inputs, not a shift in the distribution of the data.
 //!
 //! * [`layers`] has the error of every layer of a model, for many configurations at once.
-//! * [`linear`] has what the precision of each linear layer costs, and chooses it.
-//! * [`search`] finds the cheapest attention of each layer that keeps a drift budget.
+//! * [`linear`] has what the precision of each linear layer costs, alone and accumulated.
+//! * [`search`] finds the cheapest attention of each layer, and the cheapest precision of each linear layer, that
+//!   keep a drift budget.
 //! * [`metrics`] holds one function a number, over f32 slices; [`ErrorSums`] and [`Summary`] gather
 //!   the same over data that comes in pieces, in constant memory, and merge.
 //! * [`Drift`] is the set of numbers shown for a tensor of reals (an attention output, say).

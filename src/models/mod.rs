@@ -9,7 +9,7 @@
 //! * [`WordEmbeddings`]: static word vectors with one self-attention block over them.
 //! * [`LayeredModel`]: what these models have in common, and yours may implement.
 //! * [`Calibration`]: static ranges for the attention of a model, collected by [`calibrate`].
-//! * [`LayerSettings`]: the attention of each layer, from a file.
+//! * [`LayerSettings`]: the attention of each layer and the precision of each linear layer, from a file.
 //! * [`ModelFiles`], [`Weights`]: where a model comes from, with an error of its own for each way
 //!   in which files can be wrong.
 
@@ -46,7 +46,7 @@ pub use classifier::SequenceClassifier;
 pub use encoder::EncoderConfig;
 pub use encoder_model::EncoderModel;
 pub use files::ModelFiles;
-pub use layer_settings::LayerSettings;
+pub use layer_settings::{LayerSettings, LinearSetting};
 pub use layered::{Attend, AttentionInput, LayeredModel, NamedLinear, run_layers};
 pub use padding::padding_mask;
 pub use pooling::{Pooling, mean_pool};

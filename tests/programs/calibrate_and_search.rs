@@ -1,7 +1,7 @@
 //! The examples `calibrate` and `search`, run as a user runs them.
 
 use super::start;
-use super::start::{assert_narrow, fail};
+use super::start::{assert_narrow, fail, succeed};
 use serde_json::Value;
 use std::path::Path;
 
@@ -91,6 +91,49 @@ fn a_budget_is_kept_and_written_or_neither() {
     let report = report("search", &[&args[..], &[file.to_str().unwrap()]].concat(), 2);
     assert!(report.contains("NOT KEPT"), "{report}");
     assert!(!file.exists());
+}
+
+/// What is searched is written, and does in other programs what it says.
+#[test]
+fn precisions_of_linear_layers_are_searched_written_and_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (file, vectors, lines) = (path("layers.json"), path("vectors.jsonl"), path("lines.txt"));
+    let args = ["--embedding", "30", "--linear", "--rounds", "1", "--output", &file];
+    let found = json("search", &args);
+    assert_eq!(found["holds"], true);
+    let linear = found["linear"].as_array().unwrap();
+    assert_eq!(linear.len(), 12);
+    assert!(linear.iter().any(|product| product["precision"] == "int8"), "{found}");
+    let text = succeed("search", &args[..4]);
+    for part in ["Cheapest attention and linear layers with 30 dB", "Products of a passage:", "qkv"]
+    {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let written: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    for (written, found) in written["linear"].as_array().unwrap().iter().zip(linear) {
+        assert_eq!((&written["layer"], &written["product"]), (&found["layer"], &found["product"]));
+        assert_eq!(written["precision"], found["precision"]);
+    }
+
+    let similarity = json("sentence_similarity", &["--layers", &file]);
+    let cosine = similarity["min_cosine"].as_f64().unwrap();
+    assert!((0.99..0.99999).contains(&cosine), "{similarity}");
+    std::fs::write(&lines, "A cat sleeps.\nIt rains.\n").unwrap();
+    let embedded = json("embed", &[&lines, "-o", &vectors, "--layers", &file]);
+    assert_eq!(embedded["texts"], 2);
+    assert!(embedded["precision"].as_str().unwrap().starts_with("layers as in"), "{embedded}");
+
+    let twice = ["--layers", &file, "--precision", "int16"];
+    fail("sentence_similarity", &twice, "has the precision of each linear layer");
+    let swapped = std::fs::read_to_string(&file).unwrap().replacen("\"qkv\"", "\"up\"", 1);
+    std::fs::write(&file, swapped).unwrap();
+    let args = [lines.as_str(), "-o", &vectors, "--layers", &file];
+    fail("embed", &args, "with up of layer 0, expected qkv of layer 0");
+
+    fail("search", &["--attention", "40", "--linear"], "cannot be used with");
+    let both = ["--embedding", "40", "--linear", "--precision", "int8"];
+    fail("search", &both, "expected one of the two");
 }
 
 #[test]

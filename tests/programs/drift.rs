@@ -184,6 +184,56 @@ fn configurations_are_ranked() {
     assert_eq!(twice["configs"].as_array().unwrap().len(), 4, "each configuration runs once");
 }
 
+/// Product by product in every form of the report, the same in parts, and held by a gate.
+#[test]
+fn linear_layers_are_measured_merged_and_held() {
+    let folder = Folder::new();
+    let (page, gate) =
+        (folder.path("report.html"), folder.file("gate.toml", "min_linear_sqnr_db = 20"));
+    let base = [&["--linear", "int8"][..], &SHORT].concat();
+    let report = json(&base);
+    assert_eq!(report["linear"]["precision"], "int8");
+    let products = report["linear"]["products"].as_array().unwrap();
+    assert_eq!(products.len(), 12);
+    for product in products {
+        let db = product["alone"]["sqnr_db"].as_f64().unwrap();
+        assert!((25.0..70.0).contains(&db), "{product}");
+    }
+    assert_eq!((&products[5]["layer"], &products[5]["product"]), (&1.into(), &"output".into()));
+    let text = succeed(&[&base[..], &["--html", &page, "--gate", &gate]].concat());
+    assert_narrow(&text);
+    assert!(text.contains("## Linear layers in int8") && text.contains("every threshold holds"));
+    let html = std::fs::read_to_string(&page).unwrap();
+    assert!(html.contains("<h2>Linear layers in int8</h2>"), "{html}");
+
+    let parts = ["1/2", "2/2"].map(|shard| {
+        let part = succeed(&[&base[..], &["--shard", shard, "--json"]].concat());
+        folder.file(&format!("part-{}.json", &shard[..1]), part)
+    });
+    assert_same(&figures(json(&["merge", &parts[1], &parts[0]])), &figures(report));
+    let without =
+        folder.file("without.json", succeed(&[&SHORT[..], &["--shard", "2/2", "--json"]].concat()));
+    fail(&["merge", &parts[0], &without], "only one of the results has measured linear layers");
+    let damaged = std::fs::read_to_string(&parts[0]).unwrap();
+    let damaged = damaged.replacen("\"product\":\"output\"", "\"product\":\"qkv\"", 1);
+    fail(&["merge", &folder.file("damaged.json", damaged)], "a linear layer \"qkv\" in layer 0");
+
+    let high = ["--min-linear-sqnr-db", "99", "--min-linear-embedding-cosine", "1"];
+    let output = drift(&[&["merge", &parts[0], &parts[1]][..], &high].concat());
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("layer 2 down: min_linear_sqnr_db is 99"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 13, "{stderr}");
+    let output = drift(&[&["merge", &without][..], &high].concat());
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("no linear layer was measured"));
+
+    fail(&["--min-linear-sqnr-db", "20"], "measured with --linear int8");
+    fail(&["--linear", "int8", "--precision", "int16"], "expected one of the two");
+    fail(&["--linear", "f32"], "compared with f32");
+    fail(&["--linear", "int4"], "expected f32, int16 or int8");
+}
+
 /// bf16 has every figure but a speed, because it is computed in f32.
 #[test]
 fn bf16_is_beside_every_configuration() {

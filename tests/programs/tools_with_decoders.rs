@@ -95,6 +95,15 @@ fn settings_of_a_decoder_are_searched_and_written() -> Result<()> {
 }
 
 #[test]
+fn linear_layers_of_a_decoder_are_refused_by_name() -> Result<()> {
+    let model = Model::new()?;
+    let reason = "no linear layer whose precision can be chosen";
+    model.fail("search", &["--embedding", "25", "--linear"], &["cannot search", reason]);
+    model.fail("drift", &["--linear", "int8"], &["--linear int8 is for an encoder", reason]);
+    Ok(())
+}
+
+#[test]
 fn short_texts_make_two_passages_or_an_error() -> Result<()> {
     let model = Model::new()?;
     let folder = tempfile::tempdir()?;

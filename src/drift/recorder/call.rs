@@ -3,6 +3,7 @@
 use crate::attention::attention_probs;
 use crate::attention::{AttentionCall, AttentionConfig, Backend, attention};
 use crate::cpu::Level;
+use crate::drift::layers::flat;
 use crate::drift::metrics::entropy;
 use crate::drift::{Candidate, bf16};
 use crate::models::Attend;
@@ -249,9 +250,4 @@ impl Rounded {
     pub fn tensor(&self) -> Result<Tensor> {
         Ok(Tensor::from_slice(&self.values, self.shape.as_slice(), &Device::Cpu)?)
     }
-}
-
-/// The numbers of a tensor in row-major order.
-pub(crate) fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }

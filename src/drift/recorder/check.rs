@@ -35,6 +35,9 @@ impl Recorder {
         for shape in shapes.iter().flatten() {
             shape.check()?;
         }
+        if let Some(linear) = &self.linear {
+            linear.check(*passages, shapes.len())?;
+        }
         self.check_worst()?;
         self.subject.check()
     }

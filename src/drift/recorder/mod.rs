@@ -9,12 +9,14 @@ mod words;
 pub use words::{MovedSentence, MovedWord, Target};
 
 use super::explain::HeadShape;
+use super::layers::flat;
+use super::linear::{LinearSums, Substitutes};
 use super::subject::Subject;
 use super::{Candidate, Distribution, ErrorSums};
 use crate::attention::AttentionConfig;
 use crate::models::LayeredModel;
 use crate::{Error, Result};
-use call::{Path, Ran, Reference, flat};
+use call::{Path, Ran, Reference};
 use candle_core::Tensor;
 use measure::{Compared, Input};
 use rayon::prelude::*;
@@ -63,6 +65,9 @@ pub struct Recorder {
     pub(super) fp32_seconds: Distribution,
     pub(super) passages: u64,
     pub(super) tokens: u64,
+    /// Of the same passages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) linear: Option<LinearSums>,
 }
 
 /// A recorder that was read, with the fields of [`Recorder`].
@@ -75,16 +80,34 @@ struct Unchecked {
     fp32_seconds: Distribution,
     passages: u64,
     tokens: u64,
+    linear: Option<LinearSums>,
 }
 
 impl TryFrom<Unchecked> for Recorder {
     type Error = String;
 
     fn try_from(read: Unchecked) -> std::result::Result<Self, String> {
-        let Unchecked { subject, candidates, shapes, worst, fp32_seconds, passages, tokens } = read;
-        let configs = Vec::new();
-        let read =
-            Self { configs, subject, candidates, shapes, worst, fp32_seconds, passages, tokens };
+        let Unchecked {
+            subject,
+            candidates,
+            shapes,
+            worst,
+            fp32_seconds,
+            passages,
+            tokens,
+            linear,
+        } = read;
+        let read = Self {
+            configs: Vec::new(),
+            subject,
+            candidates,
+            shapes,
+            worst,
+            fp32_seconds,
+            passages,
+            tokens,
+            linear,
+        };
         read.check()?;
         Ok(read)
     }
@@ -125,6 +148,7 @@ impl Recorder {
             fp32_seconds: Distribution::default(),
             passages: 0,
             tokens: 0,
+            linear: None,
             configs,
         })
     }
@@ -176,6 +200,21 @@ impl Recorder {
         self.check_heads(&passage)?;
         self.add(&passage);
         Ok(embeddings)
+    }
+
+    /// Runs a passage that was given to [`Recorder::record`] once more, with each linear layer substituted;
+    /// see [`LinearSums::record`]. A report over passages of which some were not is none of linear layers.
+    ///
+    /// # Errors
+    /// Those of [`LinearSums::record`]. Nothing of the passage is counted then.
+    pub fn record_linear<M: LayeredModel>(
+        &mut self,
+        model: &mut M,
+        substitutes: &mut Substitutes,
+        input: &M::Input,
+    ) -> Result<()> {
+        let sums = self.linear.get_or_insert_with(|| LinearSums::new(substitutes));
+        sums.record(model, substitutes, input)
     }
 
     /// [`Recorder::record`] of the first passage.
@@ -283,6 +322,14 @@ impl Recorder {
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         self.check_same(other)?;
         let subject = self.subject.merged(&other.subject)?;
+        match (&mut self.linear, &other.linear) {
+            (Some(linear), Some(other)) => linear.merge(other)?,
+            // A part of a text may hold no passage.
+            (None, Some(linear)) if self.passages == 0 => self.linear = Some(linear.clone()),
+            (Some(_), None) if other.passages > 0 => return Err(half_measured()),
+            (None, Some(_)) => return Err(half_measured()),
+            (_, None) => {}
+        }
         self.subject = subject;
         self.add(other);
         Ok(())
@@ -329,4 +376,9 @@ impl Recorder {
         }
         Ok(())
     }
+}
+
+/// Figures over a part of the passages would look like those of all.
+fn half_measured() -> Error {
+    Error::Mismatch("only one of the results has measured linear layers".into())
 }

@@ -16,7 +16,9 @@ pub use figures::{
 };
 
 use super::explain::findings;
+use super::linear::LinearErrors;
 use super::{Finding, HeadFacts, MovedSentence, MovedWord, Recorder, Subject};
+use crate::nn::Precision;
 use serde::Serialize;
 
 /// Everything that is known about the drift of a model on its texts.
@@ -42,6 +44,8 @@ pub struct Report {
     pub words: Vec<MovedWord>,
     /// The sentences whose attention the main configuration moves most.
     pub sentences: Vec<MovedSentence>,
+    /// What linear layers cost in another precision, if they were measured.
+    pub linear: Option<LinearReport>,
     /// Agreement with scores that people gave to pairs of sentences, if there are any.
     pub similarity: Vec<Similarity>,
 }
@@ -54,6 +58,16 @@ pub struct LayerFacts {
     pub layer: usize,
     /// Its heads.
     pub heads: Vec<HeadFacts>,
+}
+
+/// What linear layers cost in a precision, alone and accumulated.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct LinearReport {
+    /// What they were packed in.
+    pub precision: Precision,
+    /// In the order in which they are multiplied.
+    pub products: Vec<LinearErrors>,
 }
 
 /// How a configuration changes what the model says about pairs of sentences.
@@ -95,6 +109,11 @@ impl Recorder {
             notes.push(format!("{}: {}", text.name, text.cut));
             notes.extend(text.missing().map(|missing| format!("only {missing}")));
         }
+        let linear = self.linear.as_ref().filter(|linear| linear.passages() == self.passages);
+        let linear = linear.map(|linear| LinearReport {
+            precision: linear.precision(),
+            products: linear.errors(),
+        });
         Report {
             subject,
             passages: self.passages,
@@ -105,6 +124,7 @@ impl Recorder {
             layers,
             words: self.worst.words.clone(),
             sentences: self.worst.sentences.clone(),
+            linear,
             similarity: Vec::new(),
         }
     }

@@ -2,6 +2,7 @@
 
 use super::causes::HEADER;
 use super::{ConfigReport, Report, Shares, Similarity, Stat};
+use crate::drift::linear::LinearErrors;
 use crate::drift::{MovedWord, Target};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
@@ -23,6 +24,7 @@ impl Report {
             write_map(&mut out, main);
             self.write_causes(&mut out, main);
         }
+        self.write_linear(&mut out);
         self.write_words(&mut out);
         self.write_similarity(&mut out);
         out
@@ -130,6 +132,29 @@ impl Report {
         }
         if let Some(column) = rows.column_mut(2) {
             column.set_cell_alignment(CellAlignment::Left);
+        }
+        let _ = writeln!(out, "{rows}");
+    }
+
+    fn write_linear(&self, out: &mut String) {
+        let Some(linear) = &self.linear else { return };
+        let _ = writeln!(
+            out,
+            "\n## Linear layers in {}\n\n\
+             Each product alone, and with all before it, attention as it is: signal to error of the model's\n\
+             embedding in dB over all passages, and the lowest cosine of a passage.\n",
+            linear.precision
+        );
+        let mut rows = table(&["layer", "product", "alone", "cosine", "accumu-\nlated", "cosine"]);
+        for LinearErrors { layer, product, alone, accumulated } in &linear.products {
+            rows.add_row([
+                layer.to_string(),
+                product.clone(),
+                decibel(alone.sqnr_db),
+                format!("{:.7}", alone.min_cosine),
+                decibel(accumulated.sqnr_db),
+                format!("{:.7}", accumulated.min_cosine),
+            ]);
         }
         let _ = writeln!(out, "{rows}");
     }

@@ -3,15 +3,15 @@
 use crate::Result;
 use crate::drift::layers::Energy;
 
-/// A setting as it was measured in one layer.
+/// A setting as it was measured in one layer, or a precision in one linear layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Choice {
-    /// Which setting.
+    /// Which of them.
     pub candidate: usize,
     pub seconds: f64,
-    /// Energy of the error of the layer's attention output.
+    /// Energy of the error of the layer's attention output; for a linear layer, of the model's embedding.
     pub noise: f64,
-    /// Mean over heads.
+    /// Mean over heads; for a linear layer, of the embedding.
     pub sqnr_db: f64,
 }
 
@@ -42,6 +42,11 @@ impl Menu {
 
     pub(super) fn get(&self, index: usize) -> Choice {
         self.0[index]
+    }
+
+    /// The last one.
+    pub(super) fn most_accurate(&self) -> Choice {
+        self.0[self.0.len() - 1]
     }
 
     /// The fastest with at least this ratio, or else the most accurate.

@@ -1,4 +1,5 @@
-//! The cheapest attention of each layer that keeps a drift budget.
+//! The cheapest attention of each layer, and the cheapest precision of each linear layer, that keep a drift
+//! budget.
 //!
 //! Every candidate setting is measured in every layer: how long its attention takes, and how far
 //! its output is from fp32. A setting that is neither faster nor more accurate than another is
@@ -10,19 +11,25 @@
 //!   one step up, and the model is measured again. A last pass takes back steps that turned out to
 //!   be needless.
 //!
+//! Linear layers, where [`SearchConfig::linear`] names precisions for them, are chosen with the second
+//! budget, each product as if it were a layer: what it saves against what the embedding loses.
+//!
 //! A layer that no candidate can hold stays in fp32. At the end the choice is measured on passages
 //! that it has not seen.
 
 mod choose;
+mod linear;
 mod speed;
 
 use super::layers::{LayerErrors, attention_errors, embedding_error, embeddings, fp32};
 use super::metrics::lowest;
 use crate::attention::{AttentionConfig, Backend, Int8Config, PvPrecision, ScoreConfig};
-use crate::models::{LayerSettings, LayeredModel};
+use crate::models::{LayerSettings, LayeredModel, LinearSetting};
+use crate::nn::Precision;
 use crate::quant::{Granularity, Scheme};
 use crate::{Error, Result};
 use choose::{Choice, Menu};
+use linear::LinearOptions;
 use serde::Serialize;
 
 /// The drift that is accepted, as a signal-to-noise ratio in dB.
@@ -55,14 +62,18 @@ pub struct SearchConfig {
     pub margin_db: f64,
     /// The configurations to choose from; fp32 is always one of them.
     pub candidates: Vec<Int8Config>,
-    /// How often every attention is timed; the fastest counts.
+    /// The precisions to choose from for linear layers, beside the model's own, which is one of them; without
+    /// any, linear layers stay as they are. With a budget for the embedding.
+    pub linear: Vec<Precision>,
+    /// How often every attention and every linear layer is timed; the fastest counts.
     pub rounds: usize,
 }
 
 impl SearchConfig {
-    /// A margin of 1 dB, [`candidates`], 5 rounds.
+    /// A margin of 1 dB, [`candidates`], linear layers as they are, 5 rounds.
     pub fn new(budget: Budget) -> Self {
-        Self { budget, margin_db: 1.0, candidates: candidates(), rounds: 5 }
+        let (candidates, linear) = (candidates(), Vec::new());
+        Self { budget, margin_db: 1.0, candidates, linear, rounds: 5 }
     }
 
     fn check(&self) -> Result<()> {
@@ -72,6 +83,13 @@ impl SearchConfig {
                     "{what} {x} dB, expected a finite number"
                 )));
             }
+        }
+        if matches!(self.budget, Budget::AttentionOutput(_)) && !self.linear.is_empty() {
+            return Err(Error::InvalidArgument(
+                "linear layers are chosen by a budget for the embedding, and this one is for the \
+                 attention output"
+                    .into(),
+            ));
         }
         if self.rounds == 0 {
             return Err(Error::InvalidArgument("0 rounds, expected at least 1".into()));
@@ -110,6 +128,8 @@ pub struct Found {
     pub margin_db: f64,
     /// The layers, first to last.
     pub layers: Vec<FoundLayer>,
+    /// The linear layers, in the order of [`LayeredModel::linear_mut`]; none if they were not searched.
+    pub linear: Vec<FoundLinear>,
     /// Time of all attention layers for a passage, in seconds.
     pub seconds: f64,
     /// The same in fp32 by [`attention`](crate::attention()), which is slower than the BERT encoder's
@@ -131,6 +151,22 @@ pub struct FoundLayer {
     pub seconds: f64,
     /// The same in fp32.
     pub fp32_seconds: f64,
+}
+
+/// The choice for one linear layer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct FoundLinear {
+    /// What was chosen, and for which layer.
+    #[serde(flatten)]
+    pub setting: LinearSetting,
+    /// Time for a passage, in seconds.
+    pub seconds: f64,
+    /// The same in the precision that the model came with.
+    pub own_seconds: f64,
+    /// Signal-to-noise ratio of the embedding with this one alone switched, in dB; in JSON `null` if there is
+    /// no difference.
+    pub alone_sqnr_db: f64,
 }
 
 /// The drift of a choice.
@@ -167,16 +203,19 @@ impl Found {
     /// [`Error::Unsupported`] if the figures cannot be written as JSON, which they have no reason for.
     pub fn settings(&self) -> Result<LayerSettings> {
         let layers = self.layers.iter().map(|layer| layer.setting.clone()).collect();
-        LayerSettings::new(layers).with_about(self)
+        let linear = self.linear.iter().map(|product| product.setting.clone()).collect();
+        LayerSettings::new(layers).with_linear(linear).with_about(self)
     }
 }
 
 /// Searches on `passages` and verifies on `unseen` ones. `progress` is
-/// told what goes on. The model has its own attention again afterwards; what it says about scale,
-/// softcap and windows is kept in every setting.
+/// told what goes on. The model has its own attention and linear layers again afterwards; what it says
+/// about scale, softcap and windows is kept in every setting.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for a budget that is not a number or without passages; those of the model.
+/// [`Error::InvalidArgument`] for a budget that is not a number, without passages, or for precisions of linear
+/// layers with a budget for the attention output; [`Error::Unsupported`] for precisions of linear layers of a
+/// model that has none to choose for, as decoders; those of the model.
 pub fn search<M: LayeredModel<Input: Sized>>(
     model: &mut M,
     (passages, unseen): (&[M::Input], &[M::Input]),
@@ -193,8 +232,11 @@ pub fn search<M: LayeredModel<Input: Sized>>(
     }
     let bases: Vec<AttentionConfig> =
         model.attention().into_iter().map(|layer| layer.config().clone()).collect();
-    let found =
-        Searcher { model: &mut *model, bases: &bases, passages, config, progress }.run(unseen);
+    let linear = LinearOptions::new(model, &config.linear)?;
+    let mut searcher =
+        Searcher { model: &mut *model, bases: &bases, linear, passages, config, progress };
+    let found = searcher.run(unseen);
+    searcher.set_own();
     set(model, &bases);
     found
 }
@@ -205,10 +247,19 @@ fn set(model: &mut impl LayeredModel, configs: &[AttentionConfig]) {
     }
 }
 
+/// One choice for the whole model.
+struct Setting {
+    /// First layer first.
+    attention: Vec<Backend>,
+    /// Of each product, as [`LinearOptions::choose`] takes it.
+    linear: Vec<usize>,
+}
+
 struct Searcher<'a, M: LayeredModel<Input: Sized>> {
     model: &'a mut M,
     /// What each layer was configured with.
     bases: &'a [AttentionConfig],
+    linear: LinearOptions,
     passages: &'a [M::Input],
     config: &'a SearchConfig,
     progress: &'a mut dyn FnMut(&str),
@@ -224,11 +275,11 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
             "settings: {}, layers: {layers}, passages: {passages}",
             candidates.len()
         ));
-        self.set_fp32();
+        self.set_own();
         let seconds =
             speed::attention_seconds(&*self.model, self.passages, &candidates, self.config.rounds)?;
         let errors = self.errors(self.passages, &candidates)?;
-        let menus: Vec<Menu> = (0..layers)
+        let mut menus: Vec<Menu> = (0..layers)
             .map(|layer| {
                 let options = (0..candidates.len()).map(|index| Choice {
                     candidate: index,
@@ -239,6 +290,8 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
                 Menu::new(options.collect())
             })
             .collect();
+        let rounds = self.config.rounds;
+        menus.extend(self.linear.menus(&mut *self.model, self.passages, rounds)?);
         let target = self.config.budget.decibel() + self.config.margin_db;
         let chosen = match self.config.budget {
             Budget::AttentionOutput(_) => {
@@ -246,26 +299,35 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
             }
             Budget::Embedding(_) => self.by_embedding(&menus, &candidates, target)?,
         };
+        let chosen: Vec<Choice> =
+            menus.iter().zip(&chosen).map(|(menu, &index)| menu.get(index)).collect();
         let exact = candidates.len() - 1;
-        let layers = (0..layers).map(|layer| {
-            let choice = menus[layer].get(chosen[layer]);
-            FoundLayer {
+        let found_layers: Vec<FoundLayer> = (chosen[..layers].iter().zip(&seconds))
+            .map(|(choice, seconds)| FoundLayer {
                 setting: candidates[choice.candidate].clone(),
                 seconds: choice.seconds,
-                fp32_seconds: seconds[layer][exact],
-            }
+                fp32_seconds: seconds[exact],
+            })
+            .collect();
+        let linear = (chosen[layers..].iter().zip(&menus[layers..])).enumerate();
+        let linear = linear.map(|(product, (choice, menu))| FoundLinear {
+            setting: self.linear.setting(product, choice.candidate),
+            seconds: choice.seconds,
+            own_seconds: menu.most_accurate().seconds,
+            alone_sqnr_db: choice.sqnr_db,
         });
-        let layers: Vec<FoundLayer> = layers.collect();
-        let settings: Vec<Backend> = layers.iter().map(|layer| layer.setting.clone()).collect();
+        let linear = linear.collect();
+        let setting = self.setting(&chosen, &candidates);
         (self.progress)("verifying on text that was not searched");
         Ok(Found {
             budget: self.config.budget,
             margin_db: self.config.margin_db,
-            seconds: layers.iter().map(|layer| layer.seconds).sum(),
-            fp32_seconds: layers.iter().map(|layer| layer.fp32_seconds).sum(),
-            promised: self.figures(self.passages, &settings)?,
-            verified: self.figures(unseen, &settings)?,
-            layers,
+            seconds: found_layers.iter().map(|layer| layer.seconds).sum(),
+            fp32_seconds: found_layers.iter().map(|layer| layer.fp32_seconds).sum(),
+            promised: self.figures(self.passages, &setting)?,
+            verified: self.figures(unseen, &setting)?,
+            layers: found_layers,
+            linear,
         })
     }
 
@@ -277,17 +339,18 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
         target: f64,
     ) -> Result<Vec<usize>> {
         let reference = embeddings(&*self.model, self.passages)?;
+        let what =
+            if self.linear.products() > 0 { "attention and linear layers" } else { "attention" };
         let mut measure = |chosen: &[usize]| {
-            let settings: Vec<Backend> = (menus.iter().zip(chosen))
-                .map(|(menu, &choice)| candidates[menu.get(choice).candidate].clone())
-                .collect();
-            self.set_layers(&settings);
+            let chosen: Vec<Choice> =
+                menus.iter().zip(chosen).map(|(menu, &index)| menu.get(index)).collect();
+            let setting = self.setting(&chosen, candidates);
+            self.set(&setting);
             let found = embeddings(&*self.model, self.passages)?;
             let energy = embedding_error(&reference, &found)?;
-            let seconds: f64 =
-                menus.iter().zip(chosen).map(|(menu, &choice)| menu.get(choice).seconds).sum();
+            let seconds: f64 = chosen.iter().map(|choice| choice.seconds).sum();
             (self.progress)(&format!(
-                "embedding {:.1} dB in {:.2} ms of attention",
+                "embedding {:.1} dB in {:.2} ms of {what}",
                 energy.sqnr_db(),
                 1e3 * seconds
             ));
@@ -308,11 +371,12 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
     }
 
     /// What a choice does to passages.
-    fn figures(&mut self, passages: &[M::Input], settings: &[Backend]) -> Result<Figures> {
-        self.set_fp32();
+    fn figures(&mut self, passages: &[M::Input], setting: &Setting) -> Result<Figures> {
+        self.set_own();
         let reference = embeddings(&*self.model, passages)?;
-        let layers = attention_errors(&*self.model, passages, &[self.configs(settings)])?.remove(0);
-        self.set_layers(settings);
+        let layers = self.configs(&setting.attention);
+        let layers = attention_errors(&*self.model, passages, &[layers])?.remove(0);
+        self.set(setting);
         let found = embeddings(&*self.model, passages)?;
         Ok(Figures {
             embedding_sqnr_db: embedding_error(&reference, &found)?.sqnr_db(),
@@ -321,14 +385,26 @@ impl<M: LayeredModel<Input: Sized>> Searcher<'_, M> {
         })
     }
 
-    fn set_fp32(&mut self) {
+    /// What all else is compared with: attention in fp32, the model's own linear layers.
+    fn set_own(&mut self) {
         let configs: Vec<AttentionConfig> = self.bases.iter().map(fp32).collect();
         set(self.model, &configs);
+        self.linear.restore(self.model);
     }
 
-    fn set_layers(&mut self, settings: &[Backend]) {
-        let configs = self.configs(settings);
+    fn set(&mut self, setting: &Setting) {
+        let configs = self.configs(&setting.attention);
         set(self.model, &configs);
+        self.linear.choose(self.model, &setting.linear);
+    }
+
+    /// Choices of the layers' attention, and behind them of the linear layers.
+    fn setting(&self, chosen: &[Choice], candidates: &[Backend]) -> Setting {
+        let (attention, linear) = chosen.split_at(self.bases.len());
+        Setting {
+            attention: attention.iter().map(|of| candidates[of.candidate].clone()).collect(),
+            linear: linear.iter().map(|of| of.candidate).collect(),
+        }
     }
 
     /// What each layer was configured with, by these backends.

@@ -8,6 +8,8 @@ use crate::memory::check_size;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
 
 pub(super) const OP: &str = "linear";
 
@@ -26,6 +28,32 @@ pub enum Precision {
     /// [`Rotation`](crate::quant::Rotation)), then rounded to symmetric codes with one scale a row of
     /// the input, found when it comes, and one an output, found when the weights are packed.
     Int8,
+}
+
+/// As on command lines and in files: `f32`, `int16`, `int8`.
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Precision::F32 => "f32",
+            Precision::Int16 => "int16",
+            Precision::Int8 => "int8",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "f32" => Ok(Precision::F32),
+            "int16" => Ok(Precision::Int16),
+            "int8" => Ok(Precision::Int8),
+            other => Err(Error::InvalidArgument(format!(
+                "precision {other:?} of linear layers, expected f32, int16 or int8"
+            ))),
+        }
+    }
 }
 
 /// Weights and bias for the fused op.
