@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 
 fn encoder() -> TextEncoder {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/paraphrase-MiniLM-L3-v2");
-    TextEncoder::load(&ModelFiles::from_dir(folder).unwrap(), &Device::Cpu).unwrap()
+    TextEncoder::load_in(&ModelFiles::from_dir(folder).unwrap(), &Device::Cpu, Precision::F32)
+        .unwrap()
 }
 
 fn load_model() -> BertModel {

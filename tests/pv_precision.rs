@@ -4,6 +4,7 @@
 
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::{AttentionInput, ModelFiles, TextEncoder, run_layers};
+use candle_int8_attention::nn::Precision;
 use candle_int8_attention::{AttentionConfig, AttnMask, PvPrecision, attention};
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,8 @@ fn encoders() -> TestResult<Vec<(PathBuf, TextEncoder)>> {
     let other = std::env::var_os("CANDLE_INT8_TEST_MODEL").map(PathBuf::from);
     let folders = std::iter::once(shipped).chain(other);
     let load = |folder: PathBuf| -> TestResult<(PathBuf, TextEncoder)> {
-        let encoder = TextEncoder::load(&ModelFiles::from_dir(&folder)?, &Device::Cpu)?;
+        let encoder =
+            TextEncoder::load_in(&ModelFiles::from_dir(&folder)?, &Device::Cpu, Precision::F32)?;
         Ok((folder, encoder))
     };
     folders.map(load).collect()

@@ -23,7 +23,7 @@ const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Int16, Precision:
 
 fn shipped() -> Result<TextEncoder, Error> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/paraphrase-MiniLM-L3-v2");
-    TextEncoder::load(&ModelFiles::from_dir(folder)?, &CPU)
+    TextEncoder::load_in(&ModelFiles::from_dir(folder)?, &CPU, Precision::F32)
 }
 
 /// Of one word to more than the model reads, with nothing in between.
@@ -127,6 +127,27 @@ fn sequences_of_ids_may_be_empty_and_not_too_long() -> TestResult {
     assert!(error.contains("[1, 8], expected [B, N] with N <= 7"), "{error}");
     let error = model.forward_sequences(&[[11]]).unwrap_err().to_string();
     assert!(error.contains("input_ids holds 11, expected less than 11"), "{error}");
+    Ok(())
+}
+
+/// Int16 from the weights of the file, near those in f32.
+#[test]
+fn an_encoder_is_in_int16_unless_it_is_told() -> TestResult {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/paraphrase-MiniLM-L3-v2");
+    let (mut default, mut exact) =
+        (TextEncoder::load(&ModelFiles::from_dir(folder)?, &CPU)?, shipped()?);
+    let in_precision = |encoder: &mut TextEncoder, precision| {
+        encoder.linear_mut().iter().all(|of| of.linear.precision() == precision)
+    };
+    assert!(in_precision(&mut default, Precision::Int16));
+    assert!(in_precision(&mut exact, Precision::F32));
+    assert!(default.attention().iter().all(|of| of.config().backend == Backend::Fp32));
+    let texts = texts();
+    let (found, reference) = (vectors(&default, &texts)?, vectors(&exact, &texts)?);
+    let cosines = reference.iter().zip(&found).map(|(a, b)| cosine(a, b).unwrap());
+    assert!(found != reference && lowest(cosines) > 0.99999);
+    exact.set_precision(Precision::Int16)?;
+    assert!(vectors(&exact, &texts)? == found, "the bits of an encoder that was switched");
     Ok(())
 }
 
@@ -275,7 +296,7 @@ fn captions_keep_their_embeddings_and_their_ranks() -> TestResult {
     }
     assert_eq!(sentences.len(), 1500);
     let mut encoder = match std::env::var_os("STS_MODEL") {
-        Some(folder) => TextEncoder::load(&ModelFiles::from_dir(folder)?, &CPU)?,
+        Some(folder) => TextEncoder::load_in(&ModelFiles::from_dir(folder)?, &CPU, Precision::F32)?,
         None => shipped()?,
     };
     let exact = vectors(&encoder, &sentences)?;

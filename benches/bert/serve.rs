@@ -28,9 +28,7 @@ const BATCH: usize = 32;
 /// Answers until there are no more commands.
 pub fn run(files: &ModelFiles, candle: bert::BertModel) -> Result<()> {
     let load = |precision| -> Result<TextEncoder> {
-        let mut encoder = TextEncoder::load(files, &Device::Cpu)?;
-        encoder.set_precision(precision)?;
-        Ok(encoder)
+        Ok(TextEncoder::load_in(files, &Device::Cpu, precision)?)
     };
     let server = Server {
         ours: [load(Precision::F32)?, load(Precision::Int16)?, load(Precision::Int8)?],

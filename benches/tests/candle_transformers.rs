@@ -14,6 +14,7 @@ use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
 use candle_int8_attention::models::llama::{LlamaModel, LlamaTokenizer, WeightFormat};
 use candle_int8_attention::models::{BertModel, ModelFiles, TextEncoder};
+use candle_int8_attention::nn::Precision;
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert;
 use candle_transformers::models::quantized_llama::ModelWeights;
@@ -57,8 +58,10 @@ fn an_encoder_s_states_are_those_of_candle_transformers_padded_batches_included(
     ];
     for folder in encoder_folders() {
         let files = ModelFiles::from_dir(&folder)?;
-        let (encoder, reference) =
-            (TextEncoder::load(&files, &Device::Cpu)?, reference_encoder(&files)?);
+        let (encoder, reference) = (
+            TextEncoder::load_in(&files, &Device::Cpu, Precision::F32)?,
+            reference_encoder(&files)?,
+        );
         let batch = encoder.tokenize(&texts)?;
         let types = batch.input_ids.zeros_like()?;
         let ours = encoder.model.forward(&batch.input_ids, None, Some(&batch.attention_mask))?;

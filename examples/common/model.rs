@@ -4,6 +4,7 @@ use super::print::tell;
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use candle_int8_attention::models::{ModelFiles, TextEncoder};
+use candle_int8_attention::nn::Precision;
 use std::path::{Path, PathBuf};
 
 /// The model that comes with this project.
@@ -51,7 +52,7 @@ pub struct HubArgs {
 }
 
 impl ModelArgs {
-    /// The encoder, and a name for people.
+    /// The encoder, whose linear layers are in f32, and a name for people.
     pub fn encoder(&self) -> Result<(TextEncoder, String)> {
         let (encoder, name, _) = self.encoder_and_files()?;
         Ok((encoder, name))
@@ -60,7 +61,7 @@ impl ModelArgs {
     /// [`ModelArgs::encoder`], and where its files are.
     pub fn encoder_and_files(&self) -> Result<(TextEncoder, String, ModelFiles)> {
         let (files, name) = self.files()?;
-        let encoder = TextEncoder::load(&files, &Device::Cpu)
+        let encoder = TextEncoder::load_in(&files, &Device::Cpu, Precision::F32)
             .with_context(|| format!("cannot load the model {name}"))?;
         encoder.warnings().iter().for_each(|warning| tell(&format!("warning: {warning}")));
         Ok((encoder, name, files))

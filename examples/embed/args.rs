@@ -1,8 +1,8 @@
 //! The command line.
 
 use crate::common::model::ModelArgs;
-use crate::common::precision::PrecisionArgs;
 use crate::common::shard::Shard;
+use candle_int8_attention::nn::Precision;
 use std::path::PathBuf;
 
 /// Embeddings of a file of texts, as many as there are.
@@ -35,15 +35,16 @@ pub struct Args {
     #[arg(long)]
     pub json: bool,
 
-    /// Take the attention of each layer, and the precision of linear layers if it has them, from this file,
+    /// Take the attention of each layer, and the precision of each linear layer if it is there, from this file,
     /// which `search` writes
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "precision")]
     pub layers: Option<PathBuf>,
 
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// With attention in int8 as well for int8.
-    #[command(flatten)]
-    pub linear: PrecisionArgs,
+    /// In which numbers the linear layers compute: f32; int16, near exact; or int8, with attention in int8 as
+    /// well
+    #[arg(long, value_name = "PRECISION", default_value = "int16", help_heading = "Model")]
+    pub precision: Precision,
 }

@@ -24,6 +24,7 @@ mod report;
 
 use anyhow::{Result, bail};
 use args::Args;
+use candle_int8_attention::models::LayerSettings;
 use common::model::shown;
 use common::output::NewFile;
 use common::print::{finish, parse};
@@ -45,8 +46,8 @@ fn run(args: &Args) -> Result<String> {
     let format = output::Format::of(&args.output)?;
     let (mut encoder, model) = args.model.encoder()?;
     match &args.layers {
-        Some(file) => args.linear.apply_layers(file, &mut encoder)?,
-        None => encoder.set_precision(args.linear.precision)?,
+        Some(file) => LayerSettings::load(file)?.apply(&mut encoder)?,
+        None => encoder.set_precision(args.precision)?,
     }
 
     let (start, progress) = (Instant::now(), progress_bar(texts.bytes()));

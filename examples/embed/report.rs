@@ -35,7 +35,7 @@ impl Report {
             model,
             precision: match &args.layers {
                 Some(file) => format!("layers as in {}", shown(file)),
-                None => args.linear.precision.to_string(),
+                None => args.precision.to_string(),
             },
             normalized: args.normalize,
             file: shown(&args.file),

@@ -15,9 +15,10 @@
 //! ```no_run
 //! use candle_core::Device;
 //! use candle_int8_attention::models::{LayerSettings, ModelFiles, TextEncoder};
+//! use candle_int8_attention::nn::Precision;
 //!
 //! let files = ModelFiles::from_dir("models/paraphrase-MiniLM-L3-v2")?;
-//! let mut encoder = TextEncoder::load(&files, &Device::Cpu)?;
+//! let mut encoder = TextEncoder::load_in(&files, &Device::Cpu, Precision::F32)?;
 //! LayerSettings::load("layers.json")?.apply(&mut encoder)?;
 //! # Ok::<(), candle_int8_attention::Error>(())
 //! ```

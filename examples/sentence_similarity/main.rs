@@ -21,6 +21,7 @@ mod report;
 
 use anyhow::Result;
 use candle_int8_attention::drift::metrics::{cosine, lowest};
+use candle_int8_attention::models::LayerSettings;
 use candle_int8_attention::{AttentionConfig, Int8Config};
 use common::config::{QuantArgs, describe};
 use common::model::ModelArgs;
@@ -45,9 +46,9 @@ struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Take the attention of each layer, and the precision of linear layers if it has them, from this file,
+    /// Take the attention of each layer, and the precision of each linear layer if it is there, from this file,
     /// which `search` writes
-    #[arg(long, value_name = "FILE", conflicts_with = "QuantArgs")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["QuantArgs", "precision"])]
     layers: Option<PathBuf>,
 
     #[command(flatten)]
@@ -78,7 +79,7 @@ fn compare(args: &Args, pairs: &[pairs::Pair]) -> Result<Report> {
     let fp32 = corpus.embed(&encoder)?;
     let mut config = match &args.layers {
         Some(file) => {
-            args.linear.apply_layers(file, &mut encoder)?;
+            LayerSettings::load(file)?.apply(&mut encoder)?;
             format!("layers as in {}", file.display())
         }
         None => {

@@ -41,6 +41,11 @@ impl TextEncoder {
     /// tokenizer's file asks for are turned off: [`TextEncoder::tokenize`] does both, as the model
     /// needs it.
     ///
+    /// The linear layers are in [`Precision::Int16`] and attention is in fp32, because that is faster than `F32` with
+    /// the instructions of every processor, and its embeddings have a cosine above 0.99999 to those in `F32`
+    /// (the page on encoders, `docs/encoders.md`, has the figures). [`Precision::Int8`] is faster still, at a
+    /// cosine of 0.9997; what an embedding in f32 is compared with needs [`TextEncoder::load_in`].
+    ///
     /// # Errors
     /// Those of [`EncoderModel::load`]; [`Error::Corrupt`](crate::Error::Corrupt) for a file that is
     /// not what its name promises, or a tokenizer with more words than the model;
@@ -48,18 +53,32 @@ impl TextEncoder {
     /// implemented; [`Error::Mismatch`](crate::Error::Mismatch) and
     /// [`Error::MissingFile`](crate::Error::MissingFile) for files that contradict each other.
     pub fn load(files: &ModelFiles, device: &Device) -> Result<Self> {
+        Self::load_in(files, device, Precision::Int16)
+    }
+
+    /// [`TextEncoder::load`] in another precision, as [`TextEncoder::set_precision`] has it, from the weights as
+    /// the file has them.
+    ///
+    /// # Errors
+    /// Those of [`TextEncoder::load`].
+    pub fn load_in(files: &ModelFiles, device: &Device, precision: Precision) -> Result<Self> {
         let model = EncoderModel::load(files, device)?;
         let config = model.config();
         let folder = files.config.parent().unwrap_or(Path::new(""));
         let sentence = SentenceConfig::load(folder, config.hidden_size, device)?;
         let (limit, lower_case) = (sentence.max_tokens, sentence.lower_case);
         let tokenizer = TextTokenizer::load(files, &config, limit, lower_case, device)?;
-        Ok(Self { model, tokenizer, sentence })
+        let mut encoder = Self { model, tokenizer, sentence };
+        if precision != Precision::F32 {
+            encoder.set_precision(precision)?;
+        }
+        Ok(encoder)
     }
 
     /// Computes in these numbers from now on: the linear layers in `precision`
     /// ([`EncoderModel::set_linear`]), and attention in fp32 for `F32` and `Int16`, in int8 as
-    /// [`AttentionConfig::int8`] for `Int8`.
+    /// [`AttentionConfig::int8`] for `Int8`. Layers are packed from what they hold: `F32` is that of the file if
+    /// the encoder was loaded in it.
     ///
     /// # Errors
     /// Those of [`EncoderModel::set_linear`].
@@ -81,8 +100,7 @@ impl TextEncoder {
     /// use candle_int8_attention::nn::Precision;
     ///
     /// let files = ModelFiles::from_dir("all-MiniLM-L6-v2")?;
-    /// let mut encoder = TextEncoder::load(&files, &Device::Cpu)?;
-    /// encoder.set_precision(Precision::Int8)?;
+    /// let mut encoder = TextEncoder::load_in(&files, &Device::Cpu, Precision::Int8)?;
     /// encoder.save_linear("all-MiniLM-L6-v2/int8.safetensors")?;
     ///
     /// // Another time: the same bits.

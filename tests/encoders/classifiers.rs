@@ -165,7 +165,7 @@ fn a_head_that_does_not_fit_or_is_not_there_is_named() -> TestResult {
         assert!(error.to_string().contains("[2, 16]") && error.to_string().contains("[3, 16]"));
         // As an encoder of texts it says that the head is not used.
         let folder = tempfile::tempdir()?;
-        let encoder = TextEncoder::load(&tiny.write(folder.path())?, &CPU)?;
+        let encoder = TextEncoder::load_in(&tiny.write(folder.path())?, &CPU, Precision::F32)?;
         assert!(encoder.warnings()[0].contains("classifier.*"), "{:?}", encoder.warnings());
     }
     Ok(())

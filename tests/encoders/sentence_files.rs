@@ -43,7 +43,7 @@ impl Beside {
     }
 
     fn load(&self) -> Result<TextEncoder, Error> {
-        TextEncoder::load(&self.files, &CPU)
+        TextEncoder::load_in(&self.files, &CPU, Precision::F32)
     }
 
     fn embed(&self, texts: &[&str]) -> TestResult<Tensor> {

@@ -2,7 +2,7 @@
 
 use super::choose::{Choice, Menu};
 use crate::Result;
-use crate::drift::layers::{embedding_error, embeddings};
+use crate::drift::layers::{Energy, embedding_error, embeddings};
 use crate::drift::linear::Substitutes;
 use crate::models::{LayeredModel, LinearSetting};
 use crate::nn::Precision;
@@ -82,7 +82,10 @@ impl LinearOptions {
             for (candidate, seconds) in seconds.into_iter().enumerate() {
                 alone[product] = candidate;
                 self.choose(model, &alone);
-                let energy = embedding_error(&reference, &embeddings(model, passages)?)?;
+                let energy = match candidate == exact {
+                    true => Energy::default(),
+                    false => embedding_error(&reference, &embeddings(model, passages)?)?,
+                };
                 let (noise, sqnr_db) = (energy.noise, energy.sqnr_db());
                 options.push(Choice { candidate, seconds, noise, sqnr_db });
             }
