@@ -106,8 +106,7 @@ impl LinearOptions {
         let hidden = model.embed(&passages[0])?;
         let (_, tokens, _) = hidden.dims3()?;
         let shapes: Vec<_> = model.linear_mut().iter().map(|of| of.linear.shape()).collect();
-        let options = self.substitutes.len() + 1;
-        let mut seconds = vec![vec![f64::INFINITY; options]; self.own.len()];
+        let mut seconds = vec![Vec::new(); self.own.len()];
         for (first, &shape) in shapes.iter().enumerate() {
             if shapes[..first].contains(&shape) {
                 continue;
@@ -116,19 +115,20 @@ impl LinearOptions {
                 (first..shapes.len()).filter(|&of| shapes[of] == shape).collect();
             // Time depends on shapes, not on numbers.
             let x = Tensor::ones((1, tokens, shape.1), hidden.dtype(), hidden.device())?;
+            let mut fastest = vec![f64::INFINITY; self.substitutes.len() + 1];
             for _ in 0..rounds {
-                for option in 0..options {
+                for (option, fastest) in fastest.iter_mut().enumerate() {
                     self.choose(model, &vec![option; shapes.len()]);
                     let layers = model.linear_mut();
                     let start = Instant::now();
                     for &product in &same {
                         layers[product].linear.forward(&x)?;
                     }
-                    let each = start.elapsed().as_secs_f64() / same.len() as f64;
-                    for &product in &same {
-                        seconds[product][option] = seconds[product][option].min(each);
-                    }
+                    *fastest = fastest.min(start.elapsed().as_secs_f64() / same.len() as f64);
                 }
+            }
+            for &product in &same {
+                seconds[product].clone_from(&fastest);
             }
         }
         self.restore(model);
