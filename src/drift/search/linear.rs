@@ -106,7 +106,8 @@ impl LinearOptions {
         let hidden = model.embed(&passages[0])?;
         let (_, tokens, _) = hidden.dims3()?;
         let shapes: Vec<_> = model.linear_mut().iter().map(|of| of.linear.shape()).collect();
-        let mut seconds = vec![Vec::new(); self.own.len()];
+        let options = self.substitutes.len() + 1;
+        let mut seconds = vec![Vec::new(); shapes.len()];
         for (first, &shape) in shapes.iter().enumerate() {
             if shapes[..first].contains(&shape) {
                 continue;
@@ -115,7 +116,7 @@ impl LinearOptions {
                 (first..shapes.len()).filter(|&of| shapes[of] == shape).collect();
             // Time depends on shapes, not on numbers.
             let x = Tensor::ones((1, tokens, shape.1), hidden.dtype(), hidden.device())?;
-            let mut fastest = vec![f64::INFINITY; self.substitutes.len() + 1];
+            let mut fastest = vec![f64::INFINITY; options];
             for _ in 0..rounds {
                 for (option, fastest) in fastest.iter_mut().enumerate() {
                     self.choose(model, &vec![option; shapes.len()]);
@@ -127,9 +128,7 @@ impl LinearOptions {
                     *fastest = fastest.min(start.elapsed().as_secs_f64() / same.len() as f64);
                 }
             }
-            for &product in &same {
-                seconds[product].clone_from(&fastest);
-            }
+            same.into_iter().for_each(|product| seconds[product].clone_from(&fastest));
         }
         self.restore(model);
         Ok(seconds)
