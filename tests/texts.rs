@@ -190,7 +190,7 @@ fn the_cost_of_each_product_is_measured() -> TestResult {
     Ok(())
 }
 
-/// The budget is kept on unseen text, by a mixture, and the file that is written gives what was measured.
+/// The budget is kept, and the file that is written gives what was measured on unseen text.
 #[test]
 fn the_precision_of_linear_layers_is_searched_saved_and_applied() -> TestResult {
     let mut encoder = shipped()?;
@@ -212,14 +212,11 @@ fn the_precision_of_linear_layers_is_searched_saved_and_applied() -> TestResult 
         assert!(before == after, "the model is as it was");
         Ok::<_, Error>(found)
     };
-    let int8_alone = run(1.0, &[Precision::Int8])?.promised.embedding_sqnr_db;
-    assert!((25.0..60.0).contains(&int8_alone), "{int8_alone}");
-    // More than all in int8 gives, less than f32.
-    let found = run(int8_alone + 3.0, &[Precision::Int8, Precision::Int16])?;
-    assert!(found.promised.embedding_sqnr_db >= int8_alone + 4.0, "{found:?}");
+    // Which of those that keep it is the fastest depends on the machine.
+    let found = run(50.0, &[Precision::Int8, Precision::Int16])?;
+    assert!(found.promised.embedding_sqnr_db >= 51.0, "{found:?}");
     let chosen: Vec<Precision> = found.linear.iter().map(|of| of.setting.precision).collect();
     assert_eq!(chosen.len(), 12);
-    assert!(chosen.iter().any(|&of| of != chosen[0]), "{chosen:?}");
     // What integers cannot hold is in f32.
     let exact = run(300.0, &[Precision::Int8])?;
     assert!(exact.linear.iter().all(|of| of.setting.precision == Precision::F32), "{exact:?}");

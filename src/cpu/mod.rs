@@ -3,7 +3,7 @@
 //! ```text
 //! contracts   what a kernel is, for each operation, and the layouts it reads
 //!     ^
-//! leaves      portable/   x86_64/{avx2, avx_vnni, avx512_vnni}/   aarch64/{neon, dotprod, i8mm}/
+//! leaves      portable/   x86_64/{sse2, avx2, avx_vnni, avx512_vnni}/   aarch64/{neon, dotprod, i8mm}/
 //!     ^       one file an operation, each a tile; `plain/` is Rust that any level may compile for itself
 //! table       the levels, best first: whether this machine has each, and its kernels as data
 //!     ^

@@ -5,7 +5,7 @@ use super::aarch64::{dotprod, i8mm, neon};
 use super::contracts::{ExpBf16, Int8Product, PanelProduct, RowKernels, Softmax, StoredProduct};
 use super::portable;
 #[cfg(target_arch = "x86_64")]
-use super::x86_64::{avx_vnni, avx2, avx512_vnni};
+use super::x86_64::{avx_vnni, avx2, avx512_vnni, sse2};
 use pulp::Arch;
 
 /// What a level is: whether this machine has it, and its kernels, which may be called only then.
@@ -91,20 +91,31 @@ pub(super) static TABLE: &[Entry] = &[
     },
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     NEON,
+    #[cfg(all(target_arch = "x86_64", test))]
+    Entry { name: portable::PLAIN, ..PORTABLE },
+    #[cfg(target_arch = "x86_64")]
     Entry {
-        name: portable::NAME,
-        is_available: || true,
-        vectors: || Arch::Scalar,
-        int8_product: portable::int8_product::PRODUCT,
-        float_panels: portable::float_panels::PANELS,
-        int8_panels: portable::int8_panels::PANELS,
-        int16_panels: portable::int16_panels::PANELS,
-        stored: portable::float_panels::STORED,
-        softmax: portable::SOFTMAX,
-        rows: portable::ROWS,
-        bf16: None,
+        int8_product: sse2::int8_product::PRODUCT,
+        int16_panels: sse2::int16_panels::PANELS,
+        ..PORTABLE
     },
+    #[cfg(not(target_arch = "x86_64"))]
+    PORTABLE,
 ];
+
+const PORTABLE: Entry = Entry {
+    name: portable::NAME,
+    is_available: || true,
+    vectors: || Arch::Scalar,
+    int8_product: portable::int8_product::PRODUCT,
+    float_panels: portable::float_panels::PANELS,
+    int8_panels: portable::int8_panels::PANELS,
+    int16_panels: portable::int16_panels::PANELS,
+    stored: portable::float_panels::STORED,
+    softmax: portable::SOFTMAX,
+    rows: portable::ROWS,
+    bf16: None,
+};
 
 #[cfg(target_arch = "x86_64")]
 const AVX2: Entry = Entry {

@@ -158,11 +158,19 @@ macro_rules! for_tile {
     };
 }
 
-/// The int16 product on 256 bits as `PANELS`, from an expression that adds to sums `sum` the products of
-/// pairs `x` and `y`. A panel is taken 16 columns at a time.
+/// The int16 product of a register of i32 as `PANELS`, from an expression that adds to sums `sum` the products of
+/// pairs `x` and `y`. A panel is taken 16 columns at a time, which are several registers, and up to `rows` rows.
 #[cfg(target_arch = "x86_64")]
 macro_rules! int16_panels {
-    ($name:expr, $features:literal, |$sum:ident, $x:ident, $y:ident| $add:expr) => {
+    (
+        name: $name:expr,
+        features: $features:literal,
+        rows: $rows:expr,
+        integers: $register:ty, $load_integers:ident, $splat_integers:ident,
+        pairs: |$sum:ident, $x:ident, $y:ident| $add:expr,
+        convert: $convert:ident,
+        floats: $load:ident, $splat:ident, $mul:ident, $add_floats:ident, $store:ident $(,)?
+    ) => {
         pub(crate) const PANELS: crate::cpu::contracts::PanelProduct =
             crate::cpu::contracts::PanelProduct {
                 name: $name,
@@ -173,12 +181,16 @@ macro_rules! int16_panels {
                 multiply,
             };
 
+        /// Lanes of a register, and registers of 16 columns.
+        const WIDTH: usize = size_of::<$register>() / size_of::<i32>();
+        const REGISTERS: usize = crate::cpu::contracts::LANES / WIDTH;
+
         #[target_feature(enable = $features)]
         unsafe fn multiply(panel: crate::cpu::contracts::Panel) {
             // All rows with one run of the matrix, which stays in L1, before the next.
             for (run, groups) in panel.runs(2) {
                 for part in panel.parts(1, 4) {
-                    for tile in part.tiles(crate::cpu::contracts::panel_product::ROWS) {
+                    for tile in part.tiles($rows) {
                         // SAFETY: the instructions are there and the pointers are valid, by contract.
                         unsafe { for_rows!(tile.rows, add, (tile, run, groups.clone())) }
                     }
@@ -196,17 +208,17 @@ macro_rules! int16_panels {
             run: usize,
             groups: std::ops::Range<usize>,
         ) {
-            let mut sums = [[_mm256_setzero_si256(); 2]; R];
+            let mut sums = [[$splat_integers(0); REGISTERS]; R];
             for group in groups {
-                // SAFETY: the panel holds `groups` pairs of rows of a vector by contract.
-                let matrix = unsafe {
-                    let matrix = tile.group(group, 0);
-                    [_mm256_loadu_si256(matrix.cast()), _mm256_loadu_si256(matrix.add(32).cast())]
-                };
+                let mut matrix = [$splat_integers(0); REGISTERS];
+                for (i, matrix) in matrix.iter_mut().enumerate() {
+                    // SAFETY: the panel holds `groups` pairs of rows of a vector by contract.
+                    *matrix = unsafe { $load_integers(tile.group(group, 4 * i * WIDTH).cast()) };
+                }
                 for (row, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: `groups` pairs of elements in each of `R` rows by contract.
                     let $x = unsafe { tile.lhs_of::<i32>(row).add(group).read_unaligned() };
-                    let $x = _mm256_set1_epi32($x);
+                    let $x = $splat_integers($x);
                     for (sum, $y) in sums.iter_mut().zip(matrix) {
                         let $sum = *sum;
                         *sum = $add;
@@ -215,16 +227,15 @@ macro_rules! int16_panels {
             }
             for (row, sums) in sums.into_iter().enumerate() {
                 // SAFETY: a scale for every run of each of `R` rows by contract.
-                let row_scale = _mm256_set1_ps(unsafe { *tile.row_scale(row, run) });
-                for (half, sum) in sums.into_iter().enumerate() {
+                let row_scale = $splat(unsafe { *tile.row_scale(row, run) });
+                for (i, sum) in sums.into_iter().enumerate() {
                     // SAFETY: a vector of scales for every run, and of sums in each of `R` rows, by
                     // contract.
                     unsafe {
-                        let column_scales = _mm256_loadu_ps(tile.column_scale(8 * half, run));
-                        let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), row_scale);
-                        let sum = _mm256_mul_ps(sum, column_scales);
-                        let out = tile.sums_of(row, 8 * half);
-                        _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum));
+                        let column_scales = $load(tile.column_scale(i * WIDTH, run));
+                        let sum = $mul($mul($convert(sum), row_scale), column_scales);
+                        let out = tile.sums_of(row, i * WIDTH);
+                        $store(out, $add_floats($load(out), sum));
                     }
                 }
             }

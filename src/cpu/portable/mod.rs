@@ -7,4 +7,8 @@ pub(crate) mod int8_product;
 
 pub(crate) const NAME: &str = "portable";
 
+/// The same where the baseline has leaves of its own, for tests.
+#[cfg(all(target_arch = "x86_64", test))]
+pub(crate) const PLAIN: &str = "portable, in plain Rust";
+
 plain_kernels!(NAME);

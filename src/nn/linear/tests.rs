@@ -60,7 +60,7 @@ fn check(m: usize, depth: usize, outputs: usize) {
         let what = format!("{level:?} [{m}, {depth}] x [{depth}, {outputs}]");
         let plain = layer.forward(&x).unwrap();
         assert!(largest_difference(&plain, &product) < bound, "{what}");
-        if level.name() != "portable" {
+        if !level.name().starts_with("portable") {
             let same = largest_difference(first.get_or_insert(plain.clone()), &plain);
             assert_eq!(same, 0.0, "{what}");
         }

@@ -3,10 +3,19 @@
 
 /// The tile in the encoding of AVX-VNNI.
 pub(crate) mod vex {
+    use crate::cpu::contracts::panel_product::ROWS;
     use std::arch::asm;
     use std::arch::x86_64::*;
 
-    int16_panels!(super::super::NAME, "avx2,avxvnni", |sum, x, y| dpwssd(sum, x, y));
+    int16_panels! {
+        name: super::super::NAME,
+        features: "avx2,avxvnni",
+        rows: ROWS,
+        integers: __m256i, _mm256_loadu_si256, _mm256_set1_epi32,
+        pairs: |sum, x, y| dpwssd(sum, x, y),
+        convert: _mm256_cvtepi32_ps,
+        floats: _mm256_loadu_ps, _mm256_set1_ps, _mm256_mul_ps, _mm256_add_ps, _mm256_storeu_ps,
+    }
 
     /// Of the intrinsic LLVM makes `vpmaddwd` and `vpaddd` in most places, whose sums wait a cycle each for
     /// the last where those of the one instruction wait five; but twelve sums do not wait for each other,
@@ -31,9 +40,16 @@ pub(crate) mod vex {
 /// The tile in the encoding of AVX-512, for tests.
 #[cfg(test)]
 pub(crate) mod evex {
+    use crate::cpu::contracts::panel_product::ROWS;
     use std::arch::x86_64::*;
 
-    int16_panels!(super::super::EVEX, "avx2,avx512vnni,avx512vl", |sum, x, y| {
-        _mm256_dpwssd_epi32(sum, x, y)
-    });
+    int16_panels! {
+        name: super::super::EVEX,
+        features: "avx2,avx512vnni,avx512vl",
+        rows: ROWS,
+        integers: __m256i, _mm256_loadu_si256, _mm256_set1_epi32,
+        pairs: |sum, x, y| _mm256_dpwssd_epi32(sum, x, y),
+        convert: _mm256_cvtepi32_ps,
+        floats: _mm256_loadu_ps, _mm256_set1_ps, _mm256_mul_ps, _mm256_add_ps, _mm256_storeu_ps,
+    }
 }
