@@ -190,7 +190,10 @@ fn linear_layers_are_measured_merged_and_held() {
     let folder = Folder::new();
     let (page, gate) =
         (folder.path("report.html"), folder.file("gate.toml", "min_linear_sqnr_db = 20"));
-    let base = [&["--linear", "int8"][..], &SHORT].concat();
+    let chapter = include_str!("../../examples/data/pride-and-prejudice.txt");
+    let text = folder.file("text.txt", &chapter[..400]);
+    let plain = [&["--file", &text][..], &SHORT].concat();
+    let base = [&plain[..], &["--linear", "int8"]].concat();
     let report = json(&base);
     assert_eq!(report["linear"]["precision"], "int8");
     let products = report["linear"]["products"].as_array().unwrap();
@@ -212,7 +215,7 @@ fn linear_layers_are_measured_merged_and_held() {
     });
     assert_same(&figures(json(&["merge", &parts[1], &parts[0]])), &figures(report));
     let without =
-        folder.file("without.json", succeed(&[&SHORT[..], &["--shard", "2/2", "--json"]].concat()));
+        folder.file("without.json", succeed(&[&plain[..], &["--shard", "2/2", "--json"]].concat()));
     fail(&["merge", &parts[0], &without], "only one of the results has measured linear layers");
     let damaged = std::fs::read_to_string(&parts[0]).unwrap();
     let damaged = damaged.replacen("\"product\":\"output\"", "\"product\":\"qkv\"", 1);
