@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 /// Int8 codes of a tensor `[.., S, D]`, one scale and zero point a group, and the sum of the codes
-/// of each row (which the zero-point correction of the int8 product needs).
+/// of each row (which the int8 product needs where there are zero points).
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
