@@ -232,7 +232,8 @@ fn the_precision_of_linear_layers_is_searched_saved_and_applied() -> TestResult 
     assert_eq!(precisions, chosen);
     let sqnr = embedding_error(&reference, &embeddings(&encoder, texts.1)?)?.sqnr_db();
     let verified = found.verified.embedding_sqnr_db;
-    assert!((sqnr - verified).abs() < 1e-9, "{sqnr} {verified}");
+    // Both are infinite where f32 was the fastest of all.
+    assert!(sqnr == verified || (sqnr - verified).abs() < 1e-9, "{sqnr} {verified}");
     Ok(())
 }
 
