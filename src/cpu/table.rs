@@ -47,7 +47,7 @@ pub(super) static TABLE: &[Entry] = &[
         int16_panels: avx512_vnni::int16_panels::PANELS,
         stored: avx512_vnni::float_panels::STORED,
         softmax: avx512_vnni::softmax::SOFTMAX,
-        rows: avx512_vnni::rows::ROWS,
+        rows: avx512_vnni::ROWS,
         bf16: None,
     },
     #[cfg(target_arch = "x86_64")]

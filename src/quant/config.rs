@@ -1,6 +1,6 @@
 //! The choices of a quantization: granularity, source of the range, and with the scheme all of them.
 
-use super::{QuantParams, Scheme, static_params};
+use super::{QuantParams, Scheme};
 use crate::{Error, Result};
 
 /// What shares one scale (and zero point), for a tensor `[.., S, D]` of `S` tokens.
@@ -131,4 +131,31 @@ impl QuantConfig {
         }
         Ok((groups, Some(static_params(given, self.granularity, shape, groups)?)))
     }
+}
+
+/// Given parameters, one a group; those of one batch element are repeated for the others.
+pub(crate) fn static_params(
+    given: &[QuantParams],
+    granularity: Granularity,
+    shape: &[usize],
+    groups: usize,
+) -> Result<Vec<QuantParams>> {
+    if let Some(other) = given.iter().find(|p| p.scheme() != given[0].scheme()) {
+        return Err(Error::Contradiction(format!(
+            "static parameters of two schemes, {} and {}; expected one",
+            given[0].scheme(),
+            other.scheme()
+        )));
+    }
+    if given.len() == groups {
+        return Ok(given.to_vec());
+    }
+    let per_batch = granularity == Granularity::PerHead && shape.len() == 4 && !given.is_empty();
+    if per_batch && given.len() == shape[1] {
+        return Ok(given.iter().copied().cycle().take(groups).collect());
+    }
+    Err(Error::Mismatch(format!(
+        "{} static parameters for {groups} groups ({granularity}, shape {shape:?})",
+        given.len()
+    )))
 }

@@ -26,6 +26,7 @@ mod tensor;
 
 pub(crate) use condition::{Conditioned, ConditionedHead, Conditioning};
 pub use condition::{KEY_BLOCK, QUERY_BLOCK};
+pub(crate) use config::static_params;
 pub use config::{Granularity, QuantConfig, RangeSource};
 pub use observers::{Histogram, MinMax, MovingAverage, Observer, ObserverKind};
 pub use params::{QuantParams, ValueRange};
@@ -34,5 +35,4 @@ pub use rotation::Rotation;
 pub use scheme::Scheme;
 pub(crate) use smooth::{MeanSums, mean_of_rows};
 pub use smooth::{Smoothing, token_mean};
-pub(crate) use tensor::static_params;
 pub use tensor::{CodeStorage, QuantizedTensor};

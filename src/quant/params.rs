@@ -18,6 +18,12 @@ impl ValueRange {
     /// The range of no data: neutral for [`ValueRange::union`].
     pub const EMPTY: ValueRange = ValueRange { min: f32::INFINITY, max: f32::NEG_INFINITY };
 
+    /// The range of those values that are finite.
+    pub(super) fn of_finite(values: &[f32]) -> ValueRange {
+        let finite = values.iter().copied().filter(|x| x.is_finite());
+        finite.fold(ValueRange::EMPTY, |range, x| range.union(ValueRange { min: x, max: x }))
+    }
+
     /// The smallest range that holds both.
     pub fn union(self, other: ValueRange) -> ValueRange {
         ValueRange { min: self.min.min(other.min), max: self.max.max(other.max) }

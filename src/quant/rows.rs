@@ -9,8 +9,9 @@
 use super::{QuantParams, Scheme, ValueRange};
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, RowRanges, Rows};
+use crate::cpu::plain::lanes::{LANES, each_lane, fold_lanes, sum_lanes};
 use crate::cpu::plain::rows::{fold_row, max_magnitude, quantize_row as quantize_row_body};
-use crate::cpu::plain::{LANES, each_lane, fold_lanes, sum_lanes, widest};
+use crate::cpu::plain::widest;
 
 /// What a pass over a row finds.
 #[derive(Debug, Clone, Copy, PartialEq)]

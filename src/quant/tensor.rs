@@ -1,7 +1,9 @@
 //! A quantized tensor: int8 codes with everything that is needed to give them a meaning.
 
 use super::rows::{quantize_row, row_range};
-use super::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange};
+use super::{
+    Granularity, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange, static_params,
+};
 use crate::{Error, Result, files};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -383,31 +385,4 @@ fn dynamic_params(
         ranges[group] = ranges[group].union(range);
     }
     ranges.into_iter().map(|range| QuantParams::from_range(config.scheme, range)).collect()
-}
-
-/// Given parameters, one a group; those of one batch element are repeated for the others.
-pub(crate) fn static_params(
-    given: &[QuantParams],
-    granularity: Granularity,
-    shape: &[usize],
-    groups: usize,
-) -> Result<Vec<QuantParams>> {
-    if let Some(other) = given.iter().find(|p| p.scheme() != given[0].scheme()) {
-        return Err(Error::Contradiction(format!(
-            "static parameters of two schemes, {} and {}; expected one",
-            given[0].scheme(),
-            other.scheme()
-        )));
-    }
-    if given.len() == groups {
-        return Ok(given.to_vec());
-    }
-    let per_batch = granularity == Granularity::PerHead && shape.len() == 4 && !given.is_empty();
-    if per_batch && given.len() == shape[1] {
-        return Ok(given.iter().copied().cycle().take(groups).collect());
-    }
-    Err(Error::Mismatch(format!(
-        "{} static parameters for {groups} groups ({granularity}, shape {shape:?})",
-        given.len()
-    )))
 }

@@ -1,7 +1,7 @@
 //! Codes and dot products of rows.
 
+use super::lanes::{LANES, each_lane, fold_lanes, lanes as lanes_or_zeros, sum_lanes};
 use super::rotate::rotate;
-use super::{LANES, each_lane, fold_lanes, lanes as lanes_or_zeros, sum_lanes};
 use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
 
 /// The largest magnitude of `row`, and whether all of it is finite.

@@ -1,6 +1,6 @@
 //! The softmax of a row.
 
-use super::{LANES, each_lane, fold_lanes, sum_lanes};
+use super::lanes::{LANES, each_lane, fold_lanes, sum_lanes};
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, SCALE_INT16, TOP_INT16,
 };

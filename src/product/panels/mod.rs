@@ -18,11 +18,6 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
-/// The largest magnitude, 2^95, of what is added up with factors of at most 1: 2^32 of them are finite by
-/// far, and so is the width of a range between two of them. Rows of a [`PackedMatrix`] that hold more stand
-/// beside it.
-pub(crate) const LARGEST: f32 = f32::from_bits((127 + 95) << 23);
-
 pub(crate) use multiply::Start;
-pub(crate) use pack::PackedMatrix;
+pub(crate) use pack::{LARGEST, PackedMatrix};
 pub(crate) use stored::StoredMatrix;

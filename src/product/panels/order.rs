@@ -2,7 +2,7 @@
 
 use super::runs::code;
 use crate::cpu::contracts::{Format, LANES, PanelProduct, Rows, bf16_bits};
-use crate::cpu::plain::{each_lane, lanes};
+use crate::cpu::plain::lanes::{each_lane, lanes};
 use std::ops::{BitOr, Range, Shl};
 
 /// Columns that come as rows, and their place in one panel.

@@ -1,6 +1,5 @@
 //! A matrix in the order a kernel reads it.
 
-use super::LARGEST;
 use super::order::{Spread, Transpose, spread, transpose};
 use super::runs::RunScales;
 use crate::cpu::Level;
@@ -9,6 +8,11 @@ use crate::cpu::plain::widest;
 use crate::memory::{AlignedBytes, Footprint};
 use std::borrow::Cow;
 use std::ops::Range;
+
+/// The largest magnitude, 2^95, of what is added up with factors of at most 1: 2^32 of them are finite by
+/// far, and so is the width of a range between two of them. Rows of a [`PackedMatrix`] that hold more stand
+/// beside it.
+pub(crate) const LARGEST: f32 = f32::from_bits((127 + 95) << 23);
 
 /// A matrix `[K, C]` for products `[M, K] x [K, C]`: the values of a head (K keys, C channels), its keys
 /// transposed (K channels, C keys), or the weights of a linear layer, transposed.

@@ -9,7 +9,8 @@
 //! leave them few codes, so it is kept beside, as rows are that are not finite.
 
 use crate::cpu::contracts::{Format, INT16_MATRIX, LANES, RUN};
-use crate::cpu::plain::{each_lane, fold_lanes, lanes, widest};
+use crate::cpu::plain::lanes::{each_lane, fold_lanes, lanes};
+use crate::cpu::plain::widest;
 use crate::memory::Footprint;
 
 /// Outliers of a run, at most.

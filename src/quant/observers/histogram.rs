@@ -1,6 +1,5 @@
 //! Counts of values in bins of equal width, for a stream whose range nobody knows beforehand.
 
-use super::finite_range;
 use crate::quant::{Scheme, ValueRange};
 
 /// Bins on each side of zero.
@@ -34,7 +33,7 @@ impl Default for Histogram {
 impl Histogram {
     /// Takes more values into account.
     pub fn observe(&mut self, values: &[f32]) {
-        let range = finite_range(values);
+        let range = ValueRange::of_finite(values);
         self.extremes = self.extremes.union(range);
         self.grow(exponent_for(range.max_abs()));
         let bins_a_unit = 1.0 / self.width();

@@ -51,7 +51,7 @@ impl Default for MinMax {
 impl MinMax {
     /// Takes more values into account.
     pub fn observe(&mut self, values: &[f32]) {
-        self.range = self.range.union(finite_range(values));
+        self.range = self.range.union(ValueRange::of_finite(values));
     }
 
     /// Adds what another observer saw.
@@ -155,15 +155,6 @@ impl Observer {
     pub fn params(&self, scheme: Scheme) -> Result<QuantParams> {
         QuantParams::from_range(scheme, self.range(scheme))
     }
-}
-
-/// The range of the finite values.
-fn finite_range(values: &[f32]) -> ValueRange {
-    let finite = values.iter().copied().filter(|x| x.is_finite());
-    finite.fold(ValueRange::EMPTY, |range, x| ValueRange {
-        min: range.min.min(x),
-        max: range.max.max(x),
-    })
 }
 
 #[cfg(test)]

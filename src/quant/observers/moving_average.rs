@@ -1,6 +1,5 @@
 //! Extremes that follow the data.
 
-use super::finite_range;
 use crate::quant::ValueRange;
 use crate::{Error, Result};
 
@@ -37,7 +36,7 @@ impl MovingAverage {
 
     /// One more observation.
     pub fn observe(&mut self, values: &[f32]) {
-        let range = finite_range(values);
+        let range = ValueRange::of_finite(values);
         if range == ValueRange::EMPTY {
             return;
         }

@@ -4,7 +4,7 @@
 //! sums of lanes are added up one by one.
 
 use crate::cpu::contracts::{Condition, LANES, ROTATED, RowKernels, Rows};
-use crate::cpu::plain::lanes;
+use crate::cpu::plain::lanes::lanes;
 use crate::cpu::plain::rotate::{factor, rotate_rest};
 use std::arch::x86_64::*;
 

@@ -3,8 +3,8 @@
 
 use crate::cpu::contracts::softmax::{DISTANCE, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16};
 use crate::cpu::contracts::{Int16Exp, LANES, RUN, Softmax};
+use crate::cpu::plain::lanes::sum_lanes;
 use crate::cpu::plain::softmax::{padded, scales_of_runs, top_of_run};
-use crate::cpu::plain::sum_lanes;
 use std::arch::x86_64::*;
 
 /// Lanes of f32.

@@ -4,8 +4,18 @@ pub(crate) mod float_panels;
 pub(crate) mod int16_panels;
 pub(crate) mod int8_panels;
 pub(crate) mod int8_product;
-pub(crate) mod rotate;
-pub(crate) mod rows;
+mod rotate;
+mod rows;
 pub(crate) mod softmax;
 
+use crate::cpu::contracts::RowKernels;
+
 pub(crate) const NAME: &str = "x86_64-avx512-vnni";
+
+pub(crate) const ROWS: RowKernels = RowKernels {
+    name: NAME,
+    quantize: rows::quantize,
+    condition: rotate::condition,
+    dots: rows::dots,
+    rotate: rotate::rotate,
+};

@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 const LANES: usize = 16;
 
 #[target_feature(enable = "avx512f")]
-pub(crate) fn rotate(depth: usize, rows: &mut [f32]) {
+pub(super) fn rotate(depth: usize, rows: &mut [f32]) {
     let depth = depth.max(1);
     for rows in rows.chunks_mut(LANES * depth) {
         let (count, at) = (rows.len() / depth, rows.as_mut_ptr());
@@ -22,7 +22,7 @@ pub(crate) fn rotate(depth: usize, rows: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f")]
-pub(crate) fn condition(job: Condition<'_>) {
+pub(super) fn condition(job: Condition<'_>) {
     let depth = job.rows.depth();
     let values = job.values.chunks_mut(LANES * depth);
     let ranges = job.ranges.low.chunks_mut(LANES).zip(job.ranges.high.chunks_mut(LANES));

@@ -4,8 +4,7 @@
 //! Rows are taken 16 at a time, so that what is found for each row (a maximum, a sum) is folded for
 //! all of them at once, and their scales are one vector.
 
-use super::rotate::{condition, rotate};
-use crate::cpu::contracts::{BlockCodes, RowKernels, RowRanges, Rows};
+use crate::cpu::contracts::{BlockCodes, RowRanges, Rows};
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -37,11 +36,13 @@ macro_rules! fold {
     }};
 }
 
-pub(crate) const ROWS: RowKernels =
-    RowKernels { name: super::NAME, quantize, dots, condition, rotate };
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn quantize(affine: bool, rows: Rows<'_>, ranges: Option<&RowRanges>, out: BlockCodes<'_>) {
+pub(super) fn quantize(
+    affine: bool,
+    rows: Rows<'_>,
+    ranges: Option<&RowRanges>,
+    out: BlockCodes<'_>,
+) {
     match affine {
         true => quantize_rows::<true>(rows, ranges, out),
         false => quantize_rows::<false>(rows, ranges, out),
@@ -188,7 +189,7 @@ impl ToArray for __m512i {
 }
 
 #[target_feature(enable = "avx512f")]
-fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
+pub(super) fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
     // 16 sums at a time, of as many vectors as there are: each row and each vector is loaded for all of them.
     for vector in (0..vectors.count()).step_by(4) {
         match vectors.count() - vector {

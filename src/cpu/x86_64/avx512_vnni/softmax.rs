@@ -7,8 +7,8 @@ use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
 };
 use crate::cpu::contracts::{Int16Exp, RUN, Softmax};
+use crate::cpu::plain::lanes::sum_lanes;
 use crate::cpu::plain::softmax::{scales_of_runs, top_of_run};
-use crate::cpu::plain::sum_lanes;
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
