@@ -14,9 +14,8 @@ use candle_core::Tensor;
 /// [`AttnMask`](candle_nn::attention::AttnMask), of which [`Causal`](candle_nn::attention::AttnMask::Causal)
 /// lets query `i` attend to keys `j <= i + kv_offset`. A query with every key masked gives zeros.
 ///
-/// What is finite in fp32 attention is finite here, up to queries, keys, values and scores of `f32::MAX`; with
-/// static ranges, up to scores of 2.3e38 (they are multiplied by log2(e)). A query or key that holds NaN or
-/// infinity makes its own scores NaN, and no others.
+/// What is finite in fp32 attention is finite here, up to queries, keys, values and scores of `f32::MAX`. A query
+/// or key that holds NaN or infinity makes its own scores NaN, and no others.
 ///
 /// On a CPU both backends are one fused op. On other devices int8 is
 /// [`tensor_ops::attention`](crate::reference::tensor_ops::attention), which has the same scores and holds

@@ -6,7 +6,6 @@
 //! ```
 
 use super::engine::{Block, KeyValues, Queries, QueryBlock, Running, Tile, gather};
-use super::room::Doubt;
 use super::tensor_values::{accumulate, large_among, large_rows, tiles};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, LANES, Rows as Matrix};
@@ -32,7 +31,6 @@ pub(super) struct FloatHead<'a> {
     pub values: Float<'a>,
     /// Multiplies every score.
     pub factor: f32,
-    pub doubt: &'a Doubt,
 }
 
 /// Up to this many rows are multiplied with keys and values as they lie.
@@ -100,7 +98,6 @@ impl KeyValues for FloatHead<'_> {
         running: &[Running],
         sums: &mut [f32],
     ) {
-        self.doubt.watch(tile, running);
         match &self.values {
             Float::Packed(values) => accumulate(values, keys, tile, running, sums),
             Float::InPlace(all) => accumulate_in_place(self.level, all.part(keys), tile, sums),

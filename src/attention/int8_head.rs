@@ -3,7 +3,6 @@
 use super::engine::{Block, KeyValues, QueryBlock, Running, Tile};
 use super::keys::PackedKeys;
 use super::operand::{Buffers, QuantizedRows};
-use super::room::Doubt;
 use super::scorer::Scorer;
 use super::tensor_values::{accumulate, large_among, tiles};
 use crate::cpu::contracts::Format;
@@ -119,7 +118,6 @@ pub(super) struct Int8Head<'a> {
     pub scorer: &'a Scorer<'a>,
     pub keys: &'a PackedKeys,
     pub values: &'a PackedMatrix,
-    pub doubt: &'a Doubt,
 }
 
 impl KeyValues for Int8Head<'_> {
@@ -160,7 +158,6 @@ impl KeyValues for Int8Head<'_> {
         running: &[Running],
         sums: &mut [f32],
     ) {
-        self.doubt.watch(tile, running);
         accumulate(self.values, keys, tile, running, sums);
     }
 }

@@ -1,14 +1,14 @@
 //! Attention as a Candle op: one forward for both backends, and its gradient.
 
 use super::config::{AttentionConfig, Backend, Int8Config};
-use super::engine::{Element, Engine, MaskView, Modifiers, Queries};
+use super::engine::{Doubt, Element, Engine, MaskView, Modifiers, Queries};
 use super::failure::Failure;
 use super::float_head::{FEW, Float, FloatHead, in_place};
 use super::int8_head::Int8Head;
 use super::keys::PackedKeys;
 use super::mask::broadcast_mask;
 use super::reference::unfused;
-use super::room::{Doubt, with_room};
+use super::room::with_room;
 use super::scorer::{ScoreScale, Scorer};
 use super::seen::Seen;
 use super::tensor_values::pack_values;
@@ -20,7 +20,6 @@ use crate::cpu::contracts::Format;
 use crate::memory::{Footprint, Kept, written};
 use crate::parallel::Work;
 use crate::product::PackedMatrix;
-use crate::quant::RangeSource;
 use crate::view::View;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, Var};
 use std::sync::Arc;
@@ -61,20 +60,14 @@ pub(super) fn attention(
         Ok((failure.of(q.apply_op3(k, v, op))?, doubt.is_there()))
     };
     let (out, doubt) = run(q, k, config)?;
-    if !doubt || is_static(config) {
+    if !doubt {
         return Ok(out);
     }
-    let Some((wide_q, wide_k, scale)) = with_room(q, k, config.spec.scale(d)?)? else {
+    let Some((q_with_room, k_with_room, config)) = with_room(q, k, config)? else {
         return Ok(out);
     };
-    let (out, _) = run(&wide_q, &wide_k, &config.clone().softmax_scale(scale))?;
+    let (out, _) = run(&q_with_room, &k_with_room, &config)?;
     Ok(out.to_dtype(q.dtype())?)
-}
-
-/// Whether ranges are given, for the numbers as they are.
-fn is_static(config: &AttentionConfig) -> bool {
-    let Backend::Int8(int8) = &config.backend else { return false };
-    [&int8.scores.q, &int8.scores.k].iter().any(|side| side.range != RangeSource::Dynamic)
 }
 
 struct Attention {
@@ -165,6 +158,7 @@ impl Attention {
             window: None,
             modifiers: Modifiers::new(spec, spec.scale(d)?, mask),
             seen: Some(&seen),
+            doubt: &self.doubt,
         };
         let len = [b, h, m, engine.value_dim].iter().product();
         if len == 0 || n == 0 {
@@ -172,7 +166,7 @@ impl Attention {
         }
         match &self.config.backend {
             Backend::Int8(int8) => self.run_int8(inputs, engine, (int8, seen.clone()), len),
-            Backend::Fp32 => Ok(run_fp32(inputs, (engine, &seen, &self.doubt), len)),
+            Backend::Fp32 => Ok(run_fp32(inputs, (engine, &seen), len)),
         }
     }
 
@@ -213,8 +207,7 @@ impl Attention {
                         };
                         scorer.pack_keys(head, pace, keys);
                         pack_values(&v, head, &scorer.seen, values);
-                        let doubt = &self.doubt;
-                        attend(&Int8Head { scorer: &scorer, keys, values, doubt });
+                        attend(&Int8Head { scorer: &scorer, keys, values });
                     });
                 })
             })
@@ -233,7 +226,7 @@ fn elements(scores: usize, q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
 
 fn run_fp32<T: Element>(
     Inputs { q, k, v }: Inputs<'_>,
-    (engine, seen, doubt): (Engine<'_>, &Seen, &Doubt),
+    (engine, seen): (Engine<'_>, &Seen),
     len: usize,
 ) -> Vec<T> {
     let (level, factor) = (engine.level, engine.modifiers.factor());
@@ -277,7 +270,7 @@ fn run_fp32<T: Element>(
                         Float::Packed(&kept.values)
                     };
                     let (queries, shape) = (&q, engine.queries);
-                    attend(&FloatHead { level, queries, shape, keys, values, factor, doubt });
+                    attend(&FloatHead { level, queries, shape, keys, values, factor });
                 });
             })
         })
@@ -324,5 +317,98 @@ impl CustomOp3 for Attention {
             None => x.zeros_like(),
         };
         Ok((Some(of(&vars[0], q)?), Some(of(&vars[1], k)?), Some(of(&vars[2], v)?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{largest_difference, randn};
+    use candle_core::Device;
+
+    const HEADS: usize = 2;
+
+    /// `[1, H, tokens, 16]` of numbers from half of `unit` to twice that, of one sign, so that all scores of a row
+    /// leave the range together.
+    fn along(tokens: usize, unit: f64) -> Tensor {
+        let normal = randn((1, HEADS, tokens, 16)).abs().unwrap();
+        ((normal.clamp(0f32, 1.5).unwrap() + 0.5).unwrap() * unit).unwrap()
+    }
+
+    /// Additive masks `[M, N]`: row 1 sees no key, row 2 the last one alone, row 3 the first half.
+    fn masks(m: usize, n: usize) -> impl Iterator<Item = Tensor> {
+        let hides = move |(i, j): (usize, usize)| match i {
+            1 => true,
+            2 => j + 1 < n,
+            3 => j >= n / 2,
+            _ => false,
+        };
+        [f32::NEG_INFINITY, f32::MIN].into_iter().map(move |hidden| {
+            let places = (0..m).flat_map(|i| (0..n).map(move |j| (i, j)));
+            let mask = places.map(|at| if hides(at) { hidden } else { 0.0 }).collect::<Vec<_>>();
+            Tensor::from_vec(mask, (m, n), &Device::Cpu).unwrap()
+        })
+    }
+
+    fn is_in_doubt([q, k]: [Tensor; 2], mask: &Tensor, config: &AttentionConfig) -> bool {
+        let (m, n) = (q.dim(2).unwrap(), k.dim(2).unwrap());
+        let call = AttentionCall::default();
+        let visible = Visible::new((1, m, n), &call, &config.spec).unwrap();
+        let mask = broadcast_mask(mask, &[1, HEADS, m, n]).unwrap();
+        let (level, config) = (Level::active().unwrap(), config.clone());
+        let (call, failure) = (call.with_mask(mask), Failure::default());
+        let doubt = Arc::new(Doubt::default());
+        let op = Attention { level, call, visible, config, failure, doubt: Arc::clone(&doubt) };
+        q.apply_op3(&k, &k, op).unwrap();
+        doubt.is_there()
+    }
+
+    /// Numbers of queries and keys, every mask, both backends.
+    fn cases() -> Vec<(usize, usize, Tensor, AttentionConfig)> {
+        let sizes = [(4, 9), (4, 1300), (60, 700)];
+        let masks = sizes.into_iter().flat_map(|(m, n)| masks(m, n).map(move |mask| (m, n, mask)));
+        let both = [AttentionConfig::fp32(), AttentionConfig::int8()];
+        masks.flat_map(|(m, n, mask)| both.clone().map(|c| (m, n, mask.clone(), c))).collect()
+    }
+
+    #[test]
+    fn rows_without_a_key_are_no_doubt_and_scores_beyond_f32_are() {
+        for (m, n, mask, config) in cases() {
+            let what = format!("{m} {n} {config:?}");
+            let ordinary = [randn((1, HEADS, m, 16)), randn((1, HEADS, n, 16))];
+            assert!(!is_in_doubt(ordinary, &mask, &config), "{what}");
+            for sign in [1.0, -1.0] {
+                let beyond = [along(m, 1e20), along(n, sign * 1e20)];
+                assert!(is_in_doubt(beyond, &mask, &config), "{sign} {what}");
+            }
+        }
+    }
+
+    /// Looking at all queries and keys only in doubt gives what doing so always gives.
+    #[test]
+    fn room_is_made_where_it_is_needed() -> Result<()> {
+        for (m, n, mask, config) in cases() {
+            let v = randn((1, HEADS, n, 8));
+            let attend = |q: &Tensor, k: &Tensor, config: &AttentionConfig| {
+                let call = AttentionCall::default().with_mask(mask.clone());
+                attention(q, k, &v, call, config)
+            };
+            for (of_q, of_k, scale) in
+                [(1.0, 1.0, 0.25), (1e17, 1e18, 1.0), (1e19, 3e18, 0.1), (0.1, 1e37, 1.0)]
+            {
+                for sign in [1.0, -1.0] {
+                    let (q, k) = (along(m, sign * of_q), along(n, of_k));
+                    let config = config.clone().softmax_scale(scale);
+                    let found = attend(&q, &k, &config)?;
+                    let always = match with_room(&q, &k, &config)? {
+                        Some((q, k, config)) => attend(&q, &k, &config)?,
+                        None => attend(&q, &k, &config)?,
+                    };
+                    let difference = largest_difference(&found, &always);
+                    assert!(difference < 1e-5, "{difference}: {m} {n} {sign} {of_q} {config:?}");
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -1,5 +1,4 @@
-//! Numbers at the end of f32's range: whether a result may have met scores that f32 does not hold on the way,
-//! and the same attention with room for them.
+//! Numbers at the end of f32's range: the same attention with room for scores that f32 does not hold on the way.
 //!
 //! Scores are multiplied by log2(e), keys by the scale, blocks of both are rotated, each before what brings it
 //! down again: what is finite as `(q·k^T * scale)` may not be finite then. Attention with a large scale has
@@ -9,45 +8,14 @@
 //! scale * q·k  =  (scale * 2^(a + b)) * (q / 2^a)·(k / 2^b)
 //! ```
 //!
-//! Ordinary numbers never come here: that costs a look at the largest score of each row.
+//! Only rows in [doubt](super::engine::Doubt) come here.
 
-use super::engine::{Running, Tile};
-use crate::Result;
+use super::config::{AttentionConfig, Backend};
+use crate::quant::rows::row_range;
+use crate::quant::{QuantParams, RangeSource, ValueRange};
+use crate::view::{View, cpu};
+use crate::{Result, parallel};
 use candle_core::{DType, Tensor};
-use std::sync::atomic::{AtomicBool, Ordering};
-
-/// Whether rows met scores that are not finite.
-#[derive(Default)]
-pub(super) struct Doubt {
-    /// Infinity.
-    beyond: AtomicBool,
-    /// NaN, or minus infinity for all keys, as of a row whose keys are masked.
-    elsewhere: AtomicBool,
-}
-
-impl Doubt {
-    /// Looks at the rows of a tile after their softmax.
-    pub(super) fn watch(&self, tile: &Tile<'_>, running: &[Running]) {
-        for (running, visible) in running.iter().zip(tile.visible) {
-            if running.max == f32::INFINITY {
-                self.beyond.store(true, Ordering::Relaxed);
-            }
-            if running.sum.is_nan() || running.max == f32::NEG_INFINITY && !visible.is_empty() {
-                self.elsewhere.store(true, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// Whether there was a score of infinity.
-    pub(super) fn is_beyond(&self) -> bool {
-        self.beyond.load(Ordering::Relaxed)
-    }
-
-    /// Whether a row is NaN, or has seen no key.
-    pub(super) fn is_there(&self) -> bool {
-        self.is_beyond() || self.elsewhere.load(Ordering::Relaxed)
-    }
-}
 
 /// The power of two of the scale that leaves room on both sides: scores beyond 2^64 have a unit, and queries
 /// and keys that go with ordinary scores are ordinary.
@@ -59,27 +27,37 @@ const ADDED: i32 = 8;
 /// Powers of two of finite numbers are at most this.
 const LARGEST: i32 = 127;
 
-/// Queries, keys and their scale with room for every score that is finite, where the numbers may have left
-/// f32's range without it.
+/// Queries, keys and a configuration for them with room for every score that is finite, where the numbers may have
+/// left f32's range without it.
 ///
 /// # Errors
 /// Candle's own.
 pub(super) fn with_room(
     q: &Tensor,
     k: &Tensor,
-    scale: f32,
-) -> Result<Option<(Tensor, Tensor, f32)>> {
+    config: &AttentionConfig,
+) -> Result<Option<(Tensor, Tensor, AttentionConfig)>> {
     let (Some(of_q), Some(of_k)) = (largest(q)?, largest(k)?) else { return Ok(None) };
-    let (of_scale, depth) = (exponent(scale), q.dim(3)?.max(1) as f32);
-    let sum = of_q + of_k + exponent(depth) + 1;
+    let depth = q.dim(3)?;
+    let scale = config.spec.scale(depth)?;
+    let of_scale = exponent(scale);
+    let sum = of_q + of_k + exponent(depth.max(1) as f32) + 1;
     let most = sum.max(of_q).max(of_k) + of_scale.max(0) + ADDED;
-    match scale.is_normal() && most >= LARGEST {
-        true => {
-            let q = times_power(q, of_scale + of_k - SCALE)?;
-            Ok(Some((q, times_power(k, -of_k)?, with_exponent(scale, SCALE))))
-        }
-        false => Ok(None),
+    if !scale.is_normal() || most < LARGEST {
+        return Ok(None);
     }
+    let powers = [of_scale + of_k - SCALE, -of_k];
+    let mut config = config.clone().softmax_scale(with_exponent(scale, SCALE));
+    if let Backend::Int8(int8) = &mut config.backend {
+        for (side, power) in [&mut int8.scores.q, &mut int8.scores.k].into_iter().zip(powers) {
+            if let RangeSource::Static(params) = &mut side.range {
+                let times_power = |params: &QuantParams| params.times_power(power);
+                let Some(moved) = params.iter().map(times_power).collect() else { return Ok(None) };
+                *params = moved;
+            }
+        }
+    }
+    Ok(Some((times_power(q, powers[0])?, times_power(k, powers[1])?, config)))
 }
 
 /// The same for queries whose keys cannot change.
@@ -98,11 +76,15 @@ pub(super) fn queries_with_room(q: &Tensor, scale: f32) -> Result<Option<(Tensor
 
 /// The power of two of the largest magnitude, unless that is not finite.
 fn largest(x: &Tensor) -> Result<Option<i32>> {
-    let numbers = x.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    // NaN and infinity have larger bits than all numbers.
-    let bits = numbers.iter().fold(0, |max, x| x.abs().to_bits().max(max));
-    let largest = f32::from_bits(bits);
-    Ok(largest.is_finite().then(|| exponent(largest)))
+    let (storage, layout) = x.storage_and_layout();
+    let x = View::new("attention", "q or k", cpu(&storage)?, layout)?;
+    let of_head = |head| {
+        let (mut rows, mut gathered) = (Vec::new(), Vec::new());
+        row_range(x.rows(head, 0..x.tokens(), &mut rows).as_slice(&mut gathered))
+    };
+    let heads = parallel::map(0..x.heads(), of_head);
+    let all = heads.iter().fold(ValueRange::EMPTY, |all, head| all.union(head.range));
+    Ok(heads.iter().all(|head| head.finite).then(|| exponent(all.max_abs())))
 }
 
 fn exponent(x: f32) -> i32 {

@@ -141,6 +141,13 @@ impl QuantParams {
         self.scheme
     }
 
+    /// Those of `2^power` times the numbers, whose codes are the same; `None` where the scale is no normal number
+    /// then.
+    pub(crate) fn times_power(self, power: i32) -> Option<Self> {
+        let scale = (f64::from(self.scale) * 2f64.powi(power)) as f32;
+        scale.is_normal().then_some(Self { scale, ..self })
+    }
+
     /// `clamp(round(x / scale) + zero_point)`, ties to even. Infinities saturate; NaN gives the
     /// zero point (use [`QuantizedTensor::quantize`](super::QuantizedTensor::quantize) to have it
     /// reported).

@@ -3,11 +3,11 @@
 
 use super::*;
 use candle_core::DType;
-use candle_int8_attention::quant::Granularity;
+use candle_int8_attention::quant::{Granularity, QuantConfig, QuantParams, RangeSource, Scheme};
 use candle_int8_attention::reference::{tensor_ops, unfused};
 use candle_int8_attention::{
-    AttentionCall, AttnMask, CacheValues, Causal, Int8KvCache, KvCacheConfig, PvPrecision,
-    attention,
+    AttentionCall, AttnMask, CacheValues, Causal, Int8Config, Int8KvCache, KvCacheConfig,
+    PvPrecision, ScoreConfig, attention,
 };
 use common::{largest_difference, randn};
 
@@ -316,16 +316,58 @@ fn scores_up_to_the_largest_number_are_those_of_the_definition() -> TestResult {
     Ok(())
 }
 
-/// In a cache too, but for keys that are large themselves and are rotated as they come, and for queries all of
-/// whose scores are below -2.3e38.
+/// Ranges that are given are those of the numbers as they are.
+#[test]
+fn scores_of_static_ranges_go_up_to_the_largest_number() -> TestResult {
+    let (m, n, depth) = (5, 40, 16);
+    let given = |range: f32, granularity| {
+        let params = vec![QuantParams::symmetric(range / 127.0)?];
+        Ok::<_, candle_int8_attention::Error>(QuantConfig {
+            granularity,
+            range: RangeSource::Static(params),
+            ..QuantConfig::default()
+        })
+    };
+    for granularity in [Granularity::PerTensor, Granularity::PerHead] {
+        for (q, k) in [(3f32, 1e38f32), (-3.0, 1e38), (1e19, 3e19), (-1e19, 3e19)] {
+            let (q, v) = (q / depth as f32, randn((1, 1, n, 8)));
+            let one = |j: usize| if (j == n / 2) == (q > 0.0) { k } else { 0.5 * k };
+            let queries = along(&vec![q; m], depth, true);
+            let keys = along(&(0..n).map(one).collect::<Vec<_>>(), depth, true);
+            let mut scores = ScoreConfig::plain(Scheme::Symmetric, granularity);
+            (scores.q, scores.k) = (given(q.abs(), granularity)?, given(k, granularity)?);
+            let config = AttentionConfig::from(Int8Config { scores, ..Int8Config::default() });
+            let config = config.softmax_scale(1.0);
+            let out = attention(&queries, &keys, &v, &AttnMask::None, &config)?;
+            let exact = Definition {
+                tensors: [&queries, &keys, &v],
+                scale: 1.0,
+                softcap: None,
+                slope: 0.0,
+            };
+            exact.check(&format!("{granularity} {q} {k}"), &out, INT8_BOUND);
+        }
+    }
+    Ok(())
+}
+
+/// In a cache too, but for keys that are large themselves and are rotated as they come.
 #[test]
 fn scores_of_a_cache_up_to_the_largest_number_are_those_of_the_definition() -> TestResult {
     let depth = 16;
-    for (q, k, scale) in [(1e19f32, 3e19f32, 1.0f32), (3.0, 1e37, 10.0), (3e38, 1e-38, 1.0)] {
+    for (q, k, scale) in [
+        (1e19f32, 3e19f32, 1.0f32),
+        (-1e19, 3e19, 1.0),
+        (3.0, 1e37, 10.0),
+        (-3.0, 1e37, 10.0),
+        (3e38, 1e-38, 1.0),
+        (-3e38, 1e-38, 1.0),
+    ] {
         for (m, n) in [(1, 9), (5, 40), (60, 600)] {
             let (q, v) = (q / depth as f32, randn((1, 1, n, 8)));
             let queries = along(&vec![q; m], depth, true);
-            let one = |j: usize| if j == n / 2 { k } else { 0.5 * k };
+            // One score far above the others, as above.
+            let one = |j: usize| if (j == n / 2) == (q > 0.0) { k } else { 0.5 * k };
             let keys = along(&(0..n).map(one).collect::<Vec<_>>(), depth, true);
             let tensors = [&queries, &keys, &v];
             let exact = Definition { tensors, scale: f64::from(scale), softcap: None, slope: 0.0 };

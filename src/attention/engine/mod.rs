@@ -8,6 +8,7 @@
 //!     modifiers   softcap, ALiBi, mask tensor                   modifiers, mask
 //!     softmax     running maximum and sum                       softmax
 //!     values      sums += probabilities x values                KeyValues::accumulate
+//!   see whether all scores were numbers                         doubt
 //!   add the sink logit to the running sum                       partial
 //!   divide by the running sum                                   output
 //! ```
@@ -16,6 +17,7 @@
 //! Nothing as large as `M * N` ever exists. A few rows over many keys are computed in spans of keys that
 //! threads share, each with its own maximum, and merged in their order.
 
+mod doubt;
 mod key_values;
 mod mask;
 mod modifiers;
@@ -25,6 +27,7 @@ mod queries;
 mod run;
 mod softmax;
 
+pub(super) use doubt::Doubt;
 pub(super) use key_values::{KeyValues, QueryBlock};
 pub(super) use mask::MaskView;
 pub(super) use modifiers::Modifiers;

@@ -94,6 +94,13 @@ impl<'a> Modifiers<'a> {
         self.softcap.is_none() && self.slopes.is_none() && self.mask.is_none()
     }
 
+    /// Whether one query, `at` its batch element, head and token, may see any of `keys`.
+    pub(super) fn let_see(&self, at: [usize; 3], keys: Range<usize>) -> bool {
+        !keys.is_empty()
+            && (self.mask.as_ref())
+                .is_none_or(|mask| mask.mark(at, keys.clone(), &mut vec![0; keys.len()]))
+    }
+
     /// Changes the scores of `keys` for one query, `at` its batch element, head and token, and
     /// leaves them in their unit. Its place among the keys is `position`.
     pub(super) fn apply(

@@ -1,5 +1,6 @@
 //! The loops of the engine.
 
+use super::doubt::Doubt;
 use super::key_values::{KeyValues, QueryBlock};
 use super::modifiers::Modifiers;
 use super::output::Element;
@@ -42,6 +43,8 @@ pub(in crate::attention) struct Engine<'a> {
     pub modifiers: Modifiers<'a>,
     /// The keys that take part, where keys and values are those alone; `None` where they are all.
     pub seen: Option<&'a Seen>,
+    /// What the rows met.
+    pub doubt: &'a Doubt,
 }
 
 /// A row of a block.
@@ -174,7 +177,7 @@ impl Engine<'_> {
             from.prepare(&whole, &mut queries[..whole.len()]);
             for ((block, queries), (seen, out)) in whole.iter().zip(queries).zip(of_whole) {
                 self.attend_tiles(from, block, queries, &seen, (buffers, partial));
-                self.finish(&seen, partial, out);
+                self.finish(block.rows.head, &seen, partial, out);
             }
         });
     }
@@ -199,7 +202,7 @@ impl Engine<'_> {
         let mut merged = Partial::default();
         merged.start(seen.len(), from.width());
         parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
-        self.finish(seen, &mut merged, out);
+        self.finish(block.rows.head, seen, &mut merged, out);
     }
 
     /// The tiles of keys of which rows see some.
@@ -213,13 +216,29 @@ impl Engine<'_> {
     }
 
     /// Writes the output of rows that have seen all of their keys.
-    fn finish<T: Element>(&self, seen: &[Row], partial: &mut Partial, out: &mut [MaybeUninit<T>]) {
-        for (row, Row { at, .. }) in seen.iter().enumerate() {
-            if let Some(logit) = self.modifiers.sink_logit(at[1]) {
-                partial.add_logit(row, logit, self.modifiers.unit());
+    fn finish<T: Element>(
+        &self,
+        head: usize,
+        seen: &[Row],
+        partial: &mut Partial,
+        out: &mut [MaybeUninit<T>],
+    ) {
+        for (index, row) in seen.iter().enumerate() {
+            self.doubt.add(&partial.running[index], || self.sees_a_key(head, row));
+            if let Some(logit) = self.modifiers.sink_logit(row.at[1]) {
+                partial.add_logit(index, logit, self.modifiers.unit());
             }
         }
         partial.finish(self.value_dim, out);
+    }
+
+    /// Whether the mask leaves a row one of the keys at its places.
+    fn sees_a_key(&self, head: usize, row: &Row) -> bool {
+        let lets_see = |keys| self.modifiers.let_see(row.at, keys);
+        [&row.sinks, &row.seen].into_iter().any(|places| match self.seen {
+            None => lets_see(places.clone()),
+            Some(seen) => seen.keys(head).runs(places.clone()).any(|(_, keys)| lets_see(keys)),
+        })
     }
 
     /// What each row of a block sees.

@@ -5,9 +5,9 @@ use super::head::Head;
 use super::source::CacheHead;
 use crate::attention::AttentionCall;
 use crate::attention::config::{AttentionConfig, Backend, Int8Config, PvPrecision};
-use crate::attention::engine::{Element, Engine, MaskView, Modifiers, Queries};
+use crate::attention::engine::{Doubt, Element, Engine, MaskView, Modifiers, Queries};
 use crate::attention::mask::broadcast_mask;
-use crate::attention::room::{Doubt, queries_with_room};
+use crate::attention::room::queries_with_room;
 use crate::attention::shapes::{check_attention, check_cpu, check_float};
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
@@ -78,7 +78,7 @@ impl Int8KvCache {
         let (heads, value_dim) = self.check_queries(&queries)?;
         let [b, h, m, d] = queries.dims();
         let (scale, int8) = check_config(h, d, config)?;
-        let (level, spec) = (Level::active()?, &config.spec);
+        let (level, spec, doubt) = (Level::active()?, &config.spec, Doubt::default());
         let engine = Engine {
             level,
             queries: Queries { heads: h, tokens: m, group: h / heads.max(1), apart: false },
@@ -88,11 +88,12 @@ impl Int8KvCache {
             window: self.config.window,
             modifiers: Modifiers::new(spec, scale, mask),
             seen: None,
+            doubt: &doubt,
         };
         self.check_dropped(&engine)?;
         let factor = engine.modifiers.factor();
-        let (many, doubt) = (int8.pv.format(level)?, Doubt::default());
-        let heads = CacheHeads { cache: self, queries: &queries, factor, many, doubt: &doubt };
+        let many = int8.pv.format(level)?;
+        let heads = CacheHeads { cache: self, queries: &queries, factor, many };
         let storage = match q.dtype() {
             DType::F16 => CpuStorage::F16(heads.run(&engine)),
             DType::BF16 => CpuStorage::BF16(heads.run(&engine)),
@@ -166,7 +167,6 @@ struct CacheHeads<'a> {
     queries: &'a View<'a>,
     factor: f32,
     many: Format,
-    doubt: &'a Doubt,
 }
 
 impl CacheHeads<'_> {
@@ -196,7 +196,6 @@ impl CacheHeads<'_> {
                         shape: engine.queries,
                         factor: self.factor,
                         many: self.many,
-                        doubt: self.doubt,
                     });
                 })
             })

@@ -13,7 +13,6 @@ use crate::attention::engine::{
 };
 use crate::attention::float_head::{accumulate_in_place, score_in_place};
 use crate::attention::operand::QuantizedRows;
-use crate::attention::room::Doubt;
 use crate::attention::tensor_values::{accumulate, large_among, large_rows};
 use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes, Format, LANES};
@@ -36,7 +35,6 @@ pub(super) struct CacheHead<'a> {
     pub factor: f32,
     /// In which values are multiplied with many rows.
     pub many: Format,
-    pub doubt: &'a Doubt,
 }
 
 /// What holds the keys of a tile.
@@ -315,7 +313,6 @@ impl KeyValues for CacheHead<'_> {
         running: &[Running],
         sums: &mut [f32],
     ) {
-        self.doubt.watch(tile, running);
         match self.float_rows(&keys) {
             _ if self.head.dims.value_dim == 0 => {}
             _ if running.len() > FEW => self.accumulate_many(keys, tile, running, sums),
