@@ -218,6 +218,41 @@ fn gradients_flow_past_them() -> TestResult {
     Ok(())
 }
 
+/// A logit that is trained: the additive mask of one more key, without a key and without a value.
+#[test]
+fn a_mask_of_one_more_key_is_a_logit_with_a_gradient() -> TestResult {
+    let (m, n) = (6, 9);
+    let (q, k, v) = inputs(m, n);
+    let zeros = |x: &Tensor| x.narrow(2, 0, 1)?.zeros_like();
+    let (more_k, more_v) =
+        (Tensor::cat(&[&k, &zeros(&k)?], 2)?, Tensor::cat(&[&v, &zeros(&v)?], 2)?);
+    let logits = Var::new(&[-3f32, 0.0, 1.0, 4.5], &Device::Cpu)?;
+    let none = Tensor::zeros((1, HEADS, m, n), DType::F32, &Device::Cpu)?;
+    let of_last = logits.reshape((1, HEADS, 1, 1))?.broadcast_as((1, HEADS, m, 1))?;
+    let call = AttentionCall::default().with_mask(Tensor::cat(&[&none, &of_last], 3)?);
+    let out = attention(&q, &more_k, &more_v, call, &AttentionConfig::fp32())?;
+    let sink = |logits: Vec<f32>| {
+        let config = AttentionConfig::fp32().sink_logits(logits);
+        attention(&q, &k, &v, AttentionCall::default(), &config)
+    };
+    let off = largest_difference(&out, &sink(logits.to_vec1()?)?);
+    assert!(off < OF_F32, "{off}");
+    let gradient =
+        out.sum_all()?.backward()?.get(&logits).ok_or("no gradient")?.to_vec1::<f32>()?;
+    for (head, found) in gradient.into_iter().enumerate() {
+        const STEP: f32 = 1e-2;
+        let moved = |by: f32| -> Result<f64, Error> {
+            let mut logits = logits.to_vec1::<f32>()?;
+            logits[head] += by;
+            Ok(sink(logits)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?)
+        };
+        let expected = (moved(STEP)? - moved(-STEP)?) / f64::from(2.0 * STEP);
+        let off = (f64::from(found) - expected).abs();
+        assert!(off < 0.01 + 0.01 * expected.abs(), "{head}: {found} {expected}");
+    }
+    Ok(())
+}
+
 #[test]
 fn logits_that_make_no_sense_are_errors() {
     let (q, k, v) = inputs(2, 3);

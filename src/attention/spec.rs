@@ -33,7 +33,8 @@ pub struct AttentionSpec {
     /// ```
     ///
     /// It is no score: neither scale, softcap, slopes nor mask change it. Minus infinity is none. A query that sees
-    /// no key gives zeros, as without. It is a constant: gradients flow past it to q, k and v.
+    /// no key gives zeros, as without. It is a number, which is not trained: gradients flow past it to q, k and v.
+    /// One that is to be trained is the additive mask of one more key, whose row in k and in v is 0.
     pub sink_logits: Option<Vec<f32>>,
 }
 
