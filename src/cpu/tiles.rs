@@ -1,16 +1,18 @@
 //! What repeats between leaves, written once: choosing the function for a number of rows and vectors,
-//! and for the int8 product the loop over rows and the epilogue.
+//! for the int8 product the loop over rows and the epilogue, and the products of f32 and of int16 but for their
+//! instructions.
 
-/// `for_rows!(rows, f, (arguments))` calls `f::<rows>(arguments)`, for tiles of up to six rows.
+/// `for_rows!(rows, f, (arguments))` calls `f::<rows>(arguments)`, for tiles of up to six rows, and
+/// `for_rows!(rows, f, (arguments), n)` calls `f::<rows, n>(arguments)`.
 macro_rules! for_rows {
-    ($rows:expr, $f:ident, $arguments:tt) => {
+    ($rows:expr, $f:ident, $arguments:tt $(, $n:expr)?) => {
         match $rows {
-            1 => $f::<1> $arguments,
-            2 => $f::<2> $arguments,
-            3 => $f::<3> $arguments,
-            4 => $f::<4> $arguments,
-            5 => $f::<5> $arguments,
-            _ => $f::<6> $arguments,
+            1 => $f::<1 $(, { $n })?> $arguments,
+            2 => $f::<2 $(, { $n })?> $arguments,
+            3 => $f::<3 $(, { $n })?> $arguments,
+            4 => $f::<4 $(, { $n })?> $arguments,
+            5 => $f::<5 $(, { $n })?> $arguments,
+            _ => $f::<6 $(, { $n })?> $arguments,
         }
     };
 }
@@ -240,5 +242,100 @@ macro_rules! int16_panels {
                 }
             }
         }
+    };
+}
+
+/// The products of rows in f32 as `PANELS` and `STORED`, with up to `vectors` vectors of columns at a time: `tile`
+/// calls `multiply_tile::<rows, registers>(tile)`.
+///
+/// Each form of a matrix is a module with its bytes an element, the function that adds products `f(x, y, sum)` up,
+/// and an expression that loads a register of it: a target feature is an attribute of a function, so the load
+/// stands in the function that enables it.
+macro_rules! float_panels {
+    (
+        name: $name:expr,
+        features: $features:literal,
+        vectors: $vectors:expr,
+        tile: |$tile:ident| $for_tile:expr,
+        floats: $register:ty, $zero:expr, |$x:ident| $splat:expr, $load_sums:ident, $add_sums:ident, $store:ident,
+        $($form:ident: $size:literal, $add:ident, |$from:ident| $load:expr;)*
+    ) => {
+        pub(crate) const PANELS: crate::cpu::contracts::PanelProduct =
+            crate::cpu::contracts::PanelProduct {
+                name: $name,
+                format: crate::cpu::contracts::Format::F32,
+                group: 1,
+                vectors: $vectors,
+                bias: 0,
+                multiply: packed::multiply,
+            };
+
+        pub(crate) const STORED: crate::cpu::contracts::StoredProduct =
+            crate::cpu::contracts::StoredProduct {
+                name: $name,
+                f32: f32::multiply,
+                f16: f16::multiply,
+                bf16: bf16::multiply,
+                int8: int8::multiply,
+            };
+
+        /// Lanes of a register.
+        const WIDTH: usize = size_of::<$register>() / size_of::<f32>();
+
+        $(
+            mod $form {
+                use super::*;
+                use crate::cpu::contracts::Panel;
+                use crate::cpu::contracts::panel_product::ROWS;
+
+                #[target_feature(enable = $features)]
+                pub(super) unsafe fn multiply(panel: Panel) {
+                    for part in panel.parts($vectors, $size) {
+                        for $tile in part.tiles(ROWS) {
+                            // SAFETY: a part of what is valid by contract.
+                            unsafe { $for_tile }
+                        }
+                    }
+                }
+
+                /// `N` registers of columns of `R` rows.
+                ///
+                /// # Safety
+                /// That of the contract, with `R` rows and as many columns.
+                #[target_feature(enable = $features)]
+                unsafe fn multiply_tile<const R: usize, const N: usize>(tile: Panel) {
+                    let mut sums = [[$zero; N]; R];
+                    for k in 0..tile.groups {
+                        let mut matrix = [$zero; N];
+                        for (i, matrix) in matrix.iter_mut().enumerate() {
+                            let $from = tile.group(k, i * WIDTH * $size);
+                            // SAFETY: `N` registers in each of `groups` rows of the matrix by contract.
+                            *matrix = unsafe { $load };
+                        }
+                        for (row, sums) in sums.iter_mut().enumerate() {
+                            // SAFETY: `groups` elements in each of `R` rows by contract.
+                            let $x = unsafe { *tile.lhs_of::<f32>(row).add(k) };
+                            let x = $splat;
+                            for (sum, matrix) in sums.iter_mut().zip(matrix) {
+                                *sum = $add(x, matrix, *sum);
+                            }
+                        }
+                    }
+                    for (row, sums) in sums.into_iter().enumerate() {
+                        for (i, sum) in sums.into_iter().enumerate() {
+                            // SAFETY: `N` registers of sums in each of `R` rows by contract.
+                            unsafe {
+                                let start = tile.start_of(row, i * WIDTH);
+                                let sum = match start.is_null() {
+                                    true => sum,
+                                    false => $add_sums($load_sums(start), sum),
+                                };
+                                $store(tile.sums_of(row, i * WIDTH), sum);
+                            }
+                        }
+                    }
+                }
+            }
+        )*
     };
 }
