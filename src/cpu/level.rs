@@ -278,15 +278,19 @@ impl Level {
         unsafe { (self.entry.softmax.max_of_runs)(scores, runs) }
     }
 
-    /// Writes `2^(score - max)` in int16; returns the sum of what the codes stand for, or NaN if there is a
-    /// NaN.
+    /// Writes `2^(score - max)` in int16, and the sums of what the codes stand for, NaN where there is a NaN.
     ///
     /// # Panics
-    /// Unless the scores are a multiple of 16 with as many codes and a place for each run.
-    pub(crate) fn exp_int16(self, job: Int16Exp<'_>) -> f32 {
-        let (count, runs) = (job.scores.len(), job.runs.len());
-        assert!(count.is_multiple_of(LANES) && runs == count.div_ceil(RUN));
-        assert_eq!(count, job.codes.len());
+    /// Unless there are up to 16 rows of a multiple of 16 scores, with as many codes, and top and scale of each
+    /// run.
+    pub(crate) fn exp_int16(self, job: Int16Exp<'_>) {
+        let (rows, count) = (job.sums.len(), job.scores.len());
+        if count == 0 {
+            return job.sums.fill(0.0);
+        }
+        assert!((1..=LANES).contains(&rows) && count.is_multiple_of(rows * LANES));
+        assert!(count == job.codes.len() && job.tops.len() == rows * (count / rows).div_ceil(RUN));
+        assert_eq!(job.tops.len(), job.scales.len());
         // SAFETY: a level is there only with its instructions.
         unsafe { (self.entry.softmax.exp_int16)(job) }
     }

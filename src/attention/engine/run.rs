@@ -74,8 +74,9 @@ struct Buffers {
     /// Probabilities in int8, and what they stand for.
     codes: Vec<u8>,
     runs: Vec<Int8Run>,
-    /// Probabilities in int16, and what a 1 stands for.
+    /// Probabilities in int16, the largest scores of their runs, and what a 1 stands for.
     words: Vec<i16>,
+    tops: Vec<f32>,
     scales: Vec<f32>,
 }
 
@@ -88,8 +89,8 @@ impl Footprint for Scratch {
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        let Self { stride: _, scores, inside, halves, codes, runs, words, scales } = self;
-        let runs = runs.footprint() + scales.footprint();
+        let Self { stride: _, scores, inside, halves, codes, runs, words, tops, scales } = self;
+        let runs = runs.footprint() + tops.footprint() + scales.footprint();
         let probs = halves.footprint() + codes.footprint() + words.footprint() + runs;
         scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
     }
@@ -301,12 +302,12 @@ impl Engine<'_> {
         let mut large = from.large(keys.clone());
         large.iter_mut().for_each(|key| *key -= keys.start);
         self.refer(&large, buffers, partial);
-        let Buffers { scores, inside, halves, codes, runs, words, scales, .. } = buffers;
+        let Buffers { scores, inside, halves, codes, runs, words, tops, scales, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
             Format::Bf16 => Probs::Bf16(halves),
             Format::Int8 => Probs::Int8 { codes, runs },
-            Format::Int16 => Probs::Int16 { codes: words, scales },
+            Format::Int16 => Probs::Int16 { codes: words, tops, scales },
         };
         let visible = &*inside;
         let mut tile = Tile { scores, stride, keys: keys.len(), visible, probs, large: &large };
@@ -383,6 +384,7 @@ impl Buffers {
             Format::Int16 => {
                 self.words.resize(grow(len, self.words.len()), 0);
                 let scales = rows * self.stride.div_ceil(RUN);
+                self.tops.resize(grow(scales, self.tops.len()), 0.0);
                 self.scales.resize(grow(scales, self.scales.len()), 0.0);
             }
         }

@@ -3,7 +3,8 @@
 
 use crate::cpu::Level;
 use crate::cpu::contracts::{CODES, Format, GROUP, Int8Run, Int16Exp, LANES, RUN};
-use crate::cpu::plain::softmax::exp2;
+use crate::cpu::plain::softmax::{exp2, scales_of_runs};
+use crate::cpu::plain::widest;
 use std::ops::Range;
 
 /// What the softmax of one query has seen so far.
@@ -49,7 +50,9 @@ pub(in crate::attention) enum Probs<'a> {
     /// Rounded to 1/4096 of the largest of a run of [`RUN`] keys.
     Int16 {
         codes: &'a mut [i16],
-        /// What a code of 1 stands for: all runs of a row before those of the next.
+        /// The largest score of a run, and what a code of 1 stands for: all runs of a row before those of the
+        /// next.
+        tops: &'a mut [f32],
         scales: &'a mut [f32],
     },
 }
@@ -69,6 +72,15 @@ pub(in crate::attention) struct Tile<'a> {
 }
 
 impl Tile<'_> {
+    /// Whether all rows see all keys, in rows that are whole runs and little else.
+    fn is_whole(&self) -> bool {
+        let padding = self.stride - self.keys;
+        let all = |seen: &Range<usize>| *seen == (0..self.keys);
+        self.stride.is_multiple_of(RUN)
+            && 4 * padding <= self.stride
+            && self.visible.iter().all(all)
+    }
+
     /// Adds a value that stands beside the others, where a row sees its key, which is counted from the
     /// tile's first. `sums` is `[rows, width]`.
     pub(in crate::attention) fn add_exception(
@@ -132,7 +144,7 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
             }
             Probs::Int16 { .. } => unreachable!("a tile of its own"),
         };
-        running.sum = running.sum * running.rescale + sum;
+        running.add(sum);
     }
 }
 
@@ -140,35 +152,85 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
 /// that are seen become minus infinity. The largest of all runs come first: reading them right after they
 /// were written takes as long as a short row.
 fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
+    let whole = tile.is_whole();
+    let per_row = tile.keys.div_ceil(RUN).max(1);
     let Tile { scores, stride, keys, visible, probs, .. } = tile;
-    let Probs::Int16 { codes, scales } = probs else { unreachable!("a tile in int16") };
-    let (stride, per_row) = (*stride, keys.div_ceil(RUN));
-    let places = |row: usize| {
-        let Range { start, end } = visible[row].clone();
-        let seen = if start < end { start..end } else { 0..0 };
-        let runs = seen.start / RUN..seen.end.div_ceil(RUN);
-        (runs.start * RUN..seen.end.next_multiple_of(LANES), seen, runs)
-    };
-    let rows = scores.chunks_mut(stride).zip(scales.chunks_mut(per_row.max(1)));
-    for (row, (running, (scores, scales))) in running.iter_mut().zip(rows).enumerate() {
-        let (keys, seen, runs) = places(row);
-        scores[keys.start..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..keys.end].fill(f32::NEG_INFINITY);
-        scales[..runs.start].fill(0.0);
-        scales[runs.end..].fill(0.0);
-        let scores = &scores[keys];
-        running.advance(level.max_of_runs(scores, &mut scales[runs]), scores);
+    let Probs::Int16 { codes, tops, scales } = probs else { unreachable!("a tile in int16") };
+    let (scores, codes) = (&mut scores[..], &mut codes[..]);
+    let (tops, scales) =
+        (&mut tops[..running.len() * per_row], &mut scales[..running.len() * per_row]);
+    let places = |row: usize| Places::of(&visible[row]);
+    if whole {
+        let scores = &mut scores[..running.len() * *stride];
+        scores.chunks_exact_mut(*stride).for_each(|row| row[*keys..].fill(f32::NEG_INFINITY));
+        level.max_of_runs(scores, tops);
+    } else {
+        let rows = scores.chunks_mut(*stride).zip(tops.chunks_exact_mut(per_row));
+        rows.enumerate()
+            .for_each(|(row, (scores, tops))| places(row).find_tops(level, scores, tops));
     }
-    let rows = scores.chunks(stride).zip(codes.chunks_mut(stride));
-    let rows = rows.zip(scales.chunks_mut(per_row.max(1)));
-    for (row, (running, ((scores, codes), scales))) in running.iter_mut().zip(rows).enumerate() {
-        let (keys, _, runs) = places(row);
-        codes[..keys.start].fill(0);
-        codes[keys.end..].fill(0);
-        let (scores, codes) = (&scores[keys.clone()], &mut codes[keys]);
-        let (max, runs) = (running.max_or_zero(), &mut scales[runs]);
-        let sum = level.exp_int16(Int16Exp { scores, max, runs, codes });
-        running.sum = running.sum * running.rescale + sum;
+    let rows = scores.chunks(*stride).zip(tops.chunks_exact(per_row));
+    let rows = rows.zip(scales.chunks_exact_mut(per_row)).zip(&mut *running);
+    for (row, (((scores, tops), scales), running)) in rows.enumerate() {
+        let top = tops.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        let max = running.advance(top, &scores[places(row).vectors]);
+        scales.iter_mut().zip(tops).for_each(|(scale, top)| *scale = top - max);
+    }
+    widest!(scales_of_runs, &mut *scales, &mut [f32] => ());
+    // A call for many rows, because it costs as much as a short row.
+    let rows = if whole { LANES } else { 1 };
+    let runs = tops.chunks(rows * per_row).zip(scales.chunks(rows * per_row));
+    let parts = scores.chunks(rows * *stride).zip(codes.chunks_mut(rows * *stride)).zip(runs);
+    for (index, (running, ((scores, codes), (tops, scales)))) in
+        running.chunks_mut(rows).zip(parts).enumerate()
+    {
+        let mut sums = [0.0; LANES];
+        let sums = &mut sums[..running.len()];
+        let len = running.len() * *stride;
+        let job = Int16Exp { scores: &scores[..len], codes: &mut codes[..len], tops, scales, sums };
+        if whole {
+            level.exp_int16(job)
+        } else {
+            places(index).exp(level, job)
+        }
+        running.iter_mut().zip(sums).for_each(|(running, sum)| running.add(*sum));
+    }
+}
+
+/// What of a row of a tile is seen.
+struct Places {
+    keys: Range<usize>,
+    /// From the first run that holds one of these, to the end of the last vector.
+    vectors: Range<usize>,
+    runs: Range<usize>,
+}
+
+impl Places {
+    fn of(seen: &Range<usize>) -> Self {
+        let keys = if seen.is_empty() { 0..0 } else { seen.clone() };
+        let runs = keys.start / RUN..keys.end.div_ceil(RUN);
+        Self { vectors: runs.start * RUN..keys.end.next_multiple_of(LANES), keys, runs }
+    }
+
+    /// The largest score of each run of a row, minus infinity where none is seen.
+    fn find_tops(self, level: Level, scores: &mut [f32], tops: &mut [f32]) {
+        let Self { keys, vectors, runs } = self;
+        scores[vectors.start..keys.start].fill(f32::NEG_INFINITY);
+        scores[keys.end..vectors.end].fill(f32::NEG_INFINITY);
+        tops[..runs.start].fill(f32::NEG_INFINITY);
+        tops[runs.end..].fill(f32::NEG_INFINITY);
+        level.max_of_runs(&scores[vectors], &mut tops[runs]);
+    }
+
+    /// The codes of a row, 0 where nothing is seen.
+    fn exp(self, level: Level, job: Int16Exp<'_>) {
+        let Self { vectors, runs, .. } = self;
+        let Int16Exp { scores, codes, tops, scales, sums } = job;
+        codes[..vectors.start].fill(0);
+        codes[vectors.end..].fill(0);
+        let (scores, codes) = (&scores[vectors.clone()], &mut codes[vectors]);
+        let (tops, scales) = (&tops[runs.clone()], &scales[runs]);
+        level.exp_int16(Int16Exp { scores, codes, tops, scales, sums });
     }
 }
 
@@ -217,8 +279,15 @@ impl Running {
             self.sum = f32::NAN;
         }
         let subtract = self.max_or_zero();
-        self.rescale = if self.max == old { 1.0 } else { exp2(old - subtract) };
+        // Of a row that has seen nothing there is nothing to rescale.
+        let same = self.max == old || old == f32::NEG_INFINITY;
+        self.rescale = if same { 1.0 } else { exp2(old - subtract) };
         subtract
+    }
+
+    /// Takes in the sum of a tile.
+    fn add(&mut self, sum: f32) {
+        self.sum = self.sum * self.rescale + sum;
     }
 }
 
@@ -277,13 +346,21 @@ mod tests {
 
     /// Scores of every distance from the largest, with codes and sum.
     fn exp_int16(level: Level, scores: &[f32], max: f32) -> (Vec<i16>, Vec<f32>, f32) {
-        let mut runs = vec![f32::NAN; scores.len().div_ceil(RUN)];
-        let mut codes = vec![-1; scores.len()];
-        let top = level.max_of_runs(scores, &mut runs);
+        let mut tops = vec![f32::NAN; scores.len().div_ceil(RUN)];
+        let (mut codes, mut sum) = (vec![-1; scores.len()], [-1.0]);
+        let top = level.max_of_runs(scores, &mut tops);
         assert_eq!(top, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let job = Int16Exp { scores, max, runs: &mut runs, codes: &mut codes };
-        let sum = level.exp_int16(job);
-        (codes, runs, sum)
+        let mut scales: Vec<f32> = tops.iter().map(|top| top - max).collect();
+        scales_of_runs(&mut scales);
+        let (tops, codes_out) = (&tops, &mut codes);
+        level.exp_int16(Int16Exp {
+            scores,
+            codes: codes_out,
+            tops,
+            scales: &scales,
+            sums: &mut sum,
+        });
+        (codes, scales, sum[0])
     }
 
     #[test]
@@ -338,6 +415,43 @@ mod tests {
         }
     }
 
+    /// Rows of whole runs and of parts of one.
+    #[test]
+    fn int16_of_rows_together_is_that_of_each() {
+        for (rows, vectors) in
+            (1..=16).flat_map(|rows| [1usize, 4, 5, 12].map(|vectors| (rows, vectors)))
+        {
+            let len = 16 * vectors;
+            let runs = len.div_ceil(RUN);
+            let mut scores: Vec<f32> =
+                (0..rows * len).map(|i| ((i * 7919) % 1013) as f32 / 60.0 - 12.0).collect();
+            scores[rows / 2 * len] = f32::NAN;
+            scores[..5].fill(f32::NEG_INFINITY);
+            for level in runnable() {
+                let apart = scores.chunks(len).map(|scores| exp_int16(level, scores, 5.0));
+                let apart: Vec<_> = apart.collect();
+                let mut tops = vec![0.0; rows * runs];
+                for (scores, tops) in scores.chunks(len).zip(tops.chunks_mut(runs)) {
+                    level.max_of_runs(scores, tops);
+                }
+                let scales: Vec<f32> = apart.iter().flat_map(|row| row.1.clone()).collect();
+                let (mut codes, mut sums) = (vec![-1; rows * len], vec![-1.0; rows]);
+                level.exp_int16(Int16Exp {
+                    scores: &scores,
+                    codes: &mut codes,
+                    tops: &tops,
+                    scales: &scales,
+                    sums: &mut sums,
+                });
+                for (row, (expected, _, sum)) in apart.into_iter().enumerate() {
+                    assert_eq!(codes[row * len..(row + 1) * len], expected, "{level:?} {row}");
+                    let same = sums[row].to_bits() == sum.to_bits();
+                    assert!(same || (row == rows / 2 && sum.is_nan() && sums[row].is_nan()));
+                }
+            }
+        }
+    }
+
     #[test]
     fn exp2_of_special_numbers() {
         let inf = f32::INFINITY;
@@ -380,12 +494,15 @@ mod tests {
             let stride = buffer.len();
             let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
             let (mut words, mut scales) = (vec![77; stride], vec![7.0; keys.len().div_ceil(RUN)]);
+            let mut tops = scales.clone();
             let mut runs = vec![Int8Run::default(); keys.len().div_ceil(RUN)];
             let probs = match format {
                 Format::F32 => Probs::F32,
                 Format::Bf16 => Probs::Bf16(&mut halves),
                 Format::Int8 => Probs::Int8 { codes: &mut codes, runs: &mut runs },
-                Format::Int16 => Probs::Int16 { codes: &mut words, scales: &mut scales },
+                Format::Int16 => {
+                    Probs::Int16 { codes: &mut words, tops: &mut tops, scales: &mut scales }
+                }
             };
             let inside = clamp(visible.start)..clamp(visible.end);
             let (scores, visible) = (&mut buffer, std::slice::from_ref(&inside));

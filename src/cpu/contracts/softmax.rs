@@ -23,12 +23,12 @@ pub(crate) struct Softmax {
     /// Writes the largest score of each run of [`RUN`](super::RUN) scores, of which there are a multiple of
     /// 16; returns the largest of all. NaN does not count.
     pub max_of_runs: unsafe fn(&[f32], &mut [f32]) -> f32,
-    /// Writes `2^(score - max)` in int16, for a multiple of 16 scores: see [`Int16Exp`].
-    pub exp_int16: unsafe fn(Int16Exp<'_>) -> f32,
+    /// Writes `2^(score - max)` in int16: see [`Int16Exp`].
+    pub exp_int16: unsafe fn(Int16Exp<'_>),
 }
 
-/// A row of scores, and its place in an int16 product: `2^(score - max) ~ scale * code` with a scale for each
-/// run. The function returns the sum of what the codes stand for, or NaN if a score is NaN.
+/// Up to 16 rows of scores, and their place in an int16 product: `2^(score - max) ~ scale * code` with a scale for
+/// each run. Their sums are those of what the codes stand for, or NaN where a score is NaN.
 ///
 /// ```text
 /// scale  = 2^(top - max) / 4096                            top: the largest score of the run
@@ -41,17 +41,19 @@ pub(crate) struct Softmax {
 /// level by nature. The rounding of `i` is up to `2^-12 ln 2` of the result, and the polynomial is off by
 /// up to [`ERROR_INT16`] with it; that of the code is up to `2^-13` of the largest of its run.
 ///
-/// The sum is over lanes in f32: lane `l` of 16 adds up the codes at places `2 l` and `2 l + 1` of every 32 in
+/// A sum is over lanes in f32: lane `l` of 16 adds up the codes at places `2 l` and `2 l + 1` of every 32 in
 /// the run, exactly, times the scale, run by run.
 pub(crate) struct Int16Exp<'a> {
-    /// A multiple of 16.
+    /// Rows that follow each other, each a multiple of 16 long, from the beginning of a run on.
     pub scores: &'a [f32],
-    /// Subtracted from all scores: the largest that the query has seen.
-    pub max: f32,
-    /// The largest of each run; then the scales.
-    pub runs: &'a mut [f32],
     /// As many as scores.
     pub codes: &'a mut [i16],
+    /// The largest score of each run, and its scale, as [`scales_of_runs`](crate::cpu::plain::softmax::scales_of_runs)
+    /// finds it.
+    pub tops: &'a [f32],
+    pub scales: &'a [f32],
+    /// One a row.
+    pub sums: &'a mut [f32],
 }
 
 /// Bits behind the point of a distance from the largest score of a run.

@@ -99,39 +99,51 @@ pub(crate) fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
 
 /// [`Softmax::exp_int16`](crate::cpu::contracts::Softmax::exp_int16).
 #[inline(always)]
-pub(crate) fn exp_int16(job: Int16Exp<'_>) -> f32 {
+pub(crate) fn exp_int16(job: Int16Exp<'_>) {
+    let rows = job.sums.len();
+    let (len, runs) = (job.scores.len() / rows, job.tops.len() / rows);
+    let runs = job.tops.chunks_exact(runs).zip(job.scales.chunks_exact(runs));
+    let rows = job.scores.chunks_exact(len).zip(job.codes.chunks_exact_mut(len)).zip(runs);
+    for (sum, ((scores, codes), runs)) in job.sums.iter_mut().zip(rows) {
+        *sum = exp_row(scores, codes, runs);
+    }
+}
+
+#[inline(always)]
+fn exp_row(scores: &[f32], codes: &mut [i16], (tops, scales): (&[f32], &[f32])) -> f32 {
     let (mut sums, mut last) = ([0f32; LANES], [0u32; LANES]);
-    let scores = job.scores.chunks(LANES * RUN).zip(job.codes.chunks_mut(LANES * RUN));
-    for (runs, (scores, codes)) in job.runs.chunks_mut(LANES).zip(scores) {
-        let scales = scales_of_runs(padded(runs), job.max);
-        let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
-        for ((run, scale), (scores, codes)) in runs.iter_mut().zip(scales).zip(of_runs) {
-            let top = top_of_run(*run);
-            let mut counts = [0i32; LANES];
-            for (scores, codes) in scores.chunks(2 * LANES).zip(codes.chunks_mut(2 * LANES)) {
-                let mut both = [0i16; 2 * LANES];
-                let halves = both.as_chunks_mut::<LANES>().0.iter_mut();
-                for (half, scores) in halves.zip(scores.as_chunks::<LANES>().0) {
-                    let distances = each_lane(|i| distance(scores[i], top));
-                    last = each_lane(|i| last[i].max(distances[i]));
-                    *half = each_lane(|i| code_of_distance(distances[i] as u16));
-                }
-                codes.copy_from_slice(&both[..codes.len()]);
-                let of_pair = |i: usize| i32::from(both[2 * i]) + i32::from(both[2 * i + 1]);
-                counts = each_lane(|i| counts[i] + of_pair(i));
+    let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
+    for ((top, scale), (scores, codes)) in tops.iter().zip(scales).zip(of_runs) {
+        let top = top_of_run(*top);
+        let mut counts = [0i32; LANES];
+        for (scores, codes) in scores.chunks(2 * LANES).zip(codes.chunks_mut(2 * LANES)) {
+            let mut both = [0i16; 2 * LANES];
+            let halves = both.as_chunks_mut::<LANES>().0.iter_mut();
+            for (half, scores) in halves.zip(scores.as_chunks::<LANES>().0) {
+                let distances = each_lane(|i| distance(scores[i], top));
+                last = each_lane(|i| last[i].max(distances[i]));
+                *half = each_lane(|i| code_of_distance(distances[i] as u16));
             }
-            sums = each_lane(|i| sums[i] + counts[i] as f32 * scale);
-            *run = scale;
+            codes.copy_from_slice(&both[..codes.len()]);
+            let of_pair = |i: usize| i32::from(both[2 * i]) + i32::from(both[2 * i + 1]);
+            counts = each_lane(|i| counts[i] + of_pair(i));
         }
+        sums = each_lane(|i| sums[i] + counts[i] as f32 * scale);
     }
     let nan = last.iter().any(|&distance| distance > DISTANCE_END);
     if nan { f32::NAN } else { sum_lanes(sums) }
 }
 
-/// What a code of 1 stands for in 16 runs with these largest scores.
+/// What a code of 1 stands for in runs of which these are the largest scores less that of their row.
 #[inline(always)]
-pub(crate) fn scales_of_runs(tops: [f32; LANES], max: f32) -> [f32; LANES] {
-    each_lane(|i| exp2(tops[i] - max) * SCALE_INT16)
+pub(crate) fn scales_of_runs(runs: &mut [f32]) {
+    let (chunks, tail) = runs.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        *chunk = each_lane(|i| exp2(chunk[i]) * SCALE_INT16);
+    }
+    let rest = padded(tail);
+    let mut rest = each_lane(|i| exp2(rest[i]) * SCALE_INT16);
+    tail.swap_with_slice(&mut rest[..tail.len()]);
 }
 
 /// Any finite number makes the codes of a run that sees nothing 0, without the NaN of `-inf - (-inf)`.

@@ -55,11 +55,110 @@ fn spread_bytes(
     out: &mut [u8],
 ) {
     let encode = |code: i8| code as u8;
+    let mut job = SpreadBlocks { codes, depth, first, panel, out };
+    // What 16 rows of a panel make up goes block by block.
+    let whole =
+        depth.is_multiple_of(16 * group) && panel.is_multiple_of(16) && first.is_multiple_of(16);
+    let done = match group {
+        _ if !whole || depth == 0 => 0,
+        2 => widest!(spread_pairs, &mut job, &mut SpreadBlocks<'_> => usize),
+        4 => widest!(spread_quads, &mut job, &mut SpreadBlocks<'_> => usize),
+        _ => 0,
+    };
+    let (first, codes) = (first + done, &codes[done * depth..]);
     match group {
         2 => spread(codes, depth, (first, panel), out.as_chunks_mut::<2>().0, encode),
         4 => spread(codes, depth, (first, panel), out.as_chunks_mut::<4>().0, encode),
         8 => spread(codes, depth, (first, panel), out.as_chunks_mut::<8>().0, encode),
         _ => unreachable!("no kernel sums {group} elements a step"),
+    }
+}
+
+/// Rows, and words in each of them, that are put in order together.
+const BLOCK: usize = 16;
+
+type Block<T> = [[T; BLOCK]; BLOCK];
+
+struct SpreadBlocks<'a> {
+    codes: &'a [i8],
+    depth: usize,
+    first: usize,
+    panel: usize,
+    out: &'a mut [u8],
+}
+
+#[inline(always)]
+fn spread_quads(job: &mut SpreadBlocks<'_>) -> usize {
+    spread_blocks(
+        job,
+        |code: &[i8; 4]| u32::from_ne_bytes(code.map(|code| code as u8)),
+        u32::to_ne_bytes,
+    )
+}
+
+#[inline(always)]
+fn spread_pairs(job: &mut SpreadBlocks<'_>) -> usize {
+    spread_blocks(
+        job,
+        |code: &[i8; 2]| u16::from_ne_bytes(code.map(|code| code as u8)),
+        u16::to_ne_bytes,
+    )
+}
+
+#[inline(always)]
+fn spread_blocks<const GROUP: usize, T: Copy + Default>(
+    job: &mut SpreadBlocks<'_>,
+    load: impl Fn(&[i8; GROUP]) -> T,
+    store: impl Fn(T) -> [u8; GROUP],
+) -> usize {
+    let SpreadBlocks { codes, depth, first, panel, out } = job;
+    let groups = *depth / GROUP;
+    let mut done = 0;
+    for codes in codes.chunks_exact(16 * *depth) {
+        let row = *first + done;
+        let out =
+            &mut out.as_chunks_mut::<GROUP>().0[row / *panel * groups * *panel + row % *panel..];
+        for block in (0..groups).step_by(16) {
+            let mut words = Block::default();
+            for (words, row) in words.iter_mut().zip(codes.chunks_exact(*depth)) {
+                let row = &row.as_chunks::<GROUP>().0[block..block + 16];
+                for (word, codes) in words.iter_mut().zip(row) {
+                    *word = load(codes);
+                }
+            }
+            transpose(&mut words);
+            for (words, out) in words.iter().zip(out[block * *panel..].chunks_mut(*panel)) {
+                for (out, word) in out[..16].iter_mut().zip(words) {
+                    *out = store(*word);
+                }
+            }
+        }
+        done += 16;
+    }
+    done
+}
+
+/// Four perfect shuffles of the rows.
+#[inline(always)]
+fn transpose<T: Copy + Default>(x: &mut Block<T>) {
+    let mut y = Block::default();
+    shuffle(x, &mut y);
+    shuffle(&y, x);
+    shuffle(x, &mut y);
+    shuffle(&y, x);
+}
+
+/// Rows `i` and `i + 8`, element by element in turns, become rows `2 i` and `2 i + 1`.
+#[inline(always)]
+fn shuffle<T: Copy>(from: &Block<T>, to: &mut Block<T>) {
+    let (upper, lower) = from.split_at(BLOCK / 2);
+    for ((a, b), to) in upper.iter().zip(lower).zip(to.as_chunks_mut::<2>().0) {
+        for (half, to) in to.iter_mut().enumerate() {
+            for (lane, to) in to.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let from = half * BLOCK / 2 + lane;
+                *to = [a[from], b[from]];
+            }
+        }
     }
 }
 

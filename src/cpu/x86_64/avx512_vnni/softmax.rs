@@ -3,11 +3,12 @@
 //! `vscalefps` and `vreduceps` would save three instructions of the exponential in f32, and fused
 //! multiply-adds five; but not every level has them, and the bits are to be the same on all.
 
+use super::rows::fold_add;
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
 };
 use crate::cpu::contracts::{Int16Exp, RUN, Softmax};
-use crate::cpu::plain::softmax::{scales_of_runs, top_of_run};
+use crate::cpu::plain::softmax::top_of_run;
 use crate::cpu::plain::sum_lanes;
 use std::arch::x86_64::*;
 
@@ -107,34 +108,47 @@ fn max_of_lanes([a, b, c, d]: [__m512; 4]) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn exp_int16(job: Int16Exp<'_>) -> f32 {
-    let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
-    let (scores, scores_left) = job.scores.as_chunks::<RUN>();
-    let (codes, codes_left) = job.codes.as_chunks_mut::<RUN>();
-    let (runs, run_left) = job.runs.split_at_mut(scores.len());
-    let mut add = |counts, scale| {
-        sums =
-            _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(counts), _mm512_set1_ps(scale)));
-    };
-    let blocks = scores.chunks(LANES).zip(codes.chunks_mut(LANES));
-    for ((scores, codes), runs) in blocks.zip(runs.chunks_mut(LANES)) {
-        let scales = scales_of_runs(lanes(load(runs)), job.max);
-        for ((run, scale), (scores, codes)) in
-            runs.iter_mut().zip(scales).zip(scores.iter().zip(codes))
-        {
-            add(exp_run(scores, top_of_run(*run), codes, &mut last), scale);
-            *run = scale;
-        }
+fn exp_int16(job: Int16Exp<'_>) {
+    let rows = job.sums.len();
+    let (len, runs) = (job.scores.len() / rows, job.tops.len() / rows);
+    let mut sums = [_mm512_setzero_ps(); LANES];
+    for (row, sum) in sums[..rows].iter_mut().enumerate() {
+        let (scores, codes) = (row * len..(row + 1) * len, row * len..(row + 1) * len);
+        let runs = row * runs..(row + 1) * runs;
+        let runs = (&job.tops[runs.clone()], &job.scales[runs]);
+        *sum = exp_row(&job.scores[scores], &mut job.codes[codes], runs);
     }
-    if let [run] = run_left {
-        let [scale, ..] = scales_of_runs(lanes(_mm512_set1_ps(*run)), job.max);
-        add(exp_run(scores_left, top_of_run(*run), codes_left, &mut last), scale);
-        *run = scale;
+    match job.sums {
+        [sum] => *sum = sum_lanes(lanes(sums[0])),
+        all => all.copy_from_slice(&lanes(fold_add(sums))[..rows]),
+    }
+}
+
+/// Writes the codes of a row, returns the sum of what they stand for in parts.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn exp_row(scores: &[f32], codes: &mut [i16], (tops, scales): (&[f32], &[f32])) -> __m512 {
+    let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
+    let (scores, scores_left) = scores.as_chunks::<RUN>();
+    let (codes, codes_left) = codes.as_chunks_mut::<RUN>();
+    let runs = tops.iter().zip(scales);
+    for ((top, scale), (scores, codes)) in runs.zip(scores.iter().zip(codes)) {
+        sums = add_scaled(sums, exp_run(scores, top_of_run(*top), codes, &mut last), *scale);
+    }
+    if let ([top], [scale]) = (&tops[scores.len()..], &scales[scores.len()..]) {
+        let counts = exp_run(scores_left, top_of_run(*top), codes_left, &mut last);
+        sums = add_scaled(sums, counts, *scale);
     }
     match _mm512_cmpgt_epu32_mask(last, _mm512_set1_epi32(DISTANCE_END as i32)) {
-        0 => sum_lanes(lanes(sums)),
-        _ => f32::NAN,
+        0 => sums,
+        _ => _mm512_set1_ps(f32::NAN),
     }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn add_scaled(sums: __m512, counts: __m512i, scale: f32) -> __m512 {
+    _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(counts), _mm512_set1_ps(scale)))
 }
 
 /// Writes the codes of a run, takes in its distances, returns the sums of the codes in pairs.
