@@ -54,18 +54,13 @@ fn spread_bytes(
     group: usize,
     out: &mut [u8],
 ) {
-    let encode = |code: i8| code as u8;
-    let mut job = SpreadBlocks { codes, depth, first, panel, out };
-    // What 16 rows of a panel make up goes block by block.
-    let whole =
-        depth.is_multiple_of(16 * group) && panel.is_multiple_of(16) && first.is_multiple_of(16);
+    let job = SpreadBlocks { codes, depth, first, panel, out: &mut *out };
     let done = match group {
-        _ if !whole || depth == 0 => 0,
-        2 => widest!(spread_pairs, &mut job, &mut SpreadBlocks<'_> => usize),
-        4 => widest!(spread_quads, &mut job, &mut SpreadBlocks<'_> => usize),
+        2 => widest!(spread_blocks::<2>, job, SpreadBlocks<'_> => usize),
+        4 => widest!(spread_blocks::<4>, job, SpreadBlocks<'_> => usize),
         _ => 0,
     };
-    let (first, codes) = (first + done, &codes[done * depth..]);
+    let (first, codes, encode) = (first + done, &codes[done * depth..], |code: i8| code as u8);
     match group {
         2 => spread(codes, depth, (first, panel), out.as_chunks_mut::<2>().0, encode),
         4 => spread(codes, depth, (first, panel), out.as_chunks_mut::<4>().0, encode),
@@ -74,10 +69,12 @@ fn spread_bytes(
     }
 }
 
-/// Rows, and words in each of them, that are put in order together.
+/// Rows of a panel, and groups in each of them, that are put in order together.
 const BLOCK: usize = 16;
 
-type Block<T> = [[T; BLOCK]; BLOCK];
+/// `BLOCK` groups of as many rows; aligned, so that no vector of it lies in two cache lines.
+#[repr(align(64))]
+struct Block<const GROUP: usize>([[[u8; GROUP]; BLOCK]; BLOCK]);
 
 struct SpreadBlocks<'a> {
     codes: &'a [i8],
@@ -87,79 +84,53 @@ struct SpreadBlocks<'a> {
     out: &'a mut [u8],
 }
 
+/// Spreads rows in whole blocks, if panels and depth are made of them; returns how many.
 #[inline(always)]
-fn spread_quads(job: &mut SpreadBlocks<'_>) -> usize {
-    spread_blocks(
-        job,
-        |code: &[i8; 4]| u32::from_ne_bytes(code.map(|code| code as u8)),
-        u32::to_ne_bytes,
-    )
-}
-
-#[inline(always)]
-fn spread_pairs(job: &mut SpreadBlocks<'_>) -> usize {
-    spread_blocks(
-        job,
-        |code: &[i8; 2]| u16::from_ne_bytes(code.map(|code| code as u8)),
-        u16::to_ne_bytes,
-    )
-}
-
-#[inline(always)]
-fn spread_blocks<const GROUP: usize, T: Copy + Default>(
-    job: &mut SpreadBlocks<'_>,
-    load: impl Fn(&[i8; GROUP]) -> T,
-    store: impl Fn(T) -> [u8; GROUP],
-) -> usize {
+fn spread_blocks<const GROUP: usize>(job: SpreadBlocks<'_>) -> usize {
     let SpreadBlocks { codes, depth, first, panel, out } = job;
-    let groups = *depth / GROUP;
-    let mut done = 0;
-    for codes in codes.chunks_exact(16 * *depth) {
-        let row = *first + done;
-        let out =
-            &mut out.as_chunks_mut::<GROUP>().0[row / *panel * groups * *panel + row % *panel..];
-        for block in (0..groups).step_by(16) {
-            let mut words = Block::default();
-            for (words, row) in words.iter_mut().zip(codes.chunks_exact(*depth)) {
-                let row = &row.as_chunks::<GROUP>().0[block..block + 16];
-                for (word, codes) in words.iter_mut().zip(row) {
-                    *word = load(codes);
-                }
+    let whole = [depth / GROUP, panel, first].iter().all(|count| count.is_multiple_of(BLOCK));
+    if depth == 0 || !depth.is_multiple_of(GROUP) || !whole {
+        return 0;
+    }
+    let (codes, out) = (as_bytes(codes), out.as_chunks_mut::<GROUP>().0);
+    let groups = depth / GROUP;
+    let (mut block, mut other) =
+        (Block([[[0; GROUP]; BLOCK]; BLOCK]), Block([[[0; GROUP]; BLOCK]; BLOCK]));
+    let blocks = codes.chunks_exact(BLOCK * depth);
+    let done = BLOCK * blocks.len();
+    for (row, codes) in (first..).step_by(BLOCK).zip(blocks) {
+        let out = &mut out[row / panel * groups * panel + row % panel..];
+        for start in (0..groups).step_by(BLOCK) {
+            for (to, row) in block.0.iter_mut().zip(codes.chunks_exact(depth)) {
+                to.copy_from_slice(&row.as_chunks().0[start..start + BLOCK]);
             }
-            transpose(&mut words);
-            for (words, out) in words.iter().zip(out[block * *panel..].chunks_mut(*panel)) {
-                for (out, word) in out[..16].iter_mut().zip(words) {
-                    *out = store(*word);
-                }
+            // Twice is the transpose.
+            shuffle(&block, &mut other);
+            shuffle(&other, &mut block);
+            for (group, out) in block.0.iter().zip(out[start * panel..].chunks_mut(panel)) {
+                out[..BLOCK].copy_from_slice(group);
             }
         }
-        done += 16;
     }
     done
 }
 
-/// Four perfect shuffles of the rows.
+/// Rows `i`, `i + 4`, `i + 8` and `i + 12`, an element of each in turns, become rows `4 i` to `4 i + 3`.
 #[inline(always)]
-fn transpose<T: Copy + Default>(x: &mut Block<T>) {
-    let mut y = Block::default();
-    shuffle(x, &mut y);
-    shuffle(&y, x);
-    shuffle(x, &mut y);
-    shuffle(&y, x);
-}
-
-/// Rows `i` and `i + 8`, element by element in turns, become rows `2 i` and `2 i + 1`.
-#[inline(always)]
-fn shuffle<T: Copy>(from: &Block<T>, to: &mut Block<T>) {
-    let (upper, lower) = from.split_at(BLOCK / 2);
-    for ((a, b), to) in upper.iter().zip(lower).zip(to.as_chunks_mut::<2>().0) {
-        for (half, to) in to.iter_mut().enumerate() {
-            for (lane, to) in to.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                let from = half * BLOCK / 2 + lane;
-                *to = [a[from], b[from]];
+fn shuffle<const GROUP: usize>(Block(from): &Block<GROUP>, Block(to): &mut Block<GROUP>) {
+    for (i, to) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        for (quarter, to) in to.iter_mut().enumerate() {
+            for (lane, to) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let at = 4 * quarter + lane;
+                *to = [from[i][at], from[i + 4][at], from[i + 8][at], from[i + 12][at]];
             }
         }
     }
+}
+
+fn as_bytes(codes: &[i8]) -> &[u8] {
+    // SAFETY: as many bytes, each of which is a u8.
+    unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), codes.len()) }
 }
 
 /// Rows of codes as u8, 128 more than they are, each filled up to `stride`.
