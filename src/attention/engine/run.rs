@@ -44,12 +44,10 @@ pub(in crate::attention) struct Engine<'a> {
     pub seen: Option<&'a Seen>,
 }
 
-/// A row of a block.
+/// What a row of a block sees.
 #[derive(Clone)]
 struct Row {
-    /// Sequence, query head in it, token.
-    at: [usize; 3],
-    /// The keys that it sees, the sinks left out, and those of the sinks.
+    /// The keys, the sinks left out, and those of the sinks.
     seen: Range<usize>,
     sinks: Range<usize>,
 }
@@ -175,7 +173,7 @@ impl Engine<'_> {
             from.prepare(&whole, &mut queries[..whole.len()]);
             for ((block, queries), (seen, out)) in whole.iter().zip(queries).zip(of_whole) {
                 self.attend_tiles(from, block, queries, &seen, (buffers, partial));
-                self.finish(&seen, partial, out);
+                self.finish(&block.rows, partial, out);
             }
         });
     }
@@ -200,7 +198,7 @@ impl Engine<'_> {
         let mut merged = Partial::default();
         merged.start(seen.len(), from.width());
         parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
-        self.finish(seen, &mut merged, out);
+        self.finish(&block.rows, &mut merged, out);
     }
 
     /// The tiles of keys of which rows see some.
@@ -214,9 +212,9 @@ impl Engine<'_> {
     }
 
     /// Writes the output of rows that have seen all of their keys.
-    fn finish<T: Element>(&self, seen: &[Row], partial: &mut Partial, out: &mut [MaybeUninit<T>]) {
-        for (row, Row { at, .. }) in seen.iter().enumerate() {
-            if let Some(logit) = self.modifiers.sink_logit(at[1]) {
+    fn finish<T: Element>(&self, rows: &Rows, partial: &mut Partial, out: &mut [MaybeUninit<T>]) {
+        for (row, [_, head, _]) in self.queries.all_at(rows).enumerate() {
+            if let Some(logit) = self.modifiers.sink_logit(head) {
                 partial.add_logit(row, logit, self.modifiers.unit());
             }
         }
@@ -226,15 +224,12 @@ impl Engine<'_> {
     /// What each row of a block sees.
     fn rows(&self, rows: &Rows) -> Vec<Row> {
         let alike = self.window.is_none() && self.visible.is_the_same_for_all_queries();
-        let mut all: Vec<Row> = Vec::with_capacity(rows.range.len());
-        for at in self.queries.all_at(rows) {
-            let row = match all.last() {
-                Some(before) if alike && before.at[0] == at[0] => Row { at, ..before.clone() },
-                _ => self.row(rows.head, at),
-            };
-            all.push(row);
+        let count = rows.range.len();
+        match self.queries.all_at(rows).next() {
+            // All are of the sequence of their key head.
+            Some(first) if alike => vec![self.row(rows.head, first); count],
+            _ => self.queries.all_at(rows).map(|at| self.row(rows.head, at)).collect(),
         }
-        all
     }
 
     /// What a row sees.
@@ -244,7 +239,7 @@ impl Engine<'_> {
             range = seen.keys(head).places(range);
         }
         let sinks = range.start.min(self.sinks)..range.end.min(self.sinks);
-        Row { at, seen: self.behind_sinks(range, at[0], at[2]), sinks }
+        Row { seen: self.behind_sinks(range, at[0], at[2]), sinks }
     }
 
     /// The keys that a query of a sequence sees, the sinks left out.
@@ -298,7 +293,7 @@ impl Engine<'_> {
             let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
             clamp(seen.start)..clamp(seen.end)
         }));
-        self.modify((rows.head, seen), keys.start, buffers);
+        self.modify(rows, keys.start, buffers);
         let mut large = from.large(keys.clone());
         large.iter_mut().for_each(|key| *key -= keys.start);
         self.refer(&large, buffers, partial);
@@ -337,21 +332,21 @@ impl Engine<'_> {
     }
 
     /// Softcap, ALiBi and mask of the scores that are seen.
-    fn modify(&self, (head, seen): (usize, &[Row]), first: usize, buffers: &mut Buffers) {
+    fn modify(&self, block: &Rows, first: usize, buffers: &mut Buffers) {
         if self.modifiers.is_nothing() {
             return;
         }
         let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
-        for (row, (scores, inside)) in seen.iter().zip(rows) {
-            let position = self.visible.position(row.at[0], row.at[2]);
+        for (at, (scores, inside)) in self.queries.all_at(block).zip(rows) {
+            let position = self.visible.position(at[0], at[2]);
             let places = first + inside.start..first + inside.end;
             let scores = &mut scores[inside.clone()];
             match self.seen {
-                None => self.modifiers.apply(row.at, position, places, scores),
+                None => self.modifiers.apply(at, position, places, scores),
                 Some(seen) => {
-                    for (start, keys) in seen.keys(head).runs(places) {
+                    for (start, keys) in seen.keys(block.head).runs(places) {
                         let scores = &mut scores[start..start + keys.len()];
-                        self.modifiers.apply(row.at, position, keys, scores);
+                        self.modifiers.apply(at, position, keys, scores);
                     }
                 }
             }

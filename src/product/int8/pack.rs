@@ -84,11 +84,11 @@ struct SpreadBlocks<'a> {
     out: &'a mut [u8],
 }
 
-/// Spreads rows in whole blocks, if panels and depth are made of them; returns how many.
+/// Spreads rows in blocks, if panels are made of them and the depth of groups; returns how many.
 #[inline(always)]
 fn spread_blocks<const GROUP: usize>(job: SpreadBlocks<'_>) -> usize {
     let SpreadBlocks { codes, depth, first, panel, out } = job;
-    let whole = [depth / GROUP, panel, first].iter().all(|count| count.is_multiple_of(BLOCK));
+    let whole = panel.is_multiple_of(BLOCK) && first.is_multiple_of(BLOCK);
     if depth == 0 || !depth.is_multiple_of(GROUP) || !whole {
         return 0;
     }
@@ -101,13 +101,20 @@ fn spread_blocks<const GROUP: usize>(job: SpreadBlocks<'_>) -> usize {
     for (row, codes) in (first..).step_by(BLOCK).zip(blocks) {
         let out = &mut out[row / panel * groups * panel + row % panel..];
         for start in (0..groups).step_by(BLOCK) {
+            let found = start..groups.min(start + BLOCK);
             for (to, row) in block.0.iter_mut().zip(codes.chunks_exact(depth)) {
-                to.copy_from_slice(&row.as_chunks().0[start..start + BLOCK]);
+                let row = &row.as_chunks().0[found.clone()];
+                // A copy of a length that is known is one instruction.
+                match row.try_into() {
+                    Ok(row) => *to = row,
+                    Err(_) => to[..row.len()].copy_from_slice(row),
+                }
             }
             // Twice is the transpose.
             shuffle(&block, &mut other);
             shuffle(&other, &mut block);
-            for (group, out) in block.0.iter().zip(out[start * panel..].chunks_mut(panel)) {
+            let groups = block.0[..found.len()].iter();
+            for (group, out) in groups.zip(out[start * panel..].chunks_mut(panel)) {
                 out[..BLOCK].copy_from_slice(group);
             }
         }

@@ -4,8 +4,8 @@
 //! sums of lanes are added up one by one.
 
 use crate::cpu::contracts::{Condition, LANES, ROTATED, RowKernels, Rows};
-use crate::cpu::plain::lanes;
 use crate::cpu::plain::rotate::{factor, rotate_rest};
+use crate::cpu::plain::{copy_first, lanes};
 use std::arch::x86_64::*;
 
 /// Lanes of a register.
@@ -58,8 +58,7 @@ fn dots_of<const R: usize, const V: usize>(
         unsafe { _mm_storeu_ps(four.as_mut_ptr(), sums_of_lanes(sums)) };
         let rows = R.min(count - row);
         for v in 0..V {
-            let out = &mut out[(vector + v) * count + row..][..rows];
-            out.copy_from_slice(&four[v * R..][..rows]);
+            copy_first::<R, _>(&four[v * R..], &mut out[(vector + v) * count + row..][..rows]);
         }
     }
 }

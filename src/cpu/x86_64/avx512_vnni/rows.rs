@@ -6,6 +6,7 @@
 
 use super::rotate::{condition, rotate};
 use crate::cpu::contracts::{BlockCodes, RowKernels, RowRanges, Rows};
+use crate::cpu::plain::copy_first;
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -82,9 +83,10 @@ fn quantize_rows<const AFFINE: bool>(
             out.codes[(start + i) * depth..(start + i + 1) * depth].fill(0);
             folded[i] = _mm512_setzero_ps();
         }
-        out.scales[start..start + count].copy_from_slice(&scales[..count]);
-        out.zeros[start..start + count].copy_from_slice(&zeros[..count]);
-        out.sums[start..start + count].copy_from_slice(&fold_sum(folded).to_array()[..count]);
+        let these = start..start + count;
+        copy_first::<LANES, _>(&scales, &mut out.scales[these.clone()]);
+        copy_first::<LANES, _>(&zeros, &mut out.zeros[these.clone()]);
+        copy_first::<LANES, _>(&fold_sum(folded).to_array(), &mut out.sums[these]);
     }
 }
 
@@ -224,13 +226,10 @@ fn dots_of<const R: usize, const V: usize>(
                 }
             }
         }
-        let mut lanes = [0f32; LANES];
-        // SAFETY: 16 lanes into 16 elements.
-        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), fold_add(sums)) };
+        let lanes = fold_add(sums).to_array();
         let rows = R.min(count - row);
         for v in 0..V.min(vectors.count() - vector) {
-            let out = &mut out[(vector + v) * count + row..][..rows];
-            out.copy_from_slice(&lanes[v * R..][..rows]);
+            copy_first::<R, _>(&lanes[v * R..], &mut out[(vector + v) * count + row..][..rows]);
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::cpu::contracts::softmax::{
 };
 use crate::cpu::contracts::{Int16Exp, RUN, Softmax};
 use crate::cpu::plain::softmax::top_of_run;
-use crate::cpu::plain::sum_lanes;
+use crate::cpu::plain::{copy_first, sum_lanes};
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -120,7 +120,7 @@ fn exp_int16(job: Int16Exp<'_>) {
     }
     match job.sums {
         [sum] => *sum = sum_lanes(lanes(sums[0])),
-        all => all.copy_from_slice(&lanes(fold_add(sums))[..rows]),
+        all => copy_first::<LANES, _>(&lanes(fold_add(sums)), all),
     }
 }
 
