@@ -1,8 +1,9 @@
-//! AVX2: dot products, rows less a mean, rotated. Codes are plain Rust compiled for it.
+//! AVX2: dot products, rows less a mean, rotated.
 //!
 //! The loops of plain Rust take four times as long: what is 1, 2 and 4 elements apart becomes gathers, and 16
 //! sums of lanes are added up one by one.
 
+use super::codes::quantize;
 use crate::cpu::contracts::{Condition, LANES, ROTATED, RowKernels, Rows};
 use crate::cpu::plain::rotate::{factor, rotate_rest};
 use crate::cpu::plain::{copy_first, lanes};
@@ -11,7 +12,8 @@ use std::arch::x86_64::*;
 /// Lanes of a register.
 const HALF: usize = LANES / 2;
 
-pub(crate) const ROWS: RowKernels = RowKernels { dots, condition, rotate, ..super::ROWS };
+pub(crate) const ROWS: RowKernels =
+    RowKernels { name: super::NAME, quantize, condition, dots, rotate };
 
 #[target_feature(enable = "avx2")]
 fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
