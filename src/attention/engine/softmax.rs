@@ -2,7 +2,7 @@
 //! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
 
 use crate::cpu::Level;
-use crate::cpu::contracts::{CODES, Format, GROUP, Int8Run, Int16Exp, LANES, RUN};
+use crate::cpu::contracts::{CODES, Format, GROUP, Int8Run, Int16Exp, LANES, RUN, Scores};
 use crate::cpu::plain::softmax::{exp2, scales_of_runs};
 use crate::cpu::plain::widest;
 use std::ops::Range;
@@ -72,15 +72,6 @@ pub(in crate::attention) struct Tile<'a> {
 }
 
 impl Tile<'_> {
-    /// Whether all rows see all keys, in rows that are whole runs and little else.
-    fn is_whole(&self) -> bool {
-        let padding = self.stride - self.keys;
-        let all = |seen: &Range<usize>| *seen == (0..self.keys);
-        self.stride.is_multiple_of(RUN)
-            && 4 * padding <= self.stride
-            && self.visible.iter().all(all)
-    }
-
     /// Adds a value that stands beside the others, where a row sees its key, which is counted from the
     /// tile's first. `sums` is `[rows, width]`.
     pub(in crate::attention) fn add_exception(
@@ -152,85 +143,108 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
 /// that are seen become minus infinity. The largest of all runs come first: reading them right after they
 /// were written takes as long as a short row.
 fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
-    let whole = tile.is_whole();
     let per_row = tile.keys.div_ceil(RUN).max(1);
-    let Tile { scores, stride, keys, visible, probs, .. } = tile;
+    let Tile { scores, stride, visible, probs, .. } = tile;
     let Probs::Int16 { codes, tops, scales } = probs else { unreachable!("a tile in int16") };
-    let (scores, codes) = (&mut scores[..], &mut codes[..]);
-    let (tops, scales) =
-        (&mut tops[..running.len() * per_row], &mut scales[..running.len() * per_row]);
-    let places = |row: usize| Places::of(&visible[row]);
-    if whole {
-        let scores = &mut scores[..running.len() * *stride];
-        scores.chunks_exact_mut(*stride).for_each(|row| row[*keys..].fill(f32::NEG_INFINITY));
-        level.max_of_runs(scores, tops);
-    } else {
-        let rows = scores.chunks_mut(*stride).zip(tops.chunks_exact_mut(per_row));
-        rows.enumerate()
-            .for_each(|(row, (scores, tops))| places(row).find_tops(level, scores, tops));
+    let (stride, runs) = (*stride, running.len() * per_row);
+    let (tops, scales) = (&mut tops[..runs], &mut scales[..runs]);
+    for part in Part::all(visible, per_row) {
+        let tops = &mut tops[part.rows.start * per_row..part.rows.end * per_row];
+        part.find_tops(level, (&mut scores[part.rows.start * stride..], stride), tops);
     }
-    let rows = scores.chunks(*stride).zip(tops.chunks_exact(per_row));
-    let rows = rows.zip(scales.chunks_exact_mut(per_row)).zip(&mut *running);
-    for (row, (((scores, tops), scales), running)) in rows.enumerate() {
+    let of_rows = tops.chunks_exact(per_row).zip(scales.chunks_exact_mut(per_row));
+    for (row, ((tops, scales), running)) in of_rows.zip(&mut *running).enumerate() {
         let top = tops.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
-        let max = running.advance(top, &scores[places(row).vectors]);
+        let Range { start, end } = visible[row];
+        let max = running.advance(top, &scores[row * stride..][start..end.max(start)]);
         scales.iter_mut().zip(tops).for_each(|(scale, top)| *scale = top - max);
     }
     widest!(scales_of_runs, &mut *scales, &mut [f32] => ());
-    // A call for many rows, because it costs as much as a short row.
-    let rows = if whole { LANES } else { 1 };
-    let runs = tops.chunks(rows * per_row).zip(scales.chunks(rows * per_row));
-    let parts = scores.chunks(rows * *stride).zip(codes.chunks_mut(rows * *stride)).zip(runs);
-    for (index, (running, ((scores, codes), (tops, scales)))) in
-        running.chunks_mut(rows).zip(parts).enumerate()
-    {
+    for part in Part::all(visible, per_row) {
+        let runs = part.rows.start * per_row..part.rows.end * per_row;
+        let at = part.rows.start * stride;
+        let runs = (&tops[runs.clone()], &scales[runs]);
         let mut sums = [0.0; LANES];
-        let sums = &mut sums[..running.len()];
-        let len = running.len() * *stride;
-        let job = Int16Exp { scores: &scores[..len], codes: &mut codes[..len], tops, scales, sums };
-        if whole {
-            level.exp_int16(job)
-        } else {
-            places(index).exp(level, job)
-        }
-        running.iter_mut().zip(sums).for_each(|(running, sum)| running.add(*sum));
+        part.write_codes(level, &scores[at..], (&mut codes[at..], stride), runs, &mut sums);
+        let running = running[part.rows].iter_mut();
+        running.zip(sums).for_each(|(running, sum)| running.add(sum));
     }
 }
 
-/// What of a row of a tile is seen.
-struct Places {
+/// Rows of a tile that see the same keys, a row alone where there are runs that it does not see: a call for
+/// several costs as much as a short row.
+struct Part {
+    rows: Range<usize>,
     keys: Range<usize>,
     /// From the first run that holds one of these, to the end of the last vector.
     vectors: Range<usize>,
     runs: Range<usize>,
+    per_row: usize,
 }
 
-impl Places {
-    fn of(seen: &Range<usize>) -> Self {
-        let keys = if seen.is_empty() { 0..0 } else { seen.clone() };
-        let runs = keys.start / RUN..keys.end.div_ceil(RUN);
-        Self { vectors: runs.start * RUN..keys.end.next_multiple_of(LANES), keys, runs }
+impl Part {
+    /// All rows in order, in parts of up to [`LANES`].
+    fn all(visible: &[Range<usize>], per_row: usize) -> impl Iterator<Item = Part> {
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let seen = visible.get(start)?;
+            let keys = if seen.is_empty() { 0..0 } else { seen.clone() };
+            let runs = keys.start / RUN..keys.end.div_ceil(RUN);
+            let vectors = runs.start * RUN..keys.end.next_multiple_of(LANES);
+            let most = if runs == (0..per_row) { LANES } else { 1 };
+            let alike = visible[start..].iter().take(most).take_while(|other| *other == seen);
+            let rows = start..start + alike.count();
+            start = rows.end;
+            Some(Part { rows, keys, vectors, runs, per_row })
+        })
     }
 
-    /// The largest score of each run of a row, minus infinity where none is seen.
-    fn find_tops(self, level: Level, scores: &mut [f32], tops: &mut [f32]) {
-        let Self { keys, vectors, runs } = self;
-        scores[vectors.start..keys.start].fill(f32::NEG_INFINITY);
-        scores[keys.end..vectors.end].fill(f32::NEG_INFINITY);
-        tops[..runs.start].fill(f32::NEG_INFINITY);
-        tops[runs.end..].fill(f32::NEG_INFINITY);
-        level.max_of_runs(&scores[vectors], &mut tops[runs]);
+    /// Its scores, from the first row of a tile on; `None` where nothing is seen.
+    fn scores<'a>(&self, scores: &'a [f32], stride: usize) -> Option<Scores<'a>> {
+        let Self { rows, vectors, .. } = self;
+        let (data, rows, len) = (&scores[vectors.start..], rows.len(), vectors.len());
+        (len > 0).then_some(Scores { data, rows, len, stride })
     }
 
-    /// The codes of a row, 0 where nothing is seen.
-    fn exp(self, level: Level, job: Int16Exp<'_>) {
-        let Self { vectors, runs, .. } = self;
-        let Int16Exp { scores, codes, tops, scales, sums } = job;
-        codes[..vectors.start].fill(0);
-        codes[vectors.end..].fill(0);
-        let (scores, codes) = (&scores[vectors.clone()], &mut codes[vectors]);
-        let (tops, scales) = (&tops[runs.clone()], &scales[runs]);
-        level.exp_int16(Int16Exp { scores, codes, tops, scales, sums });
+    /// Those of its runs that are seen.
+    fn seen(&self) -> Range<usize> {
+        self.runs.start..(self.rows.len() - 1) * self.per_row + self.runs.end
+    }
+
+    /// The largest score of each run, minus infinity where none is seen.
+    fn find_tops(&self, level: Level, (scores, stride): (&mut [f32], usize), tops: &mut [f32]) {
+        let Self { rows, keys, vectors, .. } = self;
+        for row in scores.chunks_mut(stride).take(rows.len()) {
+            row[vectors.start..keys.start].fill(f32::NEG_INFINITY);
+            row[keys.end..vectors.end].fill(f32::NEG_INFINITY);
+        }
+        let seen = self.seen();
+        tops[..seen.start].fill(f32::NEG_INFINITY);
+        tops[seen.end..].fill(f32::NEG_INFINITY);
+        if let Some(scores) = self.scores(scores, stride) {
+            level.max_of_runs(scores, &mut tops[seen]);
+        }
+    }
+
+    /// The codes of its rows, 0 where nothing is seen, and the sums of what they stand for.
+    fn write_codes(
+        &self,
+        level: Level,
+        scores: &[f32],
+        (codes, stride): (&mut [i16], usize),
+        (tops, scales): (&[f32], &[f32]),
+        sums: &mut [f32; LANES],
+    ) {
+        let Self { rows, vectors, .. } = self;
+        for row in codes.chunks_mut(stride).take(rows.len()) {
+            row[..vectors.start].fill(0);
+            row[vectors.end..].fill(0);
+        }
+        if let Some(scores) = self.scores(scores, stride) {
+            let (codes, sums) = (&mut codes[vectors.start..], &mut sums[..rows.len()]);
+            let (tops, scales) = (&tops[self.seen()], &scales[self.seen()]);
+            level.exp_int16(Int16Exp { scores, codes, tops, scales, sums });
+        }
     }
 }
 
@@ -348,8 +362,11 @@ mod tests {
     fn exp_int16(level: Level, scores: &[f32], max: f32) -> (Vec<i16>, Vec<f32>, f32) {
         let mut tops = vec![f32::NAN; scores.len().div_ceil(RUN)];
         let (mut codes, mut sum) = (vec![-1; scores.len()], [-1.0]);
-        let top = level.max_of_runs(scores, &mut tops);
-        assert_eq!(top, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let scores = Scores { data: scores, rows: 1, len: scores.len(), stride: scores.len() };
+        level.max_of_runs(scores, &mut tops);
+        for (top, scores) in tops.iter().zip(scores.data.chunks(RUN)) {
+            assert_eq!(*top, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
         let mut scales: Vec<f32> = tops.iter().map(|top| top - max).collect();
         scales_of_runs(&mut scales);
         let (tops, codes_out) = (&tops, &mut codes);
@@ -387,7 +404,7 @@ mod tests {
     #[test]
     fn int16_has_the_same_bits_on_every_level() {
         let special = [f32::NEG_INFINITY, 0.0, -1e30, 1e30, -0.0, 1e-40, f32::NAN, f32::INFINITY];
-        for len in (0..80).chain([512, 1040, 2064]).map(|vectors| 16 * vectors) {
+        for len in (1..80).chain([512, 1040, 2064]).map(|vectors| 16 * vectors) {
             let some = |i: usize| ((i * 7919) % 1009) as f32 / 50.0 - 12.0;
             let mut scores: Vec<f32> = (0..len).map(some).collect();
             for (k, number) in special.into_iter().enumerate() {
@@ -408,43 +425,39 @@ mod tests {
                         assert!(same == (&all[0].0, &all[0].1, all[0].2.to_bits()), "{len} {k}");
                     }
                 }
-                if len > 0 {
-                    scores[(k * 37) % len] = number;
-                }
+                scores[(k * 37) % len] = number;
             }
         }
     }
 
-    /// Rows of whole runs and of parts of one.
+    /// Rows of whole runs and of parts of one, with something behind each.
     #[test]
     fn int16_of_rows_together_is_that_of_each() {
-        for (rows, vectors) in
-            (1..=16).flat_map(|rows| [1usize, 4, 5, 12].map(|vectors| (rows, vectors)))
-        {
-            let len = 16 * vectors;
-            let runs = len.div_ceil(RUN);
-            let mut scores: Vec<f32> =
-                (0..rows * len).map(|i| ((i * 7919) % 1013) as f32 / 60.0 - 12.0).collect();
-            scores[rows / 2 * len] = f32::NAN;
-            scores[..5].fill(f32::NEG_INFINITY);
+        let of = |rows| [1usize, 4, 5, 12].map(|vectors| (rows, 16 * vectors));
+        for (rows, len) in (1..=16).flat_map(of) {
+            let (runs, stride) = (len.div_ceil(RUN), len + 24);
+            let some = |i: usize| ((i * 7919) % 1013) as f32 / 60.0 - 12.0;
+            let mut data: Vec<f32> = (0..rows * stride).map(some).collect();
+            data[rows / 2 * stride] = f32::NAN;
+            data[..5].fill(f32::NEG_INFINITY);
+            let scores = Scores { data: &data, rows, len, stride };
             for level in runnable() {
-                let apart = scores.chunks(len).map(|scores| exp_int16(level, scores, 5.0));
+                let apart = (0..rows).map(|row| exp_int16(level, scores.row(row), 5.0));
                 let apart: Vec<_> = apart.collect();
-                let mut tops = vec![0.0; rows * runs];
-                for (scores, tops) in scores.chunks(len).zip(tops.chunks_mut(runs)) {
-                    level.max_of_runs(scores, tops);
-                }
                 let scales: Vec<f32> = apart.iter().flat_map(|row| row.1.clone()).collect();
-                let (mut codes, mut sums) = (vec![-1; rows * len], vec![-1.0; rows]);
+                let mut tops = vec![0.0; rows * runs];
+                level.max_of_runs(scores, &mut tops);
+                let (mut codes, mut sums) = (vec![-1; data.len()], vec![-1.0; rows]);
+                let (tops, scales) = (&tops, &scales);
                 level.exp_int16(Int16Exp {
-                    scores: &scores,
+                    scores,
                     codes: &mut codes,
-                    tops: &tops,
-                    scales: &scales,
+                    tops,
+                    scales,
                     sums: &mut sums,
                 });
                 for (row, (expected, _, sum)) in apart.into_iter().enumerate() {
-                    assert_eq!(codes[row * len..(row + 1) * len], expected, "{level:?} {row}");
+                    assert_eq!(codes[row * stride..][..len], expected, "{level:?} {row}");
                     let same = sums[row].to_bits() == sum.to_bits();
                     assert!(same || (row == rows / 2 && sum.is_nan() && sums[row].is_nan()));
                 }

@@ -74,8 +74,8 @@ macro_rules! plain_kernels {
         }
 
         $(#[target_feature(enable = $features)])?
-        fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
-            crate::cpu::plain::softmax::max_of_runs(scores, runs)
+        fn max_of_runs(scores: crate::cpu::contracts::Scores<'_>, runs: &mut [f32]) {
+            crate::cpu::plain::softmax::max_of_runs(scores, runs);
         }
 
         #[allow(dead_code)]

@@ -4,7 +4,7 @@ use super::{LANES, each_lane, fold_lanes, sum_lanes};
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, SCALE_INT16, TOP_INT16,
 };
-use crate::cpu::contracts::{CODES, Int16Exp, RUN, bf16_bits};
+use crate::cpu::contracts::{CODES, Int16Exp, RUN, Scores, bf16_bits};
 
 /// The coefficients of `f` to `f^5` in the polynomial for `2^f`: minimax in relative error over
 /// [-1/2, 1/2], with a constant term of 1, so that `2^0 = 1`.
@@ -90,22 +90,22 @@ pub(crate) fn exp_int8(row: &[f32], max: f32, codes: &mut [u8]) -> f32 {
 }
 
 #[inline(always)]
-pub(crate) fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
-    for (run, scores) in runs.iter_mut().zip(scores.chunks(RUN)) {
-        *run = max(scores);
+pub(crate) fn max_of_runs(scores: Scores<'_>, runs: &mut [f32]) {
+    for (row, runs) in runs.chunks_exact_mut(scores.runs()).enumerate() {
+        for (run, scores) in runs.iter_mut().zip(scores.row(row).chunks(RUN)) {
+            *run = max(scores);
+        }
     }
-    runs.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
 }
 
 /// [`Softmax::exp_int16`](crate::cpu::contracts::Softmax::exp_int16).
 #[inline(always)]
 pub(crate) fn exp_int16(job: Int16Exp<'_>) {
-    let rows = job.sums.len();
-    let (len, runs) = (job.scores.len() / rows, job.tops.len() / rows);
-    let runs = job.tops.chunks_exact(runs).zip(job.scales.chunks_exact(runs));
-    let rows = job.scores.chunks_exact(len).zip(job.codes.chunks_exact_mut(len)).zip(runs);
-    for (sum, ((scores, codes), runs)) in job.sums.iter_mut().zip(rows) {
-        *sum = exp_row(scores, codes, runs);
+    let Int16Exp { scores, codes, tops, scales, sums } = job;
+    let runs = tops.chunks_exact(scores.runs()).zip(scales.chunks_exact(scores.runs()));
+    for (row, (sum, runs)) in sums.iter_mut().zip(runs).enumerate() {
+        let codes = &mut codes[row * scores.stride..][..scores.len];
+        *sum = exp_row(scores.row(row), codes, runs);
     }
 }
 

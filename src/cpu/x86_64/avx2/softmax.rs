@@ -14,13 +14,11 @@ pub(crate) const SOFTMAX: Softmax = Softmax { exp_int16, ..super::SOFTMAX };
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 fn exp_int16(job: Int16Exp<'_>) {
-    let rows = job.sums.len();
-    let (len, runs) = (job.scores.len() / rows, job.tops.len() / rows);
-    for (row, sum) in job.sums.iter_mut().enumerate() {
-        let of_row = row * len..(row + 1) * len;
-        let (scores, codes) = (&job.scores[of_row.clone()], &mut job.codes[of_row]);
-        let runs = row * runs..(row + 1) * runs;
-        *sum = exp_row(scores, codes, (&job.tops[runs.clone()], &job.scales[runs]));
+    let Int16Exp { scores, codes, tops, scales, sums } = job;
+    let runs = tops.chunks_exact(scores.runs()).zip(scales.chunks_exact(scores.runs()));
+    for (row, (sum, runs)) in sums.iter_mut().zip(runs).enumerate() {
+        let codes = &mut codes[row * scores.stride..][..scores.len];
+        *sum = exp_row(scores.row(row), codes, runs);
     }
 }
 

@@ -7,7 +7,7 @@ use super::rows::fold_add;
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
 };
-use crate::cpu::contracts::{Int16Exp, RUN, Softmax};
+use crate::cpu::contracts::{Int16Exp, RUN, Scores, Softmax};
 use crate::cpu::plain::softmax::top_of_run;
 use crate::cpu::plain::{copy_first, sum_lanes};
 use std::arch::x86_64::*;
@@ -55,30 +55,25 @@ fn max(scores: &[f32]) -> f32 {
 }
 
 #[target_feature(enable = "avx512f,avx512vl")]
-fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
-    let mut all = _mm_set1_ps(f32::NEG_INFINITY);
-    for (scores, runs) in scores.chunks(4 * RUN).zip(runs.chunks_mut(4)) {
-        let (whole, part) = scores.as_chunks::<RUN>();
-        let tops = [top_of(whole, part, 0), top_of(whole, part, 1)];
-        let tops = [tops[0], tops[1], top_of(whole, part, 2), top_of(whole, part, 3)];
+fn max_of_runs(scores: Scores<'_>, runs: &mut [f32]) {
+    let (mut row, mut run) = (0, 0);
+    for runs in runs.chunks_mut(4) {
+        let mut tops = [_mm512_set1_ps(f32::NEG_INFINITY); 4];
+        for top in &mut tops[..runs.len()] {
+            let scores_of = scores.row(row);
+            *top = match scores_of[run * RUN..].first_chunk::<RUN>() {
+                Some(scores) => top_lanes(scores),
+                None => top_lanes(&scores_of[run * RUN..]),
+            };
+            run += 1;
+            if run == scores.runs() {
+                (row, run) = (row + 1, 0);
+            }
+        }
         let tops = _mm512_castps512_ps128(max_of_lanes(tops));
-        all = _mm_max_ps(tops, all);
         let first = ((1u32 << runs.len()) - 1) as __mmask8;
         // SAFETY: lanes beyond the slice are masked out.
         unsafe { _mm_mask_storeu_ps(runs.as_mut_ptr(), first, tops) };
-    }
-    let all = _mm_max_ps(all, _mm_movehl_ps(all, all));
-    _mm_cvtss_f32(_mm_max_ss(all, _mm_movehdup_ps(all)))
-}
-
-/// The largest of each lane of a run; what comes behind whole runs is one too.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn top_of(whole: &[[f32; RUN]], part: &[f32], run: usize) -> __m512 {
-    match whole.get(run) {
-        Some(scores) => top_lanes(scores),
-        None if run == whole.len() => top_lanes(part),
-        None => _mm512_set1_ps(f32::NEG_INFINITY),
     }
 }
 
@@ -109,16 +104,14 @@ fn max_of_lanes([a, b, c, d]: [__m512; 4]) -> __m512 {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn exp_int16(job: Int16Exp<'_>) {
-    let rows = job.sums.len();
-    let (len, runs) = (job.scores.len() / rows, job.tops.len() / rows);
+    let Int16Exp { scores, codes, tops, scales, sums: out } = job;
+    let runs = tops.chunks_exact(scores.runs()).zip(scales.chunks_exact(scores.runs()));
     let mut sums = [_mm512_setzero_ps(); LANES];
-    for (row, sum) in sums[..rows].iter_mut().enumerate() {
-        let (scores, codes) = (row * len..(row + 1) * len, row * len..(row + 1) * len);
-        let runs = row * runs..(row + 1) * runs;
-        let runs = (&job.tops[runs.clone()], &job.scales[runs]);
-        *sum = exp_row(&job.scores[scores], &mut job.codes[codes], runs);
+    for (row, (sum, runs)) in sums.iter_mut().zip(runs).enumerate() {
+        let codes = &mut codes[row * scores.stride..][..scores.len];
+        *sum = exp_row(scores.row(row), codes, runs);
     }
-    match job.sums {
+    match out {
         [sum] => *sum = sum_lanes(lanes(sums[0])),
         all => copy_first::<LANES, _>(&lanes(fold_add(sums)), all),
     }
