@@ -147,16 +147,6 @@ pub(crate) fn lanes(row: &[f32], start: usize) -> [f32; LANES] {
     }
 }
 
-/// Copies as many elements as there are places, mostly `N`: a copy of a length that is known takes one
-/// instruction, and any other a call.
-#[inline(always)]
-pub(crate) fn copy_first<const N: usize, T: Copy>(from: &[T], to: &mut [T]) {
-    match (from.first_chunk::<N>(), <&mut [T; N]>::try_from(&mut *to)) {
-        (Some(from), Ok(to)) => *to = *from,
-        _ => to.copy_from_slice(&from[..to.len()]),
-    }
-}
-
 /// All lanes in one: within quarters of four first, then over the quarters, which is the order of
 /// shuffles that folds 16 vectors at once. One after the other they would wait for each other 15 times,
 /// which in a short row costs more than the row.

@@ -5,8 +5,9 @@
 
 use super::codes::quantize;
 use crate::cpu::contracts::{Condition, LANES, ROTATED, RowKernels, Rows};
+use crate::cpu::plain::lanes;
 use crate::cpu::plain::rotate::{factor, rotate_rest};
-use crate::cpu::plain::{copy_first, lanes};
+use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
 /// Lanes of a register.

@@ -6,7 +6,7 @@
 
 use super::rotate::{condition, rotate};
 use crate::cpu::contracts::{BlockCodes, RowKernels, RowRanges, Rows};
-use crate::cpu::plain::copy_first;
+use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;

@@ -9,7 +9,8 @@ use crate::cpu::contracts::softmax::{
 };
 use crate::cpu::contracts::{Int16Exp, RUN, Scores, Softmax};
 use crate::cpu::plain::softmax::top_of_run;
-use crate::cpu::plain::{copy_first, sum_lanes};
+use crate::cpu::plain::sum_lanes;
+use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
