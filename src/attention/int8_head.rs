@@ -70,11 +70,10 @@ impl Scorer<'_> {
         Kept::with(&PACKING, KEPT, |(rows, buffers)| {
             for (index, block) in self.k.blocks(chunk.keys.len()).enumerate() {
                 let keys = chunk.keys.start + block.start..chunk.keys.start + block.end;
-                self.k.quantize((head, keys.clone()), head_mean, &self.seen, buffers, rows);
-                if !chunk.conditioned.is_empty() {
-                    let to = &mut chunk.conditioned[block.start * depth..block.end * depth];
-                    self.k.copy_conditioned((head, keys.clone()), &self.seen, buffers, to);
-                }
+                // None where nobody asks for them.
+                let to = chunk.conditioned.get_mut(block.start * depth..block.end * depth);
+                let out = (&mut *rows, to);
+                self.k.quantize((head, keys.clone()), head_mean, &self.seen, buffers, out);
                 let Buffers { conditioned, .. } = &*buffers;
                 for &outlier in &conditioned.outliers {
                     rows.forget(outlier, depth);

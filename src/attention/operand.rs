@@ -42,6 +42,7 @@ pub(super) struct Operand<'a> {
 pub(super) struct Buffers {
     rows: Vec<f32>,
     gathered: Vec<f32>,
+    values: Vec<f32>,
     pub conditioned: Conditioned,
 }
 
@@ -136,7 +137,7 @@ impl<'a> Operand<'a> {
         let mut quantized = QuantizedRows::default();
         for head in 0..self.view.heads() {
             for rows in self.blocks(self.count(head, seen)) {
-                self.quantize((head, rows), None, seen, &mut buffers, &mut quantized);
+                self.quantize((head, rows), None, seen, &mut buffers, (&mut quantized, None));
                 scales.extend_from_slice(&quantized.scales);
             }
         }
@@ -183,53 +184,59 @@ impl<'a> Operand<'a> {
         self.side == Side::Keys || seen.asks(head, row)
     }
 
-    /// Conditions rows of a head into the buffers; returns whether there was anything to do. Where smoothing
-    /// is local, they are one block.
-    pub(super) fn condition(
-        &self,
+    /// Conditions rows of a head, to `to` or into the buffers, and returns them; where smoothing is local, they are
+    /// one block. `true` if there was anything to do: their ranges are known then.
+    fn condition<'b>(
+        &'b self,
         (head, rows): (usize, Range<usize>),
         head_mean: Option<&[f32]>,
         seen: &Seen,
-        buffers: &mut Buffers,
-    ) -> bool {
+        buffers: &'b mut Buffers,
+        to: Option<&'b mut [f32]>,
+    ) -> (Rows<'b>, &'b Conditioned, bool) {
+        let depth = self.view.depth();
+        let Buffers { rows: buffer, gathered, values: own, conditioned } = buffers;
         if self.conditioning.is_nothing() {
-            buffers.conditioned.clear();
-            return false;
+            conditioned.clear();
+            let rows = self.rows((head, rows), seen, buffer, gathered);
+            if let Some(to) = to {
+                let to = to.chunks_exact_mut(depth.max(1));
+                rows.iter().zip(to).for_each(|(row, to)| to.copy_from_slice(row));
+            }
+            return (rows, conditioned, false);
         }
-        let Buffers { rows: buffer, gathered, conditioned } = buffers;
+        own.resize(rows.len() * depth, 0.0);
+        let to = to.unwrap_or(own);
         let start = rows.start;
         let values = self.rows((head, rows), seen, buffer, gathered);
         let takes_part = |row: usize| self.takes_part(head, start + row, seen);
         let all = self.side == Side::Keys || seen.all_ask(head);
         let takes_part = (!all).then_some(&takes_part as &dyn Fn(usize) -> bool);
         let first = start == 0;
-        self.conditioning.apply(self.level, values, (takes_part, first), head_mean, conditioned);
-        true
+        let out = (&mut *conditioned, &mut *to);
+        self.conditioning.apply(self.level, values, (takes_part, first), head_mean, out);
+        (Rows::new(to, to.len().checked_div(depth).unwrap_or(0), depth, depth), conditioned, true)
     }
 
-    /// Quantizes rows of a head, conditioned in the buffers, into `out`.
+    /// Quantizes rows of a head into `out`, and copies them to `to`, conditioned.
     pub(super) fn quantize(
         &self,
         (head, rows): (usize, Range<usize>),
         head_mean: Option<&[f32]>,
         seen: &Seen,
         buffers: &mut Buffers,
-        out: &mut QuantizedRows,
+        (out, to): (&mut QuantizedRows, Option<&mut [f32]>),
     ) {
         let (depth, count) = (self.view.depth(), rows.len());
         out.resize(count, depth);
-        let conditioned = self.condition((head, rows.clone()), head_mean, seen, buffers);
+        let (values, block, ranges) =
+            self.condition((head, rows.clone()), head_mean, seen, buffers, to);
         if depth == 0 {
             // Sums of nothing are 0 at any scale.
             out.scales.fill(1.0);
             out.zeros.fill(0);
             return out.sums.fill(0);
         }
-        let Buffers { rows: buffer, gathered, conditioned: block } = buffers;
-        let values = match conditioned {
-            true => Rows::contiguous(&block.values, depth),
-            false => self.rows((head, rows.clone()), seen, buffer, gathered),
-        };
         let mut given: Vec<QuantParams>;
         let params = match &self.params {
             None => RowParams::Own(self.scheme),
@@ -243,26 +250,9 @@ impl<'a> Operand<'a> {
             }
         };
         let QuantizedRows { codes, scales, zeros, sums } = out;
-        let ranges = conditioned.then_some(&block.ranges);
+        let ranges = ranges.then_some(&block.ranges);
         let out = BlockCodes { codes, scales, zeros, sums };
         quantize_block(self.level, (values, ranges), params, out);
-    }
-
-    /// Copies rows that were quantized last, conditioned.
-    pub(super) fn copy_conditioned(
-        &self,
-        rows: (usize, Range<usize>),
-        seen: &Seen,
-        buffers: &mut Buffers,
-        to: &mut [f32],
-    ) {
-        let Buffers { rows: buffer, gathered, conditioned } = buffers;
-        if !self.conditioning.is_nothing() {
-            return to.copy_from_slice(&conditioned.values);
-        }
-        let rows = self.rows(rows, seen, buffer, gathered);
-        let to = to.chunks_exact_mut(rows.depth().max(1));
-        rows.iter().zip(to).for_each(|(row, to)| to.copy_from_slice(row));
     }
 
     /// Those of the group of a row.
@@ -294,13 +284,9 @@ impl<'a> Operand<'a> {
         let mean = self.head_mean(head, seen, &mut buffers);
         let mut ranges: Vec<(usize, ValueRange)> = Vec::new();
         for block in self.blocks(self.count(head, seen)).filter(|_| depth > 0) {
-            let conditioned =
-                self.condition((head, block.clone()), mean.as_deref(), seen, &mut buffers);
-            let Buffers { rows: buffer, gathered, conditioned: found } = &mut buffers;
-            let values = match conditioned {
-                true => Rows::contiguous(&found.values, depth),
-                false => self.rows((head, block.clone()), seen, buffer, gathered),
-            };
+            let rows = (head, block.clone());
+            let (values, found, _) =
+                self.condition(rows, mean.as_deref(), seen, &mut buffers, None);
             for (index, row) in block.enumerate() {
                 if !self.takes_part(head, row, seen) || found.outliers.contains(&index) {
                     continue;
@@ -340,7 +326,9 @@ impl QuantizedRows {
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        self.rows.footprint() + self.gathered.footprint() + self.conditioned.footprint()
+        let Self { rows, gathered, values, conditioned } = self;
+        let floats = rows.footprint() + gathered.footprint() + values.footprint();
+        floats + conditioned.footprint()
     }
 }
 

@@ -164,7 +164,13 @@ impl<'a> Scorer<'a> {
         let tokens = rows.range.start - first..rows.range.end - first;
         let q_mean = keys.query_means[queries.member].as_deref();
         let QueryBlock { buffer, rows, conditioning, .. } = &mut *queries;
-        self.q.quantize((head, tokens.clone()), q_mean, &self.seen, conditioning, rows);
+        self.q.quantize(
+            (head, tokens.clone()),
+            q_mean,
+            &self.seen,
+            conditioning,
+            (&mut *rows, None),
+        );
         let count = tokens.len();
         rows.scales.iter_mut().for_each(|scale| *scale *= self.scale.factor);
         let mut rows = std::mem::take(buffer);

@@ -85,7 +85,7 @@ pub(super) fn accumulate(
             let runs = &runs[..tile.visible.len() * keys.len().div_ceil(RUN)];
             values.accumulate_int8(keys, codes, stride, runs, sums);
         }
-        Probs::Int16 { codes, scales } => {
+        Probs::Int16 { codes, scales, .. } => {
             let scales = &scales[..tile.visible.len() * keys.len().div_ceil(RUN)];
             values.accumulate_int16(keys, codes, stride, scales, sums);
         }

@@ -1,8 +1,8 @@
 //! A level that this machine has, and the choice of the one in use.
 
 use super::contracts::{
-    BlockCodes, Condition, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RUN,
-    RowRanges, Rows, ScoreTile, Stored, TileInput,
+    BlockCodes, Condition, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RowRanges,
+    Rows, ScoreTile, Scores, Stored, TileInput,
 };
 use super::table::{Bf16, Entry, TABLE};
 use crate::{Error, Result};
@@ -268,25 +268,26 @@ impl Level {
         unsafe { (self.entry.softmax.exp_int8)(scores, max, codes) }
     }
 
-    /// Writes the largest score of each run; returns the largest of all. NaN does not count.
+    /// Writes the largest score of each run of each row. NaN does not count.
     ///
     /// # Panics
-    /// Unless the scores are a multiple of 16 with a place for each run.
-    pub(crate) fn max_of_runs(self, scores: &[f32], runs: &mut [f32]) -> f32 {
-        assert!(scores.len().is_multiple_of(LANES) && runs.len() == scores.len().div_ceil(RUN));
+    /// Unless the rows are there, with a place for each run.
+    pub(crate) fn max_of_runs(self, scores: Scores<'_>, runs: &mut [f32]) {
+        scores.check();
+        assert_eq!(runs.len(), scores.rows * scores.runs());
         // SAFETY: a level is there only with its instructions.
         unsafe { (self.entry.softmax.max_of_runs)(scores, runs) }
     }
 
-    /// Writes `2^(score - max)` in int16; returns the sum of what the codes stand for, or NaN if there is a
-    /// NaN.
+    /// Writes `2^(score - max)` in int16, and the sums of what the codes stand for, NaN where there is a NaN.
     ///
     /// # Panics
-    /// Unless the scores are a multiple of 16 with as many codes and a place for each run.
-    pub(crate) fn exp_int16(self, job: Int16Exp<'_>) -> f32 {
-        let (count, runs) = (job.scores.len(), job.runs.len());
-        assert!(count.is_multiple_of(LANES) && runs == count.div_ceil(RUN));
-        assert_eq!(count, job.codes.len());
+    /// Unless there are up to 16 rows, with a place for every code, and top and scale of each run.
+    pub(crate) fn exp_int16(self, job: Int16Exp<'_>) {
+        let Scores { data, rows, .. } = job.scores;
+        job.scores.check();
+        assert!(rows <= LANES && job.sums.len() == rows && job.codes.len() >= data.len());
+        assert_eq!([job.tops.len(), job.scales.len()], [rows * job.scores.runs(); 2]);
         // SAFETY: a level is there only with its instructions.
         unsafe { (self.entry.softmax.exp_int16)(job) }
     }

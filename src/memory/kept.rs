@@ -36,8 +36,8 @@ impl<A: Footprint, B: Footprint> Footprint for (A, B) {
 /// What a thread works in: empty at first, then what the work before has left.
 ///
 /// It is taken out while it is in use, so that work inside of work, as rayon may bring it, begins with
-/// empty memory of its own.
-pub(crate) struct Kept<T>(Cell<Option<T>>);
+/// empty memory of its own; in a box, because it may be hundreds of bytes large before it holds anything.
+pub(crate) struct Kept<T>(Cell<Option<Box<T>>>);
 
 impl<T: Default + Footprint> Kept<T> {
     /// Nothing yet.
@@ -51,7 +51,7 @@ impl<T: Default + Footprint> Kept<T> {
         most: usize,
         f: impl FnOnce(&mut T) -> R,
     ) -> R {
-        let mut memory = key.with(|kept| kept.0.take()).unwrap_or_default();
+        let mut memory: Box<T> = key.with(|kept| kept.0.take()).unwrap_or_default();
         let result = f(&mut memory);
         if memory.footprint() <= most {
             key.with(|kept| kept.0.set(Some(memory)));

@@ -10,6 +10,7 @@ use super::smooth::{MeanSums, Smoothing, mean_of_rows};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Condition, RowRanges, Rows};
 use crate::cpu::plain::rows::max_magnitude;
+use crate::cpu::plain::widest;
 use crate::memory::Footprint;
 
 /// Queries that share a mean where smoothing is local ([`Smoothing::Block`]): those that the engine takes at
@@ -38,11 +39,9 @@ const STANDS_OUT: f32 = 4.0;
 /// Which rows take part; all of them without it.
 type Part<'a> = Option<&'a dyn Fn(usize) -> bool>;
 
-/// Rows of a block, conditioned. The memory is kept for the next block.
+/// What is known of the rows of a block that were conditioned. The memory is kept for the next block.
 #[derive(Default)]
 pub(crate) struct Conditioned {
-    /// `[rows, D]`.
-    pub values: Vec<f32>,
     /// What was subtracted, if anything.
     mean: Vec<f32>,
     smoothed: bool,
@@ -61,9 +60,8 @@ impl Conditioning {
         self.smoothing == Smoothing::None && self.rotation.is_none() && !self.outliers
     }
 
-    /// Conditions a block of rows. `takes_part` says which rows have a part in the mean and may stand out, if
-    /// not all of them;
-    /// `head_mean` is that of all rows of the head, where it is that one which is subtracted; `first`, whether
+    /// Conditions a block of rows into `values`, `[rows, D]`. `takes_part` says which rows have a part in the mean
+    /// and may stand out, if not all of them; `head_mean` is that of all rows of the head, where it is that one which is subtracted; `first`, whether
     /// these are the first of all rows.
     pub(crate) fn apply(
         &self,
@@ -71,7 +69,7 @@ impl Conditioning {
         rows: Rows<'_>,
         (takes_part, first): (Part<'_>, bool),
         head_mean: Option<&[f32]>,
-        out: &mut Conditioned,
+        (out, values): (&mut Conditioned, &mut [f32]),
     ) {
         out.outliers.clear();
         let sink = first && self.sink && rows.count() > 1 && rows.depth() > 0;
@@ -90,7 +88,7 @@ impl Conditioning {
             if self.smoothing == Smoothing::Block {
                 out.find_mean(rows, takes_part);
             }
-            out.condition(level, rows);
+            out.condition(level, rows, values);
             if !self.outliers || out.outliers.len() == most || rows.depth() == 0 {
                 return;
             }
@@ -113,10 +111,9 @@ impl Conditioning {
 
 impl Footprint for Conditioned {
     fn footprint(&self) -> usize {
-        let Self { values, mean, outliers, sums, ranges, rotated_mean, .. } = self;
+        let Self { mean, outliers, sums, ranges, rotated_mean, .. } = self;
         let means = mean.footprint() + rotated_mean.footprint();
-        let floats = values.footprint() + means + ranges.footprint();
-        floats + outliers.footprint() + sums.footprint()
+        means + ranges.footprint() + outliers.footprint() + sums.footprint()
     }
 }
 
@@ -143,7 +140,7 @@ impl ConditionedHead {
         block: usize,
     ) -> Self {
         let mut head = Self {
-            values: Vec::with_capacity(matrix.len()),
+            values: vec![0.0; matrix.len()],
             outliers: Vec::new(),
             means: Vec::new(),
             block,
@@ -151,10 +148,17 @@ impl ConditionedHead {
         };
         let mean = (conditioning.smoothing == Smoothing::Head).then(|| mean_of_rows(matrix, depth));
         let mut rows = Conditioned::default();
-        for (index, matrix) in matrix.chunks(block * depth.max(1)).enumerate() {
+        let blocks = matrix.chunks(block * depth.max(1));
+        let values = head.values.chunks_mut(block * depth.max(1));
+        for (index, (matrix, values)) in blocks.zip(values).enumerate() {
             let all = Rows::contiguous(matrix, depth);
-            conditioning.apply(level, all, (None, index == 0), mean.as_deref(), &mut rows);
-            head.values.extend_from_slice(&rows.values);
+            conditioning.apply(
+                level,
+                all,
+                (None, index == 0),
+                mean.as_deref(),
+                (&mut rows, values),
+            );
             head.outliers.extend(rows.outliers.iter().map(|row| index * block + row));
             head.means.extend(rows.mean().unwrap_or(&vec![0.0; depth]));
         }
@@ -220,8 +224,7 @@ impl Conditioned {
         self.sums.finish(&mut self.mean);
     }
 
-    fn condition(&mut self, level: Level, rows: Rows<'_>) {
-        self.values.resize(rows.count() * rows.depth(), 0.0);
+    fn condition(&mut self, level: Level, rows: Rows<'_>, values: &mut [f32]) {
         self.ranges.resize(rows.count());
         if rows.depth() == 0 {
             return;
@@ -231,13 +234,16 @@ impl Conditioned {
             rows,
             mean: self.smoothed.then_some(&self.mean),
             rotate: self.rotation.is_some(),
-            values: &mut self.values,
+            values,
             ranges: &mut self.ranges,
         });
     }
 
     /// The row with the largest magnitude, if it stands out among those that take part.
     fn find_outlier(&self, takes_part: Part<'_>) -> Option<usize> {
+        if takes_part.is_none() && self.outliers.is_empty() && self.are_alike() {
+            return None;
+        }
         let takes_part = |row: usize| takes_part.is_none_or(|takes_part| takes_part(row));
         let (mut count, mut sum, mut largest) = (0usize, 0f64, (0f32, None));
         let everywhere = self.outliers.is_empty();
@@ -252,12 +258,31 @@ impl Conditioned {
             }
         }
         let others = (sum - f64::from(largest.0)) / count.saturating_sub(1).max(1) as f64;
-        // One of `n` rows that lies far from the others draws their mean towards it, which leaves it only
-        // `n - 1` times as far from that as the others.
-        let limit = STANDS_OUT.min(0.7 * count.saturating_sub(1) as f32);
-        let stands_out = count > 1 && f64::from(largest.0) > f64::from(limit) * others;
+        let stands_out = count > 1 && f64::from(largest.0) > limit(count) * others;
         largest.1.filter(|_| stands_out)
     }
+
+    /// Whether the largest magnitude is near even the smallest, as it mostly is: then none stands out.
+    fn are_alike(&self) -> bool {
+        let (least, most) = widest!(ends_of_magnitudes, &self.ranges, &RowRanges => (f32, f32));
+        f64::from(most) <= limit(self.ranges.low.len()) * f64::from(least)
+    }
+}
+
+/// How many times the mean of the others a row of `count` is larger that stands out. One of them that lies far
+/// from the others draws their mean towards it, which leaves it only `count - 1` times as far from that as the
+/// others.
+fn limit(count: usize) -> f64 {
+    f64::from(STANDS_OUT.min(0.7 * count.saturating_sub(1) as f32))
+}
+
+/// The smallest magnitude of a row and the largest; NaN is the largest.
+#[inline(always)]
+fn ends_of_magnitudes(ranges: &RowRanges) -> (f32, f32) {
+    // As bits they have the same order, and NaN is above infinity.
+    let all = ranges.magnitudes().map(f32::to_bits);
+    let (least, most) = all.fold((u32::MAX, 0), |(least, most), x| (least.min(x), most.max(x)));
+    (f32::from_bits(least), f32::from_bits(most))
 }
 
 #[cfg(test)]
@@ -269,22 +294,23 @@ mod tests {
         Conditioning { smoothing: Smoothing::Block, rotation: None, outliers: true, sink: false };
 
     /// Rows of two elements.
-    fn condition(rows: &[[f32; 2]], parts: &[bool]) -> Conditioned {
+    fn condition(rows: &[[f32; 2]], parts: &[bool]) -> (Conditioned, Vec<f32>) {
+        let mut values = vec![7.0; 2 * rows.len()];
         let mut out = Conditioned::default();
         let takes_part = |row: usize| parts.is_empty() || parts[row];
         let rows = Rows::contiguous(rows.as_flattened(), 2);
-        BLOCK.apply(runnable()[0], rows, (Some(&takes_part), false), None, &mut out);
-        out
+        BLOCK.apply(runnable()[0], rows, (Some(&takes_part), false), None, (&mut out, &mut values));
+        (out, values)
     }
 
     #[test]
     fn what_takes_no_part_leaves_no_trace_in_the_mean() {
         for hidden in [0.0, 1e4, f32::MAX, f32::NAN, f32::INFINITY] {
             let rows = [[1.0, 2.0], [hidden, hidden], [3.0, 4.0], [2.0, 3.5], [2.0, 2.5]];
-            let found = condition(&rows, &[true, false, true, true, true]);
+            let (found, values) = condition(&rows, &[true, false, true, true, true]);
             assert_eq!(found.mean(), Some([2.0, 3.0].as_slice()), "{hidden}");
             assert!(found.outliers.is_empty());
-            assert_eq!(found.values[..2], [-1.0, -1.0]);
+            assert_eq!(values[..2], [-1.0, -1.0]);
         }
     }
 
@@ -293,18 +319,18 @@ mod tests {
         let normal = |row: usize| [1.0 + (row % 3) as f32, -((row % 5) as f32)];
         for count in [3usize, 4, 7, 16, 64] {
             let mut rows: Vec<_> = (0..count).map(normal).collect();
-            let mean = condition(&rows, &[]).mean().unwrap().to_vec();
-            assert!(count < 4 || condition(&rows, &[]).outliers.is_empty(), "{count}");
+            let mean = condition(&rows, &[]).0.mean().unwrap().to_vec();
+            assert!(count < 4 || condition(&rows, &[]).0.outliers.is_empty(), "{count}");
             rows[count / 2] = [3e4, 0.0];
-            let found = condition(&rows, &[]);
+            let (found, _) = condition(&rows, &[]);
             assert_eq!(found.outliers, [count / 2], "{count}");
             let near = |i: usize| (found.mean().unwrap()[i] - mean[i]).abs() < 2.0;
             assert!(near(0) && near(1), "{count}: {:?} {mean:?}", found.mean());
         }
         // Of two rows that differ, one is the mean of the block.
-        assert_eq!(condition(&[[1.0, 2.0], [5.0, 2.0]], &[]).outliers.len(), 1);
-        assert!(condition(&[[1.0, 2.0]], &[]).outliers.is_empty());
-        assert!(condition(&[[1.0, 2.0]; 9], &[]).outliers.is_empty());
+        assert_eq!(condition(&[[1.0, 2.0], [5.0, 2.0]], &[]).0.outliers.len(), 1);
+        assert!(condition(&[[1.0, 2.0]], &[]).0.outliers.is_empty());
+        assert!(condition(&[[1.0, 2.0]; 9], &[]).0.outliers.is_empty());
     }
 
     /// Any depth, rows apart from each other, with a mean and without, rotated or not, on every level.
@@ -358,7 +384,7 @@ mod tests {
 
     #[test]
     fn a_mean_that_overflows_is_no_mean() {
-        let found = condition(&[[f32::MAX, 1.0]; 8], &[]);
-        assert!(found.values.iter().all(|x| x.is_finite()), "{:?}", found.values);
+        let (_, values) = condition(&[[f32::MAX, 1.0]; 8], &[]);
+        assert!(values.iter().all(|x| x.is_finite()), "{values:?}");
     }
 }

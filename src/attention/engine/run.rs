@@ -47,12 +47,10 @@ pub(in crate::attention) struct Engine<'a> {
     pub doubt: &'a Doubt,
 }
 
-/// A row of a block.
+/// What a row of a block sees.
 #[derive(Clone)]
 struct Row {
-    /// Sequence, query head in it, token.
-    at: [usize; 3],
-    /// The keys that it sees, the sinks left out, and those of the sinks.
+    /// The keys, the sinks left out, and those of the sinks.
     seen: Range<usize>,
     sinks: Range<usize>,
 }
@@ -77,8 +75,9 @@ struct Buffers {
     /// Probabilities in int8, and what they stand for.
     codes: Vec<u8>,
     runs: Vec<Int8Run>,
-    /// Probabilities in int16, and what a 1 stands for.
+    /// Probabilities in int16, the largest scores of their runs, and what a 1 stands for.
     words: Vec<i16>,
+    tops: Vec<f32>,
     scales: Vec<f32>,
 }
 
@@ -91,8 +90,8 @@ impl Footprint for Scratch {
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        let Self { stride: _, scores, inside, halves, codes, runs, words, scales } = self;
-        let runs = runs.footprint() + scales.footprint();
+        let Self { stride: _, scores, inside, halves, codes, runs, words, tops, scales } = self;
+        let runs = runs.footprint() + tops.footprint() + scales.footprint();
         let probs = halves.footprint() + codes.footprint() + words.footprint() + runs;
         scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
     }
@@ -177,7 +176,7 @@ impl Engine<'_> {
             from.prepare(&whole, &mut queries[..whole.len()]);
             for ((block, queries), (seen, out)) in whole.iter().zip(queries).zip(of_whole) {
                 self.attend_tiles(from, block, queries, &seen, (buffers, partial));
-                self.finish(block.rows.head, &seen, partial, out);
+                self.finish((&block.rows, &seen), partial, out);
             }
         });
     }
@@ -202,7 +201,7 @@ impl Engine<'_> {
         let mut merged = Partial::default();
         merged.start(seen.len(), from.width());
         parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
-        self.finish(block.rows.head, seen, &mut merged, out);
+        self.finish((&block.rows, seen), &mut merged, out);
     }
 
     /// The tiles of keys of which rows see some.
@@ -218,14 +217,13 @@ impl Engine<'_> {
     /// Writes the output of rows that have seen all of their keys.
     fn finish<T: Element>(
         &self,
-        head: usize,
-        seen: &[Row],
+        (rows, seen): (&Rows, &[Row]),
         partial: &mut Partial,
         out: &mut [MaybeUninit<T>],
     ) {
-        for (index, row) in seen.iter().enumerate() {
-            self.doubt.add(&partial.running[index], || self.sees_a_key(head, row));
-            if let Some(logit) = self.modifiers.sink_logit(row.at[1]) {
+        for (index, (at, row)) in self.queries.all_at(rows).zip(seen).enumerate() {
+            self.doubt.add(&partial.running[index], || self.sees_a_key(rows.head, at, row));
+            if let Some(logit) = self.modifiers.sink_logit(at[1]) {
                 partial.add_logit(index, logit, self.modifiers.unit());
             }
         }
@@ -233,8 +231,8 @@ impl Engine<'_> {
     }
 
     /// Whether the mask leaves a row one of the keys at its places.
-    fn sees_a_key(&self, head: usize, row: &Row) -> bool {
-        let lets_see = |keys| self.modifiers.let_see(row.at, keys);
+    fn sees_a_key(&self, head: usize, at: [usize; 3], row: &Row) -> bool {
+        let lets_see = |keys| self.modifiers.let_see(at, keys);
         [&row.sinks, &row.seen].into_iter().any(|places| match self.seen {
             None => lets_see(places.clone()),
             Some(seen) => seen.keys(head).runs(places.clone()).any(|(_, keys)| lets_see(keys)),
@@ -244,15 +242,12 @@ impl Engine<'_> {
     /// What each row of a block sees.
     fn rows(&self, rows: &Rows) -> Vec<Row> {
         let alike = self.window.is_none() && self.visible.is_the_same_for_all_queries();
-        let mut all: Vec<Row> = Vec::with_capacity(rows.range.len());
-        for at in self.queries.all_at(rows) {
-            let row = match all.last() {
-                Some(before) if alike && before.at[0] == at[0] => Row { at, ..before.clone() },
-                _ => self.row(rows.head, at),
-            };
-            all.push(row);
+        let count = rows.range.len();
+        match self.queries.all_at(rows).next() {
+            // All are of the sequence of their key head.
+            Some(first) if alike => vec![self.row(rows.head, first); count],
+            _ => self.queries.all_at(rows).map(|at| self.row(rows.head, at)).collect(),
         }
-        all
     }
 
     /// What a row sees.
@@ -262,7 +257,7 @@ impl Engine<'_> {
             range = seen.keys(head).places(range);
         }
         let sinks = range.start.min(self.sinks)..range.end.min(self.sinks);
-        Row { at, seen: self.behind_sinks(range, at[0], at[2]), sinks }
+        Row { seen: self.behind_sinks(range, at[0], at[2]), sinks }
     }
 
     /// The keys that a query of a sequence sees, the sinks left out.
@@ -316,16 +311,16 @@ impl Engine<'_> {
             let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
             clamp(seen.start)..clamp(seen.end)
         }));
-        self.modify((rows.head, seen), keys.start, buffers);
+        self.modify(rows, keys.start, buffers);
         let mut large = from.large(keys.clone());
         large.iter_mut().for_each(|key| *key -= keys.start);
         self.refer(&large, buffers, partial);
-        let Buffers { scores, inside, halves, codes, runs, words, scales, .. } = buffers;
+        let Buffers { scores, inside, halves, codes, runs, words, tops, scales, .. } = buffers;
         let probs = match from.format(seen.len()) {
             Format::F32 => Probs::F32,
             Format::Bf16 => Probs::Bf16(halves),
             Format::Int8 => Probs::Int8 { codes, runs },
-            Format::Int16 => Probs::Int16 { codes: words, scales },
+            Format::Int16 => Probs::Int16 { codes: words, tops, scales },
         };
         let visible = &*inside;
         let mut tile = Tile { scores, stride, keys: keys.len(), visible, probs, large: &large };
@@ -355,21 +350,21 @@ impl Engine<'_> {
     }
 
     /// Softcap, ALiBi and mask of the scores that are seen.
-    fn modify(&self, (head, seen): (usize, &[Row]), first: usize, buffers: &mut Buffers) {
+    fn modify(&self, block: &Rows, first: usize, buffers: &mut Buffers) {
         if self.modifiers.is_nothing() {
             return;
         }
         let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
-        for (row, (scores, inside)) in seen.iter().zip(rows) {
-            let position = self.visible.position(row.at[0], row.at[2]);
+        for (at, (scores, inside)) in self.queries.all_at(block).zip(rows) {
+            let position = self.visible.position(at[0], at[2]);
             let places = first + inside.start..first + inside.end;
             let scores = &mut scores[inside.clone()];
             match self.seen {
-                None => self.modifiers.apply(row.at, position, places, scores),
+                None => self.modifiers.apply(at, position, places, scores),
                 Some(seen) => {
-                    for (start, keys) in seen.keys(head).runs(places) {
+                    for (start, keys) in seen.keys(block.head).runs(places) {
                         let scores = &mut scores[start..start + keys.len()];
-                        self.modifiers.apply(row.at, position, keys, scores);
+                        self.modifiers.apply(at, position, keys, scores);
                     }
                 }
             }
@@ -402,6 +397,7 @@ impl Buffers {
             Format::Int16 => {
                 self.words.resize(grow(len, self.words.len()), 0);
                 let scales = rows * self.stride.div_ceil(RUN);
+                self.tops.resize(grow(scales, self.tops.len()), 0.0);
                 self.scales.resize(grow(scales, self.scales.len()), 0.0);
             }
         }

@@ -2,8 +2,9 @@
 //! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
 
 use crate::cpu::Level;
-use crate::cpu::contracts::{CODES, Format, GROUP, Int8Run, Int16Exp, LANES, RUN};
-use crate::cpu::plain::softmax::exp2;
+use crate::cpu::contracts::{CODES, Format, GROUP, Int8Run, Int16Exp, LANES, RUN, Scores};
+use crate::cpu::plain::softmax::{exp2, scales_of_runs};
+use crate::cpu::plain::widest;
 use std::ops::Range;
 
 /// What the softmax of one query has seen so far.
@@ -49,7 +50,9 @@ pub(in crate::attention) enum Probs<'a> {
     /// Rounded to 1/4096 of the largest of a run of [`RUN`] keys.
     Int16 {
         codes: &'a mut [i16],
-        /// What a code of 1 stands for: all runs of a row before those of the next.
+        /// The largest score of a run, and what a code of 1 stands for: all runs of a row before those of the
+        /// next.
+        tops: &'a mut [f32],
         scales: &'a mut [f32],
     },
 }
@@ -132,7 +135,7 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
             }
             Probs::Int16 { .. } => unreachable!("a tile of its own"),
         };
-        running.sum = running.sum * running.rescale + sum;
+        running.add(sum);
     }
 }
 
@@ -140,35 +143,108 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
 /// that are seen become minus infinity. The largest of all runs come first: reading them right after they
 /// were written takes as long as a short row.
 fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
-    let Tile { scores, stride, keys, visible, probs, .. } = tile;
-    let Probs::Int16 { codes, scales } = probs else { unreachable!("a tile in int16") };
-    let (stride, per_row) = (*stride, keys.div_ceil(RUN));
-    let places = |row: usize| {
-        let Range { start, end } = visible[row].clone();
-        let seen = if start < end { start..end } else { 0..0 };
-        let runs = seen.start / RUN..seen.end.div_ceil(RUN);
-        (runs.start * RUN..seen.end.next_multiple_of(LANES), seen, runs)
-    };
-    let rows = scores.chunks_mut(stride).zip(scales.chunks_mut(per_row.max(1)));
-    for (row, (running, (scores, scales))) in running.iter_mut().zip(rows).enumerate() {
-        let (keys, seen, runs) = places(row);
-        scores[keys.start..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..keys.end].fill(f32::NEG_INFINITY);
-        scales[..runs.start].fill(0.0);
-        scales[runs.end..].fill(0.0);
-        let scores = &scores[keys];
-        running.advance(level.max_of_runs(scores, &mut scales[runs]), scores);
+    let per_row = tile.keys.div_ceil(RUN).max(1);
+    let Tile { scores, stride, visible, probs, .. } = tile;
+    let Probs::Int16 { codes, tops, scales } = probs else { unreachable!("a tile in int16") };
+    let (stride, runs) = (*stride, running.len() * per_row);
+    let (tops, scales) = (&mut tops[..runs], &mut scales[..runs]);
+    for part in Part::all(visible, per_row) {
+        let tops = &mut tops[part.rows.start * per_row..part.rows.end * per_row];
+        part.find_tops(level, (&mut scores[part.rows.start * stride..], stride), tops);
     }
-    let rows = scores.chunks(stride).zip(codes.chunks_mut(stride));
-    let rows = rows.zip(scales.chunks_mut(per_row.max(1)));
-    for (row, (running, ((scores, codes), scales))) in running.iter_mut().zip(rows).enumerate() {
-        let (keys, _, runs) = places(row);
-        codes[..keys.start].fill(0);
-        codes[keys.end..].fill(0);
-        let (scores, codes) = (&scores[keys.clone()], &mut codes[keys]);
-        let (max, runs) = (running.max_or_zero(), &mut scales[runs]);
-        let sum = level.exp_int16(Int16Exp { scores, max, runs, codes });
-        running.sum = running.sum * running.rescale + sum;
+    let of_rows = tops.chunks_exact(per_row).zip(scales.chunks_exact_mut(per_row));
+    for (row, ((tops, scales), running)) in of_rows.zip(&mut *running).enumerate() {
+        let top = tops.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        let Range { start, end } = visible[row];
+        let max = running.advance(top, &scores[row * stride..][start..end.max(start)]);
+        scales.iter_mut().zip(tops).for_each(|(scale, top)| *scale = top - max);
+    }
+    widest!(scales_of_runs, &mut *scales, &mut [f32] => ());
+    for part in Part::all(visible, per_row) {
+        let runs = part.rows.start * per_row..part.rows.end * per_row;
+        let at = part.rows.start * stride;
+        let runs = (&tops[runs.clone()], &scales[runs]);
+        let mut sums = [0.0; LANES];
+        part.write_codes(level, &scores[at..], (&mut codes[at..], stride), runs, &mut sums);
+        let running = running[part.rows].iter_mut();
+        running.zip(sums).for_each(|(running, sum)| running.add(sum));
+    }
+}
+
+/// Rows of a tile that see the same keys, a row alone where there are runs that it does not see: a call for
+/// several costs as much as a short row.
+struct Part {
+    rows: Range<usize>,
+    keys: Range<usize>,
+    /// From the first run that holds one of these, to the end of the last vector.
+    vectors: Range<usize>,
+    runs: Range<usize>,
+    per_row: usize,
+}
+
+impl Part {
+    /// All rows in order, in parts of up to [`LANES`].
+    fn all(visible: &[Range<usize>], per_row: usize) -> impl Iterator<Item = Part> {
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let seen = visible.get(start)?;
+            let keys = if seen.is_empty() { 0..0 } else { seen.clone() };
+            let runs = keys.start / RUN..keys.end.div_ceil(RUN);
+            let vectors = runs.start * RUN..keys.end.next_multiple_of(LANES);
+            let most = if runs == (0..per_row) { LANES } else { 1 };
+            let alike = visible[start..].iter().take(most).take_while(|other| *other == seen);
+            let rows = start..start + alike.count();
+            start = rows.end;
+            Some(Part { rows, keys, vectors, runs, per_row })
+        })
+    }
+
+    /// Its scores, from the first row of a tile on; `None` where nothing is seen.
+    fn scores<'a>(&self, scores: &'a [f32], stride: usize) -> Option<Scores<'a>> {
+        let Self { rows, vectors, .. } = self;
+        let (data, rows, len) = (&scores[vectors.start..], rows.len(), vectors.len());
+        (len > 0).then_some(Scores { data, rows, len, stride })
+    }
+
+    /// Those of its runs that are seen.
+    fn seen(&self) -> Range<usize> {
+        self.runs.start..(self.rows.len() - 1) * self.per_row + self.runs.end
+    }
+
+    /// The largest score of each run, minus infinity where none is seen.
+    fn find_tops(&self, level: Level, (scores, stride): (&mut [f32], usize), tops: &mut [f32]) {
+        let Self { rows, keys, vectors, .. } = self;
+        for row in scores.chunks_mut(stride).take(rows.len()) {
+            row[vectors.start..keys.start].fill(f32::NEG_INFINITY);
+            row[keys.end..vectors.end].fill(f32::NEG_INFINITY);
+        }
+        let seen = self.seen();
+        tops[..seen.start].fill(f32::NEG_INFINITY);
+        tops[seen.end..].fill(f32::NEG_INFINITY);
+        if let Some(scores) = self.scores(scores, stride) {
+            level.max_of_runs(scores, &mut tops[seen]);
+        }
+    }
+
+    /// The codes of its rows, 0 where nothing is seen, and the sums of what they stand for.
+    fn write_codes(
+        &self,
+        level: Level,
+        scores: &[f32],
+        (codes, stride): (&mut [i16], usize),
+        (tops, scales): (&[f32], &[f32]),
+        sums: &mut [f32; LANES],
+    ) {
+        let Self { rows, vectors, .. } = self;
+        for row in codes.chunks_mut(stride).take(rows.len()) {
+            row[..vectors.start].fill(0);
+            row[vectors.end..].fill(0);
+        }
+        if let Some(scores) = self.scores(scores, stride) {
+            let (codes, sums) = (&mut codes[vectors.start..], &mut sums[..rows.len()]);
+            let (tops, scales) = (&tops[self.seen()], &scales[self.seen()]);
+            level.exp_int16(Int16Exp { scores, codes, tops, scales, sums });
+        }
     }
 }
 
@@ -217,8 +293,15 @@ impl Running {
             self.sum = f32::NAN;
         }
         let subtract = self.max_or_zero();
-        self.rescale = if self.max == old { 1.0 } else { exp2(old - subtract) };
+        // Of a row that has seen nothing there is nothing to rescale.
+        let same = self.max == old || old == f32::NEG_INFINITY;
+        self.rescale = if same { 1.0 } else { exp2(old - subtract) };
         subtract
+    }
+
+    /// Takes in the sum of a tile.
+    fn add(&mut self, sum: f32) {
+        self.sum = self.sum * self.rescale + sum;
     }
 }
 
@@ -277,13 +360,24 @@ mod tests {
 
     /// Scores of every distance from the largest, with codes and sum.
     fn exp_int16(level: Level, scores: &[f32], max: f32) -> (Vec<i16>, Vec<f32>, f32) {
-        let mut runs = vec![f32::NAN; scores.len().div_ceil(RUN)];
-        let mut codes = vec![-1; scores.len()];
-        let top = level.max_of_runs(scores, &mut runs);
-        assert_eq!(top, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let job = Int16Exp { scores, max, runs: &mut runs, codes: &mut codes };
-        let sum = level.exp_int16(job);
-        (codes, runs, sum)
+        let mut tops = vec![f32::NAN; scores.len().div_ceil(RUN)];
+        let (mut codes, mut sum) = (vec![-1; scores.len()], [-1.0]);
+        let scores = Scores { data: scores, rows: 1, len: scores.len(), stride: scores.len() };
+        level.max_of_runs(scores, &mut tops);
+        for (top, scores) in tops.iter().zip(scores.data.chunks(RUN)) {
+            assert_eq!(*top, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
+        let mut scales: Vec<f32> = tops.iter().map(|top| top - max).collect();
+        scales_of_runs(&mut scales);
+        let (tops, codes_out) = (&tops, &mut codes);
+        level.exp_int16(Int16Exp {
+            scores,
+            codes: codes_out,
+            tops,
+            scales: &scales,
+            sums: &mut sum,
+        });
+        (codes, scales, sum[0])
     }
 
     #[test]
@@ -310,7 +404,7 @@ mod tests {
     #[test]
     fn int16_has_the_same_bits_on_every_level() {
         let special = [f32::NEG_INFINITY, 0.0, -1e30, 1e30, -0.0, 1e-40, f32::NAN, f32::INFINITY];
-        for len in (0..80).chain([512, 1040, 2064]).map(|vectors| 16 * vectors) {
+        for len in (1..80).chain([512, 1040, 2064]).map(|vectors| 16 * vectors) {
             let some = |i: usize| ((i * 7919) % 1009) as f32 / 50.0 - 12.0;
             let mut scores: Vec<f32> = (0..len).map(some).collect();
             for (k, number) in special.into_iter().enumerate() {
@@ -331,8 +425,41 @@ mod tests {
                         assert!(same == (&all[0].0, &all[0].1, all[0].2.to_bits()), "{len} {k}");
                     }
                 }
-                if len > 0 {
-                    scores[(k * 37) % len] = number;
+                scores[(k * 37) % len] = number;
+            }
+        }
+    }
+
+    /// Rows of whole runs and of parts of one, with something behind each.
+    #[test]
+    fn int16_of_rows_together_is_that_of_each() {
+        let of = |rows| [1usize, 4, 5, 12].map(|vectors| (rows, 16 * vectors));
+        for (rows, len) in (1..=16).flat_map(of) {
+            let (runs, stride) = (len.div_ceil(RUN), len + 24);
+            let some = |i: usize| ((i * 7919) % 1013) as f32 / 60.0 - 12.0;
+            let mut data: Vec<f32> = (0..rows * stride).map(some).collect();
+            data[rows / 2 * stride] = f32::NAN;
+            data[..5].fill(f32::NEG_INFINITY);
+            let scores = Scores { data: &data, rows, len, stride };
+            for level in runnable() {
+                let apart = (0..rows).map(|row| exp_int16(level, scores.row(row), 5.0));
+                let apart: Vec<_> = apart.collect();
+                let scales: Vec<f32> = apart.iter().flat_map(|row| row.1.clone()).collect();
+                let mut tops = vec![0.0; rows * runs];
+                level.max_of_runs(scores, &mut tops);
+                let (mut codes, mut sums) = (vec![-1; data.len()], vec![-1.0; rows]);
+                let (tops, scales) = (&tops, &scales);
+                level.exp_int16(Int16Exp {
+                    scores,
+                    codes: &mut codes,
+                    tops,
+                    scales,
+                    sums: &mut sums,
+                });
+                for (row, (expected, _, sum)) in apart.into_iter().enumerate() {
+                    assert_eq!(codes[row * stride..][..len], expected, "{level:?} {row}");
+                    let same = sums[row].to_bits() == sum.to_bits();
+                    assert!(same || (row == rows / 2 && sum.is_nan() && sums[row].is_nan()));
                 }
             }
         }
@@ -380,12 +507,15 @@ mod tests {
             let stride = buffer.len();
             let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
             let (mut words, mut scales) = (vec![77; stride], vec![7.0; keys.len().div_ceil(RUN)]);
+            let mut tops = scales.clone();
             let mut runs = vec![Int8Run::default(); keys.len().div_ceil(RUN)];
             let probs = match format {
                 Format::F32 => Probs::F32,
                 Format::Bf16 => Probs::Bf16(&mut halves),
                 Format::Int8 => Probs::Int8 { codes: &mut codes, runs: &mut runs },
-                Format::Int16 => Probs::Int16 { codes: &mut words, scales: &mut scales },
+                Format::Int16 => {
+                    Probs::Int16 { codes: &mut words, tops: &mut tops, scales: &mut scales }
+                }
             };
             let inside = clamp(visible.start)..clamp(visible.end);
             let (scores, visible) = (&mut buffer, std::slice::from_ref(&inside));

@@ -397,6 +397,7 @@ impl Head {
 #[derive(Default)]
 struct Packer {
     conditioned: Conditioned,
+    values: Vec<f32>,
     rows: QuantizedRows,
 }
 
@@ -414,9 +415,11 @@ impl Packer {
         let conditioning = Conditioning { smoothing, rotation, outliers, sink };
         let keys = contracts::Rows::contiguous(&rows.keys, depth);
         let first = head.packed == 0;
-        conditioning.apply(head.level, keys, (None, first), known, &mut self.conditioned);
+        self.values.resize(rows.keys.len(), 0.0);
+        let out = (&mut self.conditioned, &mut self.values[..]);
+        conditioning.apply(head.level, keys, (None, first), known, out);
         let QuantizedRows { codes, scales, zeros, sums } = &mut self.rows;
-        let conditioned = contracts::Rows::contiguous(&self.conditioned.values, depth);
+        let conditioned = contracts::Rows::contiguous(&self.values, depth);
         let out = BlockCodes { codes, scales, zeros, sums };
         head.level.quantize(false, conditioned, Some(&self.conditioned.ranges), out);
         for &row in &self.conditioned.outliers {

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! The second layout of the left side, plain rows, is for kernels that broadcast one group of it:
-//! they read it from wherever it is ([`LhsFormat::Biased`]).
+//! they read it from wherever it is ([`LhsFormat::Biased`] and [`LhsFormat::Wide`]).
 //!
 //! Rows and depth are padded to whole panels and groups. Padding in the depth is 0 on the right
 //! side, so it adds nothing whatever stands on the left; padded rows are computed and dropped.
@@ -37,7 +37,7 @@ pub(crate) enum LhsFormat {
     Biased,
     /// i8, as they are, in panels.
     Signed,
-    /// i16, as they are, in panels; for instructions that multiply 16-bit pairs.
+    /// i16, as they are, in plain rows; for instructions that multiply 16-bit pairs.
     Wide,
 }
 

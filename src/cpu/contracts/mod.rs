@@ -14,4 +14,4 @@ pub(crate) use panel_product::{
     VECTORS, bf16_bits,
 };
 pub(crate) use rows::{BlockCodes, Condition, ROTATED, RowKernels, RowRanges, Rows};
-pub(crate) use softmax::{CODES, ExpBf16, Int16Exp, Softmax};
+pub(crate) use softmax::{CODES, ExpBf16, Int16Exp, Scores, Softmax};

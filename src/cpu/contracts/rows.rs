@@ -177,6 +177,6 @@ pub(crate) struct RowKernels {
     pub rotate: unsafe fn(usize, &mut [f32]),
     /// The dot product of every vector with every row: `(rows, vectors, out)`, `[vectors, rows]`. Sums of 16
     /// lanes, each product and each addition rounded, that are added up as
-    /// [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
+    /// [`sum_lanes`](crate::cpu::plain::lanes::sum_lanes) does.
     pub dots: unsafe fn(Rows<'_>, Rows<'_>, &mut [f32]),
 }

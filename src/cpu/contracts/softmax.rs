@@ -1,9 +1,9 @@
 //! What the softmax does with the scores that one query sees, in units of log2.
 //!
 //! All levels give the same bits, but for the bf16 of some: products and sums are rounded apart, sums are
-//! those of 16 lanes, added up as [`sum_lanes`](crate::cpu::plain::sum_lanes) does.
+//! those of 16 lanes, added up as [`sum_lanes`](crate::cpu::plain::lanes::sum_lanes) does.
 
-use super::panel_product::INT16_LEFT;
+use super::panel_product::{INT16_LEFT, LANES, RUN};
 
 /// One instruction set's way, row by row.
 #[derive(Debug)]
@@ -20,15 +20,47 @@ pub(crate) struct Softmax {
     /// Writes `255 * 2^(score - max)` rounded to codes of the same number; returns the sum of these
     /// codes, or NaN if there is a NaN.
     pub exp_int8: unsafe fn(&[f32], f32, &mut [u8]) -> f32,
-    /// Writes the largest score of each run of [`RUN`](super::RUN) scores, of which there are a multiple of
-    /// 16; returns the largest of all. NaN does not count.
-    pub max_of_runs: unsafe fn(&[f32], &mut [f32]) -> f32,
-    /// Writes `2^(score - max)` in int16, for a multiple of 16 scores: see [`Int16Exp`].
-    pub exp_int16: unsafe fn(Int16Exp<'_>) -> f32,
+    /// Writes the largest score of each run of [`RUN`](super::RUN) scores of each row. NaN does not count.
+    pub max_of_runs: unsafe fn(Scores<'_>, &mut [f32]),
+    /// Writes `2^(score - max)` in int16: see [`Int16Exp`].
+    pub exp_int16: unsafe fn(Int16Exp<'_>),
 }
 
-/// A row of scores, and its place in an int16 product: `2^(score - max) ~ scale * code` with a scale for each
-/// run. The function returns the sum of what the codes stand for, or NaN if a score is NaN.
+/// Rows of scores, each from the beginning of a run on.
+#[derive(Clone, Copy)]
+pub(crate) struct Scores<'a> {
+    /// From the first of the first row on, at least as far as the last of the last.
+    pub data: &'a [f32],
+    pub rows: usize,
+    /// Scores of a row: a multiple of 16.
+    pub len: usize,
+    /// From the start of a row to that of the next.
+    pub stride: usize,
+}
+
+impl<'a> Scores<'a> {
+    /// # Panics
+    /// Unless they are there, in rows of a multiple of 16, or if there are none.
+    pub(crate) fn check(&self) {
+        let Self { data, rows, len, stride } = *self;
+        assert!(rows > 0 && len > 0 && len <= stride && len.is_multiple_of(LANES));
+        assert!((rows - 1).checked_mul(stride).is_some_and(|last| last + len <= data.len()));
+    }
+
+    /// Runs of a row.
+    #[inline(always)]
+    pub(crate) fn runs(&self) -> usize {
+        self.len.div_ceil(RUN)
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..self.len]
+    }
+}
+
+/// Up to 16 rows of scores, and their place in an int16 product: `2^(score - max) ~ scale * code` with a scale for
+/// each run. Their sums are those of what the codes stand for, or NaN where a score is NaN.
 ///
 /// ```text
 /// scale  = 2^(top - max) / 4096                            top: the largest score of the run
@@ -41,17 +73,18 @@ pub(crate) struct Softmax {
 /// level by nature. The rounding of `i` is up to `2^-12 ln 2` of the result, and the polynomial is off by
 /// up to [`ERROR_INT16`] with it; that of the code is up to `2^-13` of the largest of its run.
 ///
-/// The sum is over lanes in f32: lane `l` of 16 adds up the codes at places `2 l` and `2 l + 1` of every 32 in
+/// A sum is over lanes in f32: lane `l` of 16 adds up the codes at places `2 l` and `2 l + 1` of every 32 in
 /// the run, exactly, times the scale, run by run.
 pub(crate) struct Int16Exp<'a> {
-    /// A multiple of 16.
-    pub scores: &'a [f32],
-    /// Subtracted from all scores: the largest that the query has seen.
-    pub max: f32,
-    /// The largest of each run; then the scales.
-    pub runs: &'a mut [f32],
-    /// As many as scores.
+    pub scores: Scores<'a>,
+    /// In the places of the scores.
     pub codes: &'a mut [i16],
+    /// The largest score of each run, and its scale, as [`scales_of_runs`](crate::cpu::plain::softmax::scales_of_runs)
+    /// finds it.
+    pub tops: &'a [f32],
+    pub scales: &'a [f32],
+    /// One a row.
+    pub sums: &'a mut [f32],
 }
 
 /// Bits behind the point of a distance from the largest score of a run.

@@ -76,14 +76,14 @@ macro_rules! plain_kernels {
         }
 
         $(#[target_feature(enable = $features)])?
-        fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
-            crate::cpu::plain::softmax::max_of_runs(scores, runs)
+        fn max_of_runs(scores: crate::cpu::contracts::Scores<'_>, runs: &mut [f32]) {
+            crate::cpu::plain::softmax::max_of_runs(scores, runs);
         }
 
         #[allow(dead_code)]
         $(#[target_feature(enable = $features)])?
-        fn exp_int16(job: crate::cpu::contracts::Int16Exp<'_>) -> f32 {
-            crate::cpu::plain::softmax::exp_int16(job)
+        fn exp_int16(job: crate::cpu::contracts::Int16Exp<'_>) {
+            crate::cpu::plain::softmax::exp_int16(job);
         }
 
         $(#[target_feature(enable = $features)])?

@@ -75,7 +75,7 @@ pub(crate) fn affine_params(low: f32, high: f32) -> (f32, i32) {
 /// `1.5 * 2^23`: adding it to a number below `2^22` rounds that to an integer, ties to even, and
 /// leaves the integer in the low mantissa bits. SSE2 has no rounding instruction; this is as fast
 /// everywhere.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// `clamp(round(x / scale) + zero, qmin, qmax)` for a row of finite numbers, ties to even; returns the
 /// sum of the codes. Infinities saturate; NaN gives an unspecified code.
@@ -110,6 +110,20 @@ pub(crate) fn quantize(
     rows: Rows<'_>,
     ranges: Option<&RowRanges>,
     out: BlockCodes<'_>,
+) {
+    quantize_by(affine, rows, ranges, out, |row, params, limits, codes| {
+        quantize_row(row, params, limits, codes)
+    });
+}
+
+/// The same with another [`quantize_row`].
+#[inline(always)]
+pub(crate) fn quantize_by(
+    affine: bool,
+    rows: Rows<'_>,
+    ranges: Option<&RowRanges>,
+    out: BlockCodes<'_>,
+    quantize_row: impl Fn(&[f32], (f32, i32), (i8, i8), &mut [i8]) -> i32,
 ) {
     let codes = out.codes.chunks_exact_mut(rows.depth().max(1));
     for (row, (values, codes)) in rows.iter().zip(codes).enumerate() {

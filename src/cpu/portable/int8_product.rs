@@ -38,15 +38,23 @@ unsafe fn scores(input: TileInput, scores: ScoreTile) {
 /// As for [`Int8Product::tile`].
 unsafe fn sums(input: TileInput) -> [[i32; NR]; MR] {
     let groups = input.groups;
-    // SAFETY: lengths and alignment by contract (packed buffers start on cache lines, and a left
-    // panel is a whole number of i16).
-    let (lhs, rhs, init) = unsafe {
+    // SAFETY: lengths by contract.
+    let (rhs, init) = unsafe {
         (
-            std::slice::from_raw_parts(input.lhs.cast::<[[i16; GROUP]; MR]>(), groups),
             std::slice::from_raw_parts(input.rhs.cast::<[[i8; GROUP]; NR]>(), groups),
             &*input.init.cast::<[i32; NR]>(),
         )
     };
+    // What is missing in the last rows repeats the last of them.
+    let mut lhs = [&[][..]; MR];
+    for (row, lhs) in lhs.iter_mut().enumerate() {
+        // SAFETY: lengths and alignment by contract (packed buffers start on cache lines, and a row is a
+        // whole number of i16).
+        *lhs = unsafe {
+            let row = input.lhs.add(row.min(input.rows - 1) * input.row_bytes);
+            std::slice::from_raw_parts(row.cast::<[i16; GROUP]>(), groups)
+        };
+    }
     let mut sums = [*init; MR];
     for (row, sums) in sums.iter_mut().enumerate().take(input.rows) {
         // SAFETY: pairs of rows that are there, and of whole panels of columns, by contract.
@@ -59,11 +67,11 @@ unsafe fn sums(input: TileInput) -> [[i32; NR]; MR] {
         };
         row.iter().zip(columns).for_each(|(x, y): (_, &[_; NR])| add_pairs(sums, *x, y));
     }
-    for (a, b) in lhs.iter().zip(rhs) {
+    for (group, b) in rhs.iter().enumerate() {
         // Pairs of 16-bit products are what SSE2's pmaddwd and its kin sum in one step.
         let b = b.map(|pair| pair.map(i16::from));
-        for (sums, a) in sums.iter_mut().zip(a) {
-            add_pairs(sums, *a, &b);
+        for (sums, a) in sums.iter_mut().zip(&lhs) {
+            add_pairs(sums, a[group], &b);
         }
     }
     sums

@@ -4,3 +4,13 @@ pub(crate) mod avx2;
 pub(crate) mod avx512_vnni;
 pub(crate) mod avx_vnni;
 pub(crate) mod sse2;
+
+/// Copies as many elements as there are places, mostly `N`: a copy of a length that is known takes one
+/// instruction, and any other a call.
+#[inline(always)]
+pub(crate) fn copy_first<const N: usize, T: Copy>(from: &[T], to: &mut [T]) {
+    match (from.first_chunk::<N>(), <&mut [T; N]>::try_from(&mut *to)) {
+        (Some(from), Ok(to)) => *to = *from,
+        _ => to.copy_from_slice(&from[..to.len()]),
+    }
+}

@@ -7,7 +7,7 @@
 //!     epilogue: int32 out, or f32 out with scales
 //! ```
 //!
-//! `pack` puts operands into the order a kernel reads, `tiles` has the loops around it, `matmul` the whole
+//! `pack` puts operands into the order a kernel reads, by `spread`; `tiles` has the loops around it, `matmul` the whole
 //! product for plain slices. The plain triple loop that every level must equal, bit for bit, is
 //! [`reference::int_product`](crate::reference::int_product).
 //!
@@ -18,6 +18,7 @@
 
 mod matmul;
 mod pack;
+mod spread;
 mod tiles;
 
 pub use matmul::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};

@@ -1,5 +1,6 @@
 //! Operands in the order a kernel reads them. Packed data remembers its level.
 
+use super::spread::{Spread, spread};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput, ZeroPair, zero_groups};
 use crate::cpu::plain::widest;
@@ -19,55 +20,20 @@ fn packed_bytes(
         .expect("an operand larger than the address space")
 }
 
-/// Spreads rows of codes over panels, `GROUP` elements at a time, each through `encode`. `out`
-/// starts with the panel of the row `first`.
-fn spread<const GROUP: usize, T: Copy>(
-    codes: &[i8],
-    depth: usize,
-    (first, panel): (usize, usize),
-    out: &mut [[T; GROUP]],
-    encode: impl Fn(i8) -> T,
-) {
-    let groups = depth.div_ceil(GROUP);
-    for (row, codes) in (first..).zip(codes.chunks_exact(depth.max(1))) {
-        let out = &mut out[row / panel * groups * panel + row % panel..];
-        let (whole, tail) = codes.as_chunks::<GROUP>();
-        // One group every `panel` groups. Padding at the end of the depth stays as it is.
-        let mut places = out.iter_mut().step_by(panel);
-        for (group, place) in whole.iter().zip(&mut places) {
-            // Not `map`, which is not always inlined.
-            for (to, &code) in place.iter_mut().zip(group) {
-                *to = encode(code);
-            }
-        }
-        if let (false, Some(place)) = (tail.is_empty(), places.next()) {
-            place.iter_mut().zip(tail).for_each(|(to, &code)| *to = encode(code));
-        }
-    }
-}
-
-/// [`spread`] for operands of one byte an element.
-fn spread_bytes(
-    codes: &[i8],
-    depth: usize,
-    (first, panel): (usize, usize),
-    group: usize,
-    out: &mut [u8],
-) {
-    let encode = |code: i8| code as u8;
-    match group {
-        2 => spread(codes, depth, (first, panel), out.as_chunks_mut::<2>().0, encode),
-        4 => spread(codes, depth, (first, panel), out.as_chunks_mut::<4>().0, encode),
-        8 => spread(codes, depth, (first, panel), out.as_chunks_mut::<8>().0, encode),
-        _ => unreachable!("no kernel sums {group} elements a step"),
-    }
-}
-
 /// Rows of codes as u8, 128 more than they are, each filled up to `stride`.
 #[inline(always)]
 fn bias((out, stride, codes, depth): (&mut [u8], usize, &[i8], usize)) {
     for (row, codes) in out.chunks_exact_mut(stride).zip(codes.chunks_exact(depth)) {
         row.iter_mut().zip(codes).for_each(|(to, &code)| *to = code as u8 ^ 0x80);
+    }
+}
+
+/// Rows of codes as i16 in native byte order, each filled up to `stride` bytes.
+#[inline(always)]
+fn widen((out, stride, codes, depth): (&mut [u8], usize, &[i8], usize)) {
+    for (row, codes) in out.chunks_exact_mut(stride).zip(codes.chunks_exact(depth)) {
+        let row = row.as_chunks_mut::<2>().0.iter_mut();
+        row.zip(codes).for_each(|(to, &code)| *to = i16::from(code).to_ne_bytes());
     }
 }
 
@@ -164,17 +130,14 @@ impl PackedLhs {
         let stride = self.row_bytes();
         let out = self.bytes.as_mut_slice();
         match lhs {
-            LhsFormat::Signed => spread_bytes(codes, depth, (0, mr), group, out),
+            LhsFormat::Signed => spread(group, Spread { codes, depth, first: 0, panel: mr, out }),
             LhsFormat::Biased if depth > 0 => {
                 widest!(bias, (out, stride, codes, depth), (&mut [u8], usize, &[i8], usize) => ());
             }
-            LhsFormat::Biased => {}
-            LhsFormat::Wide => {
-                assert_eq!(group, 2, "{:?}", self.level);
-                // Two i16 in native byte order.
-                let pairs = out.as_chunks_mut::<2>().0.as_chunks_mut::<2>().0;
-                spread(codes, depth, (0, mr), pairs, |code| i16::from(code).to_ne_bytes());
+            LhsFormat::Wide if depth > 0 => {
+                widest!(widen, (out, stride, codes, depth), (&mut [u8], usize, &[i8], usize) => ());
             }
+            LhsFormat::Biased | LhsFormat::Wide => {}
         }
     }
 
@@ -256,7 +219,8 @@ impl RhsChunk<'_> {
                 }
             }
         }
-        spread_bytes(codes, self.depth, (first, nr), group, self.bytes);
+        let (depth, out) = (self.depth, &mut *self.bytes);
+        spread(group, Spread { codes, depth, first, panel: nr, out });
     }
 }
 

@@ -44,25 +44,24 @@ pub(super) struct Spread<'a> {
     pub width: usize,
     /// Those of the panel, padded to whole vectors.
     pub columns: Range<usize>,
-    /// Inverse scales of int8 and int16 columns, padded like these, and the largest code.
+    /// Inverse scales of int8 and int16 columns, padded like these.
     pub inverses: &'a [f32],
-    pub most: f32,
     pub out: &'a mut [u8],
 }
 
 #[inline(always)]
 pub(super) fn spread(job: Spread<'_>) {
     let PanelProduct { format, group, bias, .. } = *job.product;
-    let (inverses, most) = (job.inverses, job.most);
+    let inverses = job.inverses;
     let f32 = |_: usize, x: [f32; LANES]| each_lane(|i| x[i].to_bits());
     let bf16 = |_: usize, x: [f32; LANES]| each_lane(|i| bf16_bits(x[i]).into());
     let int8 = |at: usize, x: [f32; LANES]| {
         let inverse = lanes(inverses, at);
-        each_lane(|i| u32::from(code(x[i], inverse[i], most) as u8 ^ bias))
+        each_lane(|i| u32::from(code(x[i], inverse[i]) as u8 ^ bias))
     };
     let int16 = |at: usize, x: [f32; LANES]| {
         let inverse = lanes(inverses, at);
-        each_lane(|i| code(x[i], inverse[i], most) & 0xffff)
+        each_lane(|i| code(x[i], inverse[i]) & 0xffff)
     };
     match (format, group) {
         (Format::F32, _) => interleave::<1, u32>(job, f32),

@@ -179,8 +179,8 @@ impl PackedMatrix {
     fn spread(&mut self, first: usize, rows: &[f32]) {
         for panel in self.panels() {
             let at = self.panel_start(&panel, first);
-            let (inverses, most) = match &self.run_scales {
-                Some(known) => (&known.inverses()[panel.clone()], known.most()),
+            let inverses = match &self.run_scales {
+                Some(known) => &known.inverses()[panel.clone()],
                 None => Default::default(),
             };
             let job = Spread {
@@ -189,7 +189,6 @@ impl PackedMatrix {
                 width: self.columns,
                 columns: panel,
                 inverses,
-                most,
                 out: &mut self.bytes.as_mut_slice()[at..],
             };
             widest!(spread, job, Spread<'_> => ());

@@ -63,11 +63,6 @@ impl RunScales {
         outliers(rows, columns, most, self.far)
     }
 
-    /// The largest code.
-    pub(super) fn most(&self) -> f32 {
-        self.most
-    }
-
     /// Bytes of memory.
     pub(super) fn footprint(&self) -> usize {
         self.scales.footprint() + self.inverses.footprint()
@@ -117,15 +112,12 @@ fn observe(job: Observe<'_>) -> f32 {
     fold_lanes(largest_of_all, f32::max)
 }
 
-/// The code of a value, in the lowest bits; to nearest, ties to even. `most` is the largest code.
+/// The code of a value of a run, in the lowest bits; to nearest, ties to even. Of the largest value that was
+/// observed it is the largest code.
 #[inline(always)]
-pub(super) fn code(x: f32, inverse: f32, most: f32) -> u32 {
+pub(super) fn code(x: f32, inverse: f32) -> u32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: the integer is in the low bits of the sum.
-    let x = x * inverse;
-    // No sum overflows, whatever is packed.
-    let x = if x > most { most } else { x };
-    let x = if x < -most { -most } else { x };
-    (x + ROUND).to_bits()
+    (x * inverse + ROUND).to_bits()
 }
 
 fn outliers(rows: &[f32], columns: usize, most: f32, far: f32) -> Vec<usize> {
@@ -172,13 +164,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_are_to_nearest_and_saturate() {
-        let codes = |most: f32| {
-            let xs = [0.5, 1.5, -0.5, -2.5, 126.6, 8190.6, 1e9, -1e9, f32::MAX];
-            xs.map(|x| code(x, 1.0, most) as i16)
-        };
-        assert_eq!(codes(8191.0), [0, 2, 0, -2, 127, 8191, 8191, -8191, 8191]);
-        assert_eq!(codes(127.0), [0, 2, 0, -2, 127, 127, 127, -127, 127]);
+    fn codes_are_to_nearest() {
+        let xs = [0.5, 1.5, -0.5, -2.5, 126.6, 8190.6, -8191.2];
+        assert_eq!(xs.map(|x| code(x, 1.0) as i16), [0, 2, 0, -2, 127, 8191, -8191]);
     }
 
     #[test]
@@ -188,8 +176,8 @@ mod tests {
                 let mut scales = RunScales::new(format).unwrap();
                 scales.reset(2 * RUN, 3);
                 scales.observe(1, &[0.0, largest, 1.0, -largest, 0.0, 0.5], 3);
-                let code = f32::from(code(largest, scales.inverses()[0], scales.most()) as i16);
-                assert_eq!(code, if largest == 0.0 { 0.0 } else { scales.most() }, "{largest}");
+                let code = f32::from(code(largest, scales.inverses()[0]) as i16);
+                assert_eq!(code, if largest == 0.0 { 0.0 } else { scales.most }, "{largest}");
                 let again = f64::from(scales.from(1, 0)[0]) * f64::from(code);
                 let off = (again - f64::from(largest)).abs();
                 assert!(off <= f64::from(largest) * 1e-6, "{largest} {again}");

@@ -35,19 +35,19 @@ unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[__m256i; VECTORS]; ROWS
     // SAFETY: by contract.
     let mut sums = unsafe { start::<ROWS>(input) };
     for group in 0..input.groups {
-        // SAFETY: the right panel holds `groups` times 32 bytes, the left one `groups` times 6
-        // pairs of i16, by contract.
-        let (b, a) = unsafe {
+        // SAFETY: the right panel holds `groups` times 32 bytes by contract.
+        let b = unsafe {
             let b = input.rhs.add(group * NR * GROUP);
-            let b = [
+            [
                 _mm256_cvtepi8_epi16(_mm_loadu_si128(b.cast())),
                 _mm256_cvtepi8_epi16(_mm_loadu_si128(b.add(16).cast())),
-            ];
-            (b, input.lhs.cast::<i32>().add(group * MR))
+            ]
         };
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: row < MR, see above.
-            let a = _mm256_set1_epi32(unsafe { a.add(row).read_unaligned() });
+            // SAFETY: each row holds `groups` pairs of i16 by contract.
+            let a = unsafe { input.lhs.add(row * input.row_bytes).cast::<i32>().add(group) };
+            // SAFETY: as above.
+            let a = _mm256_set1_epi32(unsafe { a.read_unaligned() });
             sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(a, b[0]));
             sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(a, b[1]));
         }

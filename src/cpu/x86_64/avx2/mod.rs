@@ -1,5 +1,6 @@
 //! AVX2 with FMA and F16C: every x86 processor of the last ten years.
 
+mod codes;
 pub(crate) mod float_panels;
 pub(crate) mod int16_panels;
 pub(crate) mod int8_panels;

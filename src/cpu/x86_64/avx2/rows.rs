@@ -1,17 +1,20 @@
-//! AVX2: dot products, rows less a mean, rotated. Codes are plain Rust compiled for it.
+//! AVX2: dot products, rows less a mean, rotated.
 //!
 //! The loops of plain Rust take four times as long: what is 1, 2 and 4 elements apart becomes gathers, and 16
 //! sums of lanes are added up one by one.
 
+use super::codes::quantize;
 use crate::cpu::contracts::{Condition, LANES, ROTATED, RowKernels, Rows};
 use crate::cpu::plain::lanes::lanes;
 use crate::cpu::plain::rotate::{factor, rotate_rest};
+use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
 /// Lanes of a register.
 const HALF: usize = LANES / 2;
 
-pub(crate) const ROWS: RowKernels = RowKernels { dots, condition, rotate, ..super::ROWS };
+pub(crate) const ROWS: RowKernels =
+    RowKernels { name: super::NAME, quantize, condition, dots, rotate };
 
 #[target_feature(enable = "avx2")]
 fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
@@ -58,8 +61,7 @@ fn dots_of<const R: usize, const V: usize>(
         unsafe { _mm_storeu_ps(four.as_mut_ptr(), sums_of_lanes(sums)) };
         let rows = R.min(count - row);
         for v in 0..V {
-            let out = &mut out[(vector + v) * count + row..][..rows];
-            out.copy_from_slice(&four[v * R..][..rows]);
+            copy_first::<R, _>(&four[v * R..], &mut out[(vector + v) * count + row..][..rows]);
         }
     }
 }

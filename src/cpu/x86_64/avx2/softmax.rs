@@ -4,7 +4,7 @@
 use crate::cpu::contracts::softmax::{DISTANCE, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16};
 use crate::cpu::contracts::{Int16Exp, LANES, RUN, Softmax};
 use crate::cpu::plain::lanes::sum_lanes;
-use crate::cpu::plain::softmax::{padded, scales_of_runs, top_of_run};
+use crate::cpu::plain::softmax::top_of_run;
 use std::arch::x86_64::*;
 
 /// Lanes of f32.
@@ -13,31 +13,38 @@ const HALF: usize = LANES / 2;
 pub(crate) const SOFTMAX: Softmax = Softmax { exp_int16, ..super::SOFTMAX };
 
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
-fn exp_int16(job: Int16Exp<'_>) -> f32 {
+fn exp_int16(job: Int16Exp<'_>) {
+    let Int16Exp { scores, codes, tops, scales, sums } = job;
+    let runs = tops.chunks_exact(scores.runs()).zip(scales.chunks_exact(scores.runs()));
+    for (row, (sum, runs)) in sums.iter_mut().zip(runs).enumerate() {
+        let codes = &mut codes[row * scores.stride..][..scores.len];
+        *sum = exp_row(scores.row(row), codes, runs);
+    }
+}
+
+/// Writes the codes of a row, returns the sum of what they stand for.
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+#[inline]
+fn exp_row(scores: &[f32], codes: &mut [i16], (tops, scales): (&[f32], &[f32])) -> f32 {
     let (mut sums, mut last) = ([_mm256_setzero_ps(); 2], _mm256_setzero_si256());
-    let scores = job.scores.chunks(LANES * RUN).zip(job.codes.chunks_mut(LANES * RUN));
-    for (runs, (scores, codes)) in job.runs.chunks_mut(LANES).zip(scores) {
-        let scales = scales_of_runs(padded(runs), job.max);
-        let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
-        for ((run, scale), (scores, codes)) in runs.iter_mut().zip(scales).zip(of_runs) {
-            let top = _mm256_set1_ps(top_of_run(*run));
-            let mut counts = [_mm256_setzero_si256(); 2];
-            let outs = codes.as_chunks_mut::<LANES>().0.iter_mut();
-            for (i, (chunk, out)) in scores.as_chunks().0.iter().zip(outs).enumerate() {
-                let distances = distances(chunk, top);
-                let codes = codes_of(distances);
-                // Of every 32 codes the first half belongs to the lower lanes.
-                let of_pairs = _mm256_madd_epi16(codes, _mm256_set1_epi16(1));
-                counts[i % 2] = _mm256_add_epi32(counts[i % 2], of_pairs);
-                last = _mm256_max_epu16(last, distances);
-                // SAFETY: 16 elements of 16 bits.
-                unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), codes) };
-            }
-            for (sum, count) in sums.iter_mut().zip(counts) {
-                let count = _mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(scale));
-                *sum = _mm256_add_ps(*sum, count);
-            }
-            *run = scale;
+    let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
+    for ((top, scale), (scores, codes)) in tops.iter().zip(scales).zip(of_runs) {
+        let top = _mm256_set1_ps(top_of_run(*top));
+        let mut counts = [_mm256_setzero_si256(); 2];
+        let outs = codes.as_chunks_mut::<LANES>().0.iter_mut();
+        for (i, (chunk, out)) in scores.as_chunks().0.iter().zip(outs).enumerate() {
+            let distances = distances(chunk, top);
+            let codes = codes_of(distances);
+            // Of every 32 codes the first half belongs to the lower lanes.
+            let of_pairs = _mm256_madd_epi16(codes, _mm256_set1_epi16(1));
+            counts[i % 2] = _mm256_add_epi32(counts[i % 2], of_pairs);
+            last = _mm256_max_epu16(last, distances);
+            // SAFETY: 16 elements of 16 bits.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), codes) };
+        }
+        for (sum, count) in sums.iter_mut().zip(counts) {
+            let count = _mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(*scale));
+            *sum = _mm256_add_ps(*sum, count);
         }
     }
     let end = _mm256_set1_epi16((FARTHEST as i16) << FRACTION);

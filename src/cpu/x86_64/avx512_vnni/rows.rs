@@ -5,6 +5,7 @@
 //! all of them at once, and their scales are one vector.
 
 use crate::cpu::contracts::{BlockCodes, RowRanges, Rows};
+use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -36,7 +37,7 @@ macro_rules! fold {
     }};
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(super) fn quantize(
     affine: bool,
     rows: Rows<'_>,
@@ -49,7 +50,7 @@ pub(super) fn quantize(
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn quantize_rows<const AFFINE: bool>(
     rows: Rows<'_>,
     ranges: Option<&RowRanges>,
@@ -83,9 +84,10 @@ fn quantize_rows<const AFFINE: bool>(
             out.codes[(start + i) * depth..(start + i + 1) * depth].fill(0);
             folded[i] = _mm512_setzero_ps();
         }
-        out.scales[start..start + count].copy_from_slice(&scales[..count]);
-        out.zeros[start..start + count].copy_from_slice(&zeros[..count]);
-        out.sums[start..start + count].copy_from_slice(&fold_sum(folded).to_array()[..count]);
+        let these = start..start + count;
+        copy_first::<LANES, _>(&scales, &mut out.scales[these.clone()]);
+        copy_first::<LANES, _>(&zeros, &mut out.zeros[these.clone()]);
+        copy_first::<LANES, _>(&fold_sum(folded).to_array(), &mut out.sums[these]);
     }
 }
 
@@ -225,13 +227,10 @@ fn dots_of<const R: usize, const V: usize>(
                 }
             }
         }
-        let mut lanes = [0f32; LANES];
-        // SAFETY: 16 lanes into 16 elements.
-        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), fold_add(sums)) };
+        let lanes = fold_add(sums).to_array();
         let rows = R.min(count - row);
         for v in 0..V.min(vectors.count() - vector) {
-            let out = &mut out[(vector + v) * count + row..][..rows];
-            out.copy_from_slice(&lanes[v * R..][..rows]);
+            copy_first::<R, _>(&lanes[v * R..], &mut out[(vector + v) * count + row..][..rows]);
         }
     }
 }
@@ -252,6 +251,12 @@ struct Row<'a>(&'a [f32]);
 /// Multiplying by a reciprocal is 4 times as fast as dividing. Its two roundings of a number up to
 /// 255 are off by at most `255 * 2^-23 = 3e-5`, which only near a tie can give another code.
 const NEAR: f32 = 1e-4;
+
+/// 1.5 * 2^23: a number added to this has its integer in the lowest bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// Of two numbers, the magnitude that is larger.
+const LARGER_MAGNITUDE: i32 = 0b10_11;
 
 /// The first `len` of 16 lanes.
 #[inline(always)]
@@ -291,28 +296,29 @@ impl Row<'_> {
     /// Writes codes, returns partial sums of them. No element is beyond the range, so only the largest may be
     /// one step too far, where its end and the zero point are both rounded up. With `FAST`, starts again if a
     /// tie may be near.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     #[inline]
     fn quantize<const AFFINE: bool, const FAST: bool>(
         self,
         (scale, reciprocal, zero): (f32, f32, i32),
         codes: &mut [i8],
     ) -> __m512i {
-        let (by, limit) = (_mm512_set1_ps(reciprocal), _mm512_set1_ps(0.5 - NEAR));
+        let (by, round) = (_mm512_set1_ps(reciprocal), _mm512_set1_ps(ROUND));
+        let offset = _mm512_set1_epi32(zero - ROUND.to_bits() as i32);
         let mut sums = _mm512_setzero_si512();
-        let mut near_tie = 0;
+        let mut rests = _mm512_setzero_ps();
         self.for_each_chunk(|at, len, x| {
+            // To nearest, ties to even.
             let steps = match FAST {
-                true => _mm512_mul_ps(x, by),
-                false => _mm512_div_ps(x, _mm512_set1_ps(scale)),
+                true => _mm512_fmadd_ps(x, by, round),
+                false => _mm512_add_ps(_mm512_div_ps(x, _mm512_set1_ps(scale)), round),
             };
-            let mut q = _mm512_cvtps_epi32(steps); // to nearest, ties to even
             if FAST {
-                let rest = _mm512_abs_ps(_mm512_sub_ps(steps, _mm512_cvtepi32_ps(q)));
-                near_tie |= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(rest, limit);
+                let rest = _mm512_fmsub_ps(x, by, _mm512_sub_ps(steps, round));
+                rests = _mm512_range_ps::<LARGER_MAGNITUDE>(rests, rest);
             }
+            let mut q = _mm512_add_epi32(_mm512_castps_si512(steps), offset);
             if AFFINE {
-                q = _mm512_add_epi32(q, _mm512_set1_epi32(zero));
                 q = _mm512_min_epi32(q, _mm512_set1_epi32(127));
                 // What is missing in the last vector is not part of the sum.
                 q = _mm512_maskz_mov_epi32(first(len), q);
@@ -320,13 +326,13 @@ impl Row<'_> {
             sums = _mm512_add_epi32(sums, q);
             store(_mm512_cvtepi32_epi8(q), &mut codes[at..at + len]);
         });
-        match near_tie {
+        match _mm512_cmp_ps_mask::<_CMP_GT_OQ>(rests, _mm512_set1_ps(0.5 - NEAR)) {
             0 => sums,
             _ => self.quantize_by_division::<AFFINE>((scale, reciprocal, zero), codes),
         }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     #[cold]
     fn quantize_by_division<const AFFINE: bool>(
         self,
@@ -338,7 +344,7 @@ impl Row<'_> {
 }
 
 /// The first codes, as many as there are places.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
 fn store(codes: __m128i, to: &mut [i8]) {
     match to.len() {
@@ -378,6 +384,6 @@ fn fold_sum(v: [__m512; LANES]) -> __m512i {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn fold_add(v: [__m512; LANES]) -> __m512 {
+pub(super) fn fold_add(v: [__m512; LANES]) -> __m512 {
     fold!(v, _mm512_add_ps)
 }

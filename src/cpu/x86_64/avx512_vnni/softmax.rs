@@ -3,12 +3,14 @@
 //! `vscalefps` and `vreduceps` would save three instructions of the exponential in f32, and fused
 //! multiply-adds five; but not every level has them, and the bits are to be the same on all.
 
+use super::rows::fold_add;
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
 };
-use crate::cpu::contracts::{Int16Exp, RUN, Softmax};
+use crate::cpu::contracts::{Int16Exp, RUN, Scores, Softmax};
 use crate::cpu::plain::lanes::sum_lanes;
-use crate::cpu::plain::softmax::{scales_of_runs, top_of_run};
+use crate::cpu::plain::softmax::top_of_run;
+use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -54,30 +56,25 @@ fn max(scores: &[f32]) -> f32 {
 }
 
 #[target_feature(enable = "avx512f,avx512vl")]
-fn max_of_runs(scores: &[f32], runs: &mut [f32]) -> f32 {
-    let mut all = _mm_set1_ps(f32::NEG_INFINITY);
-    for (scores, runs) in scores.chunks(4 * RUN).zip(runs.chunks_mut(4)) {
-        let (whole, part) = scores.as_chunks::<RUN>();
-        let tops = [top_of(whole, part, 0), top_of(whole, part, 1)];
-        let tops = [tops[0], tops[1], top_of(whole, part, 2), top_of(whole, part, 3)];
+fn max_of_runs(scores: Scores<'_>, runs: &mut [f32]) {
+    let (mut row, mut run) = (0, 0);
+    for runs in runs.chunks_mut(4) {
+        let mut tops = [_mm512_set1_ps(f32::NEG_INFINITY); 4];
+        for top in &mut tops[..runs.len()] {
+            let scores_of = scores.row(row);
+            *top = match scores_of[run * RUN..].first_chunk::<RUN>() {
+                Some(scores) => top_lanes(scores),
+                None => top_lanes(&scores_of[run * RUN..]),
+            };
+            run += 1;
+            if run == scores.runs() {
+                (row, run) = (row + 1, 0);
+            }
+        }
         let tops = _mm512_castps512_ps128(max_of_lanes(tops));
-        all = _mm_max_ps(tops, all);
         let first = ((1u32 << runs.len()) - 1) as __mmask8;
         // SAFETY: lanes beyond the slice are masked out.
         unsafe { _mm_mask_storeu_ps(runs.as_mut_ptr(), first, tops) };
-    }
-    let all = _mm_max_ps(all, _mm_movehl_ps(all, all));
-    _mm_cvtss_f32(_mm_max_ss(all, _mm_movehdup_ps(all)))
-}
-
-/// The largest of each lane of a run; what comes behind whole runs is one too.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn top_of(whole: &[[f32; RUN]], part: &[f32], run: usize) -> __m512 {
-    match whole.get(run) {
-        Some(scores) => top_lanes(scores),
-        None if run == whole.len() => top_lanes(part),
-        None => _mm512_set1_ps(f32::NEG_INFINITY),
     }
 }
 
@@ -107,34 +104,45 @@ fn max_of_lanes([a, b, c, d]: [__m512; 4]) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn exp_int16(job: Int16Exp<'_>) -> f32 {
-    let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
-    let (scores, scores_left) = job.scores.as_chunks::<RUN>();
-    let (codes, codes_left) = job.codes.as_chunks_mut::<RUN>();
-    let (runs, run_left) = job.runs.split_at_mut(scores.len());
-    let mut add = |counts, scale| {
-        sums =
-            _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(counts), _mm512_set1_ps(scale)));
-    };
-    let blocks = scores.chunks(LANES).zip(codes.chunks_mut(LANES));
-    for ((scores, codes), runs) in blocks.zip(runs.chunks_mut(LANES)) {
-        let scales = scales_of_runs(lanes(load(runs)), job.max);
-        for ((run, scale), (scores, codes)) in
-            runs.iter_mut().zip(scales).zip(scores.iter().zip(codes))
-        {
-            add(exp_run(scores, top_of_run(*run), codes, &mut last), scale);
-            *run = scale;
-        }
+fn exp_int16(job: Int16Exp<'_>) {
+    let Int16Exp { scores, codes, tops, scales, sums: out } = job;
+    let runs = tops.chunks_exact(scores.runs()).zip(scales.chunks_exact(scores.runs()));
+    let mut sums = [_mm512_setzero_ps(); LANES];
+    for (row, (sum, runs)) in sums.iter_mut().zip(runs).enumerate() {
+        let codes = &mut codes[row * scores.stride..][..scores.len];
+        *sum = exp_row(scores.row(row), codes, runs);
     }
-    if let [run] = run_left {
-        let [scale, ..] = scales_of_runs(lanes(_mm512_set1_ps(*run)), job.max);
-        add(exp_run(scores_left, top_of_run(*run), codes_left, &mut last), scale);
-        *run = scale;
+    match out {
+        [sum] => *sum = sum_lanes(lanes(sums[0])),
+        all => copy_first::<LANES, _>(&lanes(fold_add(sums)), all),
+    }
+}
+
+/// Writes the codes of a row, returns the sum of what they stand for in parts.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn exp_row(scores: &[f32], codes: &mut [i16], (tops, scales): (&[f32], &[f32])) -> __m512 {
+    let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
+    let (scores, scores_left) = scores.as_chunks::<RUN>();
+    let (codes, codes_left) = codes.as_chunks_mut::<RUN>();
+    let runs = tops.iter().zip(scales);
+    for ((top, scale), (scores, codes)) in runs.zip(scores.iter().zip(codes)) {
+        sums = add_scaled(sums, exp_run(scores, top_of_run(*top), codes, &mut last), *scale);
+    }
+    if let ([top], [scale]) = (&tops[scores.len()..], &scales[scores.len()..]) {
+        let counts = exp_run(scores_left, top_of_run(*top), codes_left, &mut last);
+        sums = add_scaled(sums, counts, *scale);
     }
     match _mm512_cmpgt_epu32_mask(last, _mm512_set1_epi32(DISTANCE_END as i32)) {
-        0 => sum_lanes(lanes(sums)),
-        _ => f32::NAN,
+        0 => sums,
+        _ => _mm512_set1_ps(f32::NAN),
     }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn add_scaled(sums: __m512, counts: __m512i, scale: f32) -> __m512 {
+    _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(counts), _mm512_set1_ps(scale)))
 }
 
 /// Writes the codes of a run, takes in its distances, returns the sums of the codes in pairs.

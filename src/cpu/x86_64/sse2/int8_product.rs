@@ -32,18 +32,16 @@ unsafe fn sums<const ROWS: usize>(input: TileInput) -> [[__m128i; VECTORS]; ROWS
     // SAFETY: by contract.
     let mut sums = unsafe { start::<ROWS>(input) };
     for group in 0..input.groups {
-        // SAFETY: the right panel holds `groups` times 16 bytes, the left one `groups` times 4 pairs of i16, by
-        // contract.
-        let (b, a) = unsafe {
-            let b = _mm_loadu_si128(input.rhs.add(group * NR * GROUP).cast());
-            (b, input.lhs.cast::<i32>().add(group * MR))
-        };
+        // SAFETY: the right panel holds `groups` times 16 bytes by contract.
+        let b = unsafe { _mm_loadu_si128(input.rhs.add(group * NR * GROUP).cast()) };
         // Each byte in the upper half of 16 bits, shifted down with its sign.
         let b = [_mm_unpacklo_epi8(b, b), _mm_unpackhi_epi8(b, b)];
         let b = [_mm_srai_epi16::<8>(b[0]), _mm_srai_epi16::<8>(b[1])];
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: row < MR, see above.
-            let a = _mm_set1_epi32(unsafe { a.add(row).read_unaligned() });
+            // SAFETY: each row holds `groups` pairs of i16 by contract.
+            let a = unsafe { input.lhs.add(row * input.row_bytes).cast::<i32>().add(group) };
+            // SAFETY: as above.
+            let a = _mm_set1_epi32(unsafe { a.read_unaligned() });
             for (sum, b) in sums.iter_mut().zip(b) {
                 *sum = _mm_add_epi32(*sum, _mm_madd_epi16(a, b));
             }
