@@ -39,12 +39,15 @@ pub(crate) struct Scores<'a> {
 }
 
 impl<'a> Scores<'a> {
+    /// Checks that they are there; returns how many elements they lie in, those between rows included.
+    ///
     /// # Panics
-    /// Unless they are there, in rows of a multiple of 16, or if there are none.
-    pub(crate) fn check(&self) {
+    /// Unless they are, in rows of a multiple of 16, or if there are none.
+    pub(crate) fn check(&self) -> usize {
         let Self { data, rows, len, stride } = *self;
         assert!(rows > 0 && len > 0 && len <= stride && len.is_multiple_of(LANES));
-        assert!((rows - 1).checked_mul(stride).is_some_and(|last| last + len <= data.len()));
+        let reach = (rows - 1).checked_mul(stride).and_then(|last| last.checked_add(len));
+        reach.filter(|&reach| reach <= data.len()).expect("the scores of all rows")
     }
 
     /// Runs of a row.
