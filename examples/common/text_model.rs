@@ -171,6 +171,10 @@ impl LayeredModel for TextModel {
         self.layered().embed(ids)
     }
 
+    fn sample(&self) -> Result<Option<Tensor>, Error> {
+        self.layered().sample()
+    }
+
     fn layer(
         &self,
         index: usize,

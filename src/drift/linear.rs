@@ -3,7 +3,7 @@
 use super::layers::flat;
 use super::metrics::cosine;
 use super::{ErrorSums, Summary};
-use crate::models::{LayeredModel, NamedLinear};
+use crate::models::{LayeredModel, NamedLinear, forward, linear_in};
 use crate::nn::{Linear, Precision};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -98,8 +98,7 @@ impl Substitutes {
                 "linear layers {products:?}, expected those of layers 0 to {layers} in their order"
             )));
         }
-        let linear = all.iter().map(|product| product.linear.to_precision(precision));
-        let linear = linear.collect::<Result<_>>()?;
+        let linear = linear_in(model, &vec![precision; products.len()])?;
         Ok(Self { precision, products, linear })
     }
 
@@ -314,12 +313,6 @@ impl Inputs {
         let embedding = flat(&model.embedding(&hidden[hidden.len() - 1])?)?;
         Ok(Self { hidden, embedding })
     }
-}
-
-/// One layer with its own attention.
-fn forward<M: LayeredModel>(model: &M, layer: usize, hidden: &Tensor) -> Result<Tensor> {
-    let attention = model.attention()[layer];
-    model.layer(layer, hidden, &mut |q, k, v, call| attention.forward(q, k, v, call))
 }
 
 /// What the model says of what enters a layer.

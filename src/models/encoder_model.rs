@@ -121,9 +121,9 @@ impl EncoderModel {
     /// [`BertModel::set_linear`].
     ///
     /// # Errors
-    /// Those of [`Linear::to_precision`](crate::nn::Linear::to_precision).
+    /// Those of [`BertModel::set_linear`].
     pub fn set_linear(&mut self, precision: Precision) -> Result<()> {
-        encoder::set_linear(&mut *self.family, precision)
+        encoder::set_linear(self, precision)
     }
 
     /// Writes the linear layers as they are packed, by layer and product (`0.qkv`), for
@@ -212,6 +212,10 @@ impl LayeredModel for EncoderModel {
 
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
         encoder::embed(&*self.family, input_ids, None)
+    }
+
+    fn sample(&self) -> Result<Option<Tensor>> {
+        encoder::sample(&*self.family)
     }
 
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {

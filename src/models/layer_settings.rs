@@ -1,6 +1,7 @@
 //! Which attention each layer of a model uses, and in which numbers its linear layers multiply, as a file.
 
 use super::LayeredModel;
+use super::layered::linear_in;
 use crate::attention::Backend;
 use crate::files::{corrupt, read_text, write};
 use crate::nn::{Linear, Precision};
@@ -136,8 +137,8 @@ impl LayerSettings {
                 of(&expected)
             )));
         }
-        let packed = products.iter().zip(&self.linear);
-        packed.map(|(of, setting)| of.linear.to_precision(setting.precision)).collect()
+        let precisions: Vec<_> = self.linear.iter().map(|of| of.precision).collect();
+        linear_in(model, &precisions)
     }
 
     /// Writes the file.

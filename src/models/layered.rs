@@ -3,7 +3,7 @@
 
 use crate::Result;
 use crate::attention::{AttentionCall, QuantizedAttention};
-use crate::nn::Linear;
+use crate::nn::{Linear, Precision};
 use candle_core::Tensor;
 
 /// The attention that a layer is handed: queries `[B, H, M, D]`, keys `[B, H_kv, N, D]`, values
@@ -99,6 +99,16 @@ pub trait LayeredModel {
     /// The model's own.
     fn embed(&self, input: &Self::Input) -> Result<Tensor>;
 
+    /// What enters the first layer for some inputs, `[B, N, hidden_size]`: weights in [`Precision::Int8`] are
+    /// rounded to suit what they meet on its way through the model ([`Linear::to_int8_for`]); to the nearest codes
+    /// if there is none, which is so unless the model says otherwise.
+    ///
+    /// # Errors
+    /// The model's own.
+    fn sample(&self) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
     /// One layer, `[B, N, hidden_size]` to the same, with attention computed by `attend`.
     ///
     /// # Errors
@@ -130,6 +140,56 @@ pub struct NamedLinear<'a> {
     pub name: &'static str,
     /// The layer itself.
     pub linear: &'a mut Linear,
+}
+
+/// The linear layers of a model in other precisions, one for each in the order of
+/// [`LayeredModel::linear_mut`], int8 rounded to suit the model's sample. Afterwards the model is as it was.
+///
+/// # Errors
+/// Those of [`Linear::to_precision`] and of the model.
+pub(crate) fn linear_in<M: LayeredModel + ?Sized>(
+    model: &mut M,
+    precisions: &[Precision],
+) -> Result<Vec<Linear>> {
+    let mut packed: Vec<Option<Linear>> = precisions.iter().map(|_| None).collect();
+    let int8 = |of: usize| precisions[of] == Precision::Int8;
+    let rounded = |(index, of): (usize, NamedLinear<'_>)| int8(index) && of.linear.is_packed();
+    let mut entering = match model.linear_mut().into_iter().enumerate().any(rounded) {
+        true => model.sample()?,
+        false => None,
+    };
+    for layer in 0..model.attention().len() {
+        let Some(hidden) = &entering else { break };
+        let of_layer = model.linear_mut().into_iter().enumerate();
+        let of_layer = of_layer.filter(|(index, of)| of.layer == layer && int8(*index));
+        of_layer.for_each(|(_, of)| of.linear.watch());
+        let leaving = forward(model, layer, hidden);
+        let seen: Vec<_> = model.linear_mut().into_iter().map(|of| of.linear.unwatch()).collect();
+        entering = Some(leaving?);
+        for ((of, seen), packed) in model.linear_mut().into_iter().zip(seen).zip(&mut packed) {
+            if !seen.is_empty() {
+                *packed = Some(of.linear.to_int8_for(&seen)?);
+            }
+        }
+    }
+    let rest = model.linear_mut().into_iter().zip(precisions).zip(packed);
+    rest.map(|((of, &precision), packed)| {
+        packed.map_or_else(|| of.linear.to_precision(precision), Ok)
+    })
+    .collect()
+}
+
+/// One layer with its own attention.
+///
+/// # Errors
+/// Those of the model.
+pub(crate) fn forward<M: LayeredModel + ?Sized>(
+    model: &M,
+    layer: usize,
+    hidden: &Tensor,
+) -> Result<Tensor> {
+    let attention = model.attention()[layer];
+    model.layer(layer, hidden, &mut |q, k, v, call| attention.forward(q, k, v, call))
 }
 
 /// What enters the attention of a layer.
@@ -164,4 +224,77 @@ pub fn run_layers<M: LayeredModel + ?Sized>(
         })?;
     }
     Ok(hidden)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{largest_difference, randn};
+
+    /// One layer with one product, which fails if it is told to.
+    struct Model {
+        attention: QuantizedAttention,
+        linear: Linear,
+        sample: Option<Tensor>,
+        fails: bool,
+    }
+
+    impl Model {
+        fn new(sample: Option<Tensor>) -> Self {
+            let linear = Linear::new(&randn(&[30, 20]), None, Precision::F32).unwrap();
+            Self { attention: QuantizedAttention::default(), linear, sample, fails: false }
+        }
+    }
+
+    impl LayeredModel for Model {
+        type Input = Tensor;
+
+        fn attention(&self) -> Vec<&QuantizedAttention> {
+            vec![&self.attention]
+        }
+
+        fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
+            vec![&mut self.attention]
+        }
+
+        fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
+            vec![NamedLinear { layer: 0, name: "all", linear: &mut self.linear }]
+        }
+
+        fn embed(&self, input: &Tensor) -> Result<Tensor> {
+            Ok(input.clone())
+        }
+
+        fn sample(&self) -> Result<Option<Tensor>> {
+            Ok(self.sample.clone())
+        }
+
+        fn layer(&self, _: usize, hidden: &Tensor, _: &mut Attend<'_>) -> Result<Tensor> {
+            let x = self.linear.forward(hidden)?;
+            if self.fails { Ok(x.reshape(7)?) } else { Ok(x) }
+        }
+    }
+
+    #[test]
+    fn int8_suits_what_enters_a_layer() {
+        let (x, sample) = (randn(&[1, 9, 20]), (randn(&[1, 50, 20]) + 2.0).unwrap());
+        for sample in [Some(sample), None] {
+            let mut model = Model::new(sample);
+            let found = linear_in(&mut model, &[Precision::Int8]).unwrap().remove(0);
+            let expected = match &model.sample {
+                Some(sample) => model.linear.to_int8_for(std::slice::from_ref(sample)).unwrap(),
+                None => model.linear.to_precision(Precision::Int8).unwrap(),
+            };
+            let (found, expected) = (found.forward(&x).unwrap(), expected.forward(&x).unwrap());
+            assert_eq!(largest_difference(&found, &expected), 0.0);
+        }
+    }
+
+    #[test]
+    fn a_model_that_fails_is_left_as_it_was() {
+        let mut model = Model { fails: true, ..Model::new(Some(randn(&[1, 5, 20]))) };
+        assert!(linear_in(&mut model, &[Precision::Int8]).is_err());
+        model.linear.forward(&randn(&[1, 5, 20])).unwrap();
+        assert!(model.linear.unwatch().is_empty());
+    }
 }

@@ -48,6 +48,7 @@ pub use encoder_model::EncoderModel;
 pub use files::ModelFiles;
 pub use layer_settings::{LayerSettings, LinearSetting};
 pub use layered::{Attend, AttentionInput, LayeredModel, NamedLinear, run_layers};
+pub(crate) use layered::{forward, linear_in};
 pub use padding::padding_mask;
 pub use pooling::{Pooling, mean_pool};
 #[cfg(feature = "hub")]

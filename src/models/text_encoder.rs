@@ -254,6 +254,10 @@ impl LayeredModel for TextEncoder {
         self.model.embed(input_ids)
     }
 
+    fn sample(&self) -> Result<Option<Tensor>> {
+        self.model.sample()
+    }
+
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
         self.model.layer(index, hidden, attend)
     }

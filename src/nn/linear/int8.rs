@@ -10,6 +10,7 @@
 //! before quantizing is QuaRot's (Ashkboos et al. 2024, arXiv:2404.00456), scales a token and a channel
 //! LLM.int8's (Dettmers et al. 2022, arXiv:2208.07339).
 
+use super::rounding::Rounding;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
 use crate::memory::Footprint;
@@ -30,7 +31,8 @@ pub(super) struct Int8Weights {
 }
 
 impl Int8Weights {
-    /// Rotates, quantizes and packs `weights`, row-major `[outputs, depth]`.
+    /// Rotates, quantizes and packs `weights`, row-major `[outputs, depth]`: to the nearest codes, or to those
+    /// that suit `inputs`, row-major `[_, depth]`.
     ///
     /// # Errors
     /// [`Error::Depth`] where sums could leave the range of int32.
@@ -38,10 +40,18 @@ impl Int8Weights {
         level: Level,
         weights: &[f32],
         (outputs, depth): (usize, usize),
+        inputs: Option<&[f32]>,
     ) -> Result<Self> {
+        check_depth(depth)?;
         let mut buffers = Buffers::default();
         buffers.quantize(level, Rotation::new(depth), weights, outputs);
-        let Buffers { codes, scales, sums, .. } = buffers;
+        let Buffers { mut codes, scales, mut sums, .. } = buffers;
+        if let (Some(inputs), 1..) = (inputs, depth) {
+            let mut weights = weights.to_vec();
+            Rotation::new(depth).apply_on(level, &mut weights);
+            Rounding::new(level, depth, inputs).round(&weights, &scales, &mut codes);
+            sums = codes.chunks_exact(depth).map(sum).collect();
+        }
         Self::from_codes(level, &codes, (sums, scales), (outputs, depth))
     }
 
@@ -79,7 +89,6 @@ impl Int8Weights {
             packed.put_packed(codes);
         } else {
             let codes = unpack(layout, codes, (outputs, depth));
-            let sum = |row: &[i8]| row.iter().map(|&q| i32::from(q)).sum();
             let mut sums: Vec<i32> = codes.chunks_exact(depth.max(1)).map(sum).collect();
             sums.resize(outputs, 0);
             packed.put(0, &codes, RowSums { sums: &sums, zeros: &[] });
@@ -163,6 +172,11 @@ impl Int8Weights {
         let lhs = rows.lhs.as_ref().expect("rows that were quantized");
         score_tiles(lhs, &self.codes, outputs, &scales, out, stride);
     }
+}
+
+/// Of the codes of a row.
+fn sum(row: &[i8]) -> i32 {
+    row.iter().map(|&q| i32::from(q)).sum()
 }
 
 fn check_depth(depth: usize) -> Result<()> {
@@ -267,7 +281,7 @@ mod tests {
 
     fn layer(level: Level, weight: &Tensor, bias: &Tensor) -> Linear {
         let shape = weight.dims2().unwrap();
-        let weights = Int8Weights::new(level, &numbers(weight), shape).unwrap();
+        let weights = Int8Weights::new(level, &numbers(weight), shape, None).unwrap();
         Linear::packed(Weights::Int8(weights), &numbers(bias))
     }
 
@@ -361,7 +375,6 @@ mod tests {
             let b: Vec<i8> = b.data().iter().map(|&b| b as i8).collect();
             let za = i32::from(of("a_zero_point").data()[0]) - 128;
             let zb = i32::from(of("b_zero_point").data()[0] as i8);
-            let sum = |codes: &[i8]| codes.iter().map(|&q| i32::from(q)).sum::<i32>();
             let sums: Vec<i32> = b.chunks(depth).map(sum).collect();
             // sum ab = sum (a - za)(b - zb) + za sum b + zb sum a - K za zb
             let y = y.data().as_chunks().0.iter().enumerate().map(|(at, &y)| {

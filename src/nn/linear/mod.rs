@@ -3,6 +3,7 @@
 //! ```text
 //! layer     the layer, and which of its forms computes
 //! weights   packed once: f32, int16, or int8 codes of rotated rows          float, int16, int8
+//! rounding  which codes: the nearest, or those that suit what enters the layer
 //! file      packed weights in safetensors, and back
 //! op        shapes, then the result: product and epilogue, task by task                  op, product
 //! tasks     how the result is divided among threads: whole rows first, then outputs
@@ -15,6 +16,7 @@ mod int8;
 mod layer;
 mod op;
 mod product;
+mod rounding;
 mod tasks;
 #[cfg(test)]
 mod tests;

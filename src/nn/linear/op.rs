@@ -30,6 +30,7 @@ impl Fused<'_> {
     pub(super) fn of(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
         // Before the op, so that errors are this crate's own.
         let shape = self.shape(x.dims())?;
+        self.before.map_or(self.layer, |(before, _)| before).see(x);
         let Some(residual) = residual else { return Ok(x.apply_op1_no_bwd(self)?) };
         if residual.dims() != shape {
             return Err(misshaped("residual", residual.dims(), format!("{shape:?}")));
@@ -38,7 +39,7 @@ impl Fused<'_> {
     }
 
     /// The shape of the result for an input of this one, which memory has addresses for.
-    fn shape(&self, x: &[usize]) -> Result<Vec<usize>> {
+    pub(super) fn shape(&self, x: &[usize]) -> Result<Vec<usize>> {
         check_size(OP, "x", x)?;
         let (weights, outputs) = (&self.layer.weights, self.layer.weights.outputs());
         let depth = self.before.map_or(weights.depth(), |(before, _)| before.weights.depth());

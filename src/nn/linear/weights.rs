@@ -10,6 +10,7 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
 pub(super) const OP: &str = "linear";
 
@@ -26,7 +27,8 @@ pub enum Precision {
     Int16,
     /// int8 with exact int32 sums. Rows and weights are rotated (see
     /// [`Rotation`](crate::quant::Rotation)), then rounded to symmetric codes with one scale a row of
-    /// the input, found when it comes, and one an output, found when the weights are packed.
+    /// the input, found when it comes, and one an output, found when the weights are packed: to the nearest
+    /// codes, or to those that suit the inputs ([`Linear::to_int8_for`](super::Linear::to_int8_for)).
     Int8,
 }
 
@@ -61,6 +63,8 @@ pub(super) struct Packed {
     pub weights: Weights,
     /// Padded to whole panels.
     pub bias: Vec<f32>,
+    /// What entered the layer, while it is watched.
+    pub seen: Option<Mutex<Vec<Tensor>>>,
 }
 
 /// In the order in which a kernel reads them.
@@ -85,7 +89,9 @@ impl Weights {
         Ok(match precision {
             Precision::F32 => Self::Float(FloatWeights::new(level, weights, (outputs, depth))),
             Precision::Int16 => Self::Int16(Int16Weights::new(level, weights, (outputs, depth))),
-            Precision::Int8 => Self::Int8(Int8Weights::new(level, weights, (outputs, depth))?),
+            Precision::Int8 => {
+                Self::Int8(Int8Weights::new(level, weights, (outputs, depth), None)?)
+            }
         })
     }
 
@@ -137,7 +143,14 @@ impl Packed {
         assert_eq!(weights.outputs(), bias.len());
         let mut bias = bias.to_vec();
         bias.resize(bias.len().next_multiple_of(weights.panel_width()), 0.0);
-        Self { weights, bias }
+        Self { weights, bias, seen: None }
+    }
+
+    /// Keeps an input, while the layer is watched.
+    pub(super) fn see(&self, x: &Tensor) {
+        if let Some(seen) = &self.seen {
+            seen.lock().unwrap_or_else(PoisonError::into_inner).push(x.clone());
+        }
     }
 
     pub(super) fn bias(&self) -> &[f32] {
