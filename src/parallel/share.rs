@@ -53,7 +53,13 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
         caller: std::thread::current(),
     });
     let helpers = (count - 1).min(rayon::current_num_threads() - 1);
-    invite(&rounds, helpers - offer(&rounds, helpers));
+    let offered = offer(&rounds, helpers);
+    invite(&rounds, helpers - offered);
+    if offered == 0 {
+        // After a silence the kernel may put the one that is woken on the processor of this thread, behind it, for
+        // milliseconds, while another is idle; another thread of the pool has another place.
+        invite(&rounds, 1);
+    }
     rounds.take();
     rounds.finish();
 }

@@ -28,14 +28,15 @@ const WAKE_NS: usize = 15_000;
 const OFFER_NS: usize = 5_000;
 /// Waking is paid once; after that a piece of work must only be worth taking.
 const PIECE_NS: usize = 2_000;
-/// From here on it costs nothing that the caller sleeps, and it saves having one thread more than
-/// there are cores.
+/// From here on, of work that is divided again, it costs nothing that the caller sleeps, and it saves having one
+/// thread more than there are cores.
 const LONG_NS: usize = 1_000_000;
 /// Parts of a product.
 const PART_NS: usize = 5_000;
 const PARTS_PER_THREAD: usize = 16;
-/// Pieces that are to be divided again, if a thread runs out of them.
+/// Pieces that are to be divided again, if a thread runs out of them, unless there are many for each.
 const DIVIDED_NS: usize = 40_000;
+const MANY: usize = 4;
 
 impl Work {
     /// Both pieces of work, as one.
@@ -64,10 +65,9 @@ impl Work {
 
     /// Calls `f` for all parts of this work, which do not depend on each other.
     pub(crate) fn for_each<T: Send>(self, parts: Vec<T>, f: impl Fn(T) + Sync + Send) {
-        match self.nanoseconds() {
-            short if short < shared_from() => parts.into_iter().for_each(f),
-            ..LONG_NS => share::for_each(parts, f),
-            LONG_NS.. => parts.into_par_iter().with_max_len(1).for_each(f),
+        match self.nanoseconds() < shared_from() {
+            true => parts.into_iter().for_each(f),
+            false => share::for_each(parts, f),
         }
     }
 
@@ -86,15 +86,21 @@ impl Work {
             return chunks.for_each(|(index, chunk)| f(Pace::Serial, index, chunk));
         }
         let each = whole / chunks;
-        // Threads that have run out of chunks take parts of those that are left.
-        let pace = if each >= DIVIDED_NS { Pace::Parallel } else { Pace::Serial };
+        // Where some threads would wait for others, or for long, they take parts of the chunks that are left.
+        let even =
+            chunks >= MANY * threads && 10 * (chunks.next_multiple_of(threads) - chunks) <= chunks;
+        let pace = match each {
+            ..DIVIDED_NS => Pace::Serial,
+            ..LONG_NS if even => Pace::Serial,
+            _ => Pace::Parallel,
+        };
         let at_once = (PIECE_NS / each.max(1)).clamp(1, chunks.div_ceil(threads));
         let group = |(group, chunks): (usize, &mut [T])| {
             for (index, chunk) in chunks.chunks_mut(size).enumerate() {
                 f(pace, group * at_once + index, chunk);
             }
         };
-        match whole < LONG_NS {
+        match pace == Pace::Serial || whole < LONG_NS {
             true => share::for_each(out.chunks_mut(at_once * size).enumerate(), group),
             false => out.par_chunks_mut(at_once * size).enumerate().for_each(group),
         }
