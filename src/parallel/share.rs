@@ -19,7 +19,7 @@
 use rayon::prelude::*;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -55,14 +55,21 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
     let helpers = (count - 1).min(rayon::current_num_threads() - 1);
     let offered = offer(&rounds, helpers);
     invite(&rounds, helpers - offered);
-    if offered == 0 {
-        // After a silence the kernel may put the one that is woken on the processor of this thread, behind it, for
+    if offered == 0 || ALONE.swap(false, Ordering::Relaxed) {
+        // The kernel may put the one that is woken, or that lingers, on the processor of this thread, behind it, for
         // milliseconds, while another is idle; another thread of the pool has another place.
         invite(&rounds, 1);
     }
-    rounds.take();
+    let begin = Instant::now();
+    if rounds.take().calls == count && offered > 0 && begin.elapsed() > LONG_ALONE {
+        ALONE.store(true, Ordering::Relaxed);
+    }
     rounds.finish();
 }
+
+/// Whether nobody came to a loop that had been offered, although it took long enough.
+static ALONE: AtomicBool = AtomicBool::new(false);
+const LONG_ALONE: Duration = Duration::from_micros(15);
 
 /// Calls `f` for all parts.
 pub(crate) fn for_each<T: Send>(parts: impl IntoIterator<Item = T>, f: impl Fn(T) + Sync) {
@@ -94,6 +101,13 @@ struct Rounds {
     /// What the first call that panicked said.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     caller: Thread,
+}
+
+/// What a thread has done of a loop.
+struct Taken {
+    calls: usize,
+    /// Whether the last call of all ended here.
+    last: bool,
 }
 
 /// Invitations that no thread has taken up yet.
@@ -182,19 +196,20 @@ fn linger() {
 impl Rounds {
     /// What a thread of the pool does.
     fn help(&self) {
-        if self.take() {
+        if self.take().last {
             self.caller.unpark();
         }
     }
 
-    /// Takes indices until none is left; whether the last call of all ended here.
-    fn take(&self) -> bool {
-        let mut last = false;
+    /// Takes indices until none is left.
+    fn take(&self) -> Taken {
+        let mut taken = Taken { calls: 0, last: false };
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             if index >= self.count {
-                return last;
+                return taken;
             }
+            taken.calls += 1;
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (self.f)(index))) {
                 let mut first = self.panic.lock().expect("nobody panics while storing a panic");
                 match *first {
@@ -204,7 +219,7 @@ impl Rounds {
                 }
             }
             // Release: the caller sees what the call has written.
-            last = self.done.fetch_add(1, Ordering::Release) + 1 == self.count;
+            taken.last = self.done.fetch_add(1, Ordering::Release) + 1 == self.count;
         }
     }
 
