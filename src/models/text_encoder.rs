@@ -44,7 +44,7 @@ impl TextEncoder {
     /// The linear layers are in [`Precision::Int16`] and attention is in fp32. With MiniLM-L3 and L6 that embeds 1.4 to
     /// 1.5 times as many texts as [`Precision::F32`] (AMD EPYC, AVX-512 VNNI, 2 threads), is not slower with AVX2, and
     /// every cosine to the embedding in `F32` is above 0.99999; `docs/encoders.md` has the tables. `Int8` is faster
-    /// still, with cosines above 0.999. [`TextEncoder::load_in`] takes either, and is what an embedding in `F32` needs.
+    /// still, with cosines above 0.9993. [`TextEncoder::load_in`] takes either, and is what an embedding in `F32` needs.
     ///
     /// # Errors
     /// Those of [`EncoderModel::load`]; [`Error::Corrupt`](crate::Error::Corrupt) for a file that is
