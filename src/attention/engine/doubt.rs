@@ -1,6 +1,6 @@
 //! Whether rows met scores that f32 does not hold.
 
-use super::softmax::Running;
+use super::tile::Running;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What the rows of a call met. A score that is too small for f32 is nothing beside one that is not, so a row is

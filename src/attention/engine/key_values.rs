@@ -1,7 +1,7 @@
 //! What the engine asks of keys and values.
 
 use super::queries::Block;
-use super::softmax::{Running, Tile};
+use super::tile::{Running, Tile};
 use crate::attention::operand::{Buffers, QuantizedRows};
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;

@@ -6,7 +6,7 @@
 //!   for each tile of up to 512 keys:
 //!     scores      int8 or f32, in units of log2                 KeyValues::score
 //!     modifiers   softcap, ALiBi, mask tensor                   modifiers, mask
-//!     softmax     running maximum and sum                       softmax
+//!     softmax     running maximum and sum                       softmax, int16_tile, of a tile
 //!     values      sums += probabilities x values                KeyValues::accumulate
 //!   see whether all scores were numbers                         doubt
 //!   add the sink logit to the running sum                       partial
@@ -18,6 +18,7 @@
 //! threads share, each with its own maximum, and merged in their order.
 
 mod doubt;
+mod int16_tile;
 mod key_values;
 mod mask;
 mod modifiers;
@@ -26,6 +27,7 @@ mod partial;
 mod queries;
 mod run;
 mod softmax;
+mod tile;
 
 pub(super) use doubt::Doubt;
 pub(super) use key_values::{KeyValues, QueryBlock};
@@ -34,4 +36,4 @@ pub(super) use modifiers::Modifiers;
 pub(super) use output::Element;
 pub(super) use queries::{BLOCK, Block, Queries, Rows, TOGETHER, blocks, gather, together};
 pub(super) use run::{Engine, TILE};
-pub(super) use softmax::{Probs, Running, Tile};
+pub(super) use tile::{Probs, Running, Tile};

@@ -1,7 +1,7 @@
 //! Attention of some rows over some of the keys, and how such parts are merged.
 
 use super::output::Element;
-use super::softmax::Running;
+use super::tile::Running;
 use crate::memory::Footprint;
 use std::mem::MaybeUninit;
 

@@ -1,12 +1,8 @@
 //! AVX2: codes of rows.
 
 use crate::cpu::contracts::{BlockCodes, LANES, RowRanges, Rows};
-use crate::cpu::plain::rows::{ROUND, quantize_by, quantize_row};
+use crate::cpu::plain::rows::{NEAR, ROUND, quantize_by, quantize_row};
 use std::arch::x86_64::*;
-
-/// Multiplying by a reciprocal takes half as long as dividing. Its roundings of a number up to 255 are off by at
-/// most `255 * 2^-23 = 3e-5`, which only near a tie can give another code.
-const NEAR: f32 = 1e-4;
 
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn quantize(

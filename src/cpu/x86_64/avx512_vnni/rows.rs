@@ -5,6 +5,7 @@
 //! all of them at once, and their scales are one vector.
 
 use crate::cpu::contracts::{BlockCodes, RowRanges, Rows};
+use crate::cpu::plain::rows::{NEAR, ROUND};
 use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
@@ -247,13 +248,6 @@ fn array<'a, const N: usize>(f: impl Fn(usize) -> &'a [f32]) -> [&'a [f32]; N] {
 
 #[derive(Clone, Copy)]
 struct Row<'a>(&'a [f32]);
-
-/// Multiplying by a reciprocal is 4 times as fast as dividing. Its two roundings of a number up to
-/// 255 are off by at most `255 * 2^-23 = 3e-5`, which only near a tie can give another code.
-const NEAR: f32 = 1e-4;
-
-/// 1.5 * 2^23: a number added to this has its integer in the lowest bits.
-const ROUND: f32 = 12_582_912.0;
 
 /// Of two numbers, the magnitude that is larger.
 const LARGER_MAGNITUDE: i32 = 0b10_11;
