@@ -245,11 +245,90 @@ macro_rules! int16_panels {
     };
 }
 
+/// The function `multiply` of a matrix of int8 as it is stored, whose left side is int16: from a register of i32, and
+/// from expressions that load `WIDTH` columns of two rows `a` and `b` as pairs of i16, and that add to sums `sum` the
+/// products of pairs `x` and `y`. `tile` calls `add_run::<rows, registers>(tile, run, keys)`, with up to `vectors`
+/// vectors of columns at a time.
+#[cfg(target_arch = "x86_64")]
+macro_rules! stored_int8 {
+    (
+        features: $features:literal,
+        vectors: $vectors:expr,
+        tile: |$tile:ident, $run:ident, $keys:ident| $for_tile:expr,
+        integers: $register:ty, $zero:expr, $splat_integers:ident,
+        load: |$a:ident, $b:ident| $load:expr,
+        pairs: |$sum:ident, $x:ident, $y:ident| $add:expr,
+        convert: $convert:ident,
+        floats: $load_floats:ident, $splat:ident, $mul:ident, $add_floats:ident, $store:ident $(,)?
+    ) => {
+        /// Columns of a register.
+        const WIDTH: usize = size_of::<$register>() / size_of::<i32>();
+
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn multiply(panel: crate::cpu::contracts::Panel) {
+            for part in panel.parts($vectors, 1) {
+                for ($run, $keys) in part.runs(1) {
+                    for $tile in part.tiles(crate::cpu::contracts::panel_product::ROWS) {
+                        // SAFETY: the instructions are there and the pointers are valid, by contract.
+                        unsafe { $for_tile }
+                    }
+                }
+            }
+        }
+
+        /// Adds one run of keys to `N` registers of columns of `R` rows.
+        ///
+        /// # Safety
+        /// That of the contract, with `R` rows and as many columns, and the run is there with its keys.
+        #[target_feature(enable = $features)]
+        unsafe fn add_run<const R: usize, const N: usize>(
+            tile: crate::cpu::contracts::Panel,
+            run: usize,
+            keys: std::ops::Range<usize>,
+        ) {
+            let mut sums = [[$zero; N]; R];
+            for key in keys.clone().step_by(2) {
+                // The last of an odd number goes with itself, times the zero that fills up the left side.
+                let next = (key + 1).min(keys.end - 1);
+                prefetch(tile.group(key + AHEAD, 0));
+                prefetch(tile.group(key + 1 + AHEAD, 0));
+                let mut matrix = [$zero; N];
+                for (i, matrix) in matrix.iter_mut().enumerate() {
+                    let ($a, $b) = (tile.group(key, i * WIDTH), tile.group(next, i * WIDTH));
+                    // SAFETY: `N` registers of columns in each row of the matrix by contract.
+                    *matrix = unsafe { $load };
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: whole groups of elements in each of `R` rows by contract.
+                    let $x = unsafe { tile.lhs_of::<i32>(row).add(key / 2).read_unaligned() };
+                    let $x = $splat_integers($x);
+                    for (sum, $y) in sums.iter_mut().zip(matrix) {
+                        let $sum = *sum;
+                        *sum = $add;
+                    }
+                }
+            }
+            for (row, sums) in sums.into_iter().enumerate() {
+                // SAFETY: a scale for every run of each of `R` rows by contract.
+                let scale = $splat(unsafe { *tile.row_scale(row, run) });
+                for (i, sum) in sums.into_iter().enumerate() {
+                    let out = tile.sums_of(row, i * WIDTH);
+                    // SAFETY: `N` registers of sums in each of `R` rows by contract.
+                    unsafe {
+                        let sum = $mul($convert(sum), scale);
+                        $store(out, $add_floats($load_floats(out), sum));
+                    }
+                }
+            }
+        }
+    };
+}
+
 /// The products of rows in f32 as `PANELS` and `STORED`, with up to `vectors` vectors of columns at a time: `tile`
 /// calls `multiply_tile::<rows, registers>(tile)`.
 ///
-/// Each form of a matrix is a module with its bytes an element, the function that adds products `f(x, y, sum)` up,
-/// and an expression that loads a register of it: a target feature is an attribute of a function, so the load
+/// Each form of a matrix is a module with its bytes an element, how many of its rows are asked for ahead of their
+/// use (0 for a matrix that a cache holds), the function that adds products `f(x, y, sum)` up, and an expression that loads a register of it: a target feature is an attribute of a function, so the load
 /// stands in the function that enables it.
 macro_rules! float_panels {
     (
@@ -258,7 +337,8 @@ macro_rules! float_panels {
         vectors: $vectors:expr,
         tile: |$tile:ident| $for_tile:expr,
         floats: $register:ty, $zero:expr, |$x:ident| $splat:expr, $load_sums:ident, $add_sums:ident, $store:ident,
-        $($form:ident: $size:literal, $add:ident, |$from:ident| $load:expr;)*
+        stored_int8: $stored_int8:path,
+        $($form:ident: $size:literal, $ahead:expr, $add:ident, |$from:ident| $load:expr;)*
     ) => {
         pub(crate) const PANELS: crate::cpu::contracts::PanelProduct =
             crate::cpu::contracts::PanelProduct {
@@ -276,7 +356,7 @@ macro_rules! float_panels {
                 f32: f32::multiply,
                 f16: f16::multiply,
                 bf16: bf16::multiply,
-                int8: int8::multiply,
+                int8: $stored_int8,
             };
 
         /// Lanes of a register.
@@ -286,7 +366,8 @@ macro_rules! float_panels {
             mod $form {
                 use super::*;
                 use crate::cpu::contracts::Panel;
-                use crate::cpu::contracts::panel_product::ROWS;
+                use crate::cpu::contracts::panel_product::{ROWS};
+                use crate::memory::{LINE, prefetch};
 
                 #[target_feature(enable = $features)]
                 pub(super) unsafe fn multiply(panel: Panel) {
@@ -306,6 +387,11 @@ macro_rules! float_panels {
                 unsafe fn multiply_tile<const R: usize, const N: usize>(tile: Panel) {
                     let mut sums = [[$zero; N]; R];
                     for k in 0..tile.groups {
+                        if $ahead > 0 {
+                            for line in (0..N * WIDTH * $size).step_by(LINE) {
+                                prefetch(tile.group(k + $ahead, line));
+                            }
+                        }
                         let mut matrix = [$zero; N];
                         for (i, matrix) in matrix.iter_mut().enumerate() {
                             let $from = tile.group(k, i * WIDTH * $size);

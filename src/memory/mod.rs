@@ -3,10 +3,12 @@
 
 mod aligned;
 mod kept;
+mod prefetch;
 mod sizes;
 mod uninit;
 
 pub(crate) use aligned::AlignedBytes;
 pub(crate) use kept::{Footprint, Kept};
+pub(crate) use prefetch::{LINE, prefetch};
 pub(crate) use sizes::check_size;
 pub(crate) use uninit::{overwrite, written};

@@ -20,4 +20,4 @@ pub use int8::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 pub(crate) use int8::{
     PackedLhs, PackedRhs, RhsChunk, RowSums, ScoreScales, int_tiles, score_tiles, unpack,
 };
-pub(crate) use panels::{LARGEST, PackedMatrix, Start, StoredMatrix};
+pub(crate) use panels::{Int16Rows, LARGEST, PackedMatrix, Start, StoredMatrix};

@@ -51,7 +51,8 @@ impl Default for KvCacheConfig {
 }
 
 impl KvCacheConfig {
-    /// The default with values in int8, one scale a token: half the memory of f16.
+    /// The default with values in int8, one scale a token: half the memory of f16. Few queries multiply them by
+    /// probabilities of 13 bits with a scale for 64 keys, in exact sums, whatever precision of P·V is asked for.
     pub fn int8_values() -> Self {
         Self { values: CacheValues::Int8, ..Self::default() }
     }

@@ -4,8 +4,8 @@
 //! exact, and since a decode step waits for keys from memory, the second product is nearly free. What is
 //! left of the error is that of the keys.
 //!
-//! For few rows of queries values are multiplied as they are stored, with probabilities in f32; for many it
-//! pays to bring them into the order of faster kernels first, tile by tile.
+//! For few rows of queries values are multiplied as they are stored, with probabilities in f32, or in 16 bits
+//! beside values in int8; for many it pays to bring them into the order of faster kernels first, tile by tile.
 
 use super::head::{GROUP, Head, PAGE, Page, Rows as FloatRows};
 use crate::attention::engine::{
@@ -18,7 +18,7 @@ use crate::cpu::Level;
 use crate::cpu::contracts::{self, BlockCodes, Format, LANES};
 use crate::cpu::plain::widest;
 use crate::memory::{Kept, overwrite};
-use crate::product::{self, PackedMatrix, ScoreScales};
+use crate::product::{self, Int16Rows, PackedMatrix, ScoreScales};
 use crate::view::View;
 use std::ops::Range;
 
@@ -47,6 +47,8 @@ enum Place {
 thread_local! {
     /// The values of a tile in another order, and in f32.
     static VALUES: Kept<(Option<PackedMatrix>, Vec<f32>)> = const { Kept::new() };
+    /// Probabilities of the keys of a page.
+    static PROBS: Kept<Int16Rows> = const { Kept::new() };
 }
 
 /// Bytes of that which a thread keeps: tiles of values that are a thousand numbers wide.
@@ -73,17 +75,18 @@ impl CacheHead<'_> {
         }
     }
 
-    /// Writes what an offset that was subtracted from keys adds to the scores of each query, the first of
-    /// `biases` and every `step`th after it.
-    fn bias(&self, queries: &[f32], offset: &[f32], biases: &mut [f32], step: usize) {
-        if offset.is_empty() {
-            return;
+    /// What offsets that were subtracted from keys, row-major, add to the scores of each query:
+    /// `[offsets, queries]`.
+    fn biases(&self, queries: &[f32], offsets: &[f32]) -> Vec<f32> {
+        if offsets.is_empty() {
+            return Vec::new();
         }
-        let rows = contracts::Rows::contiguous(queries, offset.len());
-        let mut dots = vec![0.0; rows.count()];
-        self.level.dots(rows, contracts::Rows::one(offset), &mut dots);
-        let places = biases.iter_mut().step_by(step);
-        places.zip(dots).for_each(|(bias, dot)| *bias = dot * self.factor);
+        let of_depth = |rows| contracts::Rows::contiguous(rows, self.head.dims.depth);
+        let (queries, offsets) = (of_depth(queries), of_depth(offsets));
+        let mut biases = vec![0.0; queries.count() * offsets.count()];
+        self.level.dots(queries, offsets, &mut biases);
+        biases.iter_mut().for_each(|bias| *bias *= self.factor);
+        biases
     }
 
     /// Int8 scores.
@@ -95,14 +98,15 @@ impl CacheHead<'_> {
         stride: usize,
     ) {
         const NO_BIAS: [f32; PAGE] = [0.0; PAGE];
-        let (depth, rows) = (self.head.dims.depth, queries.rows.scales.len() / 2);
+        let rows = queries.rows.scales.len() / 2;
         let groups = if self.head.local { PAGE / GROUP } else { 1 };
         let mut biases = queries.biases.clone();
         biases.resize(2 * rows * groups, 0.0);
         for (start, used, page) in self.head.pages_of(tokens.clone()) {
             let slots = tokens.start.saturating_sub(start)..used.min(tokens.end - start);
-            for (group, offset) in page.offsets.chunks_exact(depth.max(1)).enumerate() {
-                self.bias(&queries.values, offset, &mut biases[group * 2 * rows..], 1);
+            let of_groups = self.biases(&queries.values, &page.offsets);
+            for (biases, group) in biases.chunks_mut(2 * rows).zip(of_groups.chunks(rows)) {
+                biases[..rows].copy_from_slice(group);
             }
             let scales = ScoreScales {
                 row_scales: &queries.rows.scales,
@@ -134,14 +138,15 @@ impl CacheHead<'_> {
         for (slot, key) in page.outliers.iter().filter(|(slot, _)| slots.contains(slot)) {
             let column = &mut scores[slot - slots.start..];
             column[rows * stride..].iter_mut().step_by(stride).take(rows).for_each(|x| *x = 0.0);
-            self.bias(&queries.values, key, column, stride);
+            let exact = self.biases(&queries.values, key);
+            column.iter_mut().step_by(stride).zip(exact).for_each(|(score, exact)| *score = exact);
             // Those of a query that is not finite are NaN, as with all other keys.
             let poison = queries.rows.scales[..rows].iter().map(|scale| scale * 0.0);
             column.iter_mut().step_by(stride).zip(poison).for_each(|(score, x)| *score += x);
         }
     }
 
-    /// Multiplies values as they are stored with probabilities in f32.
+    /// Multiplies values as they are stored.
     fn accumulate_few(
         &self,
         keys: Range<usize>,
@@ -158,16 +163,22 @@ impl CacheHead<'_> {
                     tile.add_exception(at + slot - slots.start, row, running, sums);
                 }
             }
-            let scales = page.values.scales();
-            if !scales.is_empty() {
-                let rows = tile.scores.chunks_mut(stride).take(running.len());
-                for probs in rows {
-                    let probs = &mut probs[at..at + slots.len()];
-                    let scales = &scales[slots.clone()];
-                    probs.iter_mut().zip(scales).for_each(|(p, scale)| *p *= scale);
-                }
+            let (matrix, scales) = (page.values.matrix(slots.clone()), page.values.scales());
+            if scales.is_empty() {
+                matrix.accumulate(self.level, &tile.scores[at..], stride, sums);
+                continue;
             }
-            page.values.matrix(slots).accumulate(self.level, &tile.scores[at..], stride, sums);
+            for probs in tile.scores.chunks_mut(stride).take(running.len()) {
+                let probs = &mut probs[at..at + slots.len()];
+                let scales = &scales[slots.clone()];
+                probs.iter_mut().zip(scales).for_each(|(p, scale)| *p *= scale);
+            }
+            let probs = &tile.scores[at..];
+            let probs = contracts::Rows::new(probs, running.len(), slots.len(), stride);
+            Kept::with(&PROBS, KEPT, |rounded| {
+                rounded.put(probs);
+                matrix.accumulate_int16(self.level, rounded, sums);
+            });
         }
     }
 
@@ -271,7 +282,7 @@ impl KeyValues for CacheHead<'_> {
             biases.clear();
             biases.resize(2 * count, 0.0);
             if let Some(offset) = &self.head.offset {
-                self.bias(values, offset, biases, 1);
+                biases.iter_mut().zip(self.biases(values, offset)).for_each(|(x, bias)| *x = bias);
             }
             queries.pack(self.level, 2 * count, depth, false);
         }

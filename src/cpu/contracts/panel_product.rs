@@ -23,6 +23,10 @@ pub(crate) const ROWS: usize = 6;
 /// every kernel.
 pub(crate) const GROUP: usize = 8;
 
+/// Rows of a stored matrix that are asked for before they are multiplied: what half a microsecond brings. A
+/// processor foresees rows that follow each other, not parts of rows.
+pub(crate) const AHEAD: usize = 16;
+
 /// Elements of the depth whose integers on the left side share a scale, a multiple of [`GROUP`]. A
 /// shorter run keeps more of the small probabilities beside a large one, and converts more sums to
 /// f32. (128, with one bit less in the matrix so that no sum overflows, makes attention 3 % faster and P·V 3 to 4 dB
@@ -37,6 +41,7 @@ pub(crate) const INT16_MATRIX: i16 = (1 << 13) - 1;
 // `|sum l_k m_k| <= sum |l_k| |m_k|`: no sum over a run leaves an i32, nor does any part of it, whatever
 // the signs and the order in which it is added up.
 const _: () = assert!(RUN as i64 * INT16_LEFT as i64 * INT16_MATRIX as i64 <= i32::MAX as i64);
+const _: () = assert!(-(i8::MIN as i64) <= INT16_MATRIX as i64);
 
 /// Int8 probabilities of one query for a run of keys: `scale * code`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -73,15 +78,15 @@ impl Format {
     }
 }
 
-/// How a matrix is stored whose left side is f32: f32 as the machine has it, the others
-/// little-endian, and widened in registers.
+/// How a matrix is stored that is multiplied as it lies: f32 as the machine has it, the others little-endian, and
+/// widened in registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stored {
     F32,
     /// Finite numbers only.
     F16,
     Bf16,
-    /// i8; their scales are in the left side.
+    /// i8; the scale of a row is in the left side.
     Int8,
 }
 
@@ -269,9 +274,12 @@ pub(crate) struct PanelProduct {
     pub multiply: Multiply,
 }
 
-/// One instruction set's way to multiply f32 rows with a matrix that is stored as it comes, row-major:
-/// as [`PanelProduct`] with groups of one, and any number of vectors. Products and sums are rounded apart,
-/// so every level gives the same bits; it waits for memory more than for sums.
+/// One instruction set's way to multiply rows with a matrix that is stored as it comes, row-major: as
+/// [`PanelProduct`] with groups of one, and any number of vectors. Every level gives the same bits.
+///
+/// Where the matrix is f32, f16 or bf16, rows are f32, and products and sums are rounded apart; it waits for memory
+/// more than for sums. Where it is int8, rows are those of an int16 product, whose sums of a run are exact: two
+/// products for the instructions of one. It has no scales of columns.
 #[derive(Debug)]
 pub(crate) struct StoredProduct {
     /// Name in reports.

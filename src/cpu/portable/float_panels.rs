@@ -12,7 +12,8 @@ pub(crate) const PANELS: PanelProduct = PanelProduct {
     multiply: f32,
 };
 
-pub(crate) const STORED: StoredProduct = StoredProduct { name: super::NAME, f32, f16, bf16, int8 };
+pub(crate) const STORED: StoredProduct =
+    StoredProduct { name: super::NAME, f32, f16, bf16, int8: super::stored_int8::multiply };
 
 unsafe fn f32(panel: Panel) {
     // SAFETY: by contract.
@@ -27,11 +28,6 @@ unsafe fn f16(panel: Panel) {
 unsafe fn bf16(panel: Panel) {
     // SAFETY: by contract.
     unsafe { multiply(panel, |x| f32::from_bits(u32::from(u16::from_le_bytes(x)) << 16)) }
-}
-
-unsafe fn int8(panel: Panel) {
-    // SAFETY: by contract.
-    unsafe { multiply(panel, |[x]: [u8; 1]| f32::from(x as i8)) }
 }
 
 /// A finite f16. The bits of exponent and mantissa moved into their places in an f32 are the number

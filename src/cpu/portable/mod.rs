@@ -4,6 +4,7 @@ pub(crate) mod float_panels;
 pub(crate) mod int16_panels;
 pub(crate) mod int8_panels;
 pub(crate) mod int8_product;
+pub(crate) mod stored_int8;
 
 pub(crate) const NAME: &str = "portable";
 

@@ -10,12 +10,8 @@
 //! which is why nothing is rotated.
 
 use crate::cpu::Level;
-use crate::cpu::contracts::panel_product::INT16_LEFT;
-use crate::cpu::contracts::{Format, GROUP, RUN};
-use crate::cpu::plain::rows::max_magnitude;
-use crate::cpu::plain::widest;
-use crate::memory::Footprint;
-use crate::product::PackedMatrix;
+use crate::cpu::contracts::{Format, Rows};
+use crate::product::{Int16Rows, PackedMatrix};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -57,16 +53,7 @@ impl Int16Weights {
     /// Rounds `count` rows of the input.
     pub(super) fn quantize(&self, x: &[f32], count: usize, rows: &mut Int16Rows) {
         let depth = self.matrix.depth();
-        rows.stride = depth.next_multiple_of(GROUP);
-        rows.codes.clear();
-        rows.codes.resize(count * rows.stride, 0);
-        rows.scales.clear();
-        rows.scales.resize(count * depth.div_ceil(RUN), 0.0);
-        if depth > 0 {
-            let Int16Rows { codes, scales, stride } = rows;
-            let job = Round { x, depth, codes, scales, stride: *stride };
-            widest!(round, job, Round<'_> => ());
-        }
+        rows.put(Rows::new(x, count, depth, depth));
     }
 
     /// `bias + x·W^T` for some outputs, whose first begins a panel, of rows of `x`; what follows the last in
@@ -74,74 +61,15 @@ impl Int16Weights {
     pub(super) fn multiply(
         &self,
         outputs: Range<usize>,
-        (rows, count): (&Int16Rows, usize),
+        rows: &Int16Rows,
         bias: &[f32],
         (out, stride): (&mut [MaybeUninit<f32>], usize),
     ) {
-        let lhs = (&rows.codes[..], rows.stride, count);
         let first = outputs.start;
-        self.matrix.multiply_int16(
-            outputs.clone(),
-            lhs,
-            &rows.scales,
-            &bias[first..],
-            (out, stride),
-        );
+        self.matrix.multiply_int16(outputs.clone(), rows, &bias[first..], (out, stride));
         for &output in self.not_finite.iter().filter(|&output| outputs.contains(output)) {
-            for row in out.chunks_mut(stride).take(count) {
+            for row in out.chunks_mut(stride).take(rows.count()) {
                 row[output - first].write(f32::NAN);
-            }
-        }
-    }
-}
-
-/// Some rows of the input in 16 bits. The memory is kept from one [`Int16Weights::quantize`] to the next.
-#[derive(Default)]
-pub(super) struct Int16Rows {
-    /// Each row filled up with zeros to `stride`, whole groups.
-    codes: Vec<i16>,
-    /// `[rows, runs]`.
-    scales: Vec<f32>,
-    stride: usize,
-}
-
-impl Footprint for Int16Rows {
-    fn footprint(&self) -> usize {
-        self.codes.footprint() + self.scales.footprint()
-    }
-}
-
-struct Round<'a> {
-    x: &'a [f32],
-    depth: usize,
-    codes: &'a mut [i16],
-    scales: &'a mut [f32],
-    stride: usize,
-}
-
-/// Symmetric codes of each run; one that is not finite has a scale of NaN and codes of 0.
-#[inline(always)]
-fn round(Round { x, depth, codes, scales, stride }: Round<'_>) {
-    const MOST: f32 = INT16_LEFT as f32;
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: the integer is in the low bits of the sum.
-    let mut scales = scales.iter_mut();
-    for (row, codes) in x.chunks_exact(depth).zip(codes.chunks_exact_mut(stride)) {
-        for (run, codes) in row.chunks(RUN).zip(codes.chunks_mut(RUN)) {
-            let Some(scale) = scales.next() else { return };
-            let (largest, finite) = max_magnitude(run);
-            if !finite {
-                *scale = f32::NAN;
-                continue;
-            }
-            // Neither it nor its inverse is 0, subnormal or infinite.
-            *scale = (largest / MOST).max(f32::MIN_POSITIVE);
-            let inverse = 1.0 / *scale;
-            for (code, x) in codes.iter_mut().zip(run) {
-                let x = x * inverse;
-                // No sum overflows, however the two divisions were rounded.
-                let x = if x > MOST { MOST } else { x };
-                let x = if x < -MOST { -MOST } else { x };
-                *code = (x + ROUND).to_bits() as i16;
             }
         }
     }
@@ -157,7 +85,10 @@ mod tests {
     use candle_core::{DType, Device, Tensor};
     use proptest::prelude::*;
 
-    const MATRIX: f32 = crate::cpu::contracts::INT16_MATRIX as f32;
+    use crate::cpu::contracts::panel_product::INT16_LEFT;
+    use crate::cpu::contracts::{INT16_MATRIX, RUN};
+
+    const MATRIX: f32 = INT16_MATRIX as f32;
 
     fn numbers(x: &Tensor) -> Vec<f32> {
         x.flatten_all().unwrap().to_vec1().unwrap()

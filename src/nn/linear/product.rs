@@ -2,13 +2,14 @@
 
 use super::float::FloatWeights;
 use super::int8::{Buffers, Int8Rows, Int8Weights, PANEL};
-use super::int16::{Int16Rows, Int16Weights};
+use super::int16::Int16Weights;
 use super::tasks::{BLOCK, Grid, Task};
 use super::weights::{Packed, Weights};
 use crate::memory::{Footprint, Kept, overwrite, written};
 use crate::nn::activation::Activation;
 use crate::nn::layer_norm::FusedNorm;
 use crate::parallel::Work;
+use crate::product::Int16Rows;
 use crate::view::View;
 use pulp::{Simd, WithSimd};
 use std::mem::MaybeUninit;
@@ -206,7 +207,7 @@ impl Grid {
 /// The rows of a task, as the weights multiply them.
 enum Left<'a> {
     Float(&'a FloatWeights, (&'a [f32], usize)),
-    Int16(&'a Int16Weights, (&'a Int16Rows, usize)),
+    Int16(&'a Int16Weights, &'a Int16Rows),
     Int8(&'a Int8Weights, &'a Int8Rows),
 }
 
@@ -217,7 +218,7 @@ impl<'a> Left<'a> {
             Weights::Float(weights) => Self::Float(weights, (x, count)),
             Weights::Int16(weights) => {
                 weights.quantize(x, count, &mut prepared.int16);
-                Self::Int16(weights, (&prepared.int16, count))
+                Self::Int16(weights, &prepared.int16)
             }
             Weights::Int8(weights) => {
                 let Prepared { int8, buffers, .. } = prepared;
@@ -238,7 +239,7 @@ impl<'a> Left<'a> {
             Self::Float(weights, rows) => {
                 weights.multiply(outputs.clone(), *rows, &bias[outputs.start..], sums);
             }
-            Self::Int16(weights, rows) => weights.multiply(outputs, *rows, bias, sums),
+            Self::Int16(weights, rows) => weights.multiply(outputs, rows, bias, sums),
             Self::Int8(weights, rows) => weights.multiply(outputs, rows, bias, sums),
         }
     }

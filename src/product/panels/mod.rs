@@ -8,11 +8,13 @@
 //!
 //! * `pack` puts a matrix in the order a kernel reads, which `order` knows; `multiply` are the products with it.
 //! * `runs` is what the codes of int8 and int16 stand for.
+//! * `rounded` is the left side of int16 where it comes in f32.
 //! * `stored` multiplies with a matrix where it lies.
 
 mod multiply;
 mod order;
 mod pack;
+mod rounded;
 mod runs;
 mod stored;
 #[cfg(test)]
@@ -20,4 +22,5 @@ mod tests;
 
 pub(crate) use multiply::Start;
 pub(crate) use pack::{LARGEST, PackedMatrix};
+pub(crate) use rounded::Int16Rows;
 pub(crate) use stored::StoredMatrix;

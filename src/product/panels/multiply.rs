@@ -1,6 +1,7 @@
 //! The products with a packed matrix: a panel after the other, each by the kernel of its level.
 
 use super::pack::PackedMatrix;
+use super::rounded::Int16Rows;
 use crate::cpu::contracts::{Format, GROUP, Int8Run, LANES, Panel, PanelProduct, RUN};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -189,21 +190,21 @@ impl PackedMatrix {
         }
     }
 
-    /// [`PackedMatrix::multiply`] in int16, from the numbers `start` on, which are the same for all rows;
-    /// `scales` says what a 1 on the left side stands for, as of [`PackedMatrix::accumulate_int16`].
+    /// [`PackedMatrix::multiply`] in int16, from the numbers `start` on, which are the same for all rows.
     ///
     /// # Panics
-    /// Where there is no room for that, or the format is another.
+    /// Where there is no room for that, or the format or the depth is another.
     pub(crate) fn multiply_int16(
         &self,
         columns: Range<usize>,
-        (lhs, stride, rows): (&[i16], usize, usize),
-        scales: &[f32],
+        lhs: &Int16Rows,
         start: &[f32],
         (out, out_stride): (&mut [MaybeUninit<f32>], usize),
     ) {
         assert!(self.product.format == Format::Int16 && self.aligned);
         assert!(columns.start.is_multiple_of(self.panel_width()) && columns.end <= self.columns);
+        assert_eq!(lhs.depth(), self.depth);
+        let (rows, (codes, stride)) = (lhs.count(), lhs.codes());
         let width = columns.len().next_multiple_of(LANES);
         if rows == 0 || width == 0 {
             return;
@@ -216,8 +217,7 @@ impl PackedMatrix {
         if self.depth == 0 {
             return;
         }
-        let (known, per_row) = (self.run_scales.as_ref().expect("int16"), self.depth.div_ceil(RUN));
-        assert_eq!(scales.len(), rows * per_row, "{per_row} scales in each row");
+        let (known, per_row) = (self.run_scales.as_ref().expect("int16"), lhs.runs());
         let panels = self.panels().skip_while(|panel| panel.start < columns.start);
         for panel in panels.take_while(|panel| panel.start < columns.end) {
             let at = panel.start - columns.start;
@@ -227,7 +227,7 @@ impl PackedMatrix {
             let sums = out.as_mut_ptr().wrapping_add(at).cast();
             let job = Panel {
                 vectors,
-                row_scales: scales.as_ptr(),
+                row_scales: lhs.scales().as_ptr(),
                 row_scales_stride: per_row,
                 column_scales: of_columns.as_ptr(),
                 column_scales_stride: known.stride(),
@@ -235,11 +235,11 @@ impl PackedMatrix {
                 sums_stride: out_stride,
                 start: sums,
                 start_stride: out_stride,
-                ..self.job(&panel, &(0..self.depth), (lhs, stride, rows), &[])
+                ..self.job(&panel, &(0..self.depth), (codes, stride, rows), &[])
             };
             // SAFETY: `job` checked the left side and the matrix; whole vectors of sums, which were written
-            // above, are in every row, and of scales in every run, as just asserted. `put_runs` bounds the
-            // integers of the matrix; the caller those of the left side.
+            // above, are in every row, and of scales in every run, as just asserted; rows have a scale for every
+            // run. `put_runs` bounds the integers of the matrix, `Int16Rows` those of the left side.
             unsafe { self.level.multiply(self.product.format, job) };
         }
     }

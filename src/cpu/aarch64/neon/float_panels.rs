@@ -4,19 +4,8 @@
 //! as it is loaded, once for all rows of a tile.
 
 use crate::cpu::contracts::LANES;
+use crate::cpu::contracts::panel_product::AHEAD;
 use std::arch::aarch64::*;
-
-/// Four codes. Eight bytes would reach beyond the last columns of a matrix.
-///
-/// # Safety
-/// NEON is there, and four bytes are valid.
-#[target_feature(enable = "neon")]
-#[inline]
-unsafe fn load_codes(from: *const u8) -> int32x4_t {
-    // SAFETY: by contract.
-    let bytes = unsafe { from.cast::<u32>().read_unaligned() };
-    vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)))))
-}
 
 /// Four finite f16. The bits of exponent and mantissa moved into their places in an f32 are the number
 /// times `2^-112`, and subnormal ones become normal by the multiplication.
@@ -50,9 +39,10 @@ float_panels! {
     tile: |tile| for_rows!(tile.rows, multiply_tile, (tile), LANES / WIDTH),
     // Multiplied by element.
     floats: float32x4_t, vdupq_n_f32(0.0), |x| x, vld1q_f32, vaddq_f32, vst1q_f32,
-    packed: 4, fused, |from| vld1q_f32(from.cast());
-    f32: 4, apart, |from| vld1q_f32(from.cast());
-    f16: 2, apart, |from| widen_f16(vld1_u16(from.cast()));
-    bf16: 2, apart, |from| vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.cast())));
-    int8: 1, apart, |from| vcvtq_f32_s32(load_codes(from));
+    // Plain Rust, which is compiled for NEON.
+    stored_int8: crate::cpu::portable::stored_int8::multiply,
+    packed: 4, 0, fused, |from| vld1q_f32(from.cast());
+    f32: 4, AHEAD, apart, |from| vld1q_f32(from.cast());
+    f16: 2, AHEAD, apart, |from| widen_f16(vld1_u16(from.cast()));
+    bf16: 2, AHEAD, apart, |from| vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.cast())));
 }

@@ -3,6 +3,7 @@
 //! that is stored in fewer bytes is widened as it is loaded, once for all rows of a tile.
 
 use crate::cpu::contracts::LANES;
+use crate::cpu::contracts::panel_product::AHEAD;
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma")]
@@ -24,12 +25,12 @@ float_panels! {
     vectors: 1,
     tile: |tile| for_rows!(tile.rows, multiply_tile, (tile), LANES / WIDTH),
     floats: __m256, _mm256_setzero_ps(), |x| _mm256_set1_ps(x), _mm256_loadu_ps, _mm256_add_ps, _mm256_storeu_ps,
-    packed: 4, fused, |from| _mm256_loadu_ps(from.cast());
-    f32: 4, apart, |from| _mm256_loadu_ps(from.cast());
-    f16: 2, apart, |from| _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
-    bf16: 2, apart, |from| {
+    stored_int8: super::stored_int8::multiply,
+    packed: 4, 0, fused, |from| _mm256_loadu_ps(from.cast());
+    f32: 4, AHEAD, apart, |from| _mm256_loadu_ps(from.cast());
+    f16: 2, AHEAD, apart, |from| _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
+    bf16: 2, AHEAD, apart, |from| {
         let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
     };
-    int8: 1, apart, |from| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())));
 }

@@ -7,6 +7,7 @@ pub(crate) mod int8_panels;
 pub(crate) mod int8_product;
 pub(crate) mod rows;
 pub(crate) mod softmax;
+mod stored_int8;
 
 pub(crate) const NAME: &str = "x86_64-avx2";
 

@@ -6,6 +6,7 @@
 //! --lib -- --emit asm`).
 
 use crate::cpu::contracts::VECTORS;
+use crate::cpu::contracts::panel_product::AHEAD;
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx512f")]
@@ -27,12 +28,12 @@ float_panels! {
     vectors: VECTORS,
     tile: |tile| for_tile!(tile, multiply_tile),
     floats: __m512, _mm512_setzero_ps(), |x| _mm512_set1_ps(x), _mm512_loadu_ps, _mm512_add_ps, _mm512_storeu_ps,
-    packed: 4, fused, |from| _mm512_loadu_ps(from.cast());
-    f32: 4, apart, |from| _mm512_loadu_ps(from.cast());
-    f16: 2, apart, |from| _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
-    bf16: 2, apart, |from| {
+    stored_int8: super::stored_int8::multiply,
+    packed: 4, 0, fused, |from| _mm512_loadu_ps(from.cast());
+    f32: 4, AHEAD, apart, |from| _mm512_loadu_ps(from.cast());
+    f16: 2, AHEAD, apart, |from| _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
+    bf16: 2, AHEAD, apart, |from| {
         let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
     };
-    int8: 1, apart, |from| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())));
 }

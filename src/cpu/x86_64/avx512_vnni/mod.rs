@@ -7,6 +7,7 @@ pub(crate) mod int8_product;
 mod rotate;
 mod rows;
 pub(crate) mod softmax;
+mod stored_int8;
 
 use crate::cpu::contracts::RowKernels;
 
