@@ -9,6 +9,6 @@ mod uninit;
 
 pub(crate) use aligned::AlignedBytes;
 pub(crate) use kept::{Footprint, Kept};
-pub(crate) use prefetch::{LINE, prefetch};
+pub(crate) use prefetch::{LINE, prefetch, prefetch_slice};
 pub(crate) use sizes::check_size;
 pub(crate) use uninit::{overwrite, written};

@@ -17,3 +17,11 @@ pub(crate) fn prefetch(address: *const u8) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
 }
+
+/// Asks for the lines of a slice.
+#[inline(always)]
+pub(crate) fn prefetch_slice<T>(soon: &[T]) {
+    for line in (0..size_of_val(soon)).step_by(LINE) {
+        prefetch(soon.as_ptr().cast::<u8>().wrapping_add(line));
+    }
+}

@@ -5,7 +5,7 @@ use super::int8::{Buffers, Int8Rows, Int8Weights, PANEL};
 use super::int16::Int16Weights;
 use super::tasks::{BLOCK, Grid, Task};
 use super::weights::{Packed, Weights};
-use crate::memory::{Footprint, Kept, overwrite, written};
+use crate::memory::{Footprint, Kept, overwrite, prefetch_slice, written};
 use crate::nn::activation::Activation;
 use crate::nn::layer_norm::FusedNorm;
 use crate::parallel::Work;
@@ -274,6 +274,7 @@ impl Job<'_> {
                 activation: self.epilogue.activation,
                 out: &mut task.out,
                 at: at..at + columns.len(),
+                foresee: self.whole_rows,
             };
             crate::cpu::vectors().dispatch(panel);
         }
@@ -305,6 +306,8 @@ struct Store<'a, 'b> {
     out: &'a mut [&'b mut [MaybeUninit<f32>]],
     /// Where the panel is in each row of `out`.
     at: Range<usize>,
+    /// Whether the result and the residual are more than a cache holds.
+    foresee: bool,
 }
 
 impl WithSimd for Store<'_, '_> {
@@ -312,45 +315,76 @@ impl WithSimd for Store<'_, '_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { sums, width, residual, activation, out, at } = self;
+        let Self { sums, width, residual, activation, out, at, foresee } = self;
         for (row, (sums, out)) in sums.chunks_exact(width).zip(out).enumerate() {
-            let out = &mut out[at.clone()];
-            let residual = residual.map(|(all, stride)| &all[row * stride..][..out.len()]);
-            let (sums, rest) = sums[..out.len()].as_chunks::<PANEL>();
-            let (whole, out_rest) = out.as_chunks_mut::<PANEL>();
-            for (i, (sums, out)) in sums.iter().zip(whole).enumerate() {
-                let residual = residual.map(|row| &row[i * PANEL..][..PANEL]);
-                out.write_copy_of_slice(&finished(simd, sums, residual, activation));
-            }
-            if !rest.is_empty() {
-                let mut panel = [0.0; PANEL];
-                panel[..rest.len()].copy_from_slice(rest);
-                let residual = residual.map(|row| &row[row.len() - rest.len()..]);
-                let panel = finished(simd, &panel, residual, activation);
-                out_rest.write_copy_of_slice(&panel[..rest.len()]);
-            }
+            let (out, behind) = out[at.start..].split_at_mut(at.len());
+            // Of the next panel, which lies elsewhere in every row.
+            let next = if foresee { behind.len().min(width) } else { 0 };
+            prefetch_slice(&behind[..next]);
+            let residual = residual.map(|(all, stride)| {
+                let (residual, behind) = all[row * stride..].split_at(out.len());
+                prefetch_slice(&behind[..next]);
+                residual
+            });
+            finish(simd, &sums[..out.len()], (residual, activation), out);
         }
     }
 }
 
-/// Sums with what follows them; the residual may be shorter.
+/// Some sums of a row, with what follows them, to as many elements of the result. What is left over after
+/// whole vectors is a vector too, so that every element goes through the same operations.
 #[inline(always)]
-fn finished<S: Simd>(
+fn finish<S: Simd>(
     simd: S,
-    sums: &[f32; PANEL],
-    residual: Option<&[f32]>,
+    sums: &[f32],
+    (residual, activation): (Option<&[f32]>, Option<Activation>),
+    out: &mut [MaybeUninit<f32>],
+) {
+    let (sums, sums_rest) = S::as_simd_f32s(sums);
+    let (out, out_rest) = S::as_uninit_mut_simd_f32s(out);
+    let (residual, residual_rest) = residual.map(S::as_simd_f32s).unzip();
+    let (fours, ones) = sums.as_chunks::<FOUR>();
+    let (out_fours, out_ones) = out.as_chunks_mut::<FOUR>();
+    let (residual_fours, residual_ones) = residual.map(|x| x.as_chunks::<FOUR>()).unzip();
+    for (i, (sums, out)) in fours.iter().zip(out_fours).enumerate() {
+        let residual = residual_fours.map(|all| all[i]);
+        *out = finished(simd, *sums, residual, activation).map(MaybeUninit::new);
+    }
+    for (i, (sums, out)) in ones.iter().zip(out_ones).enumerate() {
+        let residual = residual_ones.map(|all| [all[i]]);
+        let [x] = finished(simd, [*sums], residual, activation);
+        out.write(x);
+    }
+    if !sums_rest.is_empty() {
+        let residual = residual_rest.map(|rest| [simd.partial_load_f32s(rest)]);
+        let [x] = finished(simd, [simd.partial_load_f32s(sums_rest)], residual, activation);
+        let mut rest = [0.0; PANEL];
+        let rest = &mut rest[..out_rest.len()];
+        simd.partial_store_f32s(rest, x);
+        out_rest.write_copy_of_slice(rest);
+    }
+}
+
+/// Vectors at a time: 64 numbers in vectors of 16.
+const FOUR: usize = 4;
+
+/// Sums with what follows them.
+#[inline(always)]
+fn finished<S: Simd, const N: usize>(
+    simd: S,
+    mut x: [S::f32s; N],
+    residual: Option<[S::f32s; N]>,
     activation: Option<Activation>,
-) -> [f32; PANEL] {
-    let mut x = *sums;
+) -> [S::f32s; N] {
     if let Some(residual) = residual {
-        x.iter_mut().zip(residual).for_each(|(x, residual)| *x += residual);
+        for (x, residual) in x.iter_mut().zip(residual) {
+            *x = simd.add_f32s(*x, residual);
+        }
     }
-    if let Some(activation) = activation {
-        let (whole, rest) = S::as_mut_simd_f32s(&mut x);
-        assert!(rest.is_empty(), "{} sums beside whole vectors", rest.len());
-        activation.of_vectors(simd, whole);
+    match activation {
+        Some(activation) => activation.of_vectors(simd, x),
+        None => x,
     }
-    x
 }
 
 #[cfg(test)]
