@@ -183,10 +183,12 @@ impl Attention {
         let scorer = Scorer::prepare(q, k, &int8.scores, scale, seen)?;
         engine.queries.apart = true;
         let scores = scorer.dims().iter().product::<usize>();
+        let inputs = inputs_and_output(scorer.q.view(), scorer.k.view(), &v);
         let work = Work {
             int8_macs: scores.saturating_mul(scorer.depth()),
             value_macs: scores.saturating_mul(v.depth()),
-            elements: elements(scores, scorer.q.view(), scorer.k.view(), &v),
+            // Exponentials too.
+            elements: scores.saturating_add(QUANTIZED * inputs),
             ..Work::default()
         };
         let level = engine.level;
@@ -218,10 +220,12 @@ impl Attention {
 /// Bytes that a thread may keep for the next head.
 const KEPT: usize = PackedKeys::KEPT;
 
-/// Elements that are read and written, and exponentials.
-fn elements(scores: usize, q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
-    let output = q.len() / q.depth().max(1) * v.depth();
-    scores.saturating_add(q.len() + k.len() + v.len() + output)
+/// How many times an element is read or written on its way to a code: its mean, what is left, its rotation, its range.
+const QUANTIZED: usize = 4;
+
+/// Elements that a call reads and writes.
+fn inputs_and_output(q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
+    q.len() + k.len() + v.len() + q.len() / q.depth().max(1) * v.depth()
 }
 
 fn run_fp32<T: Element>(
@@ -234,7 +238,7 @@ fn run_fp32<T: Element>(
     let scores = b * h * m * tokens;
     let work = Work {
         float_macs: scores.saturating_mul(d.saturating_add(value_dim)),
-        elements: elements(scores, &q, &k, &v),
+        elements: scores.saturating_add(inputs_and_output(&q, &k, &v)),
         ..Work::default()
     };
     // SAFETY: `Engine::run` writes every element, or panics.
