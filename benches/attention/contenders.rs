@@ -1,8 +1,10 @@
 //! What takes part: this crate and its peers, each as a closure over the same tensors.
 
 use crate::args::{Args, What};
+use crate::fresh;
 use crate::shape::Shape;
 use candle_core::{D, DType, Device, Error, Result, Tensor};
+use candle_int8_attention::quant::{Granularity, Scheme};
 use candle_int8_attention::{
     AttentionConfig, AttnMask, ScoreConfig, attention as int8_attention, attention_scores,
 };
@@ -86,7 +88,11 @@ pub fn all(what: What, inputs: &Inputs, args: &Args) -> Result<Vec<Contender>> {
     match what {
         What::Scores => {
             inputs.check_scores()?;
-            Ok(vec![our_scores(inputs), candle_scores(inputs), rten(inputs)?])
+            // What others quantize, beside what this crate does.
+            let plain = ScoreConfig::plain(Scheme::Affine, Granularity::PerTensor);
+            let ours = our_scores("ours", "this crate", inputs, ScoreConfig::default());
+            let plain = our_scores("ours-plain", "this crate, one scale a tensor", inputs, plain);
+            Ok(vec![ours, plain, fresh::writing(inputs)?, candle_scores(inputs), rten(inputs)?])
         }
         What::Attention => {
             let ours = our_attention("ours", "this crate", inputs, args.attention());
@@ -98,9 +104,14 @@ pub fn all(what: What, inputs: &Inputs, args: &Args) -> Result<Vec<Contender>> {
     }
 }
 
-fn our_scores(inputs: &Inputs) -> Contender {
-    let (Inputs { q, k, .. }, config) = (inputs.clone(), ScoreConfig::default());
-    Contender::new("ours", "this crate", move || Ok(attention_scores(&q, &k, &config)?))
+fn our_scores(
+    id: &'static str,
+    name: &'static str,
+    inputs: &Inputs,
+    config: ScoreConfig,
+) -> Contender {
+    let Inputs { q, k, .. } = inputs.clone();
+    Contender::new(id, name, move || Ok(attention_scores(&q, &k, &config)?))
 }
 
 fn candle_scores(inputs: &Inputs) -> Contender {

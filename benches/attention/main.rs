@@ -13,6 +13,7 @@
 
 mod args;
 mod contenders;
+mod fresh;
 mod limit;
 mod memory;
 mod peak;

@@ -20,7 +20,7 @@ limit WHAT B,H,N,D -> the seconds that the instructions allow; \
 run WHAT CONTENDER B,H,N,D CALLS -> the seconds of each call, on random inputs; \
 compute WHAT CONTENDER FOLDER -> reads q.npy, k.npy and v.npy (f32), writes CONTENDER.npy; \
 release -> frees the inputs of the last run. \
-WHAT is scores or attention; CONTENDER is ours, candle, candle-flash (attention) or rten (scores)";
+WHAT is scores or attention; CONTENDER is ours, candle, ours-fp32 or candle-flash (attention), ours-plain, memory or rten (scores)";
 
 /// Answers until there are no more commands.
 pub fn run(args: &Args, machine: &Machine) -> Result<()> {
