@@ -244,45 +244,49 @@ class Server:
     def __init__(self, library):
         self.library = library
         self.ready = None  # what and which shape the next run can use
-        self.call = None
+        self.calls = {}  # of the contenders that have run it
 
     def answer(self, line):
         match line.split(" ", 3):
             case ["about"]:
                 return {"name": self.library.name, "version": self.library.version}
-            case ["run", what, _contender, rest]:
+            case ["run", what, contender, rest]:
                 shape, calls = rest.split()
-                return self.run(what, [int(n) for n in shape.split(",")], int(calls))
+                return self.run(what, contender, [int(n) for n in shape.split(",")], int(calls))
             case ["compute", what, contender, folder]:
                 return self.compute(what, contender, Path(folder))
             case ["release"]:
-                self.ready = self.call = None
+                self.ready, self.calls = None, {}
                 return {"released": True}
         raise ValueError(f"{line!r} is no command: about, run, compute, release")
 
-    def prepare(self, what, inputs):
-        method = getattr(self.library, what, None)
+    def prepare(self, what, contender, inputs):
+        """`decode` of the contender `x-int8` is the method `decode_int8` of its library."""
+        _, _, way = contender.partition("-")
+        name = f"{what}_{way}" if way else what
+        method = getattr(self.library, name, None)
         if method is None:
-            raise ValueError(f"{self.library.name} does not compute {what}")
+            raise ValueError(f"{self.library.name} does not compute {name}")
         return method(*inputs)
 
-    def run(self, what, shape, calls):
+    def run(self, what, contender, shape, calls):
         if self.ready != (what, shape):
-            self.ready = self.call = None
+            self.ready, self.calls = (what, shape), {}
+        if contender not in self.calls:
             random = np.random.default_rng()
             inputs = [random.standard_normal(x, dtype=np.float32) for x in shapes(what, shape)]
-            self.call, _ = self.prepare(what, inputs)
-            self.ready = (what, shape)
+            self.calls[contender], _ = self.prepare(what, contender, inputs)
+        call = self.calls[contender]
         seconds = []
         for _ in range(calls):
             start = time.perf_counter()
-            self.call()  # its result is freed at once: part of the time, as for everyone
+            call()  # its result is freed at once: part of the time, as for everyone
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds}
 
     def compute(self, what, contender, folder):
         inputs = [np.load(folder / f"{name}.npy") for name in "qkv"]
-        _, output = self.prepare(what, inputs)
+        _, output = self.prepare(what, contender, inputs)
         path = folder / f"{contender}.npy"
         np.save(path, output())
         return {"written": str(path)}
