@@ -96,13 +96,14 @@ const GRID: RGBColor = RGBColor(0xd8, 0xd8, 0xd8);
 const LIMIT: RGBColor = RGBColor(0x66, 0x66, 0x66);
 /// This crate, then the peers: apart for the colour-blind too (after Okabe and Ito), and dark enough
 /// on white. The background is filled, so that a dark page does not swallow the text.
-const COLOURS: [RGBColor; 6] = [
+const COLOURS: [RGBColor; 7] = [
     RGBColor(0xd5, 0x5e, 0x00),
     RGBColor(0x00, 0x72, 0xb2),
     RGBColor(0x00, 0x8a, 0x64),
     RGBColor(0xb0, 0x4f, 0x8a),
     RGBColor(0x8a, 0x6d, 0x00),
     RGBColor(0x33, 0x33, 0x99),
+    RGBColor(0x00, 0x00, 0x00),
 ];
 
 fn main() -> Result<()> {
