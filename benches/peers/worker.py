@@ -1,4 +1,4 @@
-"""ONNX Runtime, OpenVINO or PyTorch behind the protocol of the bench's `--serve`.
+"""ONNX Runtime, OpenVINO, PyTorch or llama.cpp behind the protocol of the bench's `--serve`.
 
     python worker.py onnxruntime --threads 2
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from answering import answer_all
+from ggml import LlamaCpp
 
 # Operator set and file version of the ONNX models made here: old enough for the pinned runtime.
 OPSET = 21
@@ -229,7 +230,7 @@ class PyTorch:
         return run, lambda: run().numpy()
 
 
-LIBRARIES = {library.name: library for library in (OnnxRuntime, OpenVino, PyTorch)}
+LIBRARIES = {library.name: library for library in (OnnxRuntime, OpenVino, PyTorch, LlamaCpp)}
 
 
 def shapes(what, shape):
@@ -261,7 +262,7 @@ class Server:
         raise ValueError(f"{line!r} is no command: about, run, compute, release")
 
     def prepare(self, what, contender, inputs):
-        """`decode` of the contender `x-int8` is the method `decode_int8` of its library."""
+        """`decode` of the contender `llama-q8_0` is the method `decode_q8_0` of its library."""
         _, _, way = contender.partition("-")
         name = f"{what}_{way}" if way else what
         method = getattr(self.library, name, None)
