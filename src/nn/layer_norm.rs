@@ -152,11 +152,15 @@ impl WithSimd for Normalize<'_> {
 #[inline(always)]
 fn sum<S: Simd>(simd: S, row: &[f32]) -> f32 {
     let (whole, rest) = S::as_simd_f32s(row);
+    let (fours, last) = whole.as_chunks::<4>();
     let mut sums = [simd.splat_f32s(0.0); 4];
-    for four in whole.chunks(4) {
+    for four in fours {
         for (sum, x) in sums.iter_mut().zip(four) {
             *sum = simd.add_f32s(*sum, *x);
         }
+    }
+    for (sum, x) in sums.iter_mut().zip(last) {
+        *sum = simd.add_f32s(*sum, *x);
     }
     sum_all(simd, sums) + rest.iter().sum::<f32>()
 }
@@ -166,12 +170,17 @@ fn sum<S: Simd>(simd: S, row: &[f32]) -> f32 {
 fn sum_of_squares<S: Simd>(simd: S, row: &[f32], mean: f32) -> f32 {
     let (whole, rest) = S::as_simd_f32s(row);
     let vector_mean = simd.splat_f32s(mean);
+    let (fours, last) = whole.as_chunks::<4>();
     let mut sums = [simd.splat_f32s(0.0); 4];
-    for four in whole.chunks(4) {
+    for four in fours {
         for (sum, x) in sums.iter_mut().zip(four) {
             let x = simd.sub_f32s(*x, vector_mean);
             *sum = simd.mul_add_f32s(x, x, *sum);
         }
+    }
+    for (sum, x) in sums.iter_mut().zip(last) {
+        let x = simd.sub_f32s(*x, vector_mean);
+        *sum = simd.mul_add_f32s(x, x, *sum);
     }
     sum_all(simd, sums) + rest.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>()
 }
