@@ -230,8 +230,7 @@ impl<'a> View<'a> {
 
 /// Elements that are `stride` apart.
 fn run<T: Copy>(data: &[T], stride: usize, out: &mut [f32], convert: impl Fn(T) -> f32) {
-    let data = data.iter().step_by(stride.max(1));
-    out.iter_mut().zip(data).for_each(|(out, &x)| *out = convert(x));
+    out.iter_mut().enumerate().for_each(|(i, out)| *out = convert(data[i * stride]));
 }
 
 #[cfg(test)]
@@ -283,6 +282,9 @@ mod tests {
             x.flatten_from(1).unwrap().t().unwrap(),
             x.flatten_all().unwrap(),
             x.narrow(0, 0, 1).unwrap().expand((4, 3, 5, 8)).unwrap(),
+            x.narrow(2, 0, 1).unwrap().expand((2, 3, 4, 8)).unwrap(),
+            x.narrow(3, 0, 1).unwrap().expand((2, 3, 5, 4)).unwrap(),
+            x.flatten_from(1).unwrap().narrow(1, 0, 1).unwrap().expand((2, 7)).unwrap(),
         ] {
             let copy: Vec<f32> =
                 view.contiguous().unwrap().flatten_all().unwrap().to_vec1().unwrap();
