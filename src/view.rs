@@ -193,16 +193,52 @@ impl<'a> View<'a> {
             return &data[rows.start * width..rows.end * width];
         }
         buffer.resize(rows.len() * width, 0.0);
-        let runs = rows.flat_map(|row| (0..heads).map(move |head| (row, head)));
-        for ((row, head), out) in runs.zip(buffer.chunks_exact_mut(depth.max(1))) {
-            let start = row / n * s_b + row % n * s_n + head * s_h;
-            match self.data {
-                Data::F32(data) => run(&data[start..], s_d, out, |x| x),
-                Data::F16(data) => run(&data[start..], s_d, out, f16::to_f32),
-                Data::BF16(data) => run(&data[start..], s_d, out, bf16::to_f32),
+        match self.data {
+            // The head dims of most models.
+            Data::F32(data) if depth == 32 => self.merge(data, rows, buffer, |x| x, copy::<32>),
+            Data::F32(data) if depth == 64 => self.merge(data, rows, buffer, |x| x, copy::<64>),
+            Data::F32(data) => {
+                let copy = |from: &[f32], to: &mut [f32]| to.copy_from_slice(from);
+                self.merge(data, rows, buffer, |x| x, copy);
+            }
+            Data::F16(data) => {
+                let convert = |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to);
+                self.merge(data, rows, buffer, f16::to_f32, convert);
+            }
+            Data::BF16(data) => {
+                let convert = |from: &[bf16], to: &mut [f32]| from.convert_to_f32_slice(to);
+                self.merge(data, rows, buffer, bf16::to_f32, convert);
             }
         }
         buffer
+    }
+
+    /// [`View::merged`], head by head of each row.
+    fn merge<T: Copy>(
+        &self,
+        data: &[T],
+        rows: Range<usize>,
+        out: &mut [f32],
+        one: impl Fn(T) -> f32,
+        many: impl Fn(&[T], &mut [f32]),
+    ) {
+        let ([_, n, heads, depth], [s_b, s_n, s_h, s_d]) = (self.dims, self.strides);
+        if out.is_empty() {
+            return;
+        }
+        for (row, out) in rows.zip(out.chunks_exact_mut(heads * depth)) {
+            let start = row / n * s_b + row % n * s_n;
+            for (head, out) in out.chunks_exact_mut(depth).enumerate() {
+                let data = &data[start + head * s_h..];
+                if s_d == 1 || depth == 1 {
+                    many(&data[..depth], out);
+                } else {
+                    for (i, out) in out.iter_mut().enumerate() {
+                        *out = one(data[i * s_d]);
+                    }
+                }
+            }
+        }
     }
 
     fn gather<T: Copy>(
@@ -228,9 +264,12 @@ impl<'a> View<'a> {
     }
 }
 
-/// Elements that are `stride` apart.
-fn run<T: Copy>(data: &[T], stride: usize, out: &mut [f32], convert: impl Fn(T) -> f32) {
-    out.iter_mut().enumerate().for_each(|(i, out)| *out = convert(data[i * stride]));
+/// As many elements as are known while compiling, which takes a few moves and no call.
+fn copy<const N: usize>(from: &[f32], to: &mut [f32]) {
+    let (Some(from), Some(to)) = (from.first_chunk::<N>(), to.first_chunk_mut::<N>()) else {
+        unreachable!("{} elements to {}, expected {N}", from.len(), to.len());
+    };
+    *to = *from;
 }
 
 #[cfg(test)]
@@ -271,6 +310,12 @@ mod tests {
     #[test]
     fn any_strides_read_as_the_contiguous_copy() {
         let x = Tensor::arange(0f32, 240., &Device::Cpu).unwrap().reshape((2, 3, 5, 8)).unwrap();
+        // As attention leaves them, in numbers that bf16 holds.
+        let heads_of = |depth: usize| {
+            let x = (0..2 * 3 * 5 * depth).map(|i| (i % 251) as f32);
+            let x = Tensor::from_iter(x, &Device::Cpu).unwrap().reshape((2, 3, 5, depth));
+            x.unwrap().transpose(1, 2).unwrap()
+        };
         for view in [
             x.clone(),
             x.transpose(1, 2).unwrap(),
@@ -285,6 +330,11 @@ mod tests {
             x.narrow(2, 0, 1).unwrap().expand((2, 3, 4, 8)).unwrap(),
             x.narrow(3, 0, 1).unwrap().expand((2, 3, 5, 4)).unwrap(),
             x.flatten_from(1).unwrap().narrow(1, 0, 1).unwrap().expand((2, 7)).unwrap(),
+            heads_of(32),
+            heads_of(64),
+            heads_of(65),
+            heads_of(64).narrow(3, 3, 32).unwrap(),
+            heads_of(32).transpose(2, 3).unwrap(),
         ] {
             let copy: Vec<f32> =
                 view.contiguous().unwrap().flatten_all().unwrap().to_vec1().unwrap();
