@@ -202,6 +202,72 @@ fn roberta_counts_positions_from_behind_the_padding_token() -> TestResult {
     Ok(())
 }
 
+/// The bits of `norm((word + type) + position)`, with what of it the family has.
+#[test]
+fn embeddings_have_the_bits_of_tensor_operations_in_every_family() -> TestResult {
+    for family in FAMILIES {
+        let tiny = TinyEncoder::new(family, "");
+        let model = load(&tiny)?;
+        let table = |name: &str| tiny.tensors.get(&format!("embeddings.{name}_embeddings.weight"));
+        let ids = ids(3, 8)?;
+        let look_up = |table: &Tensor, rows: &Tensor| -> TestResult<Tensor> {
+            Ok(table.index_select(&rows.flatten_all()?, 0)?.reshape((3, 8, HIDDEN))?)
+        };
+        let mut sum = look_up(model.word_embeddings(), &ids)?;
+        if let Some(types) = table("token_type") {
+            sum = sum.broadcast_add(&types.narrow(0, 0, 1)?)?;
+        }
+        if let Some(positions) = table("position") {
+            let first = if family == "roberta" { 2 } else { 0 };
+            sum = sum.broadcast_add(&positions.narrow(0, first, 8)?)?;
+        }
+        let name = if family == "modernbert" { "norm" } else { "LayerNorm" };
+        let weight = tiny.tensors[&format!("embeddings.{name}.weight")].clone();
+        let bias = match tiny.tensors.get(&format!("embeddings.{name}.bias")) {
+            Some(bias) => bias.clone(),
+            None => weight.zeros_like()?,
+        };
+        let eps = if family == "distilbert" { 1e-12 } else { 1e-5 };
+        let expected = nn::LayerNorm::new(weight, bias, eps)?.forward(&sum)?;
+        assert_eq!(largest_difference(&model.embed(&ids)?, &expected), 0.0, "{family}");
+    }
+    Ok(())
+}
+
+/// Positions begin anew with each, and behind RoBERTa's padding too.
+#[test]
+fn packed_sequences_have_the_bits_that_they_have_alone_in_every_family() -> TestResult {
+    for family in FAMILIES {
+        let model = load(&TinyEncoder::new(family, ""))?;
+        let sequences =
+            [vec![5u32, 1, 7, 9, 1], vec![], vec![0, 9, 1, 1, 7, 2], vec![6], vec![1; TOKENS]];
+        let packed = model.forward_sequences(&sequences)?;
+        for (ids, packed) in sequences.iter().zip(&packed).filter(|(ids, _)| !ids.is_empty()) {
+            let ids = Tensor::new(ids.as_slice(), &CPU)?.unsqueeze(0)?;
+            let alone = model.forward(&ids, None, None)?.squeeze(0)?;
+            assert_eq!(largest_difference(packed, &alone), 0.0, "{family} {ids}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_model_without_token_types_has_none_to_begin_with() -> TestResult {
+    let mut tiny = TinyEncoder::new("bert", "");
+    tiny.config["type_vocab_size"] = json!(0);
+    let table = "embeddings.token_type_embeddings.weight";
+    tiny.tensors.insert(table.into(), Tensor::zeros((0, HIDDEN), DType::F32, &CPU)?);
+    let model = load(&tiny)?;
+    let errors =
+        [model.forward(&ids(1, 3)?, None, None).err(), model.forward_sequences(&[[4u32, 5]]).err()];
+    for error in errors {
+        let error = error.ok_or("it ran")?;
+        assert!(matches!(error, Error::InvalidArgument(_)), "{error}");
+        assert!(error.to_string().contains("token_type_ids holds 0, expected less than 0"));
+    }
+    Ok(())
+}
+
 /// candle-transformers computes DistilBERT's GELU by its tanh approximation, Hugging Face does not.
 #[test]
 fn distilbert_equals_its_definition_in_tensor_operations() -> TestResult {

@@ -1,14 +1,14 @@
 //! A BERT encoder (Devlin et al. 2018, arXiv:1810.04805) with a switchable attention per layer.
 
-use super::encoder::{self, Encoder, EncoderConfig};
+use super::encoder::{self, Encoder, EncoderConfig, count_positions};
 use super::files::unused_head;
 use super::layered::{Attend, LayeredModel, NamedLinear};
-use super::loader::Loader;
+use super::loader::{Loader, TableRows};
 use super::pooling::mean_pool;
 use super::{BertConfig, HiddenAct, ModelFiles, Weights};
 use crate::Result;
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
-use crate::nn::{Activation, LayerNorm, Linear, Precision};
+use crate::nn::{Activation, Embeddings, LayerNorm, Linear, Precision};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::attention::AttnMask;
 use std::path::Path;
@@ -16,10 +16,7 @@ use std::path::Path;
 /// Embeddings and layers; see [`mean_pool`] for what makes a sentence embedding of its output.
 pub struct BertModel {
     config: BertConfig,
-    words: Tensor,
-    positions: Tensor,
-    token_types: Tensor,
-    norm: LayerNorm,
+    embeddings: Embeddings,
     layers: Vec<BertLayer>,
     warnings: Vec<String>,
 }
@@ -61,16 +58,9 @@ impl BertModel {
         let weights = weights.with_prefix_if_present("bert.");
         encoder::check_layers(&weights, config.num_hidden_layers, "encoder.layer")?;
         let from = Loader::new(&weights, config.layer_norm_eps, device);
-        let hidden = config.hidden_size;
-        let table = |name: &str, rows: usize| {
-            from.get(&format!("embeddings.{name}_embeddings.weight"), &[rows, hidden])
-        };
         let layer = |index| BertLayer::load(&from, &BERT, index, LayerShape::of(&config));
         let model = Self {
-            words: table("word", config.vocab_size)?,
-            positions: table("position", config.max_position_embeddings)?,
-            token_types: table("token_type", config.type_vocab_size)?,
-            norm: from.norm("embeddings.LayerNorm", hidden)?,
+            embeddings: from.embeddings(TableRows::of(&config), config.hidden_size)?,
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
             warnings: weights.unused_head().map(unused_head).into_iter().collect(),
             config,
@@ -91,7 +81,7 @@ impl BertModel {
 
     /// The raw word embedding table, `[vocab_size, hidden_size]`.
     pub fn word_embeddings(&self) -> &Tensor {
-        &self.words
+        self.embeddings.words()
     }
 
     /// The layers, first to last.
@@ -160,19 +150,8 @@ impl BertFamily for BertModel {
         EncoderConfig::of("bert", &self.config)
     }
 
-    fn words(&self) -> &Tensor {
-        &self.words
-    }
-
-    /// `norm(word + position + token type)`.
-    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor> {
-        let words = encoder::look_up(&self.words, ids)?;
-        let types = match types {
-            Some(types) => encoder::look_up(&self.token_types, types)?,
-            None => self.token_types.narrow(0, 0, 1)?,
-        };
-        let positions = self.positions.narrow(0, 0, ids.dim(1)?)?;
-        self.norm.forward(&words.broadcast_add(&types)?.broadcast_add(&positions)?)
+    fn embeddings(&self) -> &Embeddings {
+        &self.embeddings
     }
 
     fn layers(&self) -> &[BertLayer] {
@@ -187,8 +166,10 @@ impl BertFamily for BertModel {
 /// A family that is BERT but for its embeddings.
 pub(super) trait BertFamily: Send + Sync {
     fn config(&self) -> EncoderConfig;
-    fn words(&self) -> &Tensor;
-    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor>;
+    fn embeddings(&self) -> &Embeddings;
+    fn positions(&self, ids: &[u32], rows: &mut Vec<u32>) {
+        count_positions(ids, rows);
+    }
     fn layers(&self) -> &[BertLayer];
     fn layers_mut(&mut self) -> &mut [BertLayer];
 }
@@ -198,12 +179,12 @@ impl<T: BertFamily> Encoder for T {
         BertFamily::config(self)
     }
 
-    fn words(&self) -> &Tensor {
-        BertFamily::words(self)
+    fn embeddings(&self) -> &Embeddings {
+        BertFamily::embeddings(self)
     }
 
-    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor> {
-        BertFamily::embed(self, ids, types)
+    fn positions(&self, ids: &[u32], rows: &mut Vec<u32>) {
+        BertFamily::positions(self, ids, rows);
     }
 
     /// Queries see all keys of their sequence.

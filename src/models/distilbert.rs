@@ -2,13 +2,13 @@
 
 use super::bert::{BertFamily, BertLayer, LayerNames, LayerShape};
 use super::bert_config::check_heads;
-use super::encoder::{self, EncoderConfig, look_up};
+use super::encoder::{self, EncoderConfig};
 use super::files::read_config;
-use super::loader::Loader;
+use super::loader::{Loader, TableRows};
 use super::{HiddenAct, Weights};
 use crate::Result;
-use crate::nn::LayerNorm;
-use candle_core::{Device, Tensor};
+use crate::nn::Embeddings;
+use candle_core::Device;
 use serde::Deserialize;
 use std::path::Path;
 
@@ -40,9 +40,7 @@ struct Config {
 
 pub(super) struct DistilBertModel {
     config: Config,
-    words: Tensor,
-    positions: Tensor,
-    norm: LayerNorm,
+    embeddings: Embeddings,
     layers: Vec<BertLayer>,
 }
 
@@ -53,9 +51,8 @@ impl DistilBertModel {
         let weights = weights.with_prefix_if_present("distilbert.");
         encoder::check_layers(&weights, config.n_layers, NAMES.layers)?;
         let from = Loader::new(&weights, NORM_EPS, device);
-        let table = |name: &str, rows: usize| {
-            from.get(&format!("embeddings.{name}_embeddings.weight"), &[rows, config.dim])
-        };
+        let (words, positions) = (config.vocab_size, config.max_position_embeddings);
+        let rows = TableRows { words, positions, types: None };
         let shape = LayerShape {
             hidden: config.dim,
             inner: config.hidden_dim,
@@ -64,9 +61,7 @@ impl DistilBertModel {
         };
         let layer = |index| BertLayer::load(&from, &NAMES, index, shape);
         let model = Self {
-            words: table("word", config.vocab_size)?,
-            positions: table("position", config.max_position_embeddings)?,
-            norm: from.norm("embeddings.LayerNorm", config.dim)?,
+            embeddings: from.embeddings(rows, config.dim)?,
             layers: (0..config.n_layers).map(layer).collect::<Result<_>>()?,
             config,
         };
@@ -88,14 +83,8 @@ impl BertFamily for DistilBertModel {
         }
     }
 
-    fn words(&self) -> &Tensor {
-        &self.words
-    }
-
-    /// `norm(word + position)`.
-    fn embed(&self, ids: &Tensor, _types: Option<&Tensor>) -> Result<Tensor> {
-        let positions = self.positions.narrow(0, 0, ids.dim(1)?)?;
-        self.norm.forward(&look_up(&self.words, ids)?.broadcast_add(&positions)?)
+    fn embeddings(&self) -> &Embeddings {
+        &self.embeddings
     }
 
     fn layers(&self) -> &[BertLayer] {

@@ -13,9 +13,12 @@ use super::padding::padding_call;
 use super::{BertConfig, Weights};
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
 use crate::memory::check_size;
-use crate::nn::Precision;
+use crate::nn::{Embeddings, Precision, Tokens};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
+
+/// What errors call it.
+const OP: &str = "encoder";
 
 /// What all families have, as their `config.json` says.
 #[derive(Debug, Clone, PartialEq)]
@@ -64,11 +67,13 @@ impl EncoderConfig {
 pub(super) trait Encoder: Send + Sync {
     fn config(&self) -> EncoderConfig;
 
-    /// The word embedding table, `[vocab_size, hidden_size]`.
-    fn words(&self) -> &Tensor;
+    /// The tables that tokens are looked up in before the first layer, and their norm.
+    fn embeddings(&self) -> &Embeddings;
 
-    /// What enters the first layer, of ids and types that were checked.
-    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor>;
+    /// Appends the position of each token of a sequence: its row of the table of positions, if there is one.
+    fn positions(&self, ids: &[u32], rows: &mut Vec<u32>) {
+        count_positions(ids, rows);
+    }
 
     /// One layer, with attention by `attend`.
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor>;
@@ -126,26 +131,47 @@ pub(super) fn run(
     model.finish(hidden)
 }
 
-/// Checks ids and types before they are looked up.
+/// 0, 1, .. for the tokens of a sequence.
+pub(super) fn count_positions(ids: &[u32], rows: &mut Vec<u32>) {
+    rows.extend((0..).take(ids.len()));
+}
+
+/// Checks ids and types, and looks them up.
 pub(super) fn embed(model: &dyn Encoder, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor> {
-    const OP: &str = "encoder";
     let config = model.config();
-    let longest = config.max_tokens;
-    if !matches!(*ids.dims(), [_, n] if n <= longest) {
-        let (shape, expected) = (ids.dims().to_vec(), format!("[B, N] with N <= {longest}"));
-        return Err(Error::Shape { op: OP, tensor: "input_ids", shape, expected });
-    }
-    // The widest of what comes of them at once: q, k and v.
-    check_size(OP, "what comes of input_ids", &[ids.elem_count(), 4 * config.hidden_size])?;
-    check_ids(OP, "input_ids", ids, config.vocab_size)?;
-    if let Some(types) = types {
-        if types.dims() != ids.dims() {
+    check_shape(&config, ids.dims())?;
+    let words = numbers("input_ids", ids)?;
+    check_ids("input_ids", &words, config.vocab_size)?;
+    let kinds = match types {
+        Some(types) if types.dims() != ids.dims() => {
             let (shape, expected) = (types.dims().to_vec(), format!("{:?}", ids.dims()));
             return Err(Error::Shape { op: OP, tensor: "token_type_ids", shape, expected });
         }
-        check_ids(OP, "token_type_ids", types, config.type_vocab_size)?;
+        types => types.map(|types| numbers("token_type_ids", types)).transpose()?,
+    };
+    // Without types all are of type 0, which has to be there too.
+    check_ids("token_type_ids", kinds.as_deref().unwrap_or(&[0]), config.type_vocab_size)?;
+    let mut positions = Vec::with_capacity(words.len());
+    let sequences = words.chunks(ids.dim(1)?.max(1));
+    sequences.for_each(|ids| model.positions(ids, &mut positions));
+    let tokens = Tokens { words: &words, types: kinds.as_deref(), positions: &positions };
+    model.embeddings().forward(tokens, ids.dims())
+}
+
+/// The sequences one after the other, `[1, total, hidden]`, with the errors that each by itself has.
+fn embed_packed(model: &dyn Encoder, sequences: &[impl AsRef<[u32]>]) -> Result<Tensor> {
+    let config = model.config();
+    check_ids("token_type_ids", &[0], config.type_vocab_size)?;
+    let (mut words, mut positions) = (Vec::new(), Vec::new());
+    for ids in sequences.iter().map(AsRef::as_ref) {
+        check_shape(&config, &[1, ids.len()])?;
+        check_ids("input_ids", ids, config.vocab_size)?;
+        words.extend_from_slice(ids);
+        model.positions(ids, &mut positions);
     }
-    model.embed(ids, types)
+    check_tokens(&config, words.len())?;
+    let tokens = Tokens { words: &words, types: None, positions: &positions };
+    model.embeddings().forward(tokens, &[1, words.len()])
 }
 
 /// Refuses an index that is not that of a layer.
@@ -185,7 +211,7 @@ pub(super) fn sample(model: &dyn Encoder) -> Result<Option<Tensor>> {
         return Ok(None);
     }
     let ids = (0..(shape.0 * shape.1) as u32).map(word);
-    let ids = Tensor::from_iter(ids, model.words().device())?.reshape(shape)?;
+    let ids = Tensor::from_iter(ids, model.embeddings().words().device())?.reshape(shape)?;
     Ok(Some(embed(model, &ids, None)?))
 }
 
@@ -194,26 +220,23 @@ pub(super) fn forward_sequences(
     model: &dyn Encoder,
     sequences: &[impl AsRef<[u32]>],
 ) -> Result<Vec<Tensor>> {
-    let (device, width) = (model.words().device(), model.config().hidden_size);
-    let row = |ids: &[u32]| Tensor::from_slice(ids, (1, ids.len()), device);
+    let (device, width) = (model.embeddings().words().device(), model.config().hidden_size);
     let nothing = || Tensor::zeros((1, 0, width), DType::F32, device);
     if !model.packs() {
         let alone = |ids: &[u32]| match ids {
             [] => Ok(nothing()?.squeeze(0)?),
-            _ => Ok(run(model, &row(ids)?, None, None)?.squeeze(0)?),
+            _ => {
+                let ids = Tensor::from_slice(ids, (1, ids.len()), device)?;
+                Ok(run(model, &ids, None, None)?.squeeze(0)?)
+            }
         };
         return sequences.iter().map(|ids| alone(ids.as_ref())).collect();
     }
     let packed = Sequences::new(sequences.iter().map(|ids| ids.as_ref().len()));
-    // Of each by itself, because positions are those in its sequence.
-    let mut embedded = Vec::with_capacity(sequences.len());
-    for ids in sequences.iter().map(AsRef::as_ref).filter(|ids| !ids.is_empty()) {
-        embedded.push(embed(model, &row(ids)?, None)?);
-    }
-    if embedded.is_empty() {
+    if sequences.iter().all(|ids| ids.as_ref().is_empty()) {
         return packed.split(&nothing()?);
     }
-    let mut hidden = Tensor::cat(&embedded, 1)?;
+    let mut hidden = embed_packed(model, sequences)?;
     for (index, attention) in model.attention().into_iter().enumerate() {
         hidden =
             model.layer(index, &hidden, &mut |q, k, v, _| packed.attend(attention, q, k, v))?;
@@ -234,24 +257,43 @@ pub(super) fn check_layers(weights: &Weights, layers: usize, before: &str) -> Re
 }
 
 /// # Errors
-/// [`Error::DType`] unless `ids` are U32, [`Error::InvalidArgument`] for one that is not below
-/// `rows`.
-fn check_ids(op: &'static str, tensor: &'static str, ids: &Tensor, rows: usize) -> Result<()> {
-    if ids.dtype() != DType::U32 {
-        return Err(Error::DType { op, tensor, dtype: ids.dtype(), expected: "U32" });
+/// [`Error::Shape`] unless it is `[B, N]` of sequences that are short enough, and as [`check_tokens`].
+fn check_shape(config: &EncoderConfig, ids: &[usize]) -> Result<()> {
+    let longest = config.max_tokens;
+    match *ids {
+        // That of the ids may be beyond memory itself.
+        [b, n] if n <= longest => check_tokens(config, b.saturating_mul(n)),
+        _ => {
+            let (shape, expected) = (ids.to_vec(), format!("[B, N] with N <= {longest}"));
+            Err(Error::Shape { op: OP, tensor: "input_ids", shape, expected })
+        }
     }
-    let flat = ids.flatten_all()?.to_vec1::<u32>()?;
-    match flat.into_iter().find(|&id| id as usize >= rows) {
+}
+
+/// # Errors
+/// [`Error::Shape`] where memory has no addresses for the widest of what comes of them at once: q, k and v.
+fn check_tokens(config: &EncoderConfig, tokens: usize) -> Result<()> {
+    check_size(OP, "what comes of input_ids", &[tokens, 4 * config.hidden_size])
+}
+
+/// All of them, row by row.
+///
+/// # Errors
+/// [`Error::DType`] unless they are U32.
+fn numbers(tensor: &'static str, ids: &Tensor) -> Result<Vec<u32>> {
+    if ids.dtype() != DType::U32 {
+        return Err(Error::DType { op: OP, tensor, dtype: ids.dtype(), expected: "U32" });
+    }
+    Ok(ids.flatten_all()?.to_vec1()?)
+}
+
+/// # Errors
+/// [`Error::InvalidArgument`] for an id that is not below `rows`.
+fn check_ids(tensor: &'static str, ids: &[u32], rows: usize) -> Result<()> {
+    match ids.iter().find(|&&id| id as usize >= rows) {
         Some(id) => {
             Err(Error::InvalidArgument(format!("{tensor} holds {id}, expected less than {rows}")))
         }
         None => Ok(()),
     }
-}
-
-/// Rows of a table by id, `[B, N]` to `[B, N, hidden]`, of ids that were checked.
-pub(super) fn look_up(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let mut shape = ids.dims().to_vec();
-    shape.push(table.dim(1)?);
-    Ok(table.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?)
 }

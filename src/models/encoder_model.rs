@@ -109,7 +109,7 @@ impl EncoderModel {
 
     /// The raw word embedding table, `[vocab_size, hidden_size]`.
     pub fn word_embeddings(&self) -> &Tensor {
-        self.family.words()
+        self.family.embeddings().words()
     }
 
     /// Switches the attention of all layers. Windows stay as the model has them.

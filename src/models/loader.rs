@@ -1,8 +1,8 @@
 //! Layers out of the weights of an encoder: the one place where names become layers.
 
-use super::Weights;
+use super::{BertConfig, Weights};
 use crate::Result;
-use crate::nn::{LayerNorm, Linear, Precision};
+use crate::nn::{Embeddings, LayerNorm, Linear, Precision};
 use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
 
@@ -13,6 +13,24 @@ pub(super) struct Loader<'a> {
     device: &'a Device,
     /// Whether names are those of a head, which stand behind no prefix.
     outside: bool,
+}
+
+/// How many rows the tables of embeddings have.
+pub(super) struct TableRows {
+    pub(super) words: usize,
+    pub(super) positions: usize,
+    /// Where the model tells token types apart.
+    pub(super) types: Option<usize>,
+}
+
+impl TableRows {
+    pub(super) fn of(config: &BertConfig) -> Self {
+        Self {
+            words: config.vocab_size,
+            positions: config.max_position_embeddings,
+            types: Some(config.type_vocab_size),
+        }
+    }
 }
 
 impl<'a> Loader<'a> {
@@ -31,6 +49,18 @@ impl<'a> Loader<'a> {
             return self.weights.get_outside(name, shape, self.device);
         }
         self.weights.get(name, shape, self.device)
+    }
+
+    /// Those of words, of positions and, if it has rows, of token types, with their norm.
+    pub(super) fn embeddings(&self, rows: TableRows, hidden: usize) -> Result<Embeddings> {
+        let table = |name: &str, rows: usize| {
+            self.get(&format!("embeddings.{name}_embeddings.weight"), &[rows, hidden])
+        };
+        let words = table("word", rows.words)?;
+        let positions = table("position", rows.positions)?;
+        let types = rows.types.map(|rows| table("token_type", rows)).transpose()?;
+        let norm = self.norm("embeddings.LayerNorm", hidden)?;
+        Ok(Embeddings::new(words, types, Some(positions), norm))
     }
 
     /// Layers with the same input as one, whose outputs are theirs one after the other.

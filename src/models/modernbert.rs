@@ -12,7 +12,7 @@
 //! and rotate with a base of their own.
 
 use super::bert_config::{check_eps, check_heads};
-use super::encoder::{self, Encoder, EncoderConfig, look_up};
+use super::encoder::{self, Encoder, EncoderConfig};
 use super::files::read_config;
 use super::layered::{Attend, NamedLinear};
 use super::llama::rope::{Rope, Rotation};
@@ -20,7 +20,7 @@ use super::llama::{RopeConfig, RopePairs, RopeScaling};
 use super::loader::Loader;
 use super::{HiddenAct, Weights};
 use crate::attention::{AttentionCall, AttentionConfig, QuantizedAttention};
-use crate::nn::{Activation, LayerNorm, Linear};
+use crate::nn::{Activation, Embeddings, LayerNorm, Linear};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
@@ -153,8 +153,8 @@ impl Config {
 
 pub(super) struct ModernBertModel {
     config: Config,
-    words: Tensor,
-    norm: LayerNorm,
+    /// Of words alone.
+    embeddings: Embeddings,
     layers: Vec<Layer>,
     final_norm: LayerNorm,
     /// Of global and of local layers.
@@ -187,11 +187,11 @@ impl ModernBertModel {
         let from = Loader::new(&weights, config.eps(), device);
         let (rows, hidden) = (config.vocab_size, config.hidden_size);
         let words = from.get("embeddings.tok_embeddings.weight", &[rows, hidden])?;
+        let norm = from.unbiased_norm("embeddings.norm", hidden)?;
         let layers = (0..config.num_hidden_layers).map(|index| Layer::load(&from, index, &config));
         let head_dim = hidden / config.num_attention_heads;
         let model = Self {
-            words,
-            norm: from.unbiased_norm("embeddings.norm", hidden)?,
+            embeddings: Embeddings::new(words, None, None, norm),
             layers: layers.collect::<Result<_>>()?,
             final_norm: from.unbiased_norm("final_norm", hidden)?,
             rotations: config.thetas()?.map(|theta| Rotations::new(theta, head_dim)),
@@ -215,13 +215,8 @@ impl Encoder for ModernBertModel {
         }
     }
 
-    fn words(&self) -> &Tensor {
-        &self.words
-    }
-
-    /// `norm(word)`.
-    fn embed(&self, ids: &Tensor, _types: Option<&Tensor>) -> Result<Tensor> {
-        self.norm.forward(&look_up(&self.words, ids)?)
+    fn embeddings(&self) -> &Embeddings {
+        &self.embeddings
     }
 
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! Sequences of different lengths, one after the other: what a batch without padding is.
 //!
 //! ```text
-//! [a0 a1 a2 | b0 | c0 c1 ..]    [1, total, hidden]     linear layers and norms: over all tokens at once
+//! [a0 a1 a2 | b0 | c0 c1 ..]    [1, total, hidden]     embeddings, linear layers and norms: over all tokens at once
 //!  ---------  --   --------     [1, H, N_i, D] each    attention: of each sequence by itself
 //! ```
 //!

@@ -3,13 +3,13 @@
 //! behind the number of the padding token; tokens that are padding all have that position.
 
 use super::bert::{BERT, BertFamily, BertLayer, LayerShape};
-use super::encoder::{self, EncoderConfig, look_up};
+use super::encoder::{self, EncoderConfig};
 use super::files::read_config;
-use super::loader::Loader;
+use super::loader::{Loader, TableRows};
 use super::{BertConfig, Weights};
-use crate::nn::LayerNorm;
+use crate::nn::Embeddings;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use std::path::Path;
 
 /// The padding token where a configuration names none.
@@ -18,10 +18,7 @@ const PAD: u32 = 1;
 pub(super) struct RobertaModel {
     config: BertConfig,
     pad: u32,
-    words: Tensor,
-    positions: Tensor,
-    token_types: Tensor,
-    norm: LayerNorm,
+    embeddings: Embeddings,
     layers: Vec<BertLayer>,
 }
 
@@ -41,35 +38,14 @@ impl RobertaModel {
         let weights = weights.with_prefix_if_present("roberta.");
         encoder::check_layers(&weights, config.num_hidden_layers, BERT.layers)?;
         let from = Loader::new(&weights, config.layer_norm_eps, device);
-        let table = |name: &str, rows: usize| {
-            from.get(&format!("embeddings.{name}_embeddings.weight"), &[rows, config.hidden_size])
-        };
         let layer = |index| BertLayer::load(&from, &BERT, index, LayerShape::of(&config));
         let model = Self {
-            words: table("word", config.vocab_size)?,
-            positions: table("position", rows)?,
-            token_types: table("token_type", config.type_vocab_size)?,
-            norm: from.norm("embeddings.LayerNorm", config.hidden_size)?,
+            embeddings: from.embeddings(TableRows::of(&config), config.hidden_size)?,
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
             pad: pad_token_id,
             config,
         };
         Ok((model, weights))
-    }
-
-    /// `pad + 1, pad + 2, ..` for the tokens of each sequence, `pad` for padding.
-    fn positions_of(&self, ids: &Tensor) -> Result<Tensor> {
-        let pad = self.pad;
-        let of_sequence = |ids: Vec<u32>| {
-            let mut last = pad;
-            let position = move |id| {
-                last += u32::from(id != pad);
-                if id == pad { pad } else { last }
-            };
-            ids.into_iter().map(position).collect::<Vec<u32>>()
-        };
-        let positions = ids.to_vec2::<u32>()?.into_iter().flat_map(of_sequence).collect();
-        Ok(Tensor::from_vec::<_, u32>(positions, ids.dims(), ids.device())?)
     }
 }
 
@@ -82,18 +58,18 @@ impl BertFamily for RobertaModel {
         }
     }
 
-    fn words(&self) -> &Tensor {
-        &self.words
+    fn embeddings(&self) -> &Embeddings {
+        &self.embeddings
     }
 
-    /// `norm(word + position + token type)`.
-    fn embed(&self, ids: &Tensor, types: Option<&Tensor>) -> Result<Tensor> {
-        let types = match types {
-            Some(types) => look_up(&self.token_types, types)?,
-            None => self.token_types.narrow(0, 0, 1)?,
-        };
-        let sum = look_up(&self.words, ids)?.broadcast_add(&types)?;
-        self.norm.forward(&(sum + look_up(&self.positions, &self.positions_of(ids)?)?)?)
+    /// `pad + 1, pad + 2, ..` for the tokens, `pad` for padding.
+    fn positions(&self, ids: &[u32], rows: &mut Vec<u32>) {
+        let pad = self.pad;
+        let mut last = pad;
+        rows.extend(ids.iter().map(|&id| {
+            last += u32::from(id != pad);
+            if id == pad { pad } else { last }
+        }));
     }
 
     fn layers(&self) -> &[BertLayer] {

@@ -80,6 +80,13 @@ impl LayerNorm {
         })
     }
 
+    /// With these vectors, and not those of the level in use.
+    #[cfg(test)]
+    pub(super) fn with_vectors(mut self, arch: Arch) -> Self {
+        self.fused.iter_mut().for_each(|fused| fused.arch = arch);
+        self
+    }
+
     pub(super) fn fused(&self) -> Option<&FusedNorm> {
         self.fused.as_ref()
     }
@@ -107,6 +114,21 @@ impl FusedNorm {
     /// The same in this thread; the rows are whole.
     pub(super) fn normalize_rows(&self, rows: &mut [f32]) {
         self.arch.dispatch(Normalize { norm: self, rows });
+    }
+
+    /// What [`FusedNorm::normalize_row`] is to be compiled with.
+    pub(super) fn vectors(&self) -> Arch {
+        self.arch
+    }
+
+    /// One row, among vectors that are dispatched already.
+    #[inline(always)]
+    pub(super) fn normalize_row<S: Simd>(&self, simd: S, row: &mut [f32]) {
+        let n = self.weight.len() as f32;
+        let mean = sum(simd, row) / n;
+        let variance = sum_of_squares(simd, row, mean) / n;
+        let factor = 1.0 / (variance + self.eps).sqrt();
+        scale(simd, row, (&self.weight, &self.bias), mean, factor);
     }
 }
 
@@ -138,12 +160,8 @@ impl WithSimd for Normalize<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let FusedNorm { weight, bias, eps, .. } = self.norm;
-        let n = weight.len() as f32;
-        for row in self.rows.chunks_exact_mut(weight.len()) {
-            let mean = sum(simd, row) / n;
-            let variance = sum_of_squares(simd, row, mean) / n;
-            scale(simd, row, (weight, bias), mean, 1.0 / (variance + eps).sqrt());
+        for row in self.rows.chunks_exact_mut(self.norm.width()) {
+            self.norm.normalize_row(simd, row);
         }
     }
 }

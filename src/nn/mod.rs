@@ -1,8 +1,9 @@
 //! The layers around attention, in fused and vectorized form for f32 on a CPU.
 //!
 //! ```text
-//! Linear     x·W^T + b, an activation or a residual in the same pass over the result
-//! LayerNorm  of each row; after a Linear in the memory of its result
+//! Embeddings  rows of tables, added up and normalized in one pass over the result
+//! Linear      x·W^T + b, an activation or a residual in the same pass over the result
+//! LayerNorm   of each row; after a Linear in the memory of its result
 //! ```
 //!
 //! Weights are packed once, in a [`Precision`], when a model is loaded or in a file ([`save_linear`]), and
@@ -14,11 +15,13 @@
 //! other devices and for other dtypes, the same layers are made of Candle's own operations.
 
 mod activation;
+mod embeddings;
 mod layer_norm;
 mod linear;
 mod plain;
 
 pub use activation::Activation;
+pub(crate) use embeddings::{Embeddings, Tokens};
 pub use layer_norm::LayerNorm;
 pub use linear::{Linear, Precision, load_linear, save_linear};
 
