@@ -13,11 +13,15 @@
 //! checked by the compiler, and [`Rounds`] makes sure that a thread which comes too late does not
 //! use it.
 //!
+//! A loop inside of a call of another one is shared only once the outer one has no calls left, for which others would
+//! come anyway.
+//!
 //! A layer is many short loops. A thread that has helped with one therefore lingers: it spins for the next one
 //! for a few µs, which is less than it takes the pool to wake it again.
 
 use rayon::prelude::*;
 use std::any::Any;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -26,7 +30,7 @@ use std::time::{Duration, Instant};
 
 /// Calls `f` for all indices below `count`, in any order and on any thread.
 pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
-    if count <= 1 || rayon::current_num_threads() == 1 {
+    if count <= 1 || rayon::current_num_threads() == 1 || others_have_enough() {
         return (0..count).for_each(f);
     }
     let f: &(dyn Fn(usize) + Sync) = &f;
@@ -65,6 +69,19 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
         ALONE.store(true, Ordering::Relaxed);
     }
     rounds.finish();
+}
+
+thread_local! {
+    /// The loop that this thread is in a call of.
+    static INSIDE: Cell<*const Rounds> = const { Cell::new(std::ptr::null()) };
+}
+
+/// Whether this thread is inside of a loop that has calls left for all others, so that what it is about to do is
+/// for itself alone.
+fn others_have_enough() -> bool {
+    let rounds = INSIDE.get();
+    // SAFETY: `take`, which has put it there, has not returned, and borrows it.
+    !rounds.is_null() && unsafe { &*rounds }.has_calls_left()
 }
 
 /// Whether nobody came to a loop that had been offered, although it took long enough.
@@ -131,7 +148,7 @@ fn invite(rounds: &Arc<Rounds>, helpers: usize) {
     rayon::spawn(move || {
         WAITING.fetch_sub(1, Ordering::Relaxed);
         let others = helpers - 1;
-        if rounds.next.load(Ordering::Relaxed) < rounds.count {
+        if rounds.has_calls_left() {
             invite(&rounds, others / 2);
             invite(&rounds, others - others / 2);
         }
@@ -201,6 +218,10 @@ impl Rounds {
         }
     }
 
+    fn has_calls_left(&self) -> bool {
+        self.next.load(Ordering::Relaxed) < self.count
+    }
+
     /// Takes indices until none is left.
     fn take(&self) -> Taken {
         let mut taken = Taken { calls: 0, last: false };
@@ -210,7 +231,10 @@ impl Rounds {
                 return taken;
             }
             taken.calls += 1;
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (self.f)(index))) {
+            let outer = INSIDE.replace(self);
+            let called = catch_unwind(AssertUnwindSafe(|| (self.f)(index)));
+            INSIDE.set(outer);
+            if let Err(panic) = called {
                 let mut first = self.panic.lock().expect("nobody panics while storing a panic");
                 match *first {
                     None => *first = Some(panic),
@@ -246,6 +270,26 @@ impl Rounds {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    /// Whoever is in a call of a loop that has more for others does what is inside of it alone.
+    #[test]
+    fn loops_inside_of_a_loop_are_shared_when_it_has_no_calls_left() {
+        let calls = AtomicUsize::new(0);
+        for_each_index(8, |outer| {
+            let me = std::thread::current().id();
+            let alone = others_have_enough();
+            for_each_index(100, |_| {
+                calls.fetch_add(1, Ordering::Relaxed);
+                assert!(!alone || std::thread::current().id() == me, "{outer}");
+            });
+        });
+        assert_eq!(calls.into_inner(), 800);
+        assert!(!others_have_enough());
+        // A call that panics leaves nothing behind.
+        let panics = || for_each_index(2, |_| panic!("on purpose"));
+        assert!(catch_unwind(AssertUnwindSafe(panics)).is_err());
+        assert!(!others_have_enough());
+    }
 
     #[test]
     fn every_index_comes_once() {
