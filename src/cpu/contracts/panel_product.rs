@@ -23,7 +23,7 @@ pub(crate) const ROWS: usize = 6;
 /// every kernel.
 pub(crate) const GROUP: usize = 8;
 
-/// Rows of a stored matrix that are asked for before they are multiplied: what half a microsecond brings. A
+/// Rows of a stored matrix that are asked for before they are multiplied, which is some 100 ns ahead. A
 /// processor foresees rows that follow each other, not parts of rows.
 pub(crate) const AHEAD: usize = 16;
 
