@@ -32,12 +32,12 @@ impl Scorer<'_> {
         let padded = count.next_multiple_of(self.key_step());
         keys.head = head;
         keys.rhs.reset(count, depth, self.is_affine());
-        keys.scales.resize(padded, 0.0);
+        keys.scales.resize(padded);
         let smoothing = self.k.conditioning().smoothing;
         keys.block = if smoothing == Smoothing::Block { block } else { usize::MAX };
         let blocks = count.div_ceil(block);
-        keys.means.resize(if smoothing == Smoothing::None { 0 } else { blocks * depth }, 0.0);
-        keys.conditioned.resize(if self.smooths_queries() { count * depth } else { 0 }, 0.0);
+        keys.means.resize(if smoothing == Smoothing::None { 0 } else { blocks * depth });
+        keys.conditioned.resize(if self.smooths_queries() { count * depth } else { 0 });
         let head_mean =
             Kept::with(&PACKING, KEPT, |(_, buffers)| self.k.head_mean(head, &self.seen, buffers));
         let size = CHUNK.next_multiple_of(self.key_step()).next_multiple_of(block);

@@ -1,7 +1,7 @@
 //! The keys of one head of a tensor in int8.
 
 use crate::cpu::Level;
-use crate::memory::Footprint;
+use crate::memory::{Aligned, Footprint};
 use crate::product::PackedRhs;
 use std::ops::Range;
 
@@ -10,12 +10,12 @@ use std::ops::Range;
 pub(super) struct PackedKeys {
     pub head: usize,
     pub rhs: PackedRhs,
-    pub scales: Vec<f32>,
+    pub scales: Aligned<f32>,
     /// `[N, D]`, conditioned as the codes are, where queries are smoothed: their mean is multiplied with
     /// these.
-    pub conditioned: Vec<f32>,
+    pub conditioned: Aligned<f32>,
     /// What smoothing subtracted, `[blocks, D]`; empty without smoothing.
-    pub means: Vec<f32>,
+    pub means: Aligned<f32>,
     /// Keys of a block.
     pub block: usize,
     /// The keys that stand out of their block, in order, whose scores are in f32, and their rows.
@@ -35,9 +35,9 @@ impl PackedKeys {
         Self {
             head: 0,
             rhs: PackedRhs::new(level, 0, 0, false),
-            scales: Vec::new(),
-            conditioned: Vec::new(),
-            means: Vec::new(),
+            scales: Aligned::default(),
+            conditioned: Aligned::default(),
+            means: Aligned::default(),
             block: 1,
             outliers: Vec::new(),
             outlier_rows: Vec::new(),

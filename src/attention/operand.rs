@@ -4,7 +4,7 @@ use super::seen::Seen;
 use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
-use crate::memory::Footprint;
+use crate::memory::{Aligned, Footprint};
 use crate::parallel;
 use crate::product::RowSums;
 use crate::quant::rows::{RowParams, quantize_block, row_range};
@@ -42,7 +42,7 @@ pub(super) struct Operand<'a> {
 pub(super) struct Buffers {
     rows: Vec<f32>,
     gathered: Vec<f32>,
-    values: Vec<f32>,
+    values: Aligned<f32>,
     pub conditioned: Conditioned,
 }
 
@@ -50,9 +50,9 @@ pub(super) struct Buffers {
 #[derive(Default)]
 pub(super) struct QuantizedRows {
     /// Their codes, row-major.
-    pub codes: Vec<i8>,
+    pub codes: Aligned<i8>,
     /// Their scales. NaN for a row that holds NaN or infinity, which makes its scores NaN.
-    pub scales: Vec<f32>,
+    pub scales: Aligned<f32>,
     /// Their zero points.
     pub zeros: Vec<i32>,
     /// The sums of their codes.
@@ -205,7 +205,7 @@ impl<'a> Operand<'a> {
             }
             return (rows, conditioned, false);
         }
-        own.resize(rows.len() * depth, 0.0);
+        own.resize(rows.len() * depth);
         let to = to.unwrap_or(own);
         let start = rows.start;
         let values = self.rows((head, rows), seen, buffer, gathered);
@@ -317,8 +317,8 @@ impl QuantizedRows {
     }
 
     pub(super) fn resize(&mut self, rows: usize, depth: usize) {
-        self.codes.resize(rows * depth, 0);
-        self.scales.resize(rows, 0.0);
+        self.codes.resize(rows * depth);
+        self.scales.resize(rows);
         self.zeros.resize(rows, 0);
         self.sums.resize(rows, 0);
     }

@@ -7,7 +7,7 @@ use super::operand::{Operand, Side};
 use super::seen::Seen;
 use crate::cpu::Level;
 use crate::cpu::contracts::Rows as Matrix;
-use crate::memory::{Kept, written};
+use crate::memory::{Aligned, Kept, written};
 use crate::parallel::{Pace, Work};
 use crate::product::{self, ScoreScales};
 use crate::quant::{Scheme, Smoothing};
@@ -192,8 +192,8 @@ impl<'a> Scorer<'a> {
         let (count, depth) = (values.count(), self.depth());
         let QueryBlock { rows, biases, outliers, .. } = queries;
         // What is there is overwritten, or not read.
-        biases.resize(count * keys.blocks(), 0.0);
-        outliers.resize(count * keys.outliers.len(), 0.0);
+        biases.resize(count * keys.blocks());
+        outliers.resize(count * keys.outliers.len());
         if depth == 0 {
             return [biases, outliers].into_iter().for_each(|biases| biases.fill(0.0));
         }
@@ -212,7 +212,7 @@ impl<'a> Scorer<'a> {
             self.dots(values, matrix(&keys.outlier_rows, depth, apart), exact);
             for scores in exact.chunks_exact_mut(count.max(1)) {
                 // Those of a query that is not finite are NaN, as with all other keys.
-                let scores = scores.iter_mut().zip(&rows.scales);
+                let scores = scores.iter_mut().zip(&*rows.scales);
                 scores.for_each(|(score, scale)| *score += scale * 0.0);
             }
         }
@@ -229,7 +229,7 @@ impl<'a> Scorer<'a> {
         let depth = self.depth();
         for QueryBlock { key_biases, .. } in queries.iter_mut().map(|queries| &mut **queries) {
             // As above.
-            key_biases.resize(keys.scales.len(), 0.0);
+            key_biases.resize(keys.scales.len());
             key_biases[keys.rhs.rows()..].fill(0.0);
         }
         Kept::with(&MEANS, KEPT, |(means, dots)| {
@@ -243,7 +243,7 @@ impl<'a> Scorer<'a> {
                     queries.iter_mut().for_each(|block| block.key_biases[tile.clone()].fill(0.0));
                     continue;
                 }
-                dots.resize(queries.len() * tile.len(), 0.0);
+                dots.resize(queries.len() * tile.len());
                 let conditioned = matrix(&keys.conditioned, depth, tile.clone());
                 self.dots(conditioned, Matrix::contiguous(means, depth), dots);
                 for (block, dots) in queries.iter_mut().zip(dots.chunks_exact(tile.len())) {
@@ -386,7 +386,7 @@ thread_local! {
     /// The queries that a thread works on, kept so that a block allocates nothing.
     static QUERIES: Kept<[QueryBlock; TOGETHER]> = const { Kept::new() };
     /// The means of those, and their products.
-    static MEANS: Kept<(Vec<f32>, Vec<f32>)> = const { Kept::new() };
+    static MEANS: Kept<(Aligned<f32>, Aligned<f32>)> = const { Kept::new() };
     /// The keys of the head before, whose memory is used again.
     static KEYS: Kept<Option<PackedKeys>> = const { Kept::new() };
 }

@@ -7,7 +7,7 @@ mod prefetch;
 mod sizes;
 mod uninit;
 
-pub(crate) use aligned::AlignedBytes;
+pub(crate) use aligned::Aligned;
 pub(crate) use kept::{Footprint, Kept};
 pub(crate) use prefetch::{LINE, prefetch, prefetch_slice};
 pub(crate) use sizes::check_size;

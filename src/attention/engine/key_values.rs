@@ -5,7 +5,7 @@ use super::tile::{Running, Tile};
 use crate::attention::operand::{Buffers, QuantizedRows};
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
-use crate::memory::Footprint;
+use crate::memory::{Aligned, Footprint};
 use crate::product::PackedLhs;
 use std::ops::Range;
 
@@ -14,9 +14,9 @@ use std::ops::Range;
 #[derive(Default)]
 pub(in crate::attention) struct QueryBlock {
     /// The rows as they are, `[rows, D]`, where they are needed so.
-    pub values: Vec<f32>,
+    pub values: Aligned<f32>,
     /// The same, rotated.
-    pub rotated: Vec<f32>,
+    pub rotated: Aligned<f32>,
     /// Where rows are gathered that do not lie together.
     pub buffer: Vec<f32>,
     /// Codes and scales.
@@ -24,11 +24,11 @@ pub(in crate::attention) struct QueryBlock {
     /// The codes, packed.
     pub lhs: Option<PackedLhs>,
     /// What is added to all scores of a row, or to those of a block of keys: `[blocks, rows]`.
-    pub biases: Vec<f32>,
+    pub biases: Aligned<f32>,
     /// What is added to all scores of a key.
-    pub key_biases: Vec<f32>,
+    pub key_biases: Aligned<f32>,
     /// Scores of keys that stand out, `[keys, rows]`.
-    pub outliers: Vec<f32>,
+    pub outliers: Aligned<f32>,
     /// What conditioning takes.
     pub conditioning: Buffers,
     /// Among the query heads that share keys, where all rows are of one.

@@ -2,7 +2,7 @@
 
 use super::output::Element;
 use super::tile::Running;
-use crate::memory::Footprint;
+use crate::memory::{Aligned, Footprint};
 use std::mem::MaybeUninit;
 
 /// Of each row the largest score and the sum of `2^(score - max)`, and the sums of values that have the
@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 pub(super) struct Partial {
     pub running: Vec<Running>,
     /// `[rows, width]`.
-    pub sums: Vec<f32>,
+    pub sums: Aligned<f32>,
     /// The score, in a unit beyond log2, from which those of a row are counted; unused without such a unit.
     references: Vec<f32>,
     /// Whether a row has made room for large values.
@@ -34,7 +34,7 @@ impl Partial {
         self.running.clear();
         self.running.resize(rows, Running::START);
         self.sums.clear();
-        self.sums.resize(rows * width, 0.0);
+        self.sums.resize(rows * width);
         self.references.clear();
         self.references.resize(rows, f32::NEG_INFINITY);
         self.large = false;

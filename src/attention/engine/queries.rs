@@ -1,5 +1,6 @@
 //! The queries of a call as rows: one query of one head each, in blocks.
 
+use crate::memory::Aligned;
 use crate::parallel::Pace;
 use crate::view::View;
 use std::ops::Range;
@@ -90,7 +91,7 @@ pub(in crate::attention) fn gather(
     queries: &View<'_>,
     shape: &Queries,
     rows: &Rows,
-    values: &mut Vec<f32>,
+    values: &mut Aligned<f32>,
     buffer: &mut Vec<f32>,
 ) {
     values.clear();

@@ -12,7 +12,7 @@ use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, Int8Run, LANES, RUN};
-use crate::memory::{Footprint, Kept};
+use crate::memory::{Aligned, Footprint, Kept};
 use crate::parallel::{Pace, Work};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -68,18 +68,18 @@ struct Scratch {
 struct Buffers {
     /// Elements from one row of scores, or of probabilities, to the next.
     stride: usize,
-    scores: Vec<f32>,
+    scores: Aligned<f32>,
     /// The keys of a tile that each row sees.
     inside: Vec<Range<usize>>,
     /// Probabilities in bf16.
-    halves: Vec<u16>,
+    halves: Aligned<u16>,
     /// Probabilities in int8, and what they stand for.
-    codes: Vec<u8>,
+    codes: Aligned<u8>,
     runs: Vec<Int8Run>,
     /// Probabilities in int16, the largest scores of their runs, and what a 1 stands for.
-    words: Vec<i16>,
-    tops: Vec<f32>,
-    scales: Vec<f32>,
+    words: Aligned<i16>,
+    tops: Aligned<f32>,
+    scales: Aligned<f32>,
 }
 
 impl Footprint for Scratch {
@@ -384,22 +384,21 @@ impl Buffers {
         // Whole steps, so that a step that reaches over the last key has room; and whole vectors.
         self.stride = longest.next_multiple_of(from.step().next_multiple_of(LANES));
         let len = rows * self.stride;
-        let grow = |len: usize, held: usize| len.max(held);
-        self.scores.resize(grow(len * from.rows_of_scores(), self.scores.len()), 0.0);
+        self.scores.grow(len * from.rows_of_scores());
         match from.format(rows) {
             Format::F32 => {}
-            Format::Bf16 => self.halves.resize(grow(len, self.halves.len()), 0),
+            Format::Bf16 => self.halves.grow(len),
             Format::Int8 => {
-                self.codes.resize(grow(len, self.codes.len()), 0);
+                self.codes.grow(len);
                 // Every row has runs of its own, also where it is shorter than one.
                 let runs = rows * self.stride.div_ceil(RUN);
-                self.runs.resize(grow(runs, self.runs.len()), Int8Run::default());
+                self.runs.resize(runs.max(self.runs.len()), Int8Run::default());
             }
             Format::Int16 => {
-                self.words.resize(grow(len, self.words.len()), 0);
+                self.words.grow(len);
                 let scales = rows * self.stride.div_ceil(RUN);
-                self.tops.resize(grow(scales, self.tops.len()), 0.0);
-                self.scales.resize(grow(scales, self.scales.len()), 0.0);
+                self.tops.grow(scales);
+                self.scales.grow(scales);
             }
         }
     }

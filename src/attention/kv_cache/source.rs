@@ -101,7 +101,7 @@ impl CacheHead<'_> {
         let rows = queries.rows.scales.len() / 2;
         let groups = if self.head.local { PAGE / GROUP } else { 1 };
         let mut biases = queries.biases.clone();
-        biases.resize(2 * rows * groups, 0.0);
+        biases.resize(2 * rows * groups);
         for (start, used, page) in self.head.pages_of(tokens.clone()) {
             let slots = tokens.start.saturating_sub(start)..used.min(tokens.end - start);
             let of_groups = self.biases(&queries.values, &page.offsets);
@@ -273,14 +273,15 @@ impl KeyValues for CacheHead<'_> {
             let QueryBlock { values, rotated, buffer, rows: codes, biases, .. } = queries;
             gather(self.queries, &self.shape, &block.rows, values, buffer);
             let (count, depth) = (block.rows.range.len(), self.head.dims.depth);
-            rotated.clone_from(values);
+            rotated.clear();
+            rotated.extend_from_slice(values);
             if let Some(rotation) = self.head.rotation {
                 rotation.apply_whole(rotated);
             }
             two_codes(self.level, rotated, (count, depth), codes, buffer);
             codes.scales.iter_mut().for_each(|x| *x *= self.factor);
             biases.clear();
-            biases.resize(2 * count, 0.0);
+            biases.resize(2 * count);
             if let Some(offset) = &self.head.offset {
                 biases.iter_mut().zip(self.biases(values, offset)).for_each(|(x, bias)| *x = bias);
             }
@@ -402,7 +403,7 @@ mod tests {
             assert!((x - rounded).abs() < 3.0 / 127.0 / 127.0 / 3.0, "{x} {rounded}");
         }
         // Zeros, and what has no codes.
-        assert_eq!(of(&[0.0; 4], 1).codes, [0; 8]);
+        assert_eq!(of(&[0.0; 4], 1).codes[..], [0; 8]);
         assert!(of(&[1.0, f32::NAN], 1).scales[0].is_nan());
         assert!(of(&[], 3).codes.is_empty());
     }

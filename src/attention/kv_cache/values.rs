@@ -4,7 +4,7 @@ use super::config::CacheValues;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, LANES, Rows, Stored, bf16_bits};
 use crate::cpu::plain::widest;
-use crate::memory::AlignedBytes;
+use crate::memory::Aligned;
 use crate::product::{LARGEST, StoredMatrix};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -15,7 +15,7 @@ use std::ops::Range;
 #[derive(Clone)]
 pub(super) struct Values {
     format: CacheValues,
-    bytes: AlignedBytes,
+    bytes: Aligned<u8>,
     dim: usize,
     /// Of int8 rows only.
     scales: Vec<f32>,
@@ -61,7 +61,7 @@ impl Values {
         let scales = if format == CacheValues::Int8 { slots } else { 0 };
         Self {
             format,
-            bytes: AlignedBytes::zeroed(slots * dim.next_multiple_of(LANES) * format.size()),
+            bytes: Aligned::zeroed(slots * dim.next_multiple_of(LANES) * format.size()),
             dim,
             scales: vec![0.0; scales],
             exceptions: Vec::new(),
@@ -71,7 +71,7 @@ impl Values {
     /// Bytes in memory.
     pub(super) fn size(&self) -> usize {
         let exceptions = self.exceptions.len() * self.dim * size_of::<f32>();
-        self.bytes.as_slice().len() + size_of_val(self.scales.as_slice()) + exceptions
+        self.bytes.len() + size_of_val(self.scales.as_slice()) + exceptions
     }
 
     /// Bytes from one row to the next.
@@ -82,7 +82,7 @@ impl Values {
     /// The bytes of the rows in some slots, without their padding.
     fn rows(&self, slots: Range<usize>) -> impl Iterator<Item = &[u8]> {
         let (stride, width) = (self.stride(), self.dim * self.format.size());
-        slots.map(move |slot| &self.bytes.as_slice()[slot * stride..][..width])
+        slots.map(move |slot| &self.bytes[slot * stride..][..width])
     }
 
     /// Writes row-major rows from slot `first` on, over what was there.
@@ -110,7 +110,7 @@ impl Values {
     /// Writes a row that the format holds.
     fn put_row(&mut self, level: Level, slot: usize, row: &[f32]) {
         let (stride, width) = (self.stride(), self.dim * self.format.size());
-        let out = &mut self.bytes.as_mut_slice()[slot * stride..][..width];
+        let out = &mut self.bytes[slot * stride..][..width];
         let bf16 = |x: f32| bf16_bits(x).to_le_bytes();
         match self.format {
             CacheValues::Bf16 => {
@@ -151,7 +151,7 @@ impl Values {
     pub(super) fn restore(&mut self, first: usize, rows: &StoredRows) {
         let (stride, width) = (self.stride(), self.dim * self.format.size());
         if width > 0 {
-            let outs = self.bytes.as_mut_slice()[first * stride..].chunks_mut(stride);
+            let outs = self.bytes[first * stride..].chunks_mut(stride);
             for (out, row) in outs.zip(rows.bytes.chunks_exact(width)) {
                 out[..width].copy_from_slice(row);
             }
@@ -180,7 +180,7 @@ impl Values {
     pub(super) fn matrix(&self, slots: Range<usize>) -> StoredMatrix<'_> {
         let (stride, form) = (self.stride(), self.format.stored());
         let shape = (slots.len(), self.dim.next_multiple_of(LANES));
-        StoredMatrix::new(form, &self.bytes.as_slice()[slots.start * stride..], shape, stride)
+        StoredMatrix::new(form, &self.bytes[slots.start * stride..], shape, stride)
     }
 
     /// One a row of int8, by slot.

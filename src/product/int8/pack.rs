@@ -4,7 +4,7 @@ use super::spread::{Spread, spread};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput, ZeroPair, zero_groups};
 use crate::cpu::plain::widest;
-use crate::memory::{AlignedBytes, Footprint};
+use crate::memory::{Aligned, Footprint};
 
 /// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
 /// pointers into panels are sound only if the buffer has the size that it should have.
@@ -84,7 +84,7 @@ pub(crate) fn unpack(
 pub(crate) struct PackedLhs {
     level: Level,
     geometry: Geometry,
-    bytes: AlignedBytes,
+    bytes: Aligned<u8>,
     rows: usize,
     depth: usize,
     /// Pairs for zero points, `[rows, groups]`; none where nothing is known of any.
@@ -97,7 +97,7 @@ impl PackedLhs {
         let geometry = level.int8_product().geometry;
         let Geometry { mr, nr, .. } = geometry;
         assert!(mr * nr <= MAX_TILE, "{level:?}: a tile of {mr} x {nr}");
-        let bytes = AlignedBytes::zeroed(0);
+        let bytes = Aligned::default();
         Self { level, geometry, bytes, rows: 0, depth: 0, zeros: Vec::new() }
     }
 
@@ -128,7 +128,7 @@ impl PackedLhs {
         // are dropped.
         self.bytes.grow(packed_bytes((rows, depth), (mr, group), lhs.size()));
         let stride = self.row_bytes();
-        let out = self.bytes.as_mut_slice();
+        let out = &mut *self.bytes;
         match lhs {
             LhsFormat::Signed => spread(group, Spread { codes, depth, first: 0, panel: mr, out }),
             LhsFormat::Biased if depth > 0 => {
@@ -182,7 +182,7 @@ impl PackedLhs {
 pub(crate) struct PackedRhs {
     level: Level,
     geometry: Geometry,
-    bytes: AlignedBytes,
+    bytes: Aligned<u8>,
     rows: usize,
     depth: usize,
     /// What the sums of each column start from, padded to whole panels.
@@ -228,7 +228,7 @@ impl PackedRhs {
     /// Room for `rows` rows of `depth` codes, with zero points if any of their products is not 0;
     /// [`PackedRhs::put`] fills it.
     pub(crate) fn new(level: Level, rows: usize, depth: usize, with_zeros: bool) -> Self {
-        let (geometry, bytes) = (level.int8_product().geometry, AlignedBytes::zeroed(0));
+        let (geometry, bytes) = (level.int8_product().geometry, Aligned::default());
         let (init, zeros) = (Vec::new(), Vec::new());
         let mut packed = Self { level, geometry, bytes, rows, depth, init, zeros };
         packed.reset(rows, depth, with_zeros);
@@ -242,7 +242,7 @@ impl PackedRhs {
         let used = packed_bytes((rows, depth), (nr, group), 1);
         self.bytes.grow(used);
         if !depth.is_multiple_of(group) {
-            self.bytes.as_mut_slice()[..used].fill(0); // the padding of the depth
+            self.bytes[..used].fill(0); // the padding of the depth
         }
         let padded = rows.next_multiple_of(nr);
         self.init.resize(padded, 0);
@@ -254,7 +254,7 @@ impl PackedRhs {
     pub(crate) fn put(&mut self, first: usize, codes: &[i8], sums: RowSums<'_>) {
         assert!(first + sums.sums.len() <= self.rows);
         let (geometry, depth) = (self.geometry, self.depth);
-        let (bytes, init) = (self.bytes.as_mut_slice(), self.init.as_mut_slice());
+        let (bytes, init) = (&mut *self.bytes, self.init.as_mut_slice());
         RhsChunk { geometry, bytes, init, zeros: &mut self.zeros, depth }.put(first, codes, sums);
     }
 
@@ -264,7 +264,7 @@ impl PackedRhs {
         assert!(rows > 0 && rows.is_multiple_of(self.geometry.nr));
         let (geometry, depth) = (self.geometry, self.depth);
         let row_bytes = depth.next_multiple_of(geometry.group);
-        let (mut bytes, mut zeros) = (self.bytes.as_mut_slice(), self.zeros.as_mut_slice());
+        let (mut bytes, mut zeros) = (&mut *self.bytes, self.zeros.as_mut_slice());
         let chunk = move |init| {
             let bytes = take_front(&mut bytes, rows * row_bytes);
             let zeros = take_front(&mut zeros, rows * zero_groups(depth));
@@ -279,7 +279,7 @@ impl PackedRhs {
         let Geometry { nr, group, .. } = self.geometry;
         let panel = row / nr * nr * self.depth.div_ceil(group) * group;
         // Without a depth there are no bytes.
-        let bytes = self.bytes.as_slice().get(panel + row % nr * group..).unwrap_or_default();
+        let bytes = self.bytes.get(panel + row % nr * group..).unwrap_or_default();
         let groups = bytes.chunks(nr * group);
         for (codes, bytes) in codes.chunks_mut(group).zip(groups) {
             codes.iter_mut().zip(bytes).for_each(|(code, &byte)| *code = byte as i8);
@@ -294,13 +294,13 @@ impl PackedRhs {
 
     /// All codes in the order of [`PackedRhs::layout`], padding included.
     pub(crate) fn packed(&self) -> &[u8] {
-        &self.bytes.as_slice()[..self.layout().iter().product()]
+        &self.bytes[..self.layout().iter().product()]
     }
 
     /// Takes over codes in the order of [`PackedRhs::layout`]; returns the sum of each row.
     pub(crate) fn put_packed(&mut self, packed: &[u8]) -> Vec<i32> {
         let [panels, groups, nr, group] = self.layout();
-        self.bytes.as_mut_slice()[..panels * groups * nr * group].copy_from_slice(packed);
+        self.bytes[..panels * groups * nr * group].copy_from_slice(packed);
         let mut sums = vec![0i32; panels * nr];
         if groups > 0 {
             let panels = packed.chunks_exact(groups * nr * group);

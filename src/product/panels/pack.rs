@@ -5,7 +5,7 @@ use super::runs::RunScales;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, GROUP, LANES, PanelProduct, RUN, Rows};
 use crate::cpu::plain::widest;
-use crate::memory::{AlignedBytes, Footprint};
+use crate::memory::{Aligned, Footprint};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ pub(crate) const LARGEST: f32 = f32::from_bits((127 + 95) << 23);
 pub(crate) struct PackedMatrix {
     pub(super) level: Level,
     pub(super) product: &'static PanelProduct,
-    pub(super) bytes: AlignedBytes,
+    pub(super) bytes: Aligned<u8>,
     pub(super) depth: usize,
     pub(super) columns: usize,
     /// Whether all panels but the last are as wide as can be, so that they start where one expects;
@@ -44,7 +44,7 @@ impl PackedMatrix {
         let mut packed = Self {
             level,
             product,
-            bytes: AlignedBytes::zeroed(0),
+            bytes: Aligned::default(),
             depth,
             columns,
             aligned: false,
@@ -189,7 +189,7 @@ impl PackedMatrix {
                 width: self.columns,
                 columns: panel,
                 inverses,
-                out: &mut self.bytes.as_mut_slice()[at..],
+                out: &mut self.bytes[at..],
             };
             widest!(spread, job, Spread<'_> => ());
         }
@@ -210,7 +210,7 @@ impl PackedMatrix {
                 range: panel.start - first..panel.end.min(end) - first,
                 width: panel.len(),
                 factor,
-                out: self.bytes.as_mut_slice()[at..].as_chunks_mut().0,
+                out: self.bytes[at..].as_chunks_mut().0,
             };
             widest!(transpose, job, Transpose<'_> => ());
         }
@@ -221,7 +221,7 @@ impl PackedMatrix {
         assert!(self.product.format == Format::F32 && column < self.columns);
         let panel = self.panels().find(|panel| panel.contains(&column)).expect("a panel for it");
         let start = self.panel_start(&panel, 0) + (column - panel.start) * size_of::<f32>();
-        let numbers = self.bytes.as_slice().get(start..).unwrap_or_default().as_chunks::<4>().0;
+        let numbers = self.bytes.get(start..).unwrap_or_default().as_chunks::<4>().0;
         numbers.iter().step_by(panel.len()).take(self.depth).map(|&x| f32::from_ne_bytes(x))
     }
 
