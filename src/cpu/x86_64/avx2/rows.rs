@@ -7,7 +7,7 @@ use super::codes::quantize;
 use crate::cpu::contracts::{Condition, LANES, ROTATED, RowKernels, Rows};
 use crate::cpu::plain::lanes::lanes;
 use crate::cpu::plain::rotate::{factor, rotate_rest};
-use crate::cpu::x86_64::copy_first;
+use crate::cpu::x86_64::{copy_first, starts};
 use std::arch::x86_64::*;
 
 /// Lanes of a register.
@@ -36,25 +36,22 @@ fn dots_of<const R: usize, const V: usize>(
     out: &mut [f32],
 ) {
     let (count, depth) = (rows.count(), rows.depth());
+    let whole = depth / LANES * LANES;
+    let vectors_at = starts::<V>(vectors, vector);
     for row in (0..count).step_by(R) {
         // What is missing in the last rows repeats the last of them.
-        let mut rows_at: [&[f32]; R] = [&[]; R];
-        for (r, at) in rows_at.iter_mut().enumerate() {
-            *at = rows.row((row + r).min(count - 1));
-        }
+        let rows_at = starts::<R>(rows, row);
         let mut sums = [[_mm256_setzero_ps(); 2]; 4];
-        for at in (0..depth).step_by(LANES) {
-            for v in 0..V {
-                let y = load(vectors.row(vector + v), at);
-                for (r, x) in rows_at.iter().enumerate() {
-                    let x = load(x, at);
-                    let sum = &mut sums[v * R + r];
-                    for half in 0..2 {
-                        // Not fused, so that levels without such an instruction give the same bits.
-                        sum[half] = _mm256_add_ps(_mm256_mul_ps(x[half], y[half]), sum[half]);
-                    }
-                }
-            }
+        for at in (0..whole).step_by(LANES) {
+            // SAFETY: elements `at..at + 16` of rows of `depth` elements.
+            unsafe { add_products(&mut sums, &rows_at, &vectors_at, at) };
+        }
+        if whole < depth {
+            let xs: [_; R] = ends(rows, row, whole);
+            let ys: [_; V] = ends(vectors, vector, whole);
+            let at = (xs.each_ref().map(|x| x.as_ptr()), ys.each_ref().map(|y| y.as_ptr()));
+            // SAFETY: 16 elements each.
+            unsafe { add_products(&mut sums, &at.0, &at.1, 0) };
         }
         let mut four = [0f32; 4];
         // SAFETY: 4 elements.
@@ -65,17 +62,44 @@ fn dots_of<const R: usize, const V: usize>(
         }
     }
 }
+/// The last elements of `N` rows from `first` on, from `whole` on, with zeros behind them; those of the last of all
+/// rows in the place of what is not there.
+fn ends<const N: usize>(rows: Rows<'_>, first: usize, whole: usize) -> [[f32; LANES]; N] {
+    let mut ends = [[0.0; LANES]; N];
+    for (i, end) in ends.iter_mut().enumerate() {
+        *end = lanes(rows.row((first + i).min(rows.count() - 1)), whole);
+    }
+    ends
+}
 
-/// Elements from `at` on, zeros behind the last.
+/// Adds the products of 16 elements, from `at` on, of `V` vectors and `R` rows.
+///
+/// # Safety
+/// Rows and vectors have these elements.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn load(row: &[f32], at: usize) -> [__m256; 2] {
-    let chunk = match row[at..].first_chunk::<LANES>() {
-        Some(chunk) => chunk,
-        None => &lanes(row, at),
-    };
-    // SAFETY: 16 elements.
-    unsafe { [_mm256_loadu_ps(chunk.as_ptr()), _mm256_loadu_ps(chunk.as_ptr().add(HALF))] }
+unsafe fn add_products<const R: usize, const V: usize>(
+    sums: &mut [[__m256; 2]; 4],
+    rows: &[*const f32; R],
+    vectors: &[*const f32; V],
+    at: usize,
+) {
+    for (half, at) in [at, at + HALF].into_iter().enumerate() {
+        let mut xs = [_mm256_setzero_ps(); R];
+        for (x, row) in xs.iter_mut().zip(rows) {
+            // SAFETY: 8 elements by contract.
+            *x = unsafe { _mm256_loadu_ps(row.add(at)) };
+        }
+        for (v, vector) in vectors.iter().enumerate() {
+            // SAFETY: as above.
+            let y = unsafe { _mm256_loadu_ps(vector.add(at)) };
+            for (r, x) in xs.into_iter().enumerate() {
+                let sum = &mut sums[v * R + r][half];
+                // Not fused, so that levels without such an instruction give the same bits.
+                *sum = _mm256_add_ps(_mm256_mul_ps(x, y), *sum);
+            }
+        }
+    }
 }
 
 /// The sum of the 16 lanes of each of four, as `plain::sum_lanes` adds them up.

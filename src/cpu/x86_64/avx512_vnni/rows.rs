@@ -6,7 +6,7 @@
 
 use crate::cpu::contracts::{BlockCodes, RowRanges, Rows};
 use crate::cpu::plain::rows::{NEAR, ROUND};
-use crate::cpu::x86_64::copy_first;
+use crate::cpu::x86_64::{copy_first, starts};
 use std::arch::x86_64::*;
 
 const LANES: usize = 16;
@@ -212,21 +212,20 @@ fn dots_of<const R: usize, const V: usize>(
     out: &mut [f32],
 ) {
     let (count, depth) = (rows.count(), rows.depth());
+    let whole = depth / LANES * LANES;
     // What is missing in the last rows and vectors repeats the last of them.
-    let vectors_at: [&[f32]; V] = array(|v| vectors.row((vector + v).min(vectors.count() - 1)));
+    let vectors_at = starts::<V>(vectors, vector);
     for row in (0..count).step_by(R) {
-        let rows_at: [&[f32]; R] = array(|r| rows.row((row + r).min(count - 1)));
+        let rows_at = starts::<R>(rows, row);
         let mut sums = [_mm512_setzero_ps(); LANES];
-        for at in (0..depth).step_by(LANES) {
-            let len = LANES.min(depth - at);
-            for (v, y) in vectors_at.iter().enumerate() {
-                let y = load(y, at, len);
-                for (r, x) in rows_at.iter().enumerate() {
-                    // Not fused, so that levels without such an instruction give the same bits.
-                    let product = _mm512_mul_ps(load(x, at, len), y);
-                    sums[v * R + r] = _mm512_add_ps(product, sums[v * R + r]);
-                }
-            }
+        for at in (0..whole).step_by(LANES) {
+            // SAFETY: elements `at..at + 16` of rows of `depth` elements.
+            unsafe { add_products::<R, V, true>(&mut sums, (&rows_at, &vectors_at), at, LANES) };
+        }
+        if whole < depth {
+            let rest = depth - whole;
+            // SAFETY: their last elements.
+            unsafe { add_products::<R, V, false>(&mut sums, (&rows_at, &vectors_at), whole, rest) };
         }
         let lanes = fold_add(sums).to_array();
         let rows = R.min(count - row);
@@ -236,14 +235,32 @@ fn dots_of<const R: usize, const V: usize>(
     }
 }
 
-/// `[f(0), f(1), ..]`: the standard library's way is not inlined for certain.
-#[inline(always)]
-fn array<'a, const N: usize>(f: impl Fn(usize) -> &'a [f32]) -> [&'a [f32]; N] {
-    let mut all: [&[f32]; N] = [&[]; N];
-    for (i, slice) in all.iter_mut().enumerate() {
-        *slice = f(i);
+/// Adds the products of elements `at..at + len` of `V` vectors and `R` rows, 16 of them if `WHOLE`.
+///
+/// # Safety
+/// Rows and vectors have these elements.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn add_products<const R: usize, const V: usize, const WHOLE: bool>(
+    sums: &mut [__m512; LANES],
+    (rows, vectors): (&[*const f32; R], &[*const f32; V]),
+    at: usize,
+    len: usize,
+) {
+    let mut xs = [_mm512_setzero_ps(); R];
+    for (x, row) in xs.iter_mut().zip(rows) {
+        // SAFETY: by contract.
+        *x = unsafe { load_at::<WHOLE>(row.add(at), len) };
     }
-    all
+    for (v, vector) in vectors.iter().enumerate() {
+        // SAFETY: by contract.
+        let y = unsafe { load_at::<WHOLE>(vector.add(at), len) };
+        for (r, x) in xs.into_iter().enumerate() {
+            let sum = &mut sums[v * R + r];
+            // Not fused, so that levels without such an instruction give the same bits.
+            *sum = _mm512_add_ps(_mm512_mul_ps(x, y), *sum);
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -266,9 +283,24 @@ pub(super) fn load(from: &[f32], at: usize, len: usize) -> __m512 {
     let from = from[at..at + len].as_ptr();
     match len {
         // SAFETY: 16 elements.
-        LANES => unsafe { _mm512_loadu_ps(from) },
+        LANES => unsafe { load_at::<true>(from, len) },
+        // SAFETY: `len` elements.
+        _ => unsafe { load_at::<false>(from, len) },
+    }
+}
+
+/// `len` elements and zeros behind them; 16 if `WHOLE`.
+///
+/// # Safety
+/// They are there.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn load_at<const WHOLE: bool>(from: *const f32, len: usize) -> __m512 {
+    match WHOLE {
+        // SAFETY: by contract.
+        true => unsafe { _mm512_loadu_ps(from) },
         // SAFETY: lanes beyond `len` are masked out, and are not read.
-        _ => unsafe { _mm512_maskz_loadu_ps(first(len), from) },
+        false => unsafe { _mm512_maskz_loadu_ps(first(len), from) },
     }
 }
 

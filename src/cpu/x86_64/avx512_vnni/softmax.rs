@@ -118,22 +118,25 @@ fn exp_int16(job: Int16Exp<'_>) {
     }
 }
 
+/// The bits that distances may have, unlike NaN.
+const DISTANCES: u32 = DISTANCE.to_bits() | ((1 << (FRACTION + 4)) - 1);
+
 /// Writes the codes of a row, returns the sum of what they stand for in parts.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
 fn exp_row(scores: &[f32], codes: &mut [i16], (tops, scales): (&[f32], &[f32])) -> __m512 {
-    let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
+    let (mut sums, mut bits) = (_mm512_setzero_ps(), _mm512_setzero_si512());
     let (scores, scores_left) = scores.as_chunks::<RUN>();
     let (codes, codes_left) = codes.as_chunks_mut::<RUN>();
     let runs = tops.iter().zip(scales);
     for ((top, scale), (scores, codes)) in runs.zip(scores.iter().zip(codes)) {
-        sums = add_scaled(sums, exp_run(scores, top_of_run(*top), codes, &mut last), *scale);
+        sums = add_scaled(sums, exp_run(scores, top_of_run(*top), codes, &mut bits), *scale);
     }
     if let ([top], [scale]) = (&tops[scores.len()..], &scales[scores.len()..]) {
-        let counts = exp_run(scores_left, top_of_run(*top), codes_left, &mut last);
+        let counts = exp_run(scores_left, top_of_run(*top), codes_left, &mut bits);
         sums = add_scaled(sums, counts, *scale);
     }
-    match _mm512_cmpgt_epu32_mask(last, _mm512_set1_epi32(DISTANCE_END as i32)) {
+    match _mm512_test_epi32_mask(bits, _mm512_set1_epi32(!DISTANCES as i32)) {
         0 => sums,
         _ => _mm512_set1_ps(f32::NAN),
     }
@@ -145,10 +148,10 @@ fn add_scaled(sums: __m512, counts: __m512i, scale: f32) -> __m512 {
     _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(counts), _mm512_set1_ps(scale)))
 }
 
-/// Writes the codes of a run, takes in its distances, returns the sums of the codes in pairs.
+/// Writes the codes of a run, takes in the bits of its distances, returns the sums of the codes in pairs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-fn exp_run(scores: &[f32], top: f32, codes: &mut [i16], last: &mut __m512i) -> __m512i {
+fn exp_run(scores: &[f32], top: f32, codes: &mut [i16], bits: &mut __m512i) -> __m512i {
     let (top, ones) = (_mm512_set1_ps(top), _mm512_set1_epi16(1));
     let mut counts = _mm512_setzero_si512();
     let (pairs, half) = scores.as_chunks::<{ 2 * LANES }>();
@@ -158,7 +161,7 @@ fn exp_run(scores: &[f32], top: f32, codes: &mut [i16], last: &mut __m512i) -> _
         let (a, b) = (distance(a, top), distance(b, top));
         let codes = codes_of(low_halves(a, b));
         counts = _mm512_dpwssd_epi32(counts, codes, ones);
-        *last = _mm512_max_epu32(*last, _mm512_max_epu32(a, b));
+        *bits = _mm512_ternarylogic_epi32::<0xfe>(*bits, a, b); // any of the three
         // SAFETY: 32 elements of 16 bits.
         unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), codes) };
     }
@@ -166,7 +169,7 @@ fn exp_run(scores: &[f32], top: f32, codes: &mut [i16], last: &mut __m512i) -> _
         let half = distance(half, top);
         let codes = codes_of(low_halves(half, _mm512_set1_epi32(DISTANCE_END as i32)));
         counts = _mm512_dpwssd_epi32(counts, codes, ones);
-        *last = _mm512_max_epu32(*last, half);
+        *bits = _mm512_or_si512(*bits, half);
         let out: &mut [i16; LANES] = out;
         // SAFETY: 16 elements of 16 bits.
         unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_castsi512_si256(codes)) };
@@ -183,7 +186,7 @@ fn lanes(x: __m512) -> [f32; LANES] {
     lanes
 }
 
-/// The bits of distances, whose lower halves are what counts; NaN is above all others.
+/// The bits of distances, whose lower halves are what counts; NaN has others than [`DISTANCES`].
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn distance(scores: &[f32; LANES], top: __m512) -> __m512i {
