@@ -1,22 +1,18 @@
 //! Codes and dot products of rows.
 
-use super::lanes::{LANES, each_lane, fold_lanes, lanes as lanes_or_zeros, sum_lanes};
+use super::lanes::{LANES, each_lane, lanes as lanes_or_zeros, sum_lanes};
 use super::rotate::rotate;
 use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
 
-/// The largest magnitude of `row`, and whether all of it is finite.
+/// The largest magnitude of `row`, NaN if it holds one, and whether all of it is finite.
+///
+/// As integers, whose largest LLVM finds in whole vectors: in numbers, with lanes that are folded at the end, it moved
+/// the lanes of every vector to where that end wants them, in ten times the time.
 #[inline(always)]
 pub(crate) fn max_magnitude(row: &[f32]) -> (f32, bool) {
-    // `x * 0` is 0 for every finite x and NaN otherwise, and a sum keeps NaN.
-    let start = ([0f32; LANES], [0f32; LANES]);
-    let (max, poison) = fold_row(row, start, |(max, poison), chunk| {
-        let abs = each_lane(|i| chunk[i].abs());
-        (
-            each_lane(|i| if abs[i] > max[i] { abs[i] } else { max[i] }),
-            each_lane(|i| poison[i] + chunk[i] * 0.0),
-        )
-    });
-    (fold_lanes(max, |a, b| if b > a { b } else { a }), sum_lanes(poison) == 0.0)
+    // Without signs, bits have the order of their numbers, and those of infinity and NaN are above all others.
+    let bits = row.iter().fold(0, |largest: u32, x| largest.max(x.abs().to_bits()));
+    (f32::from_bits(bits), bits < f32::INFINITY.to_bits())
 }
 
 /// Folds a row 16 elements at a time; what is missing in the last 16 repeats its last element,

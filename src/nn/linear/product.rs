@@ -32,6 +32,7 @@ struct Scratch {
     /// Rows of `x` that do not lie one after the other.
     gathered: Vec<f32>,
     prepared: Prepared,
+    buffers: Buffers,
     /// Of the rows and one panel.
     sums: Vec<f32>,
     /// The rows between two layers.
@@ -43,26 +44,30 @@ struct Scratch {
 struct Prepared {
     int16: Int16Rows,
     int8: Int8Rows,
-    buffers: Buffers,
 }
 
-/// All rows of a call in int8, block by block, where tasks share them.
+/// All rows of a call, block by block, where tasks share them.
 #[derive(Default)]
-struct Blocks(Vec<Int8Rows>);
+struct Blocks(Vec<Prepared>);
 
 impl Footprint for Scratch {
     fn footprint(&self) -> usize {
-        let Self { gathered, prepared, sums, inner } = self;
-        let Prepared { int16, int8, buffers } = prepared;
-        let prepared = int16.footprint() + int8.footprint() + buffers.footprint();
-        gathered.footprint() + prepared + sums.footprint() + inner.footprint()
+        let Self { gathered, prepared, buffers, sums, inner } = self;
+        let floats = gathered.footprint() + sums.footprint() + inner.footprint();
+        floats + prepared.footprint() + buffers.footprint()
+    }
+}
+
+impl Footprint for Prepared {
+    fn footprint(&self) -> usize {
+        self.int16.footprint() + self.int8.footprint()
     }
 }
 
 impl Footprint for Blocks {
     fn footprint(&self) -> usize {
         let rows: usize = self.0.iter().map(Footprint::footprint).sum();
-        self.0.capacity() * size_of::<Int8Rows>() + rows
+        self.0.capacity() * size_of::<Prepared>() + rows
     }
 }
 
@@ -92,20 +97,18 @@ pub(super) fn multiply(
     let grid = Grid::new((rows, outputs), layer.weights.panel_width(), work.parts());
     let job = Job { layer, epilogue, whole_rows: grid.has_whole_rows(outputs) };
     Kept::with(&BLOCKS, KEPT, |Blocks(blocks)| {
-        let shared = match &layer.weights {
-            Weights::Int8(weights) if !job.whole_rows => {
-                grid.quantize(x, weights, blocks);
-                Some((weights, &*blocks))
-            }
-            _ => None,
-        };
+        let weights = &layer.weights;
+        let shared = !job.whole_rows && !matches!(weights, Weights::Float(_));
+        if shared {
+            grid.prepare(x, weights, blocks);
+        }
         work.for_each(grid.tasks(out, outputs), |task| {
-            Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, sums, .. }| {
+            Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, buffers, sums, .. }| {
                 let left = match shared {
-                    Some((weights, blocks)) => Left::Int8(weights, &blocks[task.block]),
-                    None => {
+                    true => Left::of_prepared(weights, &blocks[task.block]),
+                    false => {
                         let x = x.merged(task.rows.clone(), gathered);
-                        Left::new(&layer.weights, x, task.rows.len(), prepared)
+                        Left::new(weights, (x, task.rows.len()), (prepared, buffers))
                     }
                 };
                 job.run(task, &left, sums);
@@ -142,27 +145,27 @@ pub(super) fn multiply_twice(
     let first = Job { layer: first, epilogue: between, whole_rows: true };
     let second = Job { layer: second, epilogue, whole_rows: true };
     work.for_each(grid.tasks(out, outputs), |task| {
-        Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, sums, inner: buffer }| {
-            let count = task.rows.len();
-            let left = Left::new(
-                &first.layer.weights,
-                x.merged(task.rows.clone(), gathered),
-                count,
-                prepared,
-            );
-            buffer.resize((count * inner).max(buffer.len()), 0.0);
-            let buffer = &mut buffer[..count * inner];
-            // SAFETY: the job writes numbers.
-            let rows = unsafe { overwrite(buffer) };
-            let out = rows.chunks_mut(inner.max(1)).collect();
-            first.run(
-                Task { columns: 0..inner, out, rows: task.rows.clone(), ..task },
-                &left,
-                sums,
-            );
-            let left = Left::new(&second.layer.weights, buffer, count, prepared);
-            second.run(task, &left, sums);
-        });
+        Kept::with(
+            &SCRATCH,
+            KEPT,
+            |Scratch { gathered, prepared, buffers, sums, inner: between }| {
+                let count = task.rows.len();
+                let x = x.merged(task.rows.clone(), gathered);
+                let left = Left::new(&first.layer.weights, (x, count), (prepared, buffers));
+                between.resize((count * inner).max(between.len()), 0.0);
+                let between = &mut between[..count * inner];
+                // SAFETY: the job writes numbers.
+                let rows = unsafe { overwrite(between) };
+                let out = rows.chunks_mut(inner.max(1)).collect();
+                first.run(
+                    Task { columns: 0..inner, out, rows: task.rows.clone(), ..task },
+                    &left,
+                    sums,
+                );
+                let left = Left::new(&second.layer.weights, (between, count), (prepared, buffers));
+                second.run(task, &left, sums);
+            },
+        );
     });
 }
 
@@ -188,17 +191,17 @@ impl Packed {
 }
 
 impl Grid {
-    /// Each block of rows of `x` in int8, once for all tasks that share it.
-    fn quantize(&self, x: &View<'_>, weights: &Int8Weights, blocks: &mut Vec<Int8Rows>) {
+    /// Each block of rows of `x` as weights of integers multiply them, once for all tasks that share it.
+    fn prepare(&self, x: &View<'_>, weights: &Weights, blocks: &mut Vec<Prepared>) {
         let [b, n, ..] = x.dims();
         let ranges = self.row_blocks(b * n);
-        blocks.resize_with(blocks.len().max(ranges.len()), Int8Rows::default);
+        blocks.resize_with(blocks.len().max(ranges.len()), Prepared::default);
         // Rotated, quantized and packed.
         let work = Work { elements: x.len(), ..Work::default() };
         work.for_each(ranges.into_iter().zip(blocks).collect(), |(rows, block)| {
-            Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, .. }| {
+            Kept::with(&SCRATCH, KEPT, |Scratch { gathered, buffers, .. }| {
                 let count = rows.len();
-                weights.quantize(x.merged(rows, gathered), count, block, &mut prepared.buffers);
+                block.put(weights, (x.merged(rows, gathered), count), buffers);
             });
         });
     }
@@ -211,20 +214,38 @@ enum Left<'a> {
     Int8(&'a Int8Weights, &'a Int8Rows),
 }
 
+impl Prepared {
+    /// `count` rows of f32; those that weights multiply as they are leave nothing here.
+    fn put(&mut self, weights: &Weights, (x, count): (&[f32], usize), buffers: &mut Buffers) {
+        match weights {
+            Weights::Float(_) => {}
+            Weights::Int16(weights) => weights.quantize(x, count, &mut self.int16),
+            Weights::Int8(weights) => weights.quantize(x, count, &mut self.int8, buffers),
+        }
+    }
+}
+
 impl<'a> Left<'a> {
     /// From `count` rows of f32.
-    fn new(weights: &'a Weights, x: &'a [f32], count: usize, prepared: &'a mut Prepared) -> Self {
+    fn new(
+        weights: &'a Weights,
+        x: (&'a [f32], usize),
+        (prepared, buffers): (&'a mut Prepared, &mut Buffers),
+    ) -> Self {
+        prepared.put(weights, x, buffers);
         match weights {
-            Weights::Float(weights) => Self::Float(weights, (x, count)),
-            Weights::Int16(weights) => {
-                weights.quantize(x, count, &mut prepared.int16);
-                Self::Int16(weights, &prepared.int16)
-            }
-            Weights::Int8(weights) => {
-                let Prepared { int8, buffers, .. } = prepared;
-                weights.quantize(x, count, int8, buffers);
-                Self::Int8(weights, int8)
-            }
+            Weights::Float(weights) => Self::Float(weights, x),
+            weights => Self::of_prepared(weights, prepared),
+        }
+    }
+
+    /// # Panics
+    /// For weights in f32.
+    fn of_prepared(weights: &'a Weights, prepared: &'a Prepared) -> Self {
+        match weights {
+            Weights::Float(_) => unreachable!("rows in f32 are not prepared"),
+            Weights::Int16(weights) => Self::Int16(weights, &prepared.int16),
+            Weights::Int8(weights) => Self::Int8(weights, &prepared.int8),
         }
     }
 

@@ -10,15 +10,15 @@ use crate::cpu::contracts::panel_product::INT16_LEFT;
 use crate::cpu::contracts::{GROUP, RUN, Rows};
 use crate::cpu::plain::rows::max_magnitude;
 use crate::cpu::plain::widest;
-use crate::memory::Footprint;
+use crate::memory::{Aligned, Footprint};
 
 /// Some rows in 16 bits. The memory is kept from one [`Int16Rows::put`] to the next.
 #[derive(Default)]
 pub(crate) struct Int16Rows {
-    /// Each row filled up with zeros to `stride`, whole groups.
-    codes: Vec<i16>,
-    /// `[rows, runs]`.
-    scales: Vec<f32>,
+    /// Each row filled up with zeros to `stride`, whole groups; room for more than that.
+    codes: Aligned<i16>,
+    /// `[rows, runs]`, with room for more.
+    scales: Aligned<f32>,
     stride: usize,
     count: usize,
     depth: usize,
@@ -29,13 +29,12 @@ impl Int16Rows {
     pub(crate) fn put(&mut self, rows: Rows<'_>) {
         (self.count, self.depth) = (rows.count(), rows.depth());
         self.stride = self.depth.next_multiple_of(GROUP);
-        self.codes.clear();
-        self.codes.resize(self.count * self.stride, 0);
-        self.scales.clear();
-        self.scales.resize(self.count * self.runs(), 0.0);
+        let runs = self.runs();
+        self.codes.grow(self.count * self.stride);
+        self.scales.grow(self.count * runs);
         if self.depth > 0 {
-            let Self { codes, scales, stride, .. } = self;
-            let job = Round { rows, codes, scales, stride: *stride };
+            let (codes, scales) = (&mut self.codes, &mut self.scales);
+            let job = Round { rows, codes, stride: self.stride, scales, runs };
             widest!(round, job, Round<'_> => ());
         }
     }
@@ -57,12 +56,12 @@ impl Int16Rows {
 
     /// All codes, and how many there are from one row to the next.
     pub(crate) fn codes(&self) -> (&[i16], usize) {
-        (&self.codes, self.stride)
+        (&self.codes[..self.count * self.stride], self.stride)
     }
 
     /// `[rows, runs]`.
     pub(crate) fn scales(&self) -> &[f32] {
-        &self.scales
+        &self.scales[..self.count * self.runs()]
     }
 }
 
@@ -75,34 +74,48 @@ impl Footprint for Int16Rows {
 struct Round<'a> {
     rows: Rows<'a>,
     codes: &'a mut [i16],
-    scales: &'a mut [f32],
     stride: usize,
+    scales: &'a mut [f32],
+    runs: usize,
 }
 
-/// Symmetric codes of each run; one that is not finite has a scale of NaN and codes of 0.
 #[inline(always)]
-fn round(Round { rows, codes, scales, stride }: Round<'_>) {
-    const MOST: f32 = INT16_LEFT as f32;
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: the integer is in the low bits of the sum.
-    let mut scales = scales.iter_mut();
-    for (row, codes) in rows.iter().zip(codes.chunks_exact_mut(stride)) {
-        for (run, codes) in row.chunks(RUN).zip(codes.chunks_mut(RUN)) {
-            let Some(scale) = scales.next() else { return };
-            let (largest, finite) = max_magnitude(run);
-            if !finite {
-                *scale = f32::NAN;
-                continue;
-            }
-            // Neither it nor its inverse is 0, subnormal or infinite.
-            *scale = (largest / MOST).max(f32::MIN_POSITIVE);
-            let inverse = 1.0 / *scale;
-            for (code, x) in codes.iter_mut().zip(run) {
-                let x = x * inverse;
-                // No sum overflows, however the two divisions were rounded.
-                let x = if x > MOST { MOST } else { x };
-                let x = if x < -MOST { -MOST } else { x };
-                *code = (x + ROUND).to_bits() as i16;
-            }
+fn round(Round { rows, codes, stride, scales, runs }: Round<'_>) {
+    let outs = codes.chunks_exact_mut(stride).zip(scales.chunks_exact_mut(runs));
+    for (row, (codes, scales)) in rows.iter().zip(outs) {
+        let (codes, padding) = codes.split_at_mut(row.len());
+        padding.fill(0);
+        // Whole runs have a length that the compiler knows: half of the time.
+        let (whole, rest) = row.as_chunks::<RUN>();
+        let (outs, rest_out) = codes.as_chunks_mut::<RUN>();
+        for ((run, codes), scale) in whole.iter().zip(outs).zip(&mut *scales) {
+            *scale = round_run(run, codes);
+        }
+        if !rest.is_empty() {
+            scales[runs - 1] = round_run(rest, rest_out);
         }
     }
+}
+
+/// Writes the symmetric codes of a run and returns their scale: NaN, with codes of 0, for one that is not finite.
+#[inline(always)]
+fn round_run(run: &[f32], codes: &mut [i16]) -> f32 {
+    const MOST: f32 = INT16_LEFT as f32;
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: the integer is in the low bits of the sum.
+    let (largest, finite) = max_magnitude(run);
+    if !finite {
+        codes.fill(0);
+        return f32::NAN;
+    }
+    // Neither it nor its inverse is 0, subnormal or infinite.
+    let scale = (largest / MOST).max(f32::MIN_POSITIVE);
+    let inverse = 1.0 / scale;
+    for (code, x) in codes.iter_mut().zip(run) {
+        let x = x * inverse;
+        // No sum overflows, however the two divisions were rounded.
+        let x = if x > MOST { MOST } else { x };
+        let x = if x < -MOST { -MOST } else { x };
+        *code = (x + ROUND).to_bits() as i16;
+    }
+    scale
 }
