@@ -30,8 +30,12 @@ pub(crate) fn lanes(row: &[f32], start: usize) -> [f32; LANES] {
 /// All lanes in one: within quarters of four first, then over the quarters, which is the order of
 /// shuffles that folds 16 vectors at once. One after the other they would wait for each other 15 times,
 /// which in a short row costs more than the row.
+///
+/// LLVM must not see where the lanes come from: it would move those of every vector of the loop before to where
+/// this order wants them, in several times the time.
 #[inline(always)]
 pub(crate) fn fold_lanes(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let lanes = std::hint::black_box(lanes);
     let mut quarters = [0.0; LANES / 4];
     for (quarter, lanes) in quarters.iter_mut().zip(lanes.as_chunks::<4>().0) {
         *quarter = f(f(lanes[0], lanes[2]), f(lanes[1], lanes[3]));
