@@ -7,7 +7,7 @@ use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
 /// The largest magnitude of `row`, NaN if it holds one, and whether all of it is finite.
 ///
 /// As integers, whose largest LLVM finds in whole vectors: in numbers, with lanes that are folded at the end, it moved
-/// the lanes of every vector to where that end wants them, in ten times the time.
+/// the lanes of every vector to where that end wants them.
 #[inline(always)]
 pub(crate) fn max_magnitude(row: &[f32]) -> (f32, bool) {
     // Without signs, bits have the order of their numbers, and those of infinity and NaN are above all others.

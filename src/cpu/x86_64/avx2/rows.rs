@@ -62,6 +62,7 @@ fn dots_of<const R: usize, const V: usize>(
         }
     }
 }
+
 /// The last elements of `N` rows from `first` on, from `whole` on, with zeros behind them; those of the last of all
 /// rows in the place of what is not there.
 fn ends<const N: usize>(rows: Rows<'_>, first: usize, whole: usize) -> [[f32; LANES]; N] {
