@@ -21,7 +21,7 @@ macro_rules! numbers {
         unsafe impl Number for $number {}
     )* };
 }
-numbers!(u8, i8, u16, i16, i32, f32);
+numbers!(u8, i8, u16, i16, f32);
 
 /// Numbers that start on a cache line, so that no load or store of a vector straddles two; large memory from an
 /// allocator starts 16 bytes behind one. It grows like a `Vec`.

@@ -403,4 +403,24 @@ mod tests {
         let alone = rayon::current_num_threads() == 1;
         assert_eq!(done.into_inner(), if alone { 8 } else { 50 });
     }
+
+    /// What the first panic says goes to the caller, what others say is dropped, which may panic too. Allocates
+    /// nothing, so that AddressSanitizer finds no leak.
+    #[test]
+    fn what_later_panics_say_is_dropped_whatever_that_does() {
+        static DROPPED: AtomicUsize = AtomicUsize::new(0);
+        struct Says;
+        impl Drop for Says {
+            fn drop(&mut self) {
+                DROPPED.fetch_add(1, Ordering::Relaxed);
+                std::panic::panic_any(());
+            }
+        }
+        let calls = || for_each_index(3, |_| std::panic::panic_any(Says));
+        let said = catch_unwind(AssertUnwindSafe(calls)).unwrap_err();
+        assert!(said.is::<Says>());
+        std::mem::forget(said);
+        let alone = rayon::current_num_threads() == 1;
+        assert_eq!(DROPPED.load(Ordering::Relaxed), if alone { 0 } else { 2 });
+    }
 }

@@ -85,14 +85,8 @@ fn round(Round { rows, codes, stride, scales, runs }: Round<'_>) {
     for (row, (codes, scales)) in rows.iter().zip(outs) {
         let (codes, padding) = codes.split_at_mut(row.len());
         padding.fill(0);
-        // Whole runs have a length that the compiler knows: half of the time.
-        let (whole, rest) = row.as_chunks::<RUN>();
-        let (outs, rest_out) = codes.as_chunks_mut::<RUN>();
-        for ((run, codes), scale) in whole.iter().zip(outs).zip(&mut *scales) {
+        for ((run, codes), scale) in row.chunks(RUN).zip(codes.chunks_mut(RUN)).zip(scales) {
             *scale = round_run(run, codes);
-        }
-        if !rest.is_empty() {
-            scales[runs - 1] = round_run(rest, rest_out);
         }
     }
 }
