@@ -32,7 +32,7 @@ const PIECE_NS: usize = 2_000;
 /// thread more than there are cores.
 const LONG_NS: usize = 1_000_000;
 /// Parts of a product.
-const PART_NS: usize = 5_000;
+const PART_NS: usize = 10_000;
 const PARTS_PER_THREAD: usize = 16;
 /// Pieces that are to be divided again, if a thread runs out of them, unless there are many for each.
 const DIVIDED_NS: usize = 40_000;
@@ -56,7 +56,7 @@ impl Work {
             + self.elements / ELEMENTS_PER_NS
     }
 
-    /// Into how many parts the work may be cut: each is worth some 5 µs, and every thread has enough of them
+    /// Into how many parts the work may be cut: each is worth some 10 µs by this count, and every thread has enough of them
     /// for all to end at about the same time.
     pub(crate) fn parts(self) -> usize {
         let most = PARTS_PER_THREAD * rayon::current_num_threads();

@@ -94,7 +94,7 @@ pub(super) fn multiply(
         return;
     }
     let work = layer.work(rows);
-    let grid = Grid::new((rows, outputs), layer.weights.panel_width(), work.parts());
+    let grid = Grid::new(rows, &layer.weights, work.parts());
     let job = Job { layer, epilogue, whole_rows: grid.has_whole_rows(outputs) };
     Kept::with(&BLOCKS, KEPT, |Blocks(blocks)| {
         let weights = &layer.weights;
@@ -136,7 +136,7 @@ pub(super) fn multiply_twice(
     }
     let between = Epilogue { activation: Some(activation), ..Epilogue::default() };
     let work = first.work(rows).and(second.work(rows));
-    let grid = Grid::new((rows, outputs), second.weights.panel_width(), work.parts());
+    let grid = Grid::new(rows, &second.weights, work.parts());
     if !grid.has_whole_rows(outputs) {
         // SAFETY: `multiply` writes every element.
         let x = unsafe { written(rows * inner, |out| multiply(x, first, between, out)) };

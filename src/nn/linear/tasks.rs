@@ -1,6 +1,8 @@
 //! How the product of a linear layer is divided among threads.
 
+use super::weights::Weights;
 use crate::cpu::contracts::panel_product::ROWS;
+use std::cmp::Reverse;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -24,20 +26,24 @@ pub(super) struct Task<'a> {
 }
 
 impl Grid {
-    /// Blocks of whole tiles and whole panels of `width` outputs: rows first, columns only as far as there
-    /// are parts wanted. Of few rows, threads share the outputs, and read each weight once.
-    pub(super) fn new((rows, outputs): (usize, usize), width: usize, wanted: usize) -> Self {
-        let row_blocks = rows.div_ceil(BLOCK);
-        let panels = outputs.div_ceil(width);
-        // Whole rows are quantized and normalized in one go; a quarter of the parts is enough of them.
-        let column_blocks = match 4 * row_blocks >= wanted {
-            true => 1,
-            false => wanted.div_ceil(row_blocks).clamp(1, panels),
-        };
-        Self {
-            rows: rows.div_ceil(row_blocks).next_multiple_of(ROWS),
-            columns: panels.div_ceil(column_blocks) * width,
+    /// Blocks of rows with all outputs, as many for each thread, where there are rows for that: such rows are
+    /// quantized, multiplied and normalized in one go, and stay with their thread, which counts for more where threads
+    /// share no L3. Of few rows, threads share the outputs, whole panels, and read each weight once; tasks are then
+    /// about as many as are `wanted`.
+    pub(super) fn new(rows: usize, weights: &Weights, wanted: usize) -> Self {
+        let (outputs, width) = (weights.outputs(), weights.panel_width());
+        let (row_blocks, panels) = (rows.div_ceil(BLOCK), outputs.div_ceil(width));
+        let threads = wanted.min(rayon::current_num_threads());
+        let whole_tiles = rows.div_ceil(row_blocks).next_multiple_of(ROWS);
+        if threads == 1 || row_blocks >= 4 * threads {
+            return Self { rows: whole_tiles, columns: panels * width };
         }
+        let even = row_blocks.next_multiple_of(threads);
+        if rows >= even * weights.fewest_rows() {
+            return Self { rows: rows.div_ceil(even), columns: panels * width };
+        }
+        let panels = panels_each((row_blocks, panels), wanted, threads);
+        Self { rows: whole_tiles, columns: panels * width }
     }
 
     /// Whether a task has all `outputs` of its rows.
@@ -71,5 +77,59 @@ impl Grid {
             }
         }
         tasks
+    }
+}
+
+/// How many panels a task has: so many that the thread which has the most of them ends first, and of those the
+/// most, because a task costs something by itself. From half to twice as many tasks as are wanted.
+fn panels_each((row_blocks, panels): (usize, usize), wanted: usize, threads: usize) -> usize {
+    let all = row_blocks * panels;
+    let range = (all / (2 * wanted)).max(1)..=all.div_ceil(wanted.div_ceil(2)).min(panels);
+    let tasks = |each: usize| row_blocks * panels.div_ceil(each);
+    let most = |each: usize| tasks(each).div_ceil(threads) * each;
+    range.min_by_key(|&each| (most(each), Reverse(each))).unwrap_or(panels)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::int8::Int8Weights;
+    use super::*;
+    use crate::cpu::runnable;
+
+    #[test]
+    fn threads_have_as_many_panels() {
+        // Two tasks or six, but not three for two threads.
+        let of = |wanted| panels_each((1, 6), wanted, 2);
+        assert_eq!([2, 3, 4, 6, 12].map(of), [3, 3, 3, 1, 1]);
+        assert_eq!(panels_each((1, 18), 11, 2), 3);
+        assert_eq!(panels_each((3, 18), 29, 2), 3);
+        assert_eq!(panels_each((1, 18), 11, 16), 2);
+        // No more than there are, and no fewer.
+        assert_eq!(panels_each((1, 3), 64, 16), 1);
+        assert_eq!(panels_each((7, 3), 2, 2), 3);
+    }
+
+    /// Of each task its rows and columns.
+    fn sizes(rows: usize, outputs: usize, wanted: usize, threads: usize) -> Vec<(usize, usize)> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let weights = Int8Weights::new(runnable()[0], &vec![1.0; outputs], (outputs, 1), None);
+        let weights = Weights::Int8(weights.unwrap());
+        let grid = pool.install(|| Grid::new(rows, &weights, wanted));
+        let mut out = vec![MaybeUninit::uninit(); rows * outputs];
+        let tasks = grid.tasks(&mut out, outputs);
+        tasks.iter().map(|task| (task.rows.len(), task.columns.len())).collect()
+    }
+
+    #[test]
+    fn rows_stay_with_their_thread_where_there_are_enough() {
+        assert_eq!(sizes(32, 384, 12, 2), [(16, 384); 2]);
+        assert_eq!(sizes(31, 384, 12, 2), [(31, 64); 6]);
+        assert_eq!(sizes(50, 100, 12, 2), [(25, 100); 2]);
+        assert_eq!(sizes(128, 384, 32, 2), [(32, 384); 4]);
+        assert_eq!(sizes(1, 384, 12, 1), [(1, 384)]);
+        // Little work is for one thread.
+        assert_eq!(sizes(32, 384, 1, 8), [(32, 384)]);
+        // Of many rows, whole tiles.
+        assert!(sizes(1000, 64, 32, 2)[..20].iter().all(|&size| size == (48, 64)));
     }
 }
