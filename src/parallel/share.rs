@@ -39,19 +39,20 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
     }
     // SAFETY: only the lifetime changes, so what has to hold is that nobody uses `f` once this
     // function has been left.
-    // - `f` is used in one place, `Rounds::take`, for an index below `count`. `next` never gives
+    // - `f` is used in one place, `Rounds::take`, for an index below `count`. `take` never gives
     //   one twice, so there are `count` calls, each of which adds 1 to `done` when it has ended, by
     //   returning or by a panic that is caught.
     // - Once the pool has `f`, this function is left through `finish` alone, which waits until
     //   `done` is `count`. Nothing before that unwinds: `take` catches the panics of `f`, and rayon,
     //   whose pool is there since it was asked for its threads, aborts if it cannot queue a job.
-    // - From then on `next` is at least `count`. Threads that still hold `rounds`, and the last offer, with
+    // - From then on `taken` is at least `count`. Threads that still hold `rounds`, and the last offer, with
     //   a reference in it that dangles by now, neither use nor copy that, and dropping it does nothing.
     let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static _>(f) };
     let rounds = Arc::new(Rounds {
         f,
         count,
-        next: AtomicUsize::new(0),
+        taken: AtomicUsize::new(0),
+        behind: AtomicUsize::new(0),
         done: AtomicUsize::new(0),
         panic: Mutex::new(None),
         caller: std::thread::current(),
@@ -65,7 +66,7 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
         invite(&rounds, 1);
     }
     let begin = Instant::now();
-    if rounds.take().calls == count && offered > 0 && begin.elapsed() > LONG_ALONE {
+    if rounds.take(By::Caller).calls == count && offered > 0 && begin.elapsed() > LONG_ALONE {
         ALONE.store(true, Ordering::Relaxed);
     }
     rounds.finish();
@@ -112,12 +113,21 @@ pub(crate) fn map<T: Send, U: Send>(
 struct Rounds {
     f: &'static (dyn Fn(usize) + Sync),
     count: usize,
-    next: AtomicUsize,
+    /// Calls that have been taken, and those of them that others than the caller have.
+    taken: AtomicUsize,
+    behind: AtomicUsize,
     /// Calls that have ended.
     done: AtomicUsize,
     /// What the first call that panicked said.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     caller: Thread,
+}
+
+/// Who takes calls: the thread that has the loop, once, or any other.
+#[derive(Clone, Copy)]
+enum By {
+    Caller,
+    Others,
 }
 
 /// What a thread has done of a loop.
@@ -213,23 +223,28 @@ fn linger() {
 impl Rounds {
     /// What a thread of the pool does.
     fn help(&self) {
-        if self.take().last {
+        if self.take(By::Others).last {
             self.caller.unpark();
         }
     }
 
     fn has_calls_left(&self) -> bool {
-        self.next.load(Ordering::Relaxed) < self.count
+        self.taken.load(Ordering::Relaxed) < self.count
     }
 
-    /// Takes indices until none is left.
-    fn take(&self) -> Taken {
+    /// Takes indices until none is left: the caller from the first on, others from the last on, so that each of two
+    /// threads mostly has in a loop what it had in the one before.
+    fn take(&self, by: By) -> Taken {
         let mut taken = Taken { calls: 0, last: false };
         loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= self.count {
+            // As many as there are, so that both ends do not meet.
+            if self.taken.fetch_add(1, Ordering::Relaxed) >= self.count {
                 return taken;
             }
+            let index = match by {
+                By::Caller => taken.calls,
+                By::Others => self.count - 1 - self.behind.fetch_add(1, Ordering::Relaxed),
+            };
             taken.calls += 1;
             let outer = INSIDE.replace(self);
             let called = catch_unwind(AssertUnwindSafe(|| (self.f)(index)));
