@@ -39,9 +39,10 @@ pub(crate) fn for_each_index(count: usize, f: impl Fn(usize) + Sync) {
     }
     // SAFETY: only the lifetime changes, so what has to hold is that nobody uses `f` once this
     // function has been left.
-    // - `f` is used in one place, `Rounds::take`, for an index below `count`. `take` never gives
-    //   one twice, so there are `count` calls, each of which adds 1 to `done` when it has ended, by
-    //   returning or by a panic that is caught.
+    // - `f` is used in one place, `Rounds::take`, for an index below `count`. No index comes twice, because
+    //   the caller, which takes once, goes up from the first, others go down from the last, and all together
+    //   are let through `count` times. So there are `count` calls, each of which adds 1 to `done` when it has
+    //   ended, by returning or by a panic that is caught.
     // - Once the pool has `f`, this function is left through `finish` alone, which waits until
     //   `done` is `count`. Nothing before that unwinds: `take` catches the panics of `f`, and rayon,
     //   whose pool is there since it was asked for its threads, aborts if it cannot queue a job.

@@ -35,6 +35,7 @@ impl Grid {
         let (row_blocks, panels) = (rows.div_ceil(BLOCK), outputs.div_ceil(width));
         let threads = wanted.min(rayon::current_num_threads());
         let whole_tiles = rows.div_ceil(row_blocks).next_multiple_of(ROWS);
+        // Of many blocks, one thread may have one more than another.
         if threads == 1 || row_blocks >= 4 * threads {
             return Self { rows: whole_tiles, columns: panels * width };
         }
