@@ -99,6 +99,27 @@ fn masks_and_lengths_of_a_call() {
     }
 }
 
+/// The window of the last query is beyond the last key, and its row of the mask beyond what is stored.
+#[test]
+fn a_query_that_sees_no_key_through_a_transposed_mask_gives_zeros() {
+    let (k, v, q) = (keys((1, 1, 4, 8)), randn((1, 1, 4, 8)), randn((1, 1, 2, 8)));
+    let mask = Tensor::ones((4, 2), DType::U8, &Device::Cpu).unwrap().t().unwrap();
+    let window = INT8().window(Some(0), None);
+    for (config, with) in [
+        (KvCacheConfig::default(), window),
+        (KvCacheConfig { window: Some(0), ..KvCacheConfig::default() }, INT8()),
+    ] {
+        let cache = filled(config, &k, &v);
+        for mask in [mask.clone(), mask.to_dtype(DType::F32).unwrap()] {
+            let call = AttentionCall::from(Causal::Offset(3)).with_mask(mask);
+            let out = cache.attention(&q, &call, &with).unwrap();
+            let rows = out.flatten_to(2).unwrap().to_vec2::<f32>().unwrap();
+            assert!(rows[0].iter().all(|x| *x != 0.0), "{rows:?}");
+            assert_eq!(rows[1], [0.0; 8], "{:?}", with.spec.window_left);
+        }
+    }
+}
+
 #[test]
 fn threads_do_not_change_a_bit() {
     let (k, v) = (keys((1, 2, 5000, 64)), randn((1, 2, 5000, 64)));

@@ -108,6 +108,9 @@ impl<'a> MaskView<'a> {
         factor: f32,
         scores: &mut [f32],
     ) {
+        if keys.is_empty() {
+            return;
+        }
         let start = self.start(at, &keys);
         let job = (&self.data, start, factor, scores);
         widest!(apply_body, job, (&Data<'_>, (usize, usize), f32, &mut [f32]) => ());
