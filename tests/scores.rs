@@ -105,6 +105,22 @@ fn equals_tensor_ops_to_the_bit_without_smoothing() -> TestResult {
     Ok(())
 }
 
+/// The difference of the ends of such a range is no number of f32; its scale is.
+#[test]
+fn rows_as_wide_as_numbers_go_have_the_scores_of_tensor_ops() -> TestResult {
+    let q = Tensor::new(&[[[[3e38f32, -3e38, 0.0], [1.0, -1.0, 0.5]]]], &Device::Cpu)?;
+    // One step where queries are large, so that sums times the scale of a query are finite.
+    let k = Tensor::new(&[[[[4e-33f32, 0.0, 1e-30], [0.0, 4e-33, 1e-30]]]], &Device::Cpu)?;
+    for granularity in GRANULARITIES {
+        let config = ScoreConfig::plain(Scheme::Affine, granularity);
+        let (op, oracle) =
+            (attention_scores(&q, &k, &config)?, tensor_ops::attention_scores(&q, &k, &config)?);
+        assert!(values(&op).iter().all(|x| x.is_finite()), "{op}");
+        assert_eq!(largest_difference(&op, &oracle), 0.0, "{config:?}");
+    }
+    Ok(())
+}
+
 /// The fixed-point mode and static ranges beside the definition, code by code.
 #[test]
 fn codes_come_straight_from_the_sums() -> TestResult {

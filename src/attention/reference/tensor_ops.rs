@@ -420,8 +420,11 @@ fn dynamic_params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tenso
         }
         Scheme::Affine => {
             let (min, max) = (min.minimum(0.0)?, max.maximum(0.0)?);
-            let width = (max - &min)?;
-            let scales = usable(&width, 255.0)?;
+            let width = (&max - &min)?;
+            // Where the width is no number of f32, its part is.
+            let apart = ((max / constant(255.0)?)? - (&min / constant(255.0)?)?)?;
+            let is_wide = width.gt(f64::from(f32::MAX))?;
+            let scales = is_wide.where_cond(&apart, &usable(&width, 255.0)?)?;
             let unsigned = (min.neg()? / &scales)?.clamp(0f32, 255f32)?;
             let zeros = (((unsigned + ROUND)? - ROUND)? - 128.0)?;
             Ok((scales, width.eq(0f32)?.where_cond(&constant(0.0)?, &zeros)?))
