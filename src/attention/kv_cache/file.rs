@@ -48,8 +48,8 @@ const MAX_HEADS: usize = 1 << 16;
 /// Likewise, elements of a value.
 const MAX_VALUE_DIM: usize = 1 << 20;
 
-/// Likewise, tokens of a sequence: their numbers fit into 32 bits.
-const MAX_TOKENS: usize = 1 << 32;
+/// Likewise, tokens of a sequence: their numbers fit into 32 bits, on all targets.
+const MAX_TOKENS: usize = u32::MAX as usize;
 
 /// The same where a token has no bytes in the file that would bear it out.
 const MAX_TOKENS_WITHOUT_BYTES: usize = 1 << 20;
