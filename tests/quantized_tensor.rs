@@ -128,6 +128,25 @@ fn static_ranges_saturate_and_repeat_over_the_batch() -> TestResult {
     Ok(())
 }
 
+/// As attention refuses them: neither scheme is what was asked for.
+#[test]
+fn static_parameters_of_another_scheme_are_refused() -> TestResult {
+    let x = Tensor::new(&[[0.5f32, -1.0]], &Device::Cpu)?;
+    for (scheme, given) in [
+        (Scheme::Affine, QuantParams::symmetric(0.01)?),
+        (Scheme::Symmetric, QuantParams::affine(0.01, 3)?),
+    ] {
+        let range = RangeSource::Static(vec![given]);
+        let config = QuantConfig { scheme, range, ..QuantConfig::default() };
+        let error = QuantizedTensor::quantize(&x, &config).unwrap_err();
+        assert!(matches!(error, Error::Contradiction(_)), "{error}");
+        let text = error.to_string();
+        let expected = format!("are {}, but the scheme is {scheme}", given.scheme());
+        assert!(text.contains(&expected), "{text}");
+    }
+    Ok(())
+}
+
 #[test]
 fn files_come_back_bit_for_bit() -> TestResult {
     let folder = tempfile::tempdir()?;

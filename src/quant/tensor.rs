@@ -1,9 +1,7 @@
 //! A quantized tensor: int8 codes with everything that is needed to give them a meaning.
 
 use super::rows::{quantize_row, row_range};
-use super::{
-    Granularity, QuantConfig, QuantParams, RangeSource, Scheme, ValueRange, static_params,
-};
+use super::{Granularity, QuantConfig, QuantParams, Scheme, ValueRange, static_params};
 use crate::{Error, Result, files};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -88,7 +86,7 @@ impl QuantizedTensor {
     /// # Errors
     /// [`Error::NonFinite`] at the first NaN or infinity; [`Error::DType`] for integers;
     /// [`Error::Shape`] below rank 2; [`Error::Mismatch`] if the number of static parameters is
-    /// not the number of groups, [`Error::Contradiction`] if they are of two schemes,
+    /// not the number of groups, [`Error::Contradiction`] if they are of another scheme,
     /// [`Error::InvalidArgument`] for a block of 0 tokens.
     pub fn quantize(tensor: &Tensor, config: &QuantConfig) -> Result<Self> {
         if !tensor.dtype().is_float() {
@@ -124,11 +122,9 @@ impl QuantizedTensor {
             return Err(Error::NonFinite { op, index, value: data[index] });
         }
         let granularity = config.granularity;
-        let params = match &config.range {
-            RangeSource::Dynamic => dynamic_params(data, (heads, tokens, depth), config)?,
-            RangeSource::Static(given) => {
-                static_params(given, granularity, shape, granularity.groups(heads, tokens)?)?
-            }
+        let params = match config.groups(shape)? {
+            (_, Some(given)) => given,
+            (groups, None) => dynamic_params(data, (tokens, depth), config, groups)?,
         };
         let mut values = vec![0i8; data.len()];
         let mut row_sums = vec![0i32; heads * tokens];
@@ -372,10 +368,11 @@ fn codes(name: &str, view: &TensorView<'_>) -> std::result::Result<Vec<i8>, Stri
 /// The parameters that follow from the range of each group.
 fn dynamic_params(
     data: &[f32],
-    (heads, tokens, depth): (usize, usize, usize),
+    (tokens, depth): (usize, usize),
     config: &QuantConfig,
+    groups: usize,
 ) -> Result<Vec<QuantParams>> {
-    let mut ranges = vec![ValueRange::EMPTY; config.granularity.groups(heads, tokens)?];
+    let mut ranges = vec![ValueRange::EMPTY; groups];
     let rows: Vec<ValueRange> =
         (data.par_chunks(depth.max(1)).with_min_len(ELEMENTS_A_TASK / depth.max(1)))
             .map(|row| row_range(row).range)
