@@ -188,6 +188,24 @@ fn padded_queries_take_no_part() {
     }
 }
 
+/// Nor do they bring tiles of keys into a block that its other queries do not see: those of the block that the
+/// padding begins in see keys around a multiple of the tile.
+#[test]
+fn padded_queries_bring_no_keys_into_a_window() {
+    let (m, n, padding) = (530, 540, 10);
+    let case = Case::new((m, n));
+    for config in configs() {
+        let config = config.window(Some(100), Some(0));
+        let call = || AttentionCall::from(Causal::From(vec![0]));
+        let expected = attention(&case.q, &case.k, &case.v, call(), &config).unwrap();
+        let q = Tensor::cat(&[&case.q, &randn((1, 4, padding, 24))], 2).unwrap();
+        let call = call().with_q_lens(vec![m]);
+        let found = attention(&q, &case.k, &case.v, call, &config).unwrap();
+        let rows = found.narrow(2, 0, m).unwrap();
+        assert!(bits(&rows) == bits(&expected), "{:?}", config.backend);
+    }
+}
+
 #[test]
 fn a_sequence_is_the_same_alone_and_at_any_place_of_a_batch() -> Result<()> {
     let (long, short) = (Case::new((128, 128)), Case::new((70, 70)));

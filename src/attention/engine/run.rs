@@ -207,8 +207,10 @@ impl Engine<'_> {
 
     /// The tiles of keys of which rows see some.
     fn tiles(&self, from: &dyn KeyValues, seen: &[Row]) -> Vec<Range<usize>> {
-        let start = seen.iter().map(|row| row.seen.start).min().unwrap_or(0);
-        let end = seen.iter().map(|row| row.seen.end).max().unwrap_or(0);
+        // What is empty is somewhere, which says nothing.
+        let some = || seen.iter().map(|row| &row.seen).filter(|seen| !seen.is_empty());
+        let start = some().map(|seen| seen.start).min().unwrap_or(0);
+        let end = some().map(|seen| seen.end).max().unwrap_or(0);
         let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
         let mut tiles = from.tiles(0..sinks);
         tiles.extend(from.tiles(start.max(self.sinks)..end.max(self.sinks)));
