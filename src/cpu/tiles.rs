@@ -17,7 +17,7 @@ macro_rules! for_rows {
     };
 }
 
-/// `for_row_pairs!(rows, most, f, (arguments))` calls `f::<pairs>(arguments)`, the last pair of an odd
+/// `for_row_pairs!(rows, f, (arguments))` calls `f::<pairs>(arguments)`, the last pair of an odd
 /// number of rows included.
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 macro_rules! for_row_pairs {
