@@ -17,7 +17,7 @@ use super::{AttentionCall, shapes};
 use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
-use crate::memory::{Footprint, Kept, written};
+use crate::memory::{Kept, written};
 use crate::parallel::Work;
 use crate::product::PackedMatrix;
 use crate::view::View;
@@ -80,40 +80,11 @@ struct Attention {
     doubt: Arc<Doubt>,
 }
 
-/// The inputs of a call.
-struct Inputs<'a> {
-    q: View<'a>,
-    k: View<'a>,
-    v: View<'a>,
-}
-
-/// Memory for the keys and values of a head, which a thread keeps for the next one.
-struct KeptInt8 {
-    keys: PackedKeys,
-    values: PackedMatrix,
-}
-
-/// The same in f32.
-struct KeptFloat {
-    keys: PackedMatrix,
-    values: PackedMatrix,
-}
-
-impl Footprint for KeptInt8 {
-    fn footprint(&self) -> usize {
-        self.keys.footprint() + self.values.footprint()
-    }
-}
-
-impl Footprint for KeptFloat {
-    fn footprint(&self) -> usize {
-        self.keys.footprint() + self.values.footprint()
-    }
-}
-
 thread_local! {
-    static INT8: Kept<Option<KeptInt8>> = const { Kept::new() };
-    static FLOAT: Kept<Option<KeptFloat>> = const { Kept::new() };
+    /// The keys and values of a head, whose memory is used again for the next one.
+    static INT8: Kept<Option<(PackedKeys, PackedMatrix)>> = const { Kept::new() };
+    /// The same in f32.
+    static FLOAT: Kept<Option<(PackedMatrix, PackedMatrix)>> = const { Kept::new() };
 }
 
 impl Attention {
@@ -128,7 +99,7 @@ impl Attention {
         let (k, v) = (View::new(op, "k", k, k_layout)?, View::new(op, "v", v, v_layout)?);
         let [b, h, m, _] = q.dims();
         let shape = Shape::from(vec![b, h, m, v.depth()]);
-        let inputs = Inputs { q, k, v };
+        let inputs = [q, k, v];
         let storage = match dtype {
             DType::F16 => CpuStorage::F16(self.run(inputs)?),
             DType::BF16 => CpuStorage::BF16(self.run(inputs)?),
@@ -137,14 +108,15 @@ impl Attention {
         Ok((storage, shape))
     }
 
-    /// The output `[B, H, M, Dv]`.
-    fn run<T: Element>(&self, inputs: Inputs<'_>) -> Result<Vec<T>> {
-        let ([b, h, m, d], n) = (inputs.q.dims(), inputs.k.tokens());
+    /// The output `[B, H, M, Dv]` for q, k and v.
+    fn run<T: Element>(&self, inputs: [View<'_>; 3]) -> Result<Vec<T>> {
+        let [q, k, v] = &inputs;
+        let ([b, h, m, d], n) = (q.dims(), k.tokens());
         // The guard keeps the mask's storage readable while the engine runs.
         let guard = self.call.mask.as_ref().map(Tensor::storage_and_layout);
         let mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
         let mask = mask.transpose()?;
-        let group = h.checked_div(inputs.k.dims()[1]).unwrap_or(0);
+        let group = h.checked_div(k.dims()[1]).unwrap_or(0);
         let seen = Seen::of(&self.visible, mask.as_ref(), [b, h, m, n], group);
         // Keys that it hides from everyone are not there.
         let mask = mask.filter(|mask| !mask.only_hides_keys());
@@ -152,7 +124,7 @@ impl Attention {
         let engine = Engine {
             level: self.level,
             queries: Queries { heads: h, tokens: m, group, apart: false },
-            value_dim: inputs.v.depth(),
+            value_dim: v.depth(),
             visible: self.visible.clone(),
             sinks: 0,
             window: None,
@@ -172,7 +144,7 @@ impl Attention {
 
     fn run_int8<T: Element>(
         &self,
-        Inputs { q, k, v }: Inputs<'_>,
+        [q, k, v]: [View<'_>; 3],
         mut engine: Engine<'_>,
         (int8, seen): (&Int8Config, Seen),
         len: usize,
@@ -197,16 +169,13 @@ impl Attention {
             written(len, |out| {
                 engine.run(work, out, |pace, head, attend| {
                     Kept::with(&INT8, KEPT, |kept| {
-                        let fits = |kept: &KeptInt8| {
-                            (kept.values.level(), kept.values.format()) == (level, format)
+                        let fits = |(_, values): &(PackedKeys, PackedMatrix)| {
+                            (values.level(), values.format()) == (level, format)
                         };
-                        let KeptInt8 { keys, values } = match kept.take().filter(fits) {
-                            Some(fitting) => kept.insert(fitting),
-                            None => kept.insert(KeptInt8 {
-                                keys: PackedKeys::new(level),
-                                values: PackedMatrix::new(level, format, 0, 0),
-                            }),
-                        };
+                        let new =
+                            || (PackedKeys::new(level), PackedMatrix::new(level, format, 0, 0));
+                        let fitting = kept.take().filter(fits).unwrap_or_else(new);
+                        let (keys, values) = kept.insert(fitting);
                         scorer.pack_keys(head, pace, keys);
                         pack_values(&v, head, &scorer.seen, values);
                         attend(&Int8Head { scorer: &scorer, keys, values });
@@ -229,7 +198,7 @@ fn inputs_and_output(q: &View<'_>, k: &View<'_>, v: &View<'_>) -> usize {
 }
 
 fn run_fp32<T: Element>(
-    Inputs { q, k, v }: Inputs<'_>,
+    [q, k, v]: [View<'_>; 3],
     (engine, seen): (Engine<'_>, &Seen),
     len: usize,
 ) -> Vec<T> {
@@ -247,10 +216,9 @@ fn run_fp32<T: Element>(
             engine.run(work, out, |_, head, attend| {
                 Kept::with(&FLOAT, 4 * KEPT, |kept| {
                     let new = || PackedMatrix::new(level, Format::F32, 0, 0);
-                    let kept = match kept.take().filter(|kept| kept.values.level() == level) {
-                        Some(fitting) => kept.insert(fitting),
-                        None => kept.insert(KeptFloat { keys: new(), values: new() }),
-                    };
+                    let fitting = kept.take().filter(|(keys, _)| keys.level() == level);
+                    let (packed_keys, packed_values) =
+                        kept.insert(fitting.unwrap_or_else(|| (new(), new())));
                     let [mut buffer, mut gathered, mut value_buffer, mut value_gathered] =
                         [const { Vec::new() }; 4];
                     // Not those that are padding, which would make it another computation.
@@ -263,15 +231,15 @@ fn run_fp32<T: Element>(
                     let keys = if rows <= FEW {
                         Float::InPlace(keys)
                     } else {
-                        kept.keys.reset_columns(d, count);
-                        kept.keys.put_columns(0, keys, factor);
-                        Float::Packed(&kept.keys)
+                        packed_keys.reset_columns(d, count);
+                        packed_keys.put_columns(0, keys, factor);
+                        Float::Packed(packed_keys)
                     };
                     let values = if in_place(rows, value_dim) {
                         Float::InPlace(all(&v, &mut value_buffer, &mut value_gathered))
                     } else {
-                        pack_values(&v, head, seen, &mut kept.values);
-                        Float::Packed(&kept.values)
+                        pack_values(&v, head, seen, packed_values);
+                        Float::Packed(packed_values)
                     };
                     let (queries, shape) = (&q, engine.queries);
                     attend(&FloatHead { level, queries, shape, keys, values, factor });

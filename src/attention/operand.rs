@@ -4,7 +4,7 @@ use super::seen::Seen;
 use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Rows};
-use crate::memory::{Aligned, Footprint};
+use crate::memory::{Aligned, footprint};
 use crate::parallel;
 use crate::product::RowSums;
 use crate::quant::rows::{RowParams, quantize_block, row_range};
@@ -324,17 +324,6 @@ impl QuantizedRows {
     }
 }
 
-impl Footprint for Buffers {
-    fn footprint(&self) -> usize {
-        let Self { rows, gathered, values, conditioned } = self;
-        let floats = rows.footprint() + gathered.footprint() + values.footprint();
-        floats + conditioned.footprint()
-    }
-}
+footprint!(Buffers: rows, gathered, values, conditioned);
 
-impl Footprint for QuantizedRows {
-    fn footprint(&self) -> usize {
-        let Self { codes, scales, zeros, sums } = self;
-        codes.footprint() + scales.footprint() + zeros.footprint() + sums.footprint()
-    }
-}
+footprint!(QuantizedRows: codes, scales, zeros, sums);

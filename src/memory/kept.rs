@@ -33,6 +33,19 @@ impl<A: Footprint, B: Footprint> Footprint for (A, B) {
     }
 }
 
+/// `footprint!(Type: field, field, ..)`: what these of its fields hold.
+macro_rules! footprint {
+    ($type:ty: $first:ident $(, $field:ident)* $(,)?) => {
+        impl $crate::memory::Footprint for $type {
+            fn footprint(&self) -> usize {
+                use $crate::memory::Footprint;
+                Footprint::footprint(&self.$first) $(+ Footprint::footprint(&self.$field))*
+            }
+        }
+    };
+}
+pub(crate) use footprint;
+
 /// What a thread works in: empty at first, then what the work before has left.
 ///
 /// It is taken out while it is in use, so that work inside of work, as rayon may bring it, begins with

@@ -8,7 +8,7 @@ mod sizes;
 mod uninit;
 
 pub(crate) use aligned::Aligned;
-pub(crate) use kept::{Footprint, Kept};
+pub(crate) use kept::{Footprint, Kept, footprint};
 pub(crate) use prefetch::{LINE, prefetch, prefetch_slice};
 pub(crate) use sizes::check_size;
 pub(crate) use uninit::{overwrite, written};

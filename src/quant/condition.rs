@@ -11,7 +11,7 @@ use crate::cpu::Level;
 use crate::cpu::contracts::{Condition, RowRanges, Rows};
 use crate::cpu::plain::rows::max_magnitude;
 use crate::cpu::plain::widest;
-use crate::memory::Footprint;
+use crate::memory::footprint;
 
 /// Queries that share a mean where smoothing is local ([`Smoothing::Block`]): those that the engine takes at
 /// a time.
@@ -109,13 +109,7 @@ impl Conditioning {
     }
 }
 
-impl Footprint for Conditioned {
-    fn footprint(&self) -> usize {
-        let Self { mean, outliers, sums, ranges, rotated_mean, .. } = self;
-        let means = mean.footprint() + rotated_mean.footprint();
-        means + ranges.footprint() + outliers.footprint() + sums.footprint()
-    }
-}
+footprint!(Conditioned: mean, outliers, sums, ranges, rotated_mean);
 
 /// All rows of a head, conditioned.
 #[cfg_attr(not(feature = "drift"), allow(dead_code))]

@@ -16,7 +16,7 @@
 
 use super::rows::accumulate_finite;
 use crate::cpu::contracts::Rows;
-use crate::memory::{Footprint, check_size};
+use crate::memory::{check_size, footprint};
 use crate::{Error, Result};
 
 /// What is subtracted from the rows of a head before they are quantized.
@@ -115,11 +115,7 @@ impl MeanSums {
     }
 }
 
-impl Footprint for MeanSums {
-    fn footprint(&self) -> usize {
-        self.sums.footprint() + self.block.footprint()
-    }
-}
+footprint!(MeanSums: sums, block);
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,7 @@ use super::tile::{Running, Tile};
 use crate::attention::operand::{Buffers, QuantizedRows};
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
-use crate::memory::{Aligned, Footprint};
+use crate::memory::{Aligned, footprint};
 use crate::product::PackedLhs;
 use std::ops::Range;
 
@@ -55,15 +55,7 @@ impl QueryBlock {
     }
 }
 
-impl Footprint for QueryBlock {
-    fn footprint(&self) -> usize {
-        let Self { values, rotated, buffer, rows, lhs, biases, key_biases, outliers, .. } = self;
-        let rows_of = values.footprint() + rotated.footprint() + buffer.footprint();
-        let biases = biases.footprint() + key_biases.footprint() + outliers.footprint();
-        let rest = lhs.footprint() + self.conditioning.footprint();
-        rows_of + biases + rows.footprint() + rest
-    }
-}
+footprint!(QueryBlock: values, rotated, buffer, rows, lhs, biases, key_biases, outliers, conditioning);
 
 /// Keys and values of one head.
 pub(in crate::attention) trait KeyValues: Sync {

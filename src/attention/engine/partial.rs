@@ -2,7 +2,7 @@
 
 use super::output::Element;
 use super::tile::Running;
-use crate::memory::{Aligned, Footprint};
+use crate::memory::{Aligned, footprint};
 use std::mem::MaybeUninit;
 
 /// Of each row the largest score and the sum of `2^(score - max)`, and the sums of values that have the
@@ -22,11 +22,7 @@ pub(super) struct Partial {
 /// beside as many of the others, which are at most [`LARGEST`](crate::product::LARGEST).
 const ROOM: f32 = 32.0;
 
-impl Footprint for Partial {
-    fn footprint(&self) -> usize {
-        self.running.footprint() + self.sums.footprint() + self.references.footprint()
-    }
-}
+footprint!(Partial: running, sums, references);
 
 impl Partial {
     /// Nothing seen yet; what is neutral to a merge.

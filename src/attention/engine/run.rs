@@ -12,7 +12,7 @@ use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
 use crate::cpu::contracts::{Format, Int8Run, LANES, RUN};
-use crate::memory::{Aligned, Footprint, Kept};
+use crate::memory::{Aligned, Footprint, Kept, footprint};
 use crate::parallel::{Pace, Work};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -82,18 +82,14 @@ struct Buffers {
     scales: Aligned<f32>,
 }
 
-impl Footprint for Scratch {
-    fn footprint(&self) -> usize {
-        let Self { queries, buffers, partial } = self;
-        queries.footprint() + buffers.footprint() + partial.footprint()
-    }
-}
+footprint!(Scratch: queries, buffers, partial);
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
         let Self { stride: _, scores, inside, halves, codes, runs, words, tops, scales } = self;
         let runs = runs.footprint() + tops.footprint() + scales.footprint();
         let probs = halves.footprint() + codes.footprint() + words.footprint() + runs;
+        // A range is not `Copy`.
         scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
     }
 }

@@ -1,6 +1,6 @@
 //! Loops over rows of f32: codes with a scale a row, rotations, and dot products.
 
-use crate::memory::Footprint;
+use crate::memory::footprint;
 
 /// Some rows of `depth` f32 each, the same distance apart.
 #[derive(Debug, Clone, Copy)]
@@ -135,11 +135,7 @@ impl RowRanges {
     }
 }
 
-impl Footprint for RowRanges {
-    fn footprint(&self) -> usize {
-        self.low.footprint() + self.high.footprint()
-    }
-}
+footprint!(RowRanges: low, high);
 
 /// Rows on their way to codes.
 pub(crate) struct Condition<'a> {

@@ -4,7 +4,7 @@ use super::spread::{Spread, spread};
 use crate::cpu::Level;
 use crate::cpu::contracts::{Geometry, LhsFormat, MAX_TILE, TileInput, ZeroPair, zero_groups};
 use crate::cpu::plain::widest;
-use crate::memory::{Aligned, Footprint};
+use crate::memory::{Aligned, footprint};
 
 /// Bytes of a packed operand: whole panels of whole groups. An overflow panics, because the
 /// pointers into panels are sound only if the buffer has the size that it should have.
@@ -363,15 +363,6 @@ fn take_front<'a, T>(slice: &mut &'a mut [T], count: usize) -> &'a mut [T] {
     front
 }
 
-impl Footprint for PackedLhs {
-    fn footprint(&self) -> usize {
-        self.bytes.footprint() + self.zeros.capacity() * size_of::<ZeroPair>()
-    }
-}
+footprint!(PackedLhs: bytes, zeros);
 
-impl Footprint for PackedRhs {
-    fn footprint(&self) -> usize {
-        let zeros = self.zeros.capacity() * size_of::<ZeroPair>();
-        self.bytes.footprint() + self.init.footprint() + zeros
-    }
-}
+footprint!(PackedRhs: bytes, init, zeros);

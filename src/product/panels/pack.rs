@@ -248,8 +248,7 @@ impl PackedMatrix {
 impl Footprint for PackedMatrix {
     fn footprint(&self) -> usize {
         let rows = self.exceptions.iter().map(|(_, row)| row.footprint() + size_of_val(row));
-        let scales = self.run_scales.as_ref().map_or(0, RunScales::footprint);
-        self.bytes.footprint() + scales + rows.sum::<usize>()
+        self.bytes.footprint() + self.run_scales.footprint() + rows.sum::<usize>()
     }
 }
 

@@ -10,7 +10,7 @@ use crate::cpu::contracts::panel_product::INT16_LEFT;
 use crate::cpu::contracts::{GROUP, RUN, Rows};
 use crate::cpu::plain::rows::max_magnitude;
 use crate::cpu::plain::widest;
-use crate::memory::{Aligned, Footprint};
+use crate::memory::{Aligned, footprint};
 
 /// Some rows in 16 bits. The memory is kept from one [`Int16Rows::put`] to the next.
 #[derive(Default)]
@@ -65,11 +65,7 @@ impl Int16Rows {
     }
 }
 
-impl Footprint for Int16Rows {
-    fn footprint(&self) -> usize {
-        self.codes.footprint() + self.scales.footprint()
-    }
-}
+footprint!(Int16Rows: codes, scales);
 
 struct Round<'a> {
     rows: Rows<'a>,

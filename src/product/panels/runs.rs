@@ -11,7 +11,7 @@
 use crate::cpu::contracts::{Format, INT16_MATRIX, LANES, RUN};
 use crate::cpu::plain::lanes::{each_lane, fold_lanes, lanes};
 use crate::cpu::plain::widest;
-use crate::memory::Footprint;
+use crate::memory::footprint;
 
 /// Outliers of a run, at most.
 const OUTLIERS: usize = 4;
@@ -30,6 +30,8 @@ pub(super) struct RunScales {
     /// `1 / scale` of the run that was observed last.
     inverses: Vec<f32>,
 }
+
+footprint!(RunScales: scales, inverses);
 
 impl RunScales {
     /// Of no rows yet; `None` for a format that has no scales.
@@ -61,11 +63,6 @@ impl RunScales {
     /// The outliers among up to [`RUN`] finite rows of `columns`, in no order; `most` is the largest magnitude.
     pub(super) fn outliers(&self, rows: &[f32], columns: usize, most: f32) -> Vec<usize> {
         outliers(rows, columns, most, self.far)
-    }
-
-    /// Bytes of memory.
-    pub(super) fn footprint(&self) -> usize {
-        self.scales.footprint() + self.inverses.footprint()
     }
 
     /// Of the run that was observed last.
