@@ -216,6 +216,18 @@ pub enum Error {
     Candle(#[from] candle_core::Error),
 }
 
+impl Error {
+    /// [`Error::Shape`].
+    pub(crate) fn shape(
+        op: &'static str,
+        tensor: &'static str,
+        shape: &[usize],
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Shape { op, tensor, shape: shape.to_vec(), expected: expected.into() }
+    }
+}
+
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {

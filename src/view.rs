@@ -106,8 +106,7 @@ impl<'a> View<'a> {
             _ => None,
         };
         let Some((dims, strides)) = four(layout.dims(), 1).zip(four(layout.stride(), 0)) else {
-            let (shape, expected) = (layout.dims().to_vec(), "a tensor of rank 1 to 4".into());
-            return Err(Error::Shape { op, tensor, shape, expected });
+            return Err(Error::shape(op, tensor, layout.dims(), "a tensor of rank 1 to 4"));
         };
         Self::of((op, tensor), storage, layout, (dims, strides))
     }

@@ -55,11 +55,9 @@ pub fn restrict_mask(mask: &Tensor, keep: &Tensor) -> Result<Tensor> {
         return Err(unsupported(keep.dtype()));
     }
     let shape = mask.shape().broadcast_shape_binary_op(keep.shape(), "restrict_mask");
-    let shape = shape.map_err(|_| Error::Shape {
-        op: "restrict_mask",
-        tensor: "keep",
-        shape: keep.dims().to_vec(),
-        expected: format!("something that broadcasts with the mask {:?}", mask.dims()),
+    let shape = shape.map_err(|_| {
+        let expected = format!("something that broadcasts with the mask {:?}", mask.dims());
+        Error::shape("restrict_mask", "keep", keep.dims(), expected)
     })?;
     check_size("restrict_mask", "the mask with keep", shape.dims())?;
     let (mask, keep) = (mask.broadcast_as(&shape)?, keep.broadcast_as(&shape)?);

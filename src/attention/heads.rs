@@ -24,7 +24,7 @@ pub(super) fn same_heads(op: &'static str, k: Tensor, v: Tensor) -> Result<(Tens
     }
     if h_k.min(h_v) == 0 || !most.is_multiple_of(h_k.min(h_v)) {
         let expected = format!("a number of heads that divides, or is divided by, the {h_k} of k");
-        return Err(Error::Shape { op, tensor: "v", shape: v.dims().to_vec(), expected });
+        return Err(Error::shape(op, "v", v.dims(), expected));
     }
     let repeat = |tensor, x: &Tensor| {
         let (b, _, n, d) = x.dims4()?;

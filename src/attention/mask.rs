@@ -63,11 +63,9 @@ pub(crate) fn broadcast_mask(mask: &Tensor, scores: &[usize]) -> Result<Tensor> 
     if !matches!(mask.dtype(), DType::U8 | DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
         return Err(unsupported(mask.dtype()));
     }
-    mask.broadcast_as(scores).map_err(|_| Error::Shape {
-        op: "attention",
-        tensor: "mask",
-        shape: mask.dims().to_vec(),
-        expected: format!("something that broadcasts to the scores {scores:?}"),
+    mask.broadcast_as(scores).map_err(|_| {
+        let expected = format!("something that broadcasts to the scores {scores:?}");
+        Error::shape("attention", "mask", mask.dims(), expected)
     })
 }
 

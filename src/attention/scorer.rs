@@ -5,6 +5,7 @@ use super::engine::{BLOCK, Block, QueryBlock, Rows, TOGETHER, blocks, together};
 use super::keys::PackedKeys;
 use super::operand::{Operand, Side};
 use super::seen::Seen;
+use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::Rows as Matrix;
 use crate::memory::{Aligned, Kept, written};
@@ -12,7 +13,6 @@ use crate::parallel::{Pace, Work};
 use crate::product::{self, ScoreScales};
 use crate::quant::{Scheme, Smoothing};
 use crate::view::View;
-use crate::{Error, Result};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -65,11 +65,7 @@ impl ScoreConfig {
 
     fn check_depth(&self, depth: usize) -> Result<()> {
         let affine = [self.q.scheme, self.k.scheme].contains(&Scheme::Affine);
-        let limit = product::max_depth(affine);
-        if depth > limit {
-            return Err(Error::Depth { depth, limit });
-        }
-        Ok(())
+        product::check_depth(depth, affine)
     }
 }
 

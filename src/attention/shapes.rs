@@ -29,7 +29,7 @@ pub(crate) fn check_scores(op: &'static str, q: &[usize], k: &[usize]) -> Result
     let divides = h_kv != 0 && h.is_multiple_of(h_kv) || h == h_kv;
     if !(b_k == b && d_k == d && divides) {
         let expected = format!("[{b}, H_kv dividing {h}, {n}, {d}] to match q {q:?}");
-        return Err(Error::Shape { op, tensor: "k", shape: k.to_vec(), expected });
+        return Err(Error::shape(op, "k", k, expected));
     }
     check_size(op, "q", q)?;
     // Keys may be repeated for the query heads that share them.
@@ -50,7 +50,7 @@ pub(crate) fn check_attention(
     let [b_v, h_v, n_v, value_dim] = dims4(op, "v", v, V)?;
     if (b_v, h_v, n_v) != (b, h_kv, n) {
         let expected = format!("[{b}, {h_kv}, {n}, Dv] to match k {k:?}");
-        return Err(Error::Shape { op, tensor: "v", shape: v.to_vec(), expected });
+        return Err(Error::shape(op, "v", v, expected));
     }
     check_size(op, "v, a head for each of q,", &[b, h, n, value_dim])?;
     check_size(op, "the result", &[b, h, m, value_dim])

@@ -27,8 +27,7 @@ pub(crate) fn check_size(op: &'static str, tensor: &'static str, shape: &[usize]
     if addressable(shape) {
         return Ok(());
     }
-    let expected = "less than memory has addresses".into();
-    Err(Error::Shape { op, tensor, shape: shape.to_vec(), expected })
+    Err(Error::shape(op, tensor, shape, "less than memory has addresses"))
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub use int_product::int_product;
 pub use int8::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 
 pub(crate) use int8::{
-    PackedLhs, PackedRhs, RhsChunk, RowSums, ScoreScales, int_tiles, score_tiles, unpack,
+    PackedLhs, PackedRhs, RhsChunk, RowSums, ScoreScales, check_depth, int_tiles, score_tiles,
+    unpack,
 };
 pub(crate) use panels::{Int16Rows, LARGEST, PackedMatrix, Start, StoredMatrix};

@@ -46,20 +46,17 @@ pub fn flash_attn_varlen_cpu(
 ) -> candle_core::Result<Tensor> {
     let tokens_first = |name, x: &Tensor| match x.rank() {
         3 => Ok(x.transpose(0, 1)?.unsqueeze(0)?),
-        _ => {
-            let (shape, expected) = (x.dims().to_vec(), "[total, H, D]".to_string());
-            Err(Error::Shape { op: OP, tensor: name, shape, expected })
-        }
+        _ => Err(Error::shape(OP, name, x.dims(), "[total, H, D]")),
     };
     let (queries, keys) =
         (ranges("seqlens_q", seqlens_q, q, "q")?, ranges("seqlens_k", seqlens_k, k, "k")?);
     if queries.len() != keys.len() {
-        let (shape, expected) = (vec![keys.len()], format!("[{}] like seqlens_q", queries.len()));
-        Err(Error::Shape { op: OP, tensor: "seqlens_k", shape, expected })?;
+        let expected = format!("[{}] like seqlens_q", queries.len());
+        Err(Error::shape(OP, "seqlens_k", &[keys.len()], expected))?;
     }
     if v.dims().first() != k.dims().first() {
-        let (shape, expected) = (v.dims().to_vec(), format!("as many tokens as k {:?}", k.dims()));
-        Err(Error::Shape { op: OP, tensor: "v", shape, expected })?;
+        let expected = format!("as many tokens as k {:?}", k.dims());
+        Err(Error::shape(OP, "v", v.dims(), expected))?;
     }
     let all_q = tokens_first("q", q)?;
     let (k, v) = same_heads(OP, tokens_first("k", k)?, tokens_first("v", v)?)?;
@@ -105,9 +102,8 @@ fn ranges(
         end += len as usize;
     }
     if packed.dims().first() != Some(&end) {
-        let shape = packed.dims().to_vec();
         let expected = format!("[{end}, H, D], because {name} sums up to {end}");
-        return Err(Error::Shape { op: OP, tensor: packed_name, shape, expected });
+        return Err(Error::shape(OP, packed_name, packed.dims(), expected));
     }
     Ok(ranges)
 }

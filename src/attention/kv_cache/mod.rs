@@ -201,7 +201,7 @@ impl Int8KvCache {
         let op = "Int8KvCache::append";
         let ([b, h, s, depth], [.., value_dim]) = (k.dims(), v.dims());
         let shape = |tensor, x: &View<'_>, expected: String| {
-            Err(Error::Shape { op, tensor, shape: x.dims().to_vec(), expected })
+            Err(Error::shape(op, tensor, &x.dims(), expected))
         };
         if v.dims()[..3] != k.dims()[..3] {
             return shape("v", v, format!("[{b}, {h}, {s}, Dv] to match k {:?}", k.dims()));
@@ -212,10 +212,7 @@ impl Int8KvCache {
         if let Some(len) = lens.iter().find(|len| **len > s) {
             return Err(Error::Mismatch(format!("lens holds {len}, but there are {s} tokens")));
         }
-        let limit = product::max_depth(false);
-        if depth > limit {
-            return Err(Error::Depth { depth, limit });
-        }
+        product::check_depth(depth, false)?;
         check_size(op, "a page of keys", &[h, PAGE, depth])?;
         check_size(op, "a page of values", &[h, PAGE, value_dim])?;
         let capacity = self.config.capacity.unwrap_or(usize::MAX);

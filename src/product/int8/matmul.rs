@@ -58,8 +58,7 @@ impl ZeroPoints<'_> {
         };
         if matches!(self, ZeroPoints::PerRow(_)) && zeros.len() != rows {
             let expected = format!("one for each of {rows} rows");
-            let shape = vec![zeros.len()];
-            return Err(Error::Shape { op: "matmul_nt", tensor, shape, expected });
+            return Err(Error::shape("matmul_nt", tensor, &[zeros.len()], expected));
         }
         match zeros.iter().find(|zero| !allowed.contains(zero)) {
             Some(zero) => Err(Error::QuantParams(format!(
@@ -86,6 +85,13 @@ impl ZeroPoints<'_> {
 pub const fn max_depth(with_zero_points: bool) -> usize {
     let largest_product = if with_zero_points { 255 * 255 } else { 255 * 128 };
     i32::MAX as usize / largest_product
+}
+
+/// # Errors
+/// [`Error::Depth`] beyond [`max_depth`].
+pub(crate) fn check_depth(depth: usize, with_zero_points: bool) -> Result<()> {
+    let limit = max_depth(with_zero_points);
+    if depth > limit { Err(Error::Depth { depth, limit }) } else { Ok(()) }
 }
 
 /// `out[m, n] = sum_d (lhs[m, d] - lhs_zero[m]) * (rhs[n, d] - rhs_zero[n])`, exact, row-major
@@ -137,10 +143,7 @@ pub(super) fn matmul_nt_with(
     };
     check_len("lhs", lhs_len, m, depth)?;
     check_len("rhs", rhs.len(), n, depth)?;
-    let limit = max_depth(!lhs_zeros.is_zero() || !rhs_zeros.is_zero());
-    if depth > limit {
-        return Err(Error::Depth { depth, limit });
-    }
+    check_depth(depth, !lhs_zeros.is_zero() || !rhs_zeros.is_zero())?;
     let of_lhs = if let Lhs::I8(_) = lhs { -128..=127 } else { 0..=255 };
     lhs_zeros.check(m, "lhs_zeros", of_lhs)?;
     rhs_zeros.check(n, "rhs_zeros", -128..=127)?;
@@ -187,8 +190,7 @@ fn check_len(tensor: &'static str, len: usize, rows: usize, depth: usize) -> Res
     if rows.checked_mul(depth) == Some(len) {
         return Ok(());
     }
-    let expected = format!("{rows} rows of {depth}");
-    Err(Error::Shape { op: "matmul_nt", tensor, shape: vec![len], expected })
+    Err(Error::shape("matmul_nt", tensor, &[len], format!("{rows} rows of {depth}")))
 }
 
 fn row_sums(codes: &[i8], rows: usize, depth: usize) -> Vec<i32> {

@@ -23,5 +23,6 @@ mod tiles;
 
 pub use matmul::{Lhs, Rhs, ZeroPoints, matmul_nt, max_depth};
 
+pub(crate) use matmul::check_depth;
 pub(crate) use pack::{PackedLhs, PackedRhs, RhsChunk, RowSums, unpack};
 pub(crate) use tiles::{ScoreScales, int_tiles, score_tiles};
