@@ -3,10 +3,14 @@
 use super::AttentionSpec;
 use crate::cpu::Level;
 use crate::cpu::contracts::Format;
+use crate::quant::words::words;
 use crate::quant::{
     Conditioning, Granularity, QuantConfig, RangeSource, Rotation, Scheme, Smoothing,
 };
 use crate::{Error, Result};
+use serde::de::{Error as _, IgnoredAny};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::BTreeMap;
 
 /// How scores are quantized.
 ///
@@ -163,35 +167,15 @@ pub enum PvPrecision {
     Int8,
 }
 
-impl std::str::FromStr for PvPrecision {
-    type Err = Error;
-
-    /// `auto`, `f32`, `bf16`, `int16` or `int8`.
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            "int16" => Ok(Self::Int16),
-            "int8" => Ok(Self::Int8),
-            _ => Err(Error::InvalidArgument(format!(
-                "P·V precision {text:?}, expected auto, f32, bf16, int16 or int8"
-            ))),
-        }
-    }
-}
-
-impl std::fmt::Display for PvPrecision {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::Int16 => "int16",
-            Self::Int8 => "int8",
-        })
-    }
-}
+words!(
+    PvPrecision,
+    "P·V precision {:?}",
+    Auto = "auto",
+    F32 = "f32",
+    Bf16 = "bf16",
+    Int16 = "int16",
+    Int8 = "int8",
+);
 
 impl PvPrecision {
     /// The format that it stands for on this machine.
@@ -227,13 +211,25 @@ pub struct Int8Config {
 }
 
 /// Who computes attention. A model holds one per layer.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "backend", rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Backend {
     /// In fp32, by the op that has int8 scores too: tile by tile, with memory for `O(N)` numbers.
+    #[serde(deserialize_with = "no_settings")]
     Fp32,
     /// Int8 scores.
     Int8(Int8Config),
+}
+
+/// Refuses keys beside the tag of a backend without settings, which serde would drop.
+fn no_settings<'de, D: Deserializer<'de>>(other_keys: D) -> std::result::Result<(), D::Error> {
+    match BTreeMap::<String, IgnoredAny>::deserialize(other_keys)?.keys().next() {
+        Some(key) => {
+            Err(D::Error::custom(format!("key {key:?}, but backend fp32 has no settings")))
+        }
+        None => Ok(()),
+    }
 }
 
 impl Default for Backend {

@@ -2,9 +2,7 @@
 
 use super::config::{RequantConfig, RequantMode, ScoreConfig};
 use super::scorer::{ScoreScale, Scorer};
-use crate::quant::{
-    QuantParams, QuantizedTensor, RangeSource, Requantizer, ValueRange, static_params,
-};
+use crate::quant::{QuantParams, QuantizedTensor, Requantizer, ValueRange};
 use crate::view::View;
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -22,15 +20,7 @@ impl RequantConfig {
                  them off or requantize in fp32"
             )));
         }
-        let RangeSource::Static(given) = &self.range else { return Ok(()) };
-        match given.iter().find(|params| params.scheme() != self.scheme) {
-            None => Ok(()),
-            Some(other) => Err(Error::Contradiction(format!(
-                "static parameters are {}, but the scheme is {}",
-                other.scheme(),
-                self.scheme
-            ))),
-        }
+        self.range.check(self.scheme)
     }
 }
 
@@ -79,12 +69,12 @@ struct Row<'a> {
 
 impl Sums {
     fn requantize(&self, to: &RequantConfig) -> Result<QuantizedTensor> {
-        let [b, h, m, n] = self.dims;
-        let groups = to.granularity.groups(b * h, m)?;
+        let [.., m, n] = self.dims;
+        let (groups, given) = to.to_quant_config().groups(&self.dims)?;
         let found = self.ranges()?;
-        let params = match &to.range {
-            RangeSource::Static(given) => static_params(given, to.granularity, &self.dims, groups)?,
-            RangeSource::Dynamic => {
+        let params = match given {
+            Some(given) => given,
+            None => {
                 let mut ranges = vec![ValueRange::EMPTY; groups];
                 for (row, range) in found.into_iter().enumerate() {
                     let group = to.granularity.group(row / m, row % m, m);

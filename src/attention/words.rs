@@ -3,10 +3,9 @@
 use super::config::{Backend, Int8Config, PvPrecision, ScoreConfig};
 use crate::quant::{Granularity, QuantConfig, RangeSource, Scheme, Smoothing};
 use crate::{Error, Result};
-use serde::de::{Error as _, IgnoredAny};
+use serde::de::Error as _;
 use serde::ser::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -213,14 +212,14 @@ impl fmt::Display for Backend {
 struct Sides<T>(T, T);
 
 /// A choice that has a word.
-trait Worded: Sized + Copy + PartialEq {
-    fn read(word: &str) -> Option<Self>;
-
-    fn word(self) -> String;
+trait Worded: Copy + PartialEq + FromStr + fmt::Display {
+    fn word(self) -> String {
+        self.to_string()
+    }
 
     /// That of the keys behind a slash, where it does not repeat all of what is before it.
     fn read_keys(_queries: &str, word: &str) -> Option<Self> {
-        Self::read(word)
+        word.parse().ok()
     }
 
     fn keys_word(self, _queries: Self) -> String {
@@ -228,21 +227,9 @@ trait Worded: Sized + Copy + PartialEq {
     }
 }
 
-impl Worded for Scheme {
-    fn read(word: &str) -> Option<Self> {
-        word.parse().ok()
-    }
-
-    fn word(self) -> String {
-        self.to_string()
-    }
-}
+impl Worded for Scheme {}
 
 impl Worded for Granularity {
-    fn read(word: &str) -> Option<Self> {
-        word.parse().ok()
-    }
-
     fn word(self) -> String {
         self.to_string().trim_start_matches("per-").to_string()
     }
@@ -251,8 +238,8 @@ impl Worded for Granularity {
     fn read_keys(queries: &str, word: &str) -> Option<Self> {
         let number = word.starts_with(|c: char| c.is_ascii_digit());
         match queries.contains(':') && number {
-            true => Self::read(&format!("block:{word}")),
-            false => Self::read(word),
+            true => format!("block:{word}").parse().ok(),
+            false => word.parse().ok(),
         }
     }
 
@@ -267,8 +254,8 @@ impl Worded for Granularity {
 impl<T: Worded> Sides<T> {
     fn read(text: &str) -> Option<Self> {
         match text.split_once('/') {
-            None => T::read(text).map(|both| Self(both, both)),
-            Some((q, k)) => Some(Self(T::read(q)?, T::read_keys(q, k)?)),
+            None => text.parse().ok().map(|both| Self(both, both)),
+            Some((q, k)) => Some(Self(q.parse().ok()?, T::read_keys(q, k)?)),
         }
     }
 }
@@ -308,25 +295,6 @@ struct Int8Form {
     pv: PvPrecision,
 }
 
-/// The JSON form of a [`Backend`].
-#[derive(Serialize, Deserialize)]
-#[serde(tag = "backend", rename_all = "kebab-case")]
-enum BackendForm {
-    #[serde(deserialize_with = "no_settings")]
-    Fp32,
-    Int8(Int8Form),
-}
-
-/// Without this, serde would take a unit variant and drop the keys beside its tag.
-fn no_settings<'de, D: Deserializer<'de>>(other_keys: D) -> std::result::Result<(), D::Error> {
-    match BTreeMap::<String, IgnoredAny>::deserialize(other_keys)?.keys().next() {
-        Some(key) => {
-            Err(D::Error::custom(format!("key {key:?}, but backend fp32 has no settings")))
-        }
-        None => Ok(()),
-    }
-}
-
 impl Int8Form {
     /// `None` for static ranges.
     fn of(config: &Int8Config) -> Option<Self> {
@@ -363,27 +331,6 @@ impl Serialize for Int8Config {
 impl<'de> Deserialize<'de> for Int8Config {
     fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
         Ok(Int8Form::deserialize(from)?.config())
-    }
-}
-
-impl Serialize for Backend {
-    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
-        let form = match self {
-            Backend::Fp32 => BackendForm::Fp32,
-            Backend::Int8(int8) => {
-                BackendForm::Int8(Int8Form::of(int8).ok_or_else(|| S::Error::custom(NO_STATIC))?)
-            }
-        };
-        form.serialize(to)
-    }
-}
-
-impl<'de> Deserialize<'de> for Backend {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-        Ok(match BackendForm::deserialize(from)? {
-            BackendForm::Fp32 => Backend::Fp32,
-            BackendForm::Int8(form) => Backend::Int8(form.config()),
-        })
     }
 }
 

@@ -99,6 +99,20 @@ pub enum RangeSource {
     Static(Vec<QuantParams>),
 }
 
+impl RangeSource {
+    /// # Errors
+    /// [`Error::Contradiction`] for given parameters of another scheme.
+    pub(crate) fn check(&self, scheme: Scheme) -> Result<()> {
+        let Self::Static(given) = self else { return Ok(()) };
+        match given.iter().map(QuantParams::scheme).find(|found| *found != scheme) {
+            None => Ok(()),
+            Some(found) => Err(Error::Contradiction(format!(
+                "static parameters are {found}, but the scheme is {scheme}"
+            ))),
+        }
+    }
+}
+
 /// How one tensor is quantized.
 ///
 /// More fields may be added: end an expression in `..QuantConfig::default()`.
@@ -121,20 +135,14 @@ impl QuantConfig {
     pub(crate) fn groups(&self, shape: &[usize]) -> Result<(usize, Option<Vec<QuantParams>>)> {
         let [heads @ .., tokens, _] = shape else { return Ok((0, None)) };
         let groups = self.granularity.groups(heads.iter().product(), *tokens)?;
+        self.range.check(self.scheme)?;
         let RangeSource::Static(given) = &self.range else { return Ok((groups, None)) };
-        if let Some(other) = given.iter().find(|params| params.scheme() != self.scheme) {
-            return Err(Error::Contradiction(format!(
-                "static parameters are {}, but the scheme is {}",
-                other.scheme(),
-                self.scheme
-            )));
-        }
         Ok((groups, Some(static_params(given, self.granularity, shape, groups)?)))
     }
 }
 
 /// Given parameters, one a group; those of one batch element are repeated for the others.
-pub(crate) fn static_params(
+pub(super) fn static_params(
     given: &[QuantParams],
     granularity: Granularity,
     shape: &[usize],

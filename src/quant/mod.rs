@@ -23,10 +23,10 @@ pub(crate) mod rows;
 mod scheme;
 mod smooth;
 mod tensor;
+pub(crate) mod words;
 
 pub(crate) use condition::{Conditioned, ConditionedHead, Conditioning};
 pub use condition::{KEY_BLOCK, QUERY_BLOCK};
-pub(crate) use config::static_params;
 pub use config::{Granularity, QuantConfig, RangeSource};
 pub use observers::{Histogram, MinMax, MovingAverage, Observer, ObserverKind};
 pub use params::{QuantParams, ValueRange};

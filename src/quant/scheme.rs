@@ -1,6 +1,6 @@
 //! Where the integer zero lies.
 
-use crate::{Error, Result};
+use super::words::words;
 
 /// Where the integer zero lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -30,26 +30,4 @@ impl Scheme {
     }
 }
 
-impl std::str::FromStr for Scheme {
-    type Err = Error;
-
-    /// `symmetric` or `affine`.
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "symmetric" => Ok(Scheme::Symmetric),
-            "affine" => Ok(Scheme::Affine),
-            _ => Err(Error::InvalidArgument(format!(
-                "scheme {text:?}, expected symmetric or affine"
-            ))),
-        }
-    }
-}
-
-impl std::fmt::Display for Scheme {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Scheme::Symmetric => "symmetric",
-            Scheme::Affine => "affine",
-        })
-    }
-}
+words!(Scheme, "scheme {:?}", Symmetric = "symmetric", Affine = "affine");

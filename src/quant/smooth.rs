@@ -15,6 +15,7 @@
 //! from SageAttention2 (arXiv:2411.10958).
 
 use super::rows::accumulate_finite;
+use super::words::words;
 use crate::cpu::contracts::Rows;
 use crate::memory::{check_size, footprint};
 use crate::{Error, Result};
@@ -36,31 +37,7 @@ pub enum Smoothing {
     Block,
 }
 
-impl std::str::FromStr for Smoothing {
-    type Err = Error;
-
-    /// `none`, `head` or `block`.
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "none" => Ok(Self::None),
-            "head" => Ok(Self::Head),
-            "block" => Ok(Self::Block),
-            _ => Err(Error::InvalidArgument(format!(
-                "smoothing {text:?}, expected none, head or block"
-            ))),
-        }
-    }
-}
-
-impl std::fmt::Display for Smoothing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::None => "none",
-            Self::Head => "head",
-            Self::Block => "block",
-        })
-    }
-}
+words!(Smoothing, "smoothing {:?}", None = "none", Head = "head", Block = "block");
 
 /// The mean over the rows of a `[rows, depth]` matrix, summed in f64 over blocks of 256 rows that
 /// are summed in f32. Rows that hold NaN or infinity do not count; without any other the mean is 0.

@@ -1,7 +1,8 @@
 //! A quantized tensor: int8 codes with everything that is needed to give them a meaning.
 
+use super::config::static_params;
 use super::rows::{quantize_row, row_range};
-use super::{Granularity, QuantConfig, QuantParams, Scheme, ValueRange, static_params};
+use super::{Granularity, QuantConfig, QuantParams, Scheme, ValueRange};
 use crate::{Error, Result, files};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -49,22 +50,13 @@ const ELEMENTS_A_TASK: usize = 1 << 16;
 
 /// `(heads, tokens, depth)` of a shape `[.., S, D]`.
 fn matrix_dims(shape: &[usize]) -> Result<(usize, usize, usize)> {
+    let wrong = |expected| Error::shape("QuantizedTensor", "the tensor", shape, expected);
     match shape {
         [heads @ .., tokens, depth] if is_countable(shape) => {
             Ok((heads.iter().product(), *tokens, *depth))
         }
-        [_, _, ..] => Err(Error::Shape {
-            op: "QuantizedTensor",
-            tensor: "the tensor",
-            shape: shape.to_vec(),
-            expected: "a shape whose rows and elements can be counted".into(),
-        }),
-        _ => Err(Error::Shape {
-            op: "QuantizedTensor",
-            tensor: "the tensor",
-            shape: shape.to_vec(),
-            expected: "at least 2 dimensions: [.., S, D]".into(),
-        }),
+        [_, _, ..] => Err(wrong("a shape whose rows and elements can be counted")),
+        _ => Err(wrong("at least 2 dimensions: [.., S, D]")),
     }
 }
 
@@ -110,12 +102,9 @@ impl QuantizedTensor {
     pub fn quantize_slice(data: &[f32], shape: &[usize], config: &QuantConfig) -> Result<Self> {
         let (heads, tokens, depth) = matrix_dims(shape)?;
         if data.len() != heads * tokens * depth {
-            return Err(Error::Shape {
-                op: "QuantizedTensor::quantize_slice",
-                tensor: "the data",
-                shape: vec![data.len()],
-                expected: format!("the {} elements of {shape:?}", heads * tokens * depth),
-            });
+            let expected = format!("the {} elements of {shape:?}", heads * tokens * depth);
+            let op = "QuantizedTensor::quantize_slice";
+            return Err(Error::shape(op, "the data", &[data.len()], expected));
         }
         if let Some(index) = data.iter().position(|x| !x.is_finite()) {
             let op = "QuantizedTensor::quantize";
@@ -153,12 +142,9 @@ impl QuantizedTensor {
     ) -> Result<Self> {
         let (heads, tokens, depth) = matrix_dims(&shape)?;
         if values.len() != heads * tokens * depth {
-            return Err(Error::Shape {
-                op: "QuantizedTensor::from_parts",
-                tensor: "values",
-                shape: vec![values.len()],
-                expected: format!("the {} elements of {shape:?}", heads * tokens * depth),
-            });
+            let expected = format!("the {} elements of {shape:?}", heads * tokens * depth);
+            let op = "QuantizedTensor::from_parts";
+            return Err(Error::shape(op, "values", &[values.len()], expected));
         }
         let params =
             static_params(&params, granularity, &shape, granularity.groups(heads, tokens)?)?;

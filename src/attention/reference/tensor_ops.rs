@@ -387,9 +387,9 @@ fn reduce_groups(
 
 /// Scale and zero point of each row, `[B, H, S, 1]` each.
 fn params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tensor)> {
-    match &config.range {
-        RangeSource::Dynamic => dynamic_params(clean, config),
-        RangeSource::Static(given) => static_params(clean, given, config.granularity),
+    match config.groups(clean.dims())? {
+        (_, Some(given)) => given_params(clean, &given, config.granularity),
+        (_, None) => dynamic_params(clean, config),
     }
 }
 
@@ -432,15 +432,13 @@ fn dynamic_params(clean: &Tensor, config: &QuantConfig) -> Result<(Tensor, Tenso
     }
 }
 
-/// Given scale and zero point, spread to each row.
-fn static_params(
+/// Given scale and zero point of each group, spread to each row.
+fn given_params(
     clean: &Tensor,
     given: &[QuantParams],
     granularity: Granularity,
 ) -> Result<(Tensor, Tensor)> {
     let (b, h, s, _) = clean.dims4()?;
-    let groups = granularity.groups(b * h, s)?;
-    let given = crate::quant::static_params(given, granularity, clean.dims(), groups)?;
     let of_rows = |f: &dyn Fn(usize) -> f32| {
         let row = |row: usize| f(granularity.group(row / s, row % s, s));
         Tensor::from_vec((0..b * h * s).map(row).collect(), (b, h, s, 1), clean.device())

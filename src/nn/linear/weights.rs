@@ -5,11 +5,10 @@ use super::int8::Int8Weights;
 use super::int16::Int16Weights;
 use crate::cpu::Level;
 use crate::memory::check_size;
+use crate::quant::words::words;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 pub(super) const OP: &str = "linear";
@@ -32,31 +31,8 @@ pub enum Precision {
     Int8,
 }
 
-/// As on command lines and in files: `f32`, `int16`, `int8`.
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Precision::F32 => "f32",
-            Precision::Int16 => "int16",
-            Precision::Int8 => "int8",
-        })
-    }
-}
-
-impl FromStr for Precision {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "f32" => Ok(Precision::F32),
-            "int16" => Ok(Precision::Int16),
-            "int8" => Ok(Precision::Int8),
-            other => Err(Error::InvalidArgument(format!(
-                "precision {other:?} of linear layers, expected f32, int16 or int8"
-            ))),
-        }
-    }
-}
+// As on command lines and in files.
+words!(Precision, "precision {:?} of linear layers", F32 = "f32", Int16 = "int16", Int8 = "int8");
 
 /// Weights and bias for the fused op.
 pub(super) struct Packed {
