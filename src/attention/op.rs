@@ -20,7 +20,7 @@ use crate::cpu::contracts::Format;
 use crate::memory::{Kept, written};
 use crate::parallel::Work;
 use crate::product::PackedMatrix;
-use crate::view::View;
+use crate::view::{View, cpu};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor, Var};
 use std::sync::Arc;
 
@@ -114,7 +114,7 @@ impl Attention {
         let ([b, h, m, d], n) = (q.dims(), k.tokens());
         // The guard keeps the mask's storage readable while the engine runs.
         let guard = self.call.mask.as_ref().map(Tensor::storage_and_layout);
-        let mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
+        let mask = guard.as_ref().map(|(storage, layout)| MaskView::new(cpu(storage)?, layout));
         let mask = mask.transpose()?;
         let group = h.checked_div(k.dims()[1]).unwrap_or(0);
         let seen = Seen::of(&self.visible, mask.as_ref(), [b, h, m, n], group);

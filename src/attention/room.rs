@@ -11,6 +11,7 @@
 //! Only rows in [doubt](super::engine::Doubt) come here.
 
 use super::config::{AttentionConfig, Backend};
+use super::engine::exponent;
 use crate::quant::rows::row_range;
 use crate::quant::{QuantParams, RangeSource, ValueRange};
 use crate::view::{View, cpu};
@@ -85,10 +86,6 @@ fn largest(x: &Tensor) -> Result<Option<i32>> {
     let heads = parallel::map(0..x.heads(), of_head);
     let all = heads.iter().fold(ValueRange::EMPTY, |all, head| all.union(head.range));
     Ok(heads.iter().all(|head| head.finite).then(|| exponent(all.max_abs())))
-}
-
-fn exponent(x: f32) -> i32 {
-    (x.to_bits() >> 23 & 0xff) as i32 - 127
 }
 
 /// A normal number with another power of two.

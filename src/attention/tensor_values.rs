@@ -1,6 +1,6 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
-use super::engine::{Probs, Running, TILE, Tile};
+use super::engine::{Probs, Running, TILE, Tile, pieces};
 use super::seen::Seen;
 use crate::cpu::contracts::{RUN, Rows as Matrix};
 use crate::cpu::plain::widest;
@@ -25,9 +25,7 @@ pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &
     let seen = seen.keys(head);
     packed.reset(seen.len(), values.depth());
     Kept::with(&GATHERED, KEPT, |(buffer, (gathered, slice))| {
-        let count = seen.len();
-        let blocks = (0..count).step_by(RUN).map(|start| start..(start + RUN).min(count));
-        for block in blocks {
+        for block in pieces(0..seen.len(), RUN) {
             let rows = seen.rows(values, head, block.clone(), buffer, gathered);
             packed.put(block.start, rows.as_slice(slice));
         }
@@ -37,8 +35,7 @@ pub(super) fn pack_values(values: &View<'_>, head: usize, seen: &Seen, packed: &
 /// Keys in tiles, from a whole step and run of values on.
 pub(super) fn tiles(seen: Range<usize>, step: usize) -> Vec<Range<usize>> {
     let step = step.next_multiple_of(RUN);
-    let starts = (seen.start / step * step..seen.end).step_by(TILE);
-    starts.map(|start| start..(start + TILE).min(seen.end)).collect()
+    pieces(seen.start / step * step..seen.end, TILE).collect()
 }
 
 /// Those of `keys` with large values among the rows that stand beside others, by key.

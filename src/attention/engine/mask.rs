@@ -3,7 +3,7 @@
 use crate::cpu::plain::widest;
 use crate::view::from;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, Layout, Storage};
+use candle_core::{CpuStorage, Layout};
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -22,25 +22,11 @@ pub(in crate::attention) struct MaskView<'a> {
 }
 
 impl<'a> MaskView<'a> {
-    /// The same, from a tensor's storage.
-    ///
-    /// # Errors
-    /// Those of [`MaskView::new`], and [`Error::Mismatch`] unless the mask is on the CPU.
-    pub(in crate::attention) fn of(storage: &'a Storage, layout: &Layout) -> Result<Self> {
-        match storage {
-            Storage::Cpu(storage) => Self::new(storage, layout),
-            _ => {
-                let found = storage.device().location();
-                Err(Error::Mismatch(format!("mask on {found:?}, expected the CPU, like q")))
-            }
-        }
-    }
-
     /// `layout` is already broadcast to `[B, H, M, N]`.
     ///
     /// # Errors
     /// [`Error::DType`] unless the mask is U8 or a float.
-    fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+    pub(in crate::attention) fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         let start = layout.start_offset();
         let data = match storage {
             CpuStorage::U8(data) => Data::Bool(from(data, start)),

@@ -30,7 +30,7 @@ const LARGE_FACTOR: i32 = 64;
 const LARGE_SLOPE: i32 = 32;
 
 /// The power of two in a finite number.
-fn exponent(x: f32) -> i32 {
+pub(in crate::attention) fn exponent(x: f32) -> i32 {
     (x.to_bits() >> 23 & 0xff) as i32 - 127
 }
 

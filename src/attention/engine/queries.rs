@@ -8,9 +8,18 @@ use std::ops::Range;
 /// Rows that are prepared and multiplied at a time; they fit L1 and L2 at any head dim.
 pub(in crate::attention) const BLOCK: usize = crate::quant::QUERY_BLOCK;
 
+/// A range in pieces of at most `most`.
+pub(in crate::attention) fn pieces(
+    range: Range<usize>,
+    most: usize,
+) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(most).map(move |start| start..(start + most).min(end))
+}
+
 /// `0..count` in runs of [`BLOCK`].
 pub(in crate::attention) fn blocks(count: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..count).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(count))
+    pieces(0..count, BLOCK)
 }
 
 /// Blocks that are prepared together: what each has to do with all keys is done while the keys are at hand.

@@ -73,7 +73,7 @@ impl Int8KvCache {
         let queries = View::new(OP, "q", cpu(&storage)?, layout)?;
         let mask = call.mask.as_ref().map(|mask| self.whole_mask(mask, &queries)).transpose()?;
         let guard = mask.as_ref().map(Tensor::storage_and_layout);
-        let mask = guard.as_ref().map(|(storage, layout)| MaskView::of(storage, layout));
+        let mask = guard.as_ref().map(|(storage, layout)| MaskView::new(cpu(storage)?, layout));
         let mask = mask.transpose()?;
         let (heads, value_dim) = self.check_queries(&queries)?;
         let [b, h, m, d] = queries.dims();
@@ -91,16 +91,46 @@ impl Int8KvCache {
             doubt: &doubt,
         };
         self.check_dropped(&engine)?;
-        let factor = engine.modifiers.factor();
         let many = int8.pv.format(level)?;
-        let heads = CacheHeads { cache: self, queries: &queries, factor, many };
         let storage = match q.dtype() {
-            DType::F16 => CpuStorage::F16(heads.run(&engine)),
-            DType::BF16 => CpuStorage::BF16(heads.run(&engine)),
-            _ => CpuStorage::F32(heads.run(&engine)),
+            DType::F16 => CpuStorage::F16(self.run(&engine, &queries, many)),
+            DType::BF16 => CpuStorage::BF16(self.run(&engine, &queries, many)),
+            _ => CpuStorage::F32(self.run(&engine, &queries, many)),
         };
         let (storage, shape) = (Storage::Cpu(storage), (b, h, m, value_dim));
         Ok((Tensor::from_storage(storage, shape, BackpropOp::none(), false), doubt))
+    }
+
+    /// `[B, H, M, Dv]`; values are multiplied in `many` with many rows.
+    fn run<T: Element>(&self, engine: &Engine<'_>, queries: &View<'_>, many: Format) -> Vec<T> {
+        let ([b, h, m, depth], value_dim) = (queries.dims(), engine.value_dim);
+        let len = b * h * m * value_dim;
+        if len == 0 || self.is_empty() {
+            return vec![T::default(); len];
+        }
+        let heads = h / engine.queries.group;
+        let scores = b * h * m * self.len();
+        let work = Work {
+            int8_macs: scores.saturating_mul(2 * depth),
+            value_macs: scores.saturating_mul(value_dim),
+            elements: scores.saturating_add(b * heads * self.len() * (depth + value_dim)),
+            ..Work::default()
+        };
+        // SAFETY: `Engine::run` writes every element, or panics.
+        unsafe {
+            written(len, |out| {
+                engine.run(work, out, |_, index, attend| {
+                    attend(&CacheHead {
+                        level: engine.level,
+                        head: &self.sequences[index / heads].heads[index % heads],
+                        queries,
+                        shape: engine.queries,
+                        factor: engine.modifiers.factor(),
+                        many,
+                    });
+                })
+            })
+        }
     }
 
     /// # Errors
@@ -150,56 +180,13 @@ impl Int8KvCache {
         let keys = [self.sequences.len(), heads, self.len(), dims.depth];
         let divides = heads != 0 && h.is_multiple_of(heads) || h == heads;
         if !(divides && (b, d) == (keys[0], keys[3])) {
-            let shape = vec![b, h, m, d];
             let expected =
                 format!("[{}, a multiple of {heads}, M, {}] to match the cache", keys[0], keys[3]);
-            return Err(Error::Shape { op: OP, tensor: "q", shape, expected });
+            return Err(Error::shape(OP, "q", &[b, h, m, d], expected));
         }
         let values = [keys[0], heads, keys[2], dims.value_dim];
         check_attention(OP, &[b, h, m, d], &keys, &values)?;
         Ok((heads, dims.value_dim))
-    }
-}
-
-/// The heads of a cache for a call.
-struct CacheHeads<'a> {
-    cache: &'a Int8KvCache,
-    queries: &'a View<'a>,
-    factor: f32,
-    many: Format,
-}
-
-impl CacheHeads<'_> {
-    /// `[B, H, M, Dv]`.
-    fn run<T: Element>(&self, engine: &Engine<'_>) -> Vec<T> {
-        let ([b, h, m, depth], value_dim) = (self.queries.dims(), engine.value_dim);
-        let len = b * h * m * value_dim;
-        if len == 0 || self.cache.is_empty() {
-            return vec![T::default(); len];
-        }
-        let heads = h / engine.queries.group;
-        let scores = b * h * m * self.cache.len();
-        let work = Work {
-            int8_macs: scores.saturating_mul(2 * depth),
-            value_macs: scores.saturating_mul(value_dim),
-            elements: scores.saturating_add(b * heads * self.cache.len() * (depth + value_dim)),
-            ..Work::default()
-        };
-        // SAFETY: `Engine::run` writes every element, or panics.
-        unsafe {
-            written(len, |out| {
-                engine.run(work, out, |_, index, attend| {
-                    attend(&CacheHead {
-                        level: engine.level,
-                        head: &self.cache.sequences[index / heads].heads[index % heads],
-                        queries: self.queries,
-                        shape: engine.queries,
-                        factor: self.factor,
-                        many: self.many,
-                    });
-                })
-            })
-        }
     }
 }
 

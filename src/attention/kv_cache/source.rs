@@ -9,7 +9,7 @@
 
 use super::head::{GROUP, Head, PAGE, Page, Rows as FloatRows};
 use crate::attention::engine::{
-    Block, KeyValues, Queries, QueryBlock, Running, TILE, Tile, gather,
+    Block, KeyValues, Queries, QueryBlock, Running, TILE, Tile, gather, pieces,
 };
 use crate::attention::float_head::{accumulate_in_place, score_in_place};
 use crate::attention::operand::QuantizedRows;
@@ -37,13 +37,6 @@ pub(super) struct CacheHead<'a> {
     pub many: Format,
 }
 
-/// What holds the keys of a tile.
-enum Place {
-    Sinks,
-    Pages,
-    Recent,
-}
-
 thread_local! {
     /// The values of a tile in another order, and in f32.
     static VALUES: Kept<(Option<PackedMatrix>, Vec<f32>)> = const { Kept::new() };
@@ -55,24 +48,26 @@ thread_local! {
 const KEPT: usize = 4 << 20;
 
 impl CacheHead<'_> {
-    fn place(&self, keys: &Range<usize>) -> Place {
+    /// The rows in f32 that hold the keys of a tile, and the first token of them; `None` for keys in pages.
+    fn float_rows(&self, keys: &Range<usize>) -> Option<(&FloatRows, usize)> {
+        let Head { sinks, packed, recent, .. } = self.head;
         // The first tile of pages may start where the sinks are, whose slots are empty.
-        if keys.end <= self.head.sinks.tokens {
-            Place::Sinks
-        } else if keys.start < self.head.packed {
-            Place::Pages
+        if keys.end <= sinks.tokens {
+            Some((sinks, 0))
+        } else if keys.start < *packed {
+            None
         } else {
-            Place::Recent
+            Some((recent, *packed))
         }
     }
 
-    /// Rows in f32 and the first token of them.
-    fn float_rows(&self, keys: &Range<usize>) -> Option<(&FloatRows, usize)> {
-        match self.place(keys) {
-            Place::Sinks => Some((&self.head.sinks, 0)),
-            Place::Recent => Some((&self.head.recent, self.head.packed)),
-            Place::Pages => None,
-        }
+    /// The pages that hold `keys`: where those of a page start among them, their slots, and the page.
+    fn parts(&self, keys: &Range<usize>) -> impl Iterator<Item = (usize, Range<usize>, &Page)> {
+        let keys = keys.clone();
+        self.head.pages_of(keys.clone()).map(move |(start, used, page)| {
+            let slots = keys.start.saturating_sub(start)..used.min(keys.end - start);
+            (start + slots.start - keys.start, slots, page)
+        })
     }
 
     /// What offsets that were subtracted from keys, row-major, add to the scores of each query:
@@ -102,8 +97,7 @@ impl CacheHead<'_> {
         let groups = if self.head.local { PAGE / GROUP } else { 1 };
         let mut biases = queries.biases.clone();
         biases.resize(2 * rows * groups);
-        for (start, used, page) in self.head.pages_of(tokens.clone()) {
-            let slots = tokens.start.saturating_sub(start)..used.min(tokens.end - start);
+        for (at, slots, page) in self.parts(&tokens) {
             let of_groups = self.biases(&queries.values, &page.offsets);
             for (biases, group) in biases.chunks_mut(2 * rows).zip(of_groups.chunks(rows)) {
                 biases[..rows].copy_from_slice(group);
@@ -115,7 +109,7 @@ impl CacheHead<'_> {
                 column_scales: &page.key_scales,
                 column_biases: &NO_BIAS,
             };
-            let out = &mut scores[start + slots.start - tokens.start..];
+            let out = &mut scores[at..];
             // SAFETY: `score_tiles` writes numbers.
             let all = unsafe { overwrite(out) };
             product::score_tiles(queries.packed(), &page.keys, slots.clone(), &scales, all, stride);
@@ -155,14 +149,8 @@ impl CacheHead<'_> {
         sums: &mut [f32],
     ) {
         let stride = tile.stride;
-        for (start, used, page) in self.head.pages_of(keys.clone()) {
-            let slots = keys.start.saturating_sub(start)..used.min(keys.end - start);
-            let at = start + slots.start - keys.start;
-            for (slot, row) in page.values.exceptions().iter() {
-                if slots.contains(slot) {
-                    tile.add_exception(at + slot - slots.start, row, running, sums);
-                }
-            }
+        for (at, slots, page) in self.parts(&keys) {
+            add_exceptions(page, (at, &slots), tile, running, sums);
             let (matrix, scales) = (page.values.matrix(slots.clone()), page.values.scales());
             if scales.is_empty() {
                 matrix.accumulate(self.level, &tile.scores[at..], stride, sums);
@@ -222,14 +210,8 @@ impl CacheHead<'_> {
                 let part = (keys.start - first) * dim..(keys.end - first) * dim;
                 packed.put(0, &floats.values[part]);
             } else {
-                for (start, used, page) in self.head.pages_of(keys.clone()) {
-                    let slots = keys.start.saturating_sub(start)..used.min(keys.end - start);
-                    let at = start + slots.start - keys.start;
-                    for (slot, row) in page.values.exceptions() {
-                        if slots.contains(slot) {
-                            tile.add_exception(at + slot - slots.start, row, running, sums);
-                        }
-                    }
+                for (at, slots, page) in self.parts(&keys) {
+                    add_exceptions(page, (at, &slots), tile, running, sums);
                     page.values.decode(slots, rows);
                 }
                 packed.put(0, rows);
@@ -259,12 +241,12 @@ impl KeyValues for CacheHead<'_> {
         let recent = self.head.packed.max(seen.start)..self.head.len().min(seen.end);
         // Tiles of pages start with a group, so that panels are whole, and those of a page lie together.
         let start = packed.start / GROUP * GROUP;
-        let mut tiles = split(sinks, TILE);
+        let mut tiles: Vec<_> = pieces(sinks, TILE).collect();
         if !packed.is_empty() {
             let in_pages = (start / TILE * TILE..packed.end).step_by(TILE);
             tiles.extend(in_pages.map(|at| at.max(start)..packed.end.min(at + TILE)));
         }
-        tiles.extend(split(recent, TILE));
+        tiles.extend(pieces(recent, TILE));
         tiles
     }
 
@@ -307,11 +289,11 @@ impl KeyValues for CacheHead<'_> {
             let part = &rows.values[(keys.start - first) * dim..(keys.end - first) * dim];
             return large_rows(contracts::Rows::new(part, keys.len(), dim, dim), keys);
         }
-        let of_page = |(start, _, page): (usize, usize, &Page)| {
-            let slots = keys.start.saturating_sub(start)..keys.end - start;
-            large_among(page.values.exceptions(), slots).into_iter().map(move |slot| start + slot)
+        let of_page = |(at, slots, page): (usize, Range<usize>, &Page)| {
+            let first = keys.start + at - slots.start;
+            large_among(page.values.exceptions(), slots).into_iter().map(move |slot| first + slot)
         };
-        self.head.pages_of(keys.clone()).flat_map(of_page).collect()
+        self.parts(&keys).flat_map(of_page).collect()
     }
 
     fn format(&self, rows: usize) -> Format {
@@ -338,10 +320,18 @@ impl KeyValues for CacheHead<'_> {
     }
 }
 
-/// A range in pieces of at most `most`.
-fn split(range: Range<usize>, most: usize) -> Vec<Range<usize>> {
-    let starts = range.clone().step_by(most);
-    starts.map(|start| start..(start + most).min(range.end)).collect()
+/// Adds those values in some slots of a page that its format cannot hold; the slots are keys of a tile from `at`
+/// on.
+fn add_exceptions(
+    page: &Page,
+    (at, slots): (usize, &Range<usize>),
+    tile: &mut Tile<'_>,
+    running: &[Running],
+    sums: &mut [f32],
+) {
+    for (slot, row) in page.values.exceptions().iter().filter(|(slot, _)| slots.contains(slot)) {
+        tile.add_exception(at + slot - slots.start, row, running, sums);
+    }
 }
 
 #[inline(always)]
