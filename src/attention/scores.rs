@@ -8,7 +8,7 @@ use super::shapes::{self, check_scores};
 use crate::quant::QuantizedTensor;
 use crate::view::{View, cpu};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Device, Layout, Shape, Tensor};
 
 const OP: &str = "attention_scores";
 
@@ -46,7 +46,7 @@ const OP: &str = "attention_scores";
 /// [`LEVEL_VARIABLE`](crate::cpu::LEVEL_VARIABLE) names a level that cannot be used.
 pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     check(q, k, config)?;
-    ScoreOp::new(config, Output::Dequantized).apply(q, k)
+    ScoreOp::apply(q, k, config, None)
 }
 
 /// The int32 sums themselves, zero points corrected, as an I32 tensor `[B, H, M, N]`; arguments as
@@ -58,8 +58,10 @@ pub fn attention_scores(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<
 pub fn attention_scores_int32(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<Tensor> {
     check(q, k, config)?;
     config.check_int32()?;
-    let op = ScoreOp::new(config, Output::Int32);
-    op.failure.of(q.apply_op2_no_bwd(k, &op))
+    let (q, k) = (q.storage_and_layout(), k.storage_and_layout());
+    let (q, k) = (View::new(OP, "q", cpu(&q.0)?, q.1)?, View::new(OP, "k", cpu(&k.0)?, k.1)?);
+    let scorer = Scorer::of_all(q, k, config, ScoreScale::RAW)?;
+    Ok(Tensor::from_vec(scorer.all_sums(), &scorer.dims(), &Device::Cpu)?)
 }
 
 /// [`attention_scores`] that went through int8: requantized, then dequantized, f32 `[B, H, M, N]`.
@@ -76,7 +78,7 @@ pub fn attention_scores_requantized(
 ) -> Result<Tensor> {
     check(q, k, config)?;
     to.check(config)?;
-    ScoreOp::new(config, Output::Requantized(to.clone())).apply(q, k)
+    ScoreOp::apply(q, k, config, Some(to.clone()))
 }
 
 /// The int8 codes of the scores `[B, H, M, N]`, with their scales and zero points; arguments as
@@ -107,8 +109,8 @@ pub fn attention_scores_int8(
 ) -> Result<QuantizedTensor> {
     check(q, k, config)?;
     let (q, k) = (q.storage_and_layout(), k.storage_and_layout());
-    let q = View::new(OP, "q", cpu(&q.0)?, q.1)?;
-    requantize(q, View::new(OP, "k", cpu(&k.0)?, k.1)?, config, to)
+    let (q, k) = (View::new(OP, "q", cpu(&q.0)?, q.1)?, View::new(OP, "k", cpu(&k.0)?, k.1)?);
+    requantize(q, k, config, to)
 }
 
 fn check(q: &Tensor, k: &Tensor, config: &ScoreConfig) -> Result<()> {
@@ -132,27 +134,23 @@ impl ScoreConfig {
     }
 }
 
-/// What leaves the op.
-enum Output {
-    Dequantized,
-    Requantized(RequantConfig),
-    Int32,
-}
-
 struct ScoreOp {
     config: ScoreConfig,
-    output: Output,
+    /// How scores go through int8, if they do.
+    through: Option<RequantConfig>,
     failure: Failure,
 }
 
 impl ScoreOp {
-    fn new(config: &ScoreConfig, output: Output) -> Self {
-        Self { config: config.clone(), output, failure: Failure::default() }
-    }
-
-    fn apply(self, q: &Tensor, k: &Tensor) -> Result<Tensor> {
-        let failure = self.failure.clone();
-        failure.of(q.apply_op2(k, self))
+    fn apply(
+        q: &Tensor,
+        k: &Tensor,
+        config: &ScoreConfig,
+        through: Option<RequantConfig>,
+    ) -> Result<Tensor> {
+        let failure = Failure::default();
+        let op = Self { config: config.clone(), through, failure: failure.clone() };
+        failure.of(q.apply_op2(k, op))
     }
 
     fn forward(
@@ -162,17 +160,13 @@ impl ScoreOp {
     ) -> Result<(CpuStorage, Shape)> {
         let q = View::new(OP, "q", q, q_layout)?;
         let k = View::new(OP, "k", k, k_layout)?;
-        if let Output::Requantized(to) = &self.output {
+        if let Some(to) = &self.through {
             let codes = requantize(q, k, &self.config, to)?;
             let shape = Shape::from(codes.shape());
             return Ok((CpuStorage::F32(codes.dequantize_to_vec()), shape));
         }
         let scorer = Scorer::of_all(q, k, &self.config, ScoreScale::RAW)?;
-        let storage = match self.output {
-            Output::Int32 => CpuStorage::I32(scorer.all_sums()),
-            _ => CpuStorage::F32(scorer.all_scores()),
-        };
-        Ok((storage, Shape::from(scorer.dims().to_vec())))
+        Ok((CpuStorage::F32(scorer.all_scores()), Shape::from(scorer.dims().to_vec())))
     }
 }
 
