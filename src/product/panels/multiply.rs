@@ -115,33 +115,21 @@ impl PackedMatrix {
         if out.is_empty() {
             return;
         }
+        let count = out.len() / width;
+        assert_eq!(out.len(), count * width);
         for panel in self.panels() {
-            self.add_panel(&panel, &rows, (lhs, stride), (&mut out[panel.start..], width));
+            let sums = out[panel.start..].as_mut_ptr();
+            let job = Panel {
+                sums,
+                sums_stride: width,
+                start: sums,
+                start_stride: width,
+                ..self.job(&panel, &rows, (lhs, stride, count), &[])
+            };
+            // SAFETY: `job` checked the left side and the matrix; the panel's columns are in every row of
+            // sums, whose width is that of all panels.
+            unsafe { self.level.multiply(self.product.format, job) };
         }
-    }
-
-    /// Adds to the sums of one panel's columns; the last row of `sums` may end with them.
-    fn add_panel<T>(
-        &self,
-        panel: &Range<usize>,
-        rows: &Range<usize>,
-        (lhs, stride): (&[T], usize),
-        (sums, sums_stride): (&mut [f32], usize),
-    ) {
-        let count = sums.len().div_ceil(sums_stride);
-        assert!(sums_stride >= panel.len());
-        assert!(sums.len() >= (count - 1) * sums_stride + panel.len());
-        let sums = sums.as_mut_ptr();
-        let job = Panel {
-            sums,
-            sums_stride,
-            start: sums,
-            start_stride: sums_stride,
-            ..self.job(panel, rows, (lhs, stride, count), &[])
-        };
-        // SAFETY: `job` checked the left side and the matrix; the panel's columns are in every row of
-        // sums, as just asserted.
-        unsafe { self.level.multiply(self.product.format, job) };
     }
 
     /// `out[r, c - columns.start] = start[r, c - columns.start] + sum_k lhs[r, k] * matrix[k, c]` over the
@@ -172,8 +160,7 @@ impl PackedMatrix {
                 (row.as_ptr(), 0)
             }
         };
-        let panels = self.panels().skip_while(|panel| panel.start < columns.start);
-        for panel in panels.take_while(|panel| panel.start < columns.end) {
+        for panel in self.panels_in(columns.clone()) {
             let at = panel.start - columns.start;
             let vectors = panel.len().min(width - at) / LANES;
             let job = Panel {
@@ -218,8 +205,7 @@ impl PackedMatrix {
             return;
         }
         let (known, per_row) = (self.run_scales.as_ref().expect("int16"), lhs.runs());
-        let panels = self.panels().skip_while(|panel| panel.start < columns.start);
-        for panel in panels.take_while(|panel| panel.start < columns.end) {
+        for panel in self.panels_in(columns.clone()) {
             let at = panel.start - columns.start;
             let vectors = panel.len().min(width - at) / LANES;
             let of_columns = known.from(0, panel.start);

@@ -202,8 +202,7 @@ impl PackedMatrix {
         assert_eq!(columns.depth(), self.depth);
         let end = first + columns.count();
         assert!(first.is_multiple_of(self.panel_width()) && end <= self.columns, "{first}..{end}");
-        let panels = self.panels().skip_while(|panel| panel.start < first);
-        for panel in panels.take_while(|panel| panel.start < end) {
+        for panel in self.panels_in(first..end) {
             let at = self.panel_start(&panel, 0);
             let job = Transpose {
                 columns,
@@ -236,6 +235,15 @@ impl PackedMatrix {
                 vectors * i / count * LANES..vectors * (i + 1) / count * LANES
             }
         })
+    }
+
+    /// Those that hold some of `columns`, which start with a panel.
+    pub(super) fn panels_in(
+        &self,
+        columns: Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        let panels = self.panels().skip_while(move |panel| panel.start < columns.start);
+        panels.take_while(move |panel| panel.start < columns.end)
     }
 
     /// Bytes before the group that `row` starts, in the panel of these columns.
