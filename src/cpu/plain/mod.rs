@@ -35,89 +35,57 @@ pub(crate) use widest;
 /// `plain_kernels!(name, "features")` makes the constants `SOFTMAX`, `ROWS` and `EXP_BF16` of a leaf:
 /// the plain loops, compiled with these target features (those of the baseline without any).
 macro_rules! plain_kernels {
-    ($name:expr $(, $features:literal)?) => {
+    ($name:expr) => { plain_kernels!(@constants $name, inline); };
+    ($name:expr, $features:literal) => {
+        plain_kernels!(@constants $name, target_feature(enable = $features));
+    };
+    (@constants $name:expr, $attribute:meta) => {
         #[allow(dead_code)]
-        pub(crate) const SOFTMAX: crate::cpu::contracts::Softmax =
-            crate::cpu::contracts::Softmax {
-                name: $name,
-                max,
-                exp_f32,
-                exp_int8,
-                max_of_runs,
-                exp_int16,
-            };
-
-        #[allow(dead_code)]
-        pub(crate) const ROWS: crate::cpu::contracts::RowKernels =
-            crate::cpu::contracts::RowKernels {
-                name: $name,
-                quantize,
-                condition,
-                dots,
-                rotate,
-            };
+        pub(crate) const SOFTMAX: $crate::cpu::contracts::Softmax = $crate::cpu::contracts::Softmax {
+            name: $name,
+            max,
+            exp_f32,
+            exp_int8,
+            max_of_runs,
+            exp_int16,
+        };
 
         #[allow(dead_code)]
-        pub(crate) const EXP_BF16: crate::cpu::contracts::ExpBf16 = exp_bf16;
-
-        $(#[target_feature(enable = $features)])?
-        fn max(scores: &[f32]) -> f32 {
-            crate::cpu::plain::softmax::max(scores)
-        }
-
-        $(#[target_feature(enable = $features)])?
-        fn exp_f32(scores: &mut [f32], max: f32) -> f32 {
-            crate::cpu::plain::softmax::exp_f32(scores, max)
-        }
-
-        $(#[target_feature(enable = $features)])?
-        fn exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32 {
-            crate::cpu::plain::softmax::exp_int8(scores, max, codes)
-        }
-
-        $(#[target_feature(enable = $features)])?
-        fn max_of_runs(scores: crate::cpu::contracts::Scores<'_>, runs: &mut [f32]) {
-            crate::cpu::plain::softmax::max_of_runs(scores, runs);
-        }
+        pub(crate) const ROWS: $crate::cpu::contracts::RowKernels =
+            $crate::cpu::contracts::RowKernels { name: $name, quantize, condition, dots, rotate };
 
         #[allow(dead_code)]
-        $(#[target_feature(enable = $features)])?
-        fn exp_int16(job: crate::cpu::contracts::Int16Exp<'_>) {
-            crate::cpu::plain::softmax::exp_int16(job);
-        }
+        pub(crate) const EXP_BF16: $crate::cpu::contracts::ExpBf16 = exp_bf16;
 
-        $(#[target_feature(enable = $features)])?
-        fn exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32 {
-            crate::cpu::plain::softmax::exp_bf16(scores, max, probs)
-        }
-
-        $(#[target_feature(enable = $features)])?
-        fn quantize(
-            affine: bool,
-            rows: crate::cpu::contracts::Rows<'_>,
-            ranges: Option<&crate::cpu::contracts::RowRanges>,
-            out: crate::cpu::contracts::BlockCodes<'_>,
-        ) {
-            crate::cpu::plain::rows::quantize(affine, rows, ranges, out);
-        }
-
-        $(#[target_feature(enable = $features)])?
-        fn condition(job: crate::cpu::contracts::Condition<'_>) {
-            crate::cpu::plain::rows::condition(job);
-        }
-
-        $(#[target_feature(enable = $features)])?
-        fn dots(
-            rows: crate::cpu::contracts::Rows<'_>,
-            vectors: crate::cpu::contracts::Rows<'_>,
-            out: &mut [f32],
-        ) {
-            crate::cpu::plain::rows::dots(rows, vectors, out);
-        }
-
-        $(#[target_feature(enable = $features)])?
-        fn rotate(depth: usize, rows: &mut [f32]) {
-            crate::cpu::plain::rotate::rotate(depth, rows);
+        plain_kernels! {
+            @functions $attribute
+            softmax::max(scores: &[f32]) -> f32;
+            softmax::exp_f32(scores: &mut [f32], max: f32) -> f32;
+            softmax::exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32;
+            softmax::max_of_runs(scores: $crate::cpu::contracts::Scores<'_>, runs: &mut [f32]);
+            softmax::exp_int16(job: $crate::cpu::contracts::Int16Exp<'_>);
+            softmax::exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32;
+            rows::quantize(
+                affine: bool,
+                rows: $crate::cpu::contracts::Rows<'_>,
+                ranges: Option<&$crate::cpu::contracts::RowRanges>,
+                out: $crate::cpu::contracts::BlockCodes<'_>
+            );
+            rows::condition(job: $crate::cpu::contracts::Condition<'_>);
+            rows::dots(
+                rows: $crate::cpu::contracts::Rows<'_>,
+                vectors: $crate::cpu::contracts::Rows<'_>,
+                out: &mut [f32]
+            );
+            rotate::rotate(depth: usize, rows: &mut [f32]);
         }
     };
+    (@functions $attribute:meta
+     $($file:ident::$kernel:ident($($x:ident: $of:ty),+) $(-> $result:ty)?;)+) => { $(
+        #[allow(dead_code)]
+        #[$attribute]
+        fn $kernel($($x: $of),+) $(-> $result)? {
+            $crate::cpu::plain::$file::$kernel($($x),+)
+        }
+    )+ };
 }

@@ -3,11 +3,9 @@
 //! take five times as long: what is 1, 2, 4 and 8 apart becomes gathers and scatters.)
 
 use super::rows::{Ends, first, load};
-use crate::cpu::contracts::{Condition, ROTATED, Rows};
+use crate::cpu::contracts::{Condition, LANES, ROTATED, Rows};
 use crate::cpu::plain::rotate::{factor, rotate_rest};
 use std::arch::x86_64::*;
-
-const LANES: usize = 16;
 
 #[target_feature(enable = "avx512f")]
 pub(super) fn rotate(depth: usize, rows: &mut [f32]) {

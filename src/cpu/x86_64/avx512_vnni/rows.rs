@@ -4,12 +4,10 @@
 //! Rows are taken 16 at a time, so that what is found for each row (a maximum, a sum) is folded for
 //! all of them at once, and their scales are one vector.
 
-use crate::cpu::contracts::{BlockCodes, RowRanges, Rows};
+use crate::cpu::contracts::{BlockCodes, LANES, RowRanges, Rows};
 use crate::cpu::plain::rows::{NEAR, ROUND};
 use crate::cpu::x86_64::{copy_first, starts};
 use std::arch::x86_64::*;
-
-const LANES: usize = 16;
 
 /// `fold!(vectors, op)`: lane `i` of the result is `op` over all lanes of vector `i`. Each level
 /// halves the vectors: first within 128 bits, then across them. A macro over plain loops, because a
@@ -72,8 +70,8 @@ fn quantize_rows<const AFFINE: bool>(
             }
         };
         let params = Params::of::<AFFINE>(low, high);
-        let (scales, zeros) = (params.scales.to_array(), params.zeros.to_array());
-        let reciprocals = params.reciprocals.to_array();
+        let (scales, zeros) = (floats(params.scales), integers(params.zeros));
+        let reciprocals = floats(params.reciprocals);
         let mut folded = [_mm512_setzero_ps(); LANES];
         for i in 0..count {
             let codes = &mut out.codes[(start + i) * depth..(start + i + 1) * depth];
@@ -88,7 +86,7 @@ fn quantize_rows<const AFFINE: bool>(
         let these = start..start + count;
         copy_first::<LANES, _>(&scales, &mut out.scales[these.clone()]);
         copy_first::<LANES, _>(&zeros, &mut out.zeros[these.clone()]);
-        copy_first::<LANES, _>(&fold_sum(folded).to_array(), &mut out.sums[these]);
+        copy_first::<LANES, _>(&integers(fold_sum(folded)), &mut out.sums[these]);
     }
 }
 
@@ -165,30 +163,19 @@ impl Ends {
 }
 
 /// Lanes as an array.
-trait ToArray {
-    type Array;
-
-    fn to_array(self) -> Self::Array;
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn floats(x: __m512) -> [f32; LANES] {
+    // SAFETY: of one size, and every bit pattern is a number.
+    unsafe { std::mem::transmute(x) }
 }
 
-impl ToArray for __m512 {
-    type Array = [f32; LANES];
-
-    #[inline(always)]
-    fn to_array(self) -> Self::Array {
-        // SAFETY: of one size, and every bit pattern is a number.
-        unsafe { std::mem::transmute(self) }
-    }
-}
-
-impl ToArray for __m512i {
-    type Array = [i32; LANES];
-
-    #[inline(always)]
-    fn to_array(self) -> Self::Array {
-        // SAFETY: of one size, and every bit pattern is a number.
-        unsafe { std::mem::transmute(self) }
-    }
+/// Likewise.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn integers(x: __m512i) -> [i32; LANES] {
+    // SAFETY: as above.
+    unsafe { std::mem::transmute(x) }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -227,7 +214,7 @@ fn dots_of<const R: usize, const V: usize>(
             // SAFETY: their last elements.
             unsafe { add_products::<R, V, false>(&mut sums, (&rows_at, &vectors_at), whole, rest) };
         }
-        let lanes = fold_add(sums).to_array();
+        let lanes = floats(fold_add(sums));
         let rows = R.min(count - row);
         for v in 0..V.min(vectors.count() - vector) {
             copy_first::<R, _>(&lanes[v * R..], &mut out[(vector + v) * count + row..][..rows]);

@@ -3,17 +3,15 @@
 //! `vscalefps` and `vreduceps` would save three instructions of the exponential in f32, and fused
 //! multiply-adds five; but not every level has them, and the bits are to be the same on all.
 
-use super::rows::fold_add;
+use super::rows::{floats, fold_add};
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
 };
-use crate::cpu::contracts::{Int16Exp, RUN, Scores, Softmax};
+use crate::cpu::contracts::{Int16Exp, LANES, RUN, Scores, Softmax};
 use crate::cpu::plain::lanes::sum_lanes;
 use crate::cpu::plain::softmax::top_of_run;
 use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
-
-const LANES: usize = 16;
 
 mod plain {
     plain_kernels!(super::super::NAME, "avx512f,avx512bw,avx512dq,avx512vl");
@@ -113,8 +111,8 @@ fn exp_int16(job: Int16Exp<'_>) {
         *sum = exp_row(scores.row(row), codes, runs);
     }
     match out {
-        [sum] => *sum = sum_lanes(lanes(sums[0])),
-        all => copy_first::<LANES, _>(&lanes(fold_add(sums)), all),
+        [sum] => *sum = sum_lanes(floats(sums[0])),
+        all => copy_first::<LANES, _>(&floats(fold_add(sums)), all),
     }
 }
 
@@ -175,15 +173,6 @@ fn exp_run(scores: &[f32], top: f32, codes: &mut [i16], bits: &mut __m512i) -> _
         unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_castsi512_si256(codes)) };
     }
     counts
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn lanes(x: __m512) -> [f32; LANES] {
-    let mut lanes = [0f32; LANES];
-    // SAFETY: 16 elements.
-    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), x) };
-    lanes
 }
 
 /// The bits of distances, whose lower halves are what counts; NaN has others than [`DISTANCES`].
