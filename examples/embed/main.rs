@@ -53,7 +53,7 @@ fn run(args: &Args) -> Result<String> {
     let (start, progress) = (Instant::now(), progress_bar(texts.bytes()));
     let mut report = Report::new(args, model);
     target.write(|file| {
-        let mut out = Embeddings::new(file, format, encoder.model.config().hidden_size)?;
+        let mut out = Embeddings::new(file, format, encoder.embedding_size())?;
         for embedding in encoder.embed(texts.iter()) {
             let mut embedding = embedding?;
             if args.normalize {

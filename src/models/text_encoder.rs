@@ -141,6 +141,11 @@ impl TextEncoder {
         self.tokenizer.max_tokens()
     }
 
+    /// Elements of an embedding: those of a hidden state, unless poolings or dense layers make it another number.
+    pub fn embedding_size(&self) -> usize {
+        self.sentence.width
+    }
+
     /// Texts to ids, with the model's special tokens and no prompt. A text longer than the model's
     /// input is cut; its last special token is kept.
     ///

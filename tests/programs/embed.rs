@@ -1,6 +1,8 @@
 //! The example `embed`: files of texts in, files of embeddings out.
 
 use super::start::{assert_narrow, fail, json, succeed};
+use crate::common::randn;
+use crate::common::tiny_encoders::{HIDDEN, TinyEncoder};
 use candle_core::safetensors::load;
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
@@ -70,6 +72,43 @@ fn parts_are_the_whole() {
         bytes.extend(places);
     }
     assert!((embeddings, bytes) == tensors(&whole));
+}
+
+/// Several poolings are put one after the other, and a dense layer has a width of its own.
+#[test]
+fn embeddings_may_be_wider_or_narrower_than_hidden_states() {
+    let (folder, input, beside) = folder(b"the sea\na ship sails\nthe storm\n");
+    TinyEncoder::new("bert", "").write(folder.path()).unwrap();
+    let (model, output) = (folder.path().to_str().unwrap(), beside("out.safetensors"));
+    let put = |name: &str, content: serde_json::Value| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content.to_string()).unwrap();
+    };
+    let width = || {
+        json(EMBED, &["--model", model, &input, "--output", &output]);
+        let (embeddings, bytes) = tensors(&output);
+        assert_eq!(bytes, [0, 8, 21]);
+        assert_eq!(embeddings.len(), 3);
+        embeddings[0].len()
+    };
+    let pooling = serde_json::json!({
+        "word_embedding_dimension": HIDDEN, "pooling_mode_mean_tokens": true,
+        "pooling_mode_cls_token": true,
+    });
+    put("1_Pooling/config.json", pooling);
+    assert_eq!(width(), 2 * HIDDEN);
+
+    let module = |class: &str, path: &str| serde_json::json!({"path": path, "type": format!("sentence_transformers.models.{class}")});
+    let modules =
+        [module("Transformer", ""), module("Pooling", "1_Pooling"), module("Dense", "2_Dense")];
+    put("modules.json", modules.into());
+    let dense = serde_json::json!({"in_features": 2 * HIDDEN, "out_features": 5, "bias": false});
+    put("2_Dense/config.json", dense);
+    let weight = HashMap::from([("linear.weight", randn((5, 2 * HIDDEN)))]);
+    let path = folder.path().join("2_Dense/model.safetensors");
+    candle_core::safetensors::save(&weight, path).unwrap();
+    assert_eq!(width(), 5);
 }
 
 #[test]
