@@ -27,7 +27,7 @@ mod measure;
 mod report;
 
 use anyhow::Result;
-use candle_int8_attention::AttentionConfig;
+use candle_int8_attention::Backend;
 use candle_int8_attention::models::{
     Calibration, CalibrationConfig, LayeredModel, StaticScales, calibrate,
 };
@@ -115,7 +115,7 @@ fn run(args: &Args) -> Result<String> {
     let Loaded { mut model, name, .. } = args.model.load()?;
     let passages = args.text.read(&model)?;
     for layer in model.attention_mut() {
-        layer.set_config(AttentionConfig::fp32());
+        layer.set_config(layer.config().with_backend(Backend::Fp32));
     }
     let calibrations = match loaded {
         Some(calibration) => vec![calibration],

@@ -46,15 +46,17 @@ pub fn rows(
     calibrations: &[Calibration],
     scales: StaticScales,
 ) -> Result<Vec<Row>> {
-    let layers = model.attention().len();
+    // What belongs to the model, such as the windows of its layers, is the same in all ways.
+    let own: Vec<AttentionConfig> =
+        model.attention().iter().map(|layer| layer.config().clone()).collect();
     let mut ways = Vec::new();
     if let Some(calibration) = calibrations.first() {
         calibration.check_model(model)?;
-        ways.extend(dynamic_ways(layers, calibration.config, scales));
+        ways.extend(dynamic_ways(&own, calibration.config, scales));
     }
     for calibration in calibrations {
-        let configs = (0..layers)
-            .map(|layer| calibration.config(layer, scales, &AttentionConfig::fp32()))
+        let configs = (own.iter().enumerate())
+            .map(|(layer, own)| calibration.config(layer, scales, own))
             .collect::<Result<_, _>>()?;
         let clipped = Some(clipped(model, passages, calibration)?);
         let name = format!("static, {}", calibration.config.observer);
@@ -82,7 +84,11 @@ pub fn rows(
 
 /// A scale for each token, the default; and what differs from the static scales only in that
 /// ranges are from the data.
-fn dynamic_ways(layers: usize, config: CalibrationConfig, scales: StaticScales) -> [Way; 2] {
+fn dynamic_ways(
+    own: &[AttentionConfig],
+    config: CalibrationConfig,
+    scales: StaticScales,
+) -> [Way; 2] {
     let CalibrationConfig { scheme, smooth_k, smooth_q, rotate, outliers, .. } = config;
     let shared = match scales {
         StaticScales::PerHead => Granularity::PerHead,
@@ -95,7 +101,7 @@ fn dynamic_ways(layers: usize, config: CalibrationConfig, scales: StaticScales) 
             config.with_scores(|scores| (scores.rotate, scores.outliers) = (rotate, outliers));
         Way {
             name: format!("dynamic, {granularity}"),
-            configs: vec![config; layers],
+            configs: own.iter().map(|own| own.with_backend(config.backend.clone())).collect(),
             clipped: None,
         }
     })

@@ -2,6 +2,7 @@
 
 use super::start;
 use super::start::{assert_narrow, fail};
+use crate::common::tiny_encoders::TinyEncoder;
 use serde_json::Value;
 use std::path::Path;
 
@@ -60,6 +61,27 @@ fn ranges_are_collected_compared_saved_and_loaded() {
                 fail("calibrate", &["--ranges", file, "--scales", scales], &expected);
             }
         }
+    }
+}
+
+/// In a window of one token there is nothing to weigh, so that scores in int8 change nothing.
+#[test]
+fn layers_keep_their_windows_in_every_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tiny = TinyEncoder::new("modernbert", "");
+    tiny.config["local_attention"] = 0.into();
+    tiny.write(folder.path()).unwrap();
+    let file = folder.path().join("words.txt");
+    std::fs::write(&file, "the sea is wide and a ship sails far ".repeat(12)).unwrap();
+    let [model, file] = [folder.path(), &file].map(|path| path.to_str().unwrap());
+    let report = json("calibrate", &["--model", model, "--file", file]);
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 6);
+    for row in rows {
+        // A layer that differs in nothing is null.
+        let differs: Vec<bool> =
+            row["layer_sqnr_db"].as_array().unwrap().iter().map(|layer| !layer.is_null()).collect();
+        assert_eq!(differs, [true, false, false, true], "{row}");
     }
 }
 
