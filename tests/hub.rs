@@ -186,6 +186,22 @@ fn a_renamed_model_is_followed() -> Result<()> {
     hub.check_files(&found)
 }
 
+/// A redirect names a path of the host, in which that of the hub is.
+#[test]
+fn a_renamed_model_is_followed_in_a_hub_below_a_path() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let hub = Hub::of_a_model()?;
+    let endpoint = format!("{}/hf/", hub.endpoint);
+    let found = HubModel::new("someone/old-name").fetch_from(&client(&endpoint, cache.path())?)?;
+    hub.check_files(&found)?;
+    for request in hub.requests() {
+        let path = request.split_once(' ').map_or("", |(_, path)| path);
+        let below = ["/hf/someone/old-name/", "/hf/someone/some-model/", "/store/"];
+        assert!(below.iter().any(|start| path.starts_with(start)), "{request}");
+    }
+    Ok(())
+}
+
 /// After a fault with `file`: nothing in the cache is damaged, the file is not in it, and without the
 /// fault everything arrives.
 fn check_recovery(hub: &Hub, client: &HubClient, (file, cache): (&str, &Path)) -> Result<()> {

@@ -113,16 +113,16 @@ impl HubClient {
 
     /// What the hub says of a file.
     pub(super) fn ask(&self, file: &RemoteFile<'_>) -> Result<Answer, Failure> {
-        let mut path = file.path();
+        let mut address = self.address(file);
         for _ in 0..=REDIRECTS {
-            let response = self.answered(|| self.request("HEAD", &path, 0))?;
+            let response = self.answered(|| self.request("HEAD", &address, 0))?;
             let headers = response.headers();
             let status = response.status();
             let inside = text(headers, header::LOCATION.as_str()).filter(|to| {
                 status.is_redirection() && to.starts_with('/') && !to.starts_with("//")
             });
             match inside {
-                Some(to) => path = to.to_string(),
+                Some(to) => address = format!("{}{to}", self.host()),
                 None if status.is_success() || status.is_redirection() => {
                     return Answer::of(headers);
                 }
@@ -137,14 +137,25 @@ impl HubClient {
 
     /// The bytes of a file.
     pub(super) fn get(&self, file: &RemoteFile<'_>) -> Result<impl Read + 'static, Failure> {
-        let path = file.path();
-        let response = self.answered(|| self.request("GET", &path, REDIRECTS as u32))?;
+        let address = self.address(file);
+        let response = self.answered(|| self.request("GET", &address, REDIRECTS as u32))?;
         match response.status() {
             status if status.is_success() => {
                 Ok(response.into_body().into_with_config().limit(u64::MAX).reader())
             }
             status => Err(Failure::Status { status: status.as_u16(), commit: None }),
         }
+    }
+
+    fn address(&self, file: &RemoteFile<'_>) -> String {
+        format!("{}{}", self.endpoint, file.path())
+    }
+
+    /// The endpoint without its path, if it has one.
+    fn host(&self) -> &str {
+        let start = self.endpoint.find("://").map_or(0, |at| at + 3);
+        let path = self.endpoint[start..].find('/');
+        path.map_or(&self.endpoint, |at| &self.endpoint[..start + at])
     }
 
     /// A response, after as many attempts as it takes.
@@ -165,9 +176,13 @@ impl HubClient {
         request()
     }
 
-    fn request(&self, method: &str, path: &str, redirects: u32) -> Result<Response<Body>, Failure> {
-        let endpoint = &self.endpoint;
-        let secure = endpoint.starts_with("https://");
+    fn request(
+        &self,
+        method: &str,
+        address: &str,
+        redirects: u32,
+    ) -> Result<Response<Body>, Failure> {
+        let secure = self.endpoint.starts_with("https://");
         // The certificates that the system trusts, as its other programs do.
         let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
         let agent: Agent = Agent::config_builder()
@@ -183,8 +198,7 @@ impl HubClient {
             .user_agent(concat!("candle-int8-attention/", env!("CARGO_PKG_VERSION")))
             .build()
             .into();
-        let mut request =
-            ureq::http::Request::builder().method(method).uri(format!("{endpoint}{path}"));
+        let mut request = ureq::http::Request::builder().method(method).uri(address);
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }

@@ -153,11 +153,11 @@ impl Hub {
     fn answer(&self, mut stream: TcpStream) -> Result<()> {
         let request = Request::read(&stream)?;
         self.requests.lock().unwrap().push(format!("{} {}", request.method, request.path));
-        if let Some(rest) = request.path.strip_prefix("/someone/old-name/") {
-            // A model that was renamed.
+        if let Some((hub, rest)) = request.path.split_once("/someone/old-name/") {
+            // A model that was renamed, in a hub that may be below a path.
             write!(
                 stream,
-                "HTTP/1.1 307 Temporary Redirect\r\nLocation: /{ID}/{rest}\r\n\
+                "HTTP/1.1 307 Temporary Redirect\r\nLocation: {hub}/{ID}/{rest}\r\n\
                  Content-Length: 0\r\nConnection: close\r\n\r\n"
             )?;
             return Ok(());
