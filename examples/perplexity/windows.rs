@@ -35,11 +35,17 @@ impl Windows {
         if context < 3 || context > longest {
             bail!("a context of {context} tokens, expected 3 to {longest}, which the model takes");
         }
+        let front = start.len();
+        if context <= front {
+            bail!(
+                "a context of {context} tokens, {front} of which the tokenizer puts in front of any text"
+            );
+        }
         if whole < context {
             bail!("it has {whole} tokens, expected at least --context {context}");
         }
         let windows = ids
-            .chunks_exact(context - start.len())
+            .chunks_exact(context - front)
             .take(args.chunks.unwrap_or(usize::MAX))
             .map(|chunk| [&start[..], chunk].concat())
             .collect();

@@ -76,6 +76,31 @@ fn ranges_of_a_decoder_are_collected_saved_and_loaded() -> Result<()> {
     Ok(())
 }
 
+/// Some tokenizers put more than one token in front of a text.
+#[test]
+fn a_window_of_perplexity_has_room_behind_what_stands_in_front() -> Result<()> {
+    let folder = folder()?;
+    let model = folder.path().to_string_lossy().into_owned();
+    let file = path(&folder, "tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    let start = serde_json::json!({"SpecialToken": {"id": "<|start|>", "type_id": 0}});
+    let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    tokenizer["post_processor"] = serde_json::json!({
+        "type": "TemplateProcessing", "single": [start, start, start, text], "pair": [text],
+        "special_tokens": {
+            "<|start|>": {"id": "<|start|>", "ids": [259], "tokens": ["<|start|>"]},
+        },
+    });
+    std::fs::write(&file, tokenizer.to_string())?;
+    let perplexity = |context: &str| {
+        run("perplexity", &["--model", &model, "--chunks", "1", "--context", context])
+    };
+    expect_failure(&perplexity("3"), &["a context of 3 tokens, 3 of which", "in front"]);
+    let (_, stderr) = texts(&perplexity("4"));
+    assert!(perplexity("4").status.success(), "{stderr}");
+    Ok(())
+}
+
 #[test]
 fn settings_of_a_decoder_are_searched_and_written() -> Result<()> {
     let model = Model::new()?;
