@@ -332,6 +332,14 @@ fn nan_is_reported() {
 }
 
 #[test]
+fn a_head_that_gives_nan_is_the_worst_of_its_layer() {
+    let mut report = record(&SOUND, &[1]).report();
+    let main = report.configs.iter_mut().find(|config| config.main).unwrap();
+    main.layers[1].heads[2].alone.output.sqnr_db.mean = f64::NAN;
+    assert!(report.to_text().contains(" NaN (2) "), "{}", report.to_text());
+}
+
+#[test]
 fn word_embeddings_are_recorded_as_they_are() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/glove-6b-50d-top20k");
     let model = WordEmbeddings::load(folder, &Device::Cpu).unwrap();

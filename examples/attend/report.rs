@@ -2,6 +2,7 @@
 
 use crate::args::{Args, BackendName};
 use crate::common::config::describe;
+use crate::common::extremes::ascending;
 use crate::common::print::{count, decibel, indented, scientific, table, wrapped};
 use crate::input::Inputs;
 use crate::masking::Masking;
@@ -109,7 +110,7 @@ impl Report {
         };
         row("all heads".to_string(), &self.drift);
         let mut worst: Vec<&HeadDrift> = self.heads.iter().collect();
-        worst.sort_by(|a, b| a.drift.sqnr_db.total_cmp(&b.drift.sqnr_db));
+        worst.sort_by(|a, b| ascending(a.drift.sqnr_db, b.drift.sqnr_db));
         if self.backend == BackendName::Int8 && worst.len() > 1 {
             for head in worst.iter().take(WORST) {
                 row(format!("sequence {}, head {}", head.batch, head.head), &head.drift);

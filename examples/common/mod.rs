@@ -8,6 +8,7 @@ pub mod cache;
 pub mod config;
 pub mod correlation;
 pub mod cutter;
+pub mod extremes;
 pub mod llama;
 pub mod model;
 pub mod output;

@@ -1,6 +1,7 @@
 //! Pairs of sentences with scores, and what each path says about them.
 
 use crate::common::correlation::Correlation;
+use crate::common::extremes::largest;
 use crate::common::text;
 use crate::common::words::is_unknown;
 use anyhow::{Context, Result, bail, ensure};
@@ -137,7 +138,7 @@ pub fn similarity(judged: &[Judged], recorder: &Recorder) -> Vec<Similarity> {
             pairs: judged.len(),
             spearman_fp32: Correlation::of(&gold, &fp32).spearman,
             spearman_int8: Correlation::of(&gold, &int8).spearman,
-            max_change: fp32.iter().zip(&int8).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max),
+            max_change: largest(fp32.iter().zip(&int8).map(|(a, b)| (a - b).abs())),
         }
     };
     recorder.configs().enumerate().map(of).collect()

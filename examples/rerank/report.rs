@@ -1,5 +1,6 @@
 //! Ranked passages, and how that reads in a terminal.
 
+use crate::common::extremes::{ascending, largest};
 use crate::common::print::{count, signed, table, wrapped};
 use serde::Serialize;
 use std::fmt::Write;
@@ -53,10 +54,11 @@ impl Report {
         passages_cut: usize,
         mut passages: Vec<Passage>,
     ) -> Self {
+        let best_first = |a: f32, b: f32| ascending(b.into(), a.into());
         // Equal scores stay in the order of the file.
-        passages.sort_by(|a, b| b.int8.total_cmp(&a.int8).then(a.line.cmp(&b.line)));
+        passages.sort_by(|a, b| best_first(a.int8, b.int8).then(a.line.cmp(&b.line)));
         (1..).zip(&mut passages).for_each(|(rank, passage)| passage.rank_int8 = rank);
-        passages.sort_by(|a, b| b.fp32.total_cmp(&a.fp32).then(a.line.cmp(&b.line)));
+        passages.sort_by(|a, b| best_first(a.fp32, b.fp32).then(a.line.cmp(&b.line)));
         (1..).zip(&mut passages).for_each(|(rank, passage)| passage.rank = rank);
         Self {
             model,
@@ -64,7 +66,7 @@ impl Report {
             query,
             passages_cut,
             passages_moved: passages.iter().filter(|p| p.rank != p.rank_int8).count(),
-            max_score_change: passages.iter().map(|p| p.change().abs()).fold(0.0, f64::max),
+            max_score_change: largest(passages.iter().map(|p| p.change().abs())),
             passages,
         }
     }

@@ -1,6 +1,7 @@
 //! What both paths say about the pairs, and how that reads in a terminal.
 
 use crate::common::correlation::Correlation;
+use crate::common::extremes::{ascending, largest};
 use crate::common::print::{count, signed, table};
 use crate::pairs::Pair;
 use serde::Serialize;
@@ -79,10 +80,7 @@ impl Report {
             sentences,
             sentences_cut,
             min_cosine,
-            max_similarity_change: similarities
-                .iter()
-                .map(|s| s.change().abs())
-                .fold(0.0, f64::max),
+            max_similarity_change: largest(similarities.iter().map(|s| s.change().abs())),
             spearman_fp32: fp32.spearman,
             spearman_int8: int8.spearman,
             spearman_change: change(fp32.spearman, int8.spearman),
@@ -118,7 +116,7 @@ impl Report {
     fn render_pairs(&self, out: &mut String) {
         let mut shown: Vec<&Similarity> = self.similarities.iter().collect();
         let which = if shown.len() > SHOWN {
-            shown.sort_by(|a, b| b.change().abs().total_cmp(&a.change().abs()));
+            shown.sort_by(|a, b| ascending(-a.change().abs(), -b.change().abs()));
             shown.truncate(SHOWN);
             format!("The {SHOWN} pairs that int8 changes most")
         } else {

@@ -1,6 +1,7 @@
 //! The same text through every int8 configuration worth choosing from.
 
 use crate::common::config::describe;
+use crate::common::extremes::largest;
 use crate::common::print::{decibel, scientific, table};
 use crate::common::windows::Window;
 use crate::heads::{HeadDrift, Path, Qkv, drift_per_head};
@@ -135,7 +136,7 @@ fn row(candidate: &Candidate, layers: &[Vec<HeadDrift>]) -> Row {
         is_default: *scores == ScoreConfig::default() && requant.is_none(),
         mean_sqnr_db: mean(all.iter().map(|h| h.output.sqnr_db)),
         lowest_layer_sqnr_db: lowest(layer_means.iter().copied()),
-        highest_layer_sqnr_db: layer_means.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+        highest_layer_sqnr_db: largest(layer_means.iter().copied()),
         worst_head_sqnr_db: lowest(all.iter().map(|h| h.output.sqnr_db)),
         worst_cosine: lowest(all.iter().map(|h| h.output.cosine)),
         mean_kl: mean(all.iter().map(|h| h.probabilities.mean_kl)),

@@ -1,5 +1,6 @@
 //! One attention block computed by one path, and what two paths differ in, head by head.
 
+use crate::common::extremes::ascending;
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use candle_int8_attention::attention::attention_probs;
@@ -91,7 +92,7 @@ pub fn drift_per_head(fp32: &Path, int8: &Path) -> Result<Vec<HeadDrift>> {
 
 /// The head with the lowest signal-to-noise ratio.
 pub fn worst_head(heads: &[HeadDrift]) -> Option<&HeadDrift> {
-    heads.iter().min_by(|a, b| a.output.sqnr_db.total_cmp(&b.output.sqnr_db))
+    heads.iter().min_by(|a, b| ascending(a.output.sqnr_db, b.output.sqnr_db))
 }
 
 /// The numbers of a tensor in row-major order.

@@ -1,11 +1,12 @@
 //! Every stage between word embeddings and the encoder's answer: its range, its scales, its error.
 
+use crate::common::extremes::largest;
 use crate::heads::{Path, Qkv, flat};
 use anyhow::Result;
 use candle_core::{D, DType, Tensor};
 use candle_int8_attention::attention::{attention_scores_int32, attention_scores_requantized};
 use candle_int8_attention::drift::Candidate;
-use candle_int8_attention::drift::metrics::sqnr_db;
+use candle_int8_attention::drift::metrics::{lowest, sqnr_db};
 use candle_int8_attention::quant::{
     Granularity, KEY_BLOCK, QUERY_BLOCK, QuantConfig, QuantizedTensor, Rotation, Scheme, Smoothing,
 };
@@ -42,8 +43,8 @@ impl Stage {
 
     fn new(name: &str, tensor: &Tensor, sqnr_db: Option<f64>) -> Result<Self> {
         let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-        let min = values.iter().copied().fold(f64::INFINITY, f64::min);
-        let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let min = lowest(values.iter().copied());
+        let max = largest(values.iter().copied());
         let shape = tensor.dims().to_vec();
         Ok(Self { name: name.into(), shape, min, max, scale: None, zero_point: None, sqnr_db })
     }

@@ -362,7 +362,7 @@ impl OutputFigures {
 }
 
 /// NaN is the lowest of all: it must be seen.
-fn by_value(a: f64, b: f64) -> std::cmp::Ordering {
+pub(super) fn by_value(a: f64, b: f64) -> std::cmp::Ordering {
     b.is_nan().cmp(&a.is_nan()).then(a.total_cmp(&b))
 }
 

@@ -19,6 +19,7 @@ use super::explain::findings;
 use super::linear::LinearErrors;
 use super::{Finding, HeadFacts, MovedSentence, MovedWord, Recorder, Subject};
 use crate::nn::Precision;
+use figures::by_value;
 use serde::Serialize;
 
 /// Everything that is known about the drift of a model on its texts.
@@ -102,7 +103,7 @@ impl Recorder {
         let mut configs: Vec<ConfigReport> = (self.candidates.iter().enumerate())
             .map(|(i, state)| ConfigReport::of(state, i == 0, &self.fp32_seconds))
             .collect();
-        configs.sort_by(|a, b| b.output.mean_sqnr_db.total_cmp(&a.output.mean_sqnr_db));
+        best_first(&mut configs);
         let subject = self.subject.clone();
         let mut notes = Vec::new();
         for text in &subject.texts {
@@ -130,9 +131,35 @@ impl Recorder {
     }
 }
 
+/// A configuration that gives NaN is not good.
+fn best_first(configs: &mut [ConfigReport]) {
+    configs.sort_by(|a, b| by_value(b.output.mean_sqnr_db, a.output.mean_sqnr_db));
+}
+
 impl Report {
     /// The configuration that is explained, and that a gate looks at.
     pub fn main(&self) -> Option<&ConfigReport> {
         self.configs.iter().find(|config| config.main)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::drift::Candidate;
+
+    #[test]
+    fn a_configuration_that_gives_nan_is_listed_last() {
+        let names = ["default", "token", "head"];
+        let candidates = names.map(|name| name.parse::<Candidate>().unwrap());
+        let mut configs = Recorder::new(candidates.into()).unwrap().report().configs;
+        for (config, name) in configs.iter_mut().zip(names) {
+            assert_eq!(config.name, name);
+        }
+        let values = [f64::NAN, 30.0, f64::INFINITY];
+        configs.iter_mut().zip(values).for_each(|(of, value)| of.output.mean_sqnr_db = value);
+        best_first(&mut configs);
+        let order: Vec<&str> = configs.iter().map(|config| config.name.as_str()).collect();
+        assert_eq!(order, ["head", "token", "default"]);
     }
 }

@@ -1,6 +1,7 @@
 //! A report for the terminal, at most 100 columns wide.
 
 use super::causes::HEADER;
+use super::figures::by_value;
 use super::{ConfigReport, Report, Shares, Similarity, Stat};
 use crate::drift::linear::LinearErrors;
 use crate::drift::{MovedWord, Target};
@@ -233,7 +234,7 @@ fn write_layers(out: &mut String, main: &ConfigReport) {
         let worst = layer
             .heads
             .iter()
-            .min_by(|a, b| a.alone.output.sqnr_db.mean.total_cmp(&b.alone.output.sqnr_db.mean));
+            .min_by(|a, b| by_value(a.alone.output.sqnr_db.mean, b.alone.output.sqnr_db.mean));
         rows.add_row([
             layer.layer.to_string(),
             decibel(mean(&|h| h.q.sqnr_db.mean)),
