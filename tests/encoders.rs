@@ -153,6 +153,25 @@ fn local_layers_keep_their_window_whatever_attention_is_set() -> TestResult {
     Ok(())
 }
 
+/// As Hugging Face writes them, too.
+#[test]
+fn what_is_switched_off_changes_nothing() -> TestResult {
+    for family in FAMILIES {
+        let mut tiny = TinyEncoder::new(family, "");
+        let expected = load(&tiny)?.forward(&ids(1, 9)?, None, None)?;
+        for (key, off) in [
+            ("is_decoder", json!(false)),
+            ("add_cross_attention", json!(null)),
+            ("rope_scaling", json!(null)),
+        ] {
+            tiny.config[key] = off;
+        }
+        let found = load(&tiny)?.forward(&ids(1, 9)?, None, None)?;
+        assert_eq!(largest_difference(&found, &expected), 0.0, "{family}");
+    }
+    Ok(())
+}
+
 /// Files of newer versions say it in words.
 #[test]
 fn both_forms_of_modernbert_s_configuration_are_the_same_model() -> TestResult {
@@ -170,6 +189,8 @@ fn both_forms_of_modernbert_s_configuration_are_the_same_model() -> TestResult {
     config.insert("rope_parameters".into(), json!({full: theta(160000.0), near: theta(10000.0)}));
     let found = load(&new)?.forward(&ids(1, 20)?, None, None)?;
     assert_eq!(largest_difference(&found, &expected), 0.0);
+    new.config["rope_parameters"][full]["rope_type"] = json!("dynamic");
+    assert!(refused(&new)?.contains("rope type \"dynamic\", expected \"default\""));
     new.config["layer_types"] = json!([full, near]);
     assert!(refused(&new)?.contains("2 layer_types for num_hidden_layers 4"));
     Ok(())
@@ -357,6 +378,11 @@ fn files_of_a_model_that_contradict_each_other_are_named() -> TestResult {
         ("distilbert", "n_heads", json!(0), "num_attention_heads 0"),
         ("distilbert", "activation", json!("silu"), "not the configuration of DistilBERT"),
         ("roberta", "position_embedding_type", json!("relative_key"), "relative_key"),
+        ("bert", "is_decoder", json!(true), "is_decoder true, expected an encoder"),
+        ("roberta", "is_decoder", json!(true), "is_decoder true, expected an encoder"),
+        ("bert", "add_cross_attention", json!(true), "add_cross_attention true"),
+        ("modernbert", "rope_scaling", json!({"type": "yarn"}), "rope type \"yarn\""),
+        ("modernbert", "rope_scaling", json!({"rope_type": "linear", "factor": 2.0}), "\"linear\""),
         ("bert", "model_type", json!("mpnet"), "model_type \"mpnet\", expected one of [\"bert\""),
     ] {
         let mut tiny = TinyEncoder::new(family, "");

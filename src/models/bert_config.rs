@@ -68,10 +68,31 @@ impl BertConfig {
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::Io`], [`Error::Corrupt`] for JSON that is not such a
-    /// configuration, [`Error::Unsupported`] for a `quantization_config`, and those of its `check`.
+    /// configuration, [`Error::Unsupported`] for a `quantization_config` or a decoder, and those of its `check`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let config: Self = read_config(path.as_ref(), "BERT")?;
+        let config = Self::read(path.as_ref(), "BERT")?;
         config.check()?;
+        Ok(config)
+    }
+
+    /// Reads and checks that of any family with BERT's layers.
+    pub(super) fn read(path: &Path, of: &str) -> Result<Self> {
+        /// What makes a decoder of these layers, where queries see no later key.
+        #[derive(serde::Deserialize)]
+        struct Decoder {
+            is_decoder: Option<bool>,
+            add_cross_attention: Option<bool>,
+        }
+        let Decoder { is_decoder, add_cross_attention } = read_config(path, of)?;
+        for (name, on) in [("is_decoder", is_decoder), ("add_cross_attention", add_cross_attention)]
+        {
+            if on == Some(true) {
+                let problem = format!("{}: {name} true, expected an encoder", path.display());
+                return Err(Error::Unsupported(problem));
+            }
+        }
+        let config: Self = read_config(path, of)?;
+        config.check_values()?;
         Ok(config)
     }
 
@@ -87,7 +108,7 @@ impl BertConfig {
     }
 
     /// [`BertConfig::check`] for any family that has such a configuration.
-    pub(super) fn check_values(&self) -> Result<()> {
+    fn check_values(&self) -> Result<()> {
         check_heads(self.hidden_size, self.num_attention_heads)?;
         if self.position_embedding_type != "absolute" {
             return Err(Error::Unsupported(format!(

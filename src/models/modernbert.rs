@@ -51,6 +51,7 @@ pub(super) struct Config {
     local_rope_theta: Option<f32>,
     /// The same in newer files.
     rope_parameters: Option<RopeParameters>,
+    rope_scaling: Option<RopeType>,
     #[serde(default)]
     attention_bias: bool,
     #[serde(default)]
@@ -68,13 +69,22 @@ enum LayerType {
 
 #[derive(Deserialize)]
 struct RopeParameters {
-    full_attention: Theta,
-    sliding_attention: Theta,
+    full_attention: LayerRope,
+    sliding_attention: LayerRope,
 }
 
-#[derive(Deserialize, Clone, Copy)]
-struct Theta {
+#[derive(Deserialize)]
+struct LayerRope {
     rope_theta: f32,
+    #[serde(flatten)]
+    kind: RopeType,
+}
+
+/// How rotations are stretched for longer texts.
+#[derive(Deserialize)]
+struct RopeType {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
 }
 
 fn gelu() -> HiddenAct {
@@ -129,10 +139,23 @@ impl Config {
         }
     }
 
+    fn check_rope_types(&self) -> Result<()> {
+        let new = self.rope_parameters.iter();
+        let new = new.flat_map(|new| [&new.full_attention.kind, &new.sliding_attention.kind]);
+        let mut types = new.chain(&self.rope_scaling).flat_map(|kind| &kind.rope_type);
+        match types.find(|kind| *kind != "default") {
+            Some(other) => {
+                Err(Error::Unsupported(format!("rope type {other:?}, expected \"default\"")))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn check(&self) -> Result<()> {
         check_heads(self.hidden_size, self.num_attention_heads)?;
         check_eps(self.eps())?;
         self.check_layer_types()?;
+        self.check_rope_types()?;
         let head_dim = self.hidden_size / self.num_attention_heads;
         if !head_dim.is_multiple_of(2) {
             return Err(Error::InvalidArgument(format!(

@@ -4,7 +4,6 @@
 
 use super::bert::{BERT, BertFamily, BertLayer, LayerShape};
 use super::encoder::{self, EncoderConfig};
-use super::files::read_config;
 use super::loader::{Loader, TableRows};
 use super::{BertConfig, Weights};
 use crate::nn::Embeddings;
@@ -24,8 +23,7 @@ pub(super) struct RobertaModel {
 
 impl RobertaModel {
     pub(super) fn open(weights: Weights, path: &Path, device: &Device) -> Result<(Self, Weights)> {
-        let config: BertConfig = read_config(path, "RoBERTa")?;
-        config.check_values()?;
+        let config = BertConfig::read(path, "RoBERTa")?;
         let pad_token_id = config.pad_token_id.unwrap_or(PAD);
         let (rows, pad) = (config.max_position_embeddings, pad_token_id as usize);
         if rows <= pad + 1 {

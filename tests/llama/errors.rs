@@ -233,6 +233,22 @@ fn folders_that_are_wrong() -> Result<()> {
     change("rope_scaling", serde_json::json!({"type": "yarn"}), &["\"yarn\""])?;
     let unfinished = serde_json::json!({"rope_type": "llama3", "factor": 8.0});
     change("rope_scaling", unfinished, &["\"llama3\" without low_freq_factor"])?;
+    // Larger than any f32.
+    let endless = |name: &str| {
+        let mut rope = serde_json::json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        });
+        rope[name] = 1e39.into();
+        rope
+    };
+    for name in ["factor", "low_freq_factor", "high_freq_factor"] {
+        change("rope_scaling", endless(name), &[name, "inf, expected a positive number"])?;
+    }
+    change("rope_theta", 1e39.into(), &["rope theta inf"])?;
+    change("partial_rotary_factor", 0.5.into(), &["partial_rotary_factor 0.5, expected 1"])?;
+    let part = serde_json::json!({"rope_type": "default", "partial_rotary_factor": 0.25});
+    change("rope_parameters", part, &["partial_rotary_factor 0.25, expected 1"])?;
     change("rms_norm_eps", "small".into(), &["config.json", "not a Llama configuration"])?;
     Ok(())
 }

@@ -166,6 +166,7 @@ impl RopeConfig {
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, .. } => {
                 positive("rope scaling factor", *factor)?;
                 positive("low_freq_factor", *low_freq_factor)?;
+                positive("high_freq_factor", *high_freq_factor)?;
                 if high_freq_factor > low_freq_factor {
                     return Ok(());
                 }
@@ -199,6 +200,7 @@ struct Json {
     max_position_embeddings: usize,
     rms_norm_eps: f64,
     rope_theta: Option<f32>,
+    partial_rotary_factor: Option<f64>,
     rope_scaling: Option<JsonRope>,
     /// Newer files hold both of the above in here.
     rope_parameters: Option<JsonRope>,
@@ -212,6 +214,7 @@ struct JsonRope {
     #[serde(alias = "type")]
     rope_type: Option<String>,
     rope_theta: Option<f32>,
+    partial_rotary_factor: Option<f64>,
     factor: Option<f32>,
     low_freq_factor: Option<f32>,
     high_freq_factor: Option<f32>,
@@ -242,6 +245,11 @@ impl Json {
             }
         };
         let rope = self.rope_parameters.or(self.rope_scaling);
+        let part = rope.as_ref().and_then(|rope| rope.partial_rotary_factor);
+        if let Some(part) = part.or(self.partial_rotary_factor).filter(|part| *part != 1.0) {
+            let problem = format!("partial_rotary_factor {part}, expected 1: whole heads rotate");
+            return Err(Error::Unsupported(problem));
+        }
         let theta = self.rope_theta.or(rope.as_ref().and_then(|rope| rope.rope_theta));
         Ok(LlamaConfig {
             vocab_size: self.vocab_size,
