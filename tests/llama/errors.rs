@@ -7,7 +7,9 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::Error;
 use candle_int8_attention::models::LayeredModel;
-use candle_int8_attention::models::llama::{LlamaModel, LlamaTokenizer, WeightFormat};
+use candle_int8_attention::models::llama::{
+    LlamaConfig, LlamaModel, LlamaTokenizer, RopeScaling, WeightFormat,
+};
 use std::path::Path;
 
 fn load(path: &Path) -> Error {
@@ -233,23 +235,36 @@ fn folders_that_are_wrong() -> Result<()> {
     change("rope_scaling", serde_json::json!({"type": "yarn"}), &["\"yarn\""])?;
     let unfinished = serde_json::json!({"rope_type": "llama3", "factor": 8.0});
     change("rope_scaling", unfinished, &["\"llama3\" without low_freq_factor"])?;
-    // Larger than any f32.
-    let endless = |name: &str| {
-        let mut rope = serde_json::json!({
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        });
-        rope[name] = 1e39.into();
-        rope
-    };
-    for name in ["factor", "low_freq_factor", "high_freq_factor"] {
-        change("rope_scaling", endless(name), &[name, "inf, expected a positive number"])?;
-    }
-    change("rope_theta", 1e39.into(), &["rope theta inf"])?;
     change("partial_rotary_factor", 0.5.into(), &["partial_rotary_factor 0.5, expected 1"])?;
     let part = serde_json::json!({"rope_type": "default", "partial_rotary_factor": 0.25});
     change("rope_parameters", part, &["partial_rotary_factor 0.25, expected 1"])?;
     change("rms_norm_eps", "small".into(), &["config.json", "not a Llama configuration"])?;
+    Ok(())
+}
+
+/// What is larger than any f32 may become infinite when it is read.
+#[test]
+fn factors_of_positions_have_to_be_finite() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, tiny::config(false).to_string())?;
+    let config = LlamaConfig::load(&path)?;
+    let endless = f32::INFINITY;
+    let llama3 = |factor, low_freq_factor, high_freq_factor| {
+        let original_context = 64;
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }
+    };
+    for (scaling, name) in [
+        (llama3(endless, 1.0, 4.0), "rope scaling factor"),
+        (llama3(8.0, endless, 4.0), "low_freq_factor"),
+        (llama3(8.0, 1.0, endless), "high_freq_factor"),
+        (RopeScaling::Linear { factor: endless }, "rope scaling factor"),
+        (RopeScaling::Divisors(vec![endless; tiny::HEAD_DIM / 2]), "rope divisor"),
+    ] {
+        let mut config = config.clone();
+        config.rope.scaling = scaling;
+        expect(&config.check().unwrap_err(), &[name, "inf, expected a positive number"]);
+    }
     Ok(())
 }
 

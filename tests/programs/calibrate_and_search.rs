@@ -78,9 +78,9 @@ fn layers_keep_their_windows_in_every_row() {
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 6);
     for row in rows {
-        // A layer that differs in nothing is null.
-        let differs: Vec<bool> =
-            row["layer_sqnr_db"].as_array().unwrap().iter().map(|layer| !layer.is_null()).collect();
+        // What is left is the rounding of the values, 80 dB and more.
+        let layers = row["layer_sqnr_db"].as_array().unwrap().iter();
+        let differs: Vec<bool> = layers.map(|layer| layer.as_f64().unwrap() < 70.0).collect();
         assert_eq!(differs, [true, false, false, true], "{row}");
     }
 }
