@@ -1,8 +1,8 @@
 //! A BERT encoder (Devlin et al. 2018, arXiv:1810.04805) with a switchable attention per layer.
 
-use super::encoder::{self, Encoder, EncoderConfig, count_positions};
+use super::encoder::{self, Encoder, EncoderConfig, Opened, count_positions};
 use super::files::unused_head;
-use super::layered::{Attend, LayeredModel, NamedLinear};
+use super::layered::{Attend, LayeredModel, NamedLinear, named};
 use super::loader::{Loader, TableRows};
 use super::pooling::mean_pool;
 use super::{BertConfig, HiddenAct, ModelFiles, Weights};
@@ -16,8 +16,7 @@ use std::path::Path;
 /// Embeddings and layers; see [`mean_pool`] for what makes a sentence embedding of its output.
 pub struct BertModel {
     config: BertConfig,
-    embeddings: Embeddings,
-    layers: Vec<BertLayer>,
+    family: BertFamily,
     warnings: Vec<String>,
 }
 
@@ -38,34 +37,9 @@ impl BertModel {
     /// Those of [`Weights::get`] and [`BertConfig::check`].
     pub fn new(weights: Weights, config: BertConfig, device: &Device) -> Result<Self> {
         config.check()?;
-        Ok(Self::with_weights(weights, config, device)?.0)
-    }
-
-    /// The model, and its weights for whoever reads a head of them.
-    pub(super) fn open(
-        weights: Weights,
-        config: &Path,
-        device: &Device,
-    ) -> Result<(Self, Weights)> {
-        Self::with_weights(weights, BertConfig::load(config)?, device)
-    }
-
-    fn with_weights(
-        weights: Weights,
-        config: BertConfig,
-        device: &Device,
-    ) -> Result<(Self, Weights)> {
-        let weights = weights.with_prefix_if_present("bert.");
-        encoder::check_layers(&weights, config.num_hidden_layers, "encoder.layer")?;
-        let from = Loader::new(&weights, config.layer_norm_eps, device);
-        let layer = |index| BertLayer::load(&from, &BERT, index, LayerShape::of(&config));
-        let model = Self {
-            embeddings: from.embeddings(TableRows::of(&config), config.hidden_size)?,
-            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
-            warnings: weights.unused_head().map(unused_head).into_iter().collect(),
-            config,
-        };
-        Ok((model, weights))
+        let (family, weights) = load(weights, &config, device)?;
+        let warnings = weights.unused_head().map(unused_head).into_iter().collect();
+        Ok(Self { config, family, warnings })
     }
 
     /// What of the files is not computed with, and changes what the model is: in sentences, for
@@ -81,22 +55,22 @@ impl BertModel {
 
     /// The raw word embedding table, `[vocab_size, hidden_size]`.
     pub fn word_embeddings(&self) -> &Tensor {
-        self.embeddings.words()
+        self.family.embeddings.words()
     }
 
     /// The layers, first to last.
     pub fn layers(&self) -> &[BertLayer] {
-        &self.layers
+        &self.family.layers
     }
 
     /// The layers, to switch the attention of one.
     pub fn layers_mut(&mut self) -> &mut [BertLayer] {
-        &mut self.layers
+        &mut self.family.layers
     }
 
     /// Switches the attention of all layers.
     pub fn set_attention(&mut self, config: &AttentionConfig) {
-        Encoder::set_attention(self, config);
+        self.family.set_attention(config);
     }
 
     /// Packs the weights of all linear layers in this precision, from what they are now: from int8 there is no
@@ -121,7 +95,7 @@ impl BertModel {
     /// the batch is larger than memory has addresses, [`Error::DType`](crate::Error::DType) unless ids are U32,
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an id outside of its table.
     pub fn embed(&self, input_ids: &Tensor, token_type_ids: Option<&Tensor>) -> Result<Tensor> {
-        encoder::embed(self, input_ids, token_type_ids)
+        encoder::embed(&self.family, input_ids, token_type_ids)
     }
 
     /// The last hidden states: `input_ids` `[B, N]` U32 to `[B, N, hidden_size]`, all of token type
@@ -130,7 +104,7 @@ impl BertModel {
     /// # Errors
     /// Those of [`BertModel::embed`], [`padding_mask`](super::padding_mask) and [`attention`](crate::attention()).
     pub fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
-        encoder::run(self, input_ids, None, attention_mask)
+        encoder::run(&self.family, input_ids, None, attention_mask)
     }
 }
 
@@ -141,72 +115,93 @@ impl BertModel {
     /// # Errors
     /// Those of [`EncoderModel::forward_sequences`](super::EncoderModel::forward_sequences).
     pub fn forward_sequences(&self, sequences: &[impl AsRef<[u32]>]) -> Result<Vec<Tensor>> {
-        encoder::forward_sequences(self, sequences)
+        encoder::forward_sequences(&self.family, sequences)
     }
 }
 
-impl BertFamily for BertModel {
+/// The encoder, and its weights for whoever reads a head of them.
+pub(super) fn open(weights: Weights, path: &Path, device: &Device) -> Result<Opened> {
+    let (family, weights) = load(weights, &BertConfig::load(path)?, device)?;
+    Ok((Box::new(family), weights))
+}
+
+fn load(weights: Weights, config: &BertConfig, device: &Device) -> Result<(BertFamily, Weights)> {
+    let weights = weights.with_prefix_if_present("bert.");
+    let from = Loader::new(&weights, config.layer_norm_eps, device);
+    let (rows, shape) = (TableRows::of(config), LayerShape::of(config));
+    let family = BertFamily::load(EncoderConfig::of("bert", config), &from, &BERT, rows, shape)?;
+    Ok((family, weights))
+}
+
+/// BERT's layers behind the embeddings of a family.
+pub(super) struct BertFamily {
+    config: EncoderConfig,
+    embeddings: Embeddings,
+    layers: Vec<BertLayer>,
+    /// The padding token, where positions begin behind its number.
+    positions_behind: Option<u32>,
+}
+
+impl BertFamily {
+    /// Positions are counted from 0.
+    pub(super) fn load(
+        config: EncoderConfig,
+        from: &Loader<'_>,
+        names: &LayerNames,
+        rows: TableRows,
+        shape: LayerShape,
+    ) -> Result<Self> {
+        from.check_layers(config.num_hidden_layers, names.layers)?;
+        let layer = |index| BertLayer::load(from, names, index, shape);
+        Ok(Self {
+            embeddings: from.embeddings(rows, config.hidden_size)?,
+            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            positions_behind: None,
+            config,
+        })
+    }
+
+    /// The same with positions `pad + 1, pad + 2, ..` for the tokens, and `pad` for padding.
+    pub(super) fn with_positions_behind(mut self, pad: u32) -> Self {
+        self.positions_behind = Some(pad);
+        self
+    }
+}
+
+impl Encoder for BertFamily {
     fn config(&self) -> EncoderConfig {
-        EncoderConfig::of("bert", &self.config)
+        self.config.clone()
     }
 
     fn embeddings(&self) -> &Embeddings {
         &self.embeddings
     }
 
-    fn layers(&self) -> &[BertLayer] {
-        &self.layers
-    }
-
-    fn layers_mut(&mut self) -> &mut [BertLayer] {
-        &mut self.layers
-    }
-}
-
-/// A family that is BERT but for its embeddings.
-pub(super) trait BertFamily: Send + Sync {
-    fn config(&self) -> EncoderConfig;
-    fn embeddings(&self) -> &Embeddings;
     fn positions(&self, ids: &[u32], rows: &mut Vec<u32>) {
-        count_positions(ids, rows);
-    }
-    fn layers(&self) -> &[BertLayer];
-    fn layers_mut(&mut self) -> &mut [BertLayer];
-}
-
-impl<T: BertFamily> Encoder for T {
-    fn config(&self) -> EncoderConfig {
-        BertFamily::config(self)
-    }
-
-    fn embeddings(&self) -> &Embeddings {
-        BertFamily::embeddings(self)
-    }
-
-    fn positions(&self, ids: &[u32], rows: &mut Vec<u32>) {
-        BertFamily::positions(self, ids, rows);
+        let Some(pad) = self.positions_behind else { return count_positions(ids, rows) };
+        let mut last = pad;
+        rows.extend(ids.iter().map(|&id| {
+            last += u32::from(id != pad);
+            if id == pad { pad } else { last }
+        }));
     }
 
     /// Queries see all keys of their sequence.
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
         let all = AttentionCall::default();
-        self.layers()[index].forward_with(hidden, |q, k, v| attend(q, k, v, &all))
+        self.layers[index].forward_with(hidden, |q, k, v| attend(q, k, v, &all))
     }
 
     fn attention(&self) -> Vec<&QuantizedAttention> {
-        self.layers().iter().map(|layer| &layer.attention).collect()
+        self.layers.iter().map(|layer| &layer.attention).collect()
     }
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
-        self.layers_mut().iter_mut().map(|layer| &mut layer.attention).collect()
+        self.layers.iter_mut().map(|layer| &mut layer.attention).collect()
     }
 
     fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
-        let layers = self.layers_mut().iter_mut().enumerate();
-        let named = |(layer, of): (usize, _)| {
-            BertLayer::linear_mut(of).map(|(name, linear)| NamedLinear { layer, name, linear })
-        };
-        layers.flat_map(named).collect()
+        named(self.layers.iter_mut().map(BertLayer::linear_mut))
     }
 }
 
@@ -352,27 +347,27 @@ impl LayeredModel for BertModel {
     type Input = Tensor;
 
     fn attention(&self) -> Vec<&QuantizedAttention> {
-        Encoder::attention(self)
+        self.family.attention()
     }
 
     fn attention_mut(&mut self) -> Vec<&mut QuantizedAttention> {
-        Encoder::attention_mut(self)
+        self.family.attention_mut()
     }
 
     fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
-        Encoder::linear_mut(self)
+        self.family.linear_mut()
     }
 
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
-        encoder::embed(self, input_ids, None)
+        encoder::embed(&self.family, input_ids, None)
     }
 
     fn sample(&self) -> Result<Option<Tensor>> {
-        encoder::sample(self)
+        encoder::sample(&self.family)
     }
 
     fn layer(&self, index: usize, hidden: &Tensor, attend: &mut Attend<'_>) -> Result<Tensor> {
-        encoder::layer(self, index, hidden, attend)
+        encoder::layer(&self.family, index, hidden, attend)
     }
 
     fn embedding(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -104,6 +104,9 @@ pub(super) trait Encoder: Send + Sync {
     }
 }
 
+/// A family that was loaded, and its weights for whoever reads a head of them.
+pub(super) type Opened = (Box<dyn Encoder>, Weights);
+
 /// [`EncoderModel::forward`](super::EncoderModel::forward) of a family.
 pub(super) fn run(
     model: &dyn Encoder,
@@ -242,18 +245,6 @@ pub(super) fn forward_sequences(
             model.layer(index, &hidden, &mut |q, k, v, _| packed.attend(attention, q, k, v))?;
     }
     packed.split(&model.finish(hidden)?)
-}
-
-/// # Errors
-/// [`Error::Mismatch`] if the weights hold more layers than the configuration.
-pub(super) fn check_layers(weights: &Weights, layers: usize, before: &str) -> Result<()> {
-    let beyond = format!("{before}.{layers}.");
-    if weights.has_any(&beyond) {
-        return Err(Error::Mismatch(format!(
-            "num_hidden_layers {layers}, but the weights hold more: {beyond}*"
-        )));
-    }
-    Ok(())
 }
 
 /// # Errors

@@ -1,14 +1,11 @@
 //! An encoder of the family that its configuration names.
 
-use super::bert::BertModel;
-use super::distilbert::DistilBertModel;
 use super::encoder::{self, Encoder, EncoderConfig};
 use super::files::{parse, unused_head};
 use super::layered::{Attend, LayeredModel, NamedLinear};
 use super::modernbert::ModernBertModel;
 use super::pooling::mean_pool;
-use super::roberta::RobertaModel;
-use super::{ModelFiles, Weights};
+use super::{ModelFiles, Weights, bert, distilbert, roberta};
 use crate::attention::{AttentionConfig, QuantizedAttention};
 use crate::files::read_text;
 use crate::nn::{Linear, Precision, load_linear, save_linear};
@@ -65,26 +62,11 @@ impl EncoderModel {
         }
         let path = &files.config;
         let Type { model_type } = parse(path, &read_text("config", path)?, "an encoder")?;
-        let weights = || -> Result<Weights> {
-            Ok(Weights::open(&files.weights)?.with_prefix_if_present("0.auto_model."))
-        };
-        let (family, weights): (Box<dyn Encoder>, Weights) = match model_type.as_deref() {
-            None | Some("bert") => {
-                let (model, weights) = BertModel::open(weights()?, path, device)?;
-                (Box::new(model), weights)
-            }
-            Some("roberta" | "xlm-roberta" | "camembert") => {
-                let (model, weights) = RobertaModel::open(weights()?, path, device)?;
-                (Box::new(model), weights)
-            }
-            Some("distilbert") => {
-                let (model, weights) = DistilBertModel::open(weights()?, path, device)?;
-                (Box::new(model), weights)
-            }
-            Some("modernbert") => {
-                let (model, weights) = ModernBertModel::open(weights()?, path, device)?;
-                (Box::new(model), weights)
-            }
+        let open = match model_type.as_deref() {
+            None | Some("bert") => bert::open,
+            Some("roberta" | "xlm-roberta" | "camembert") => roberta::open,
+            Some("distilbert") => distilbert::open,
+            Some("modernbert") => ModernBertModel::open,
             Some(other) => {
                 return Err(Error::Unsupported(format!(
                     "{}: model_type {other:?}, expected one of {:?}",
@@ -93,6 +75,8 @@ impl EncoderModel {
                 )));
             }
         };
+        let weights = Weights::open(&files.weights)?.with_prefix_if_present("0.auto_model.");
+        let (family, weights) = open(weights, path, device)?;
         Ok((Self { family, warnings: Vec::new() }, weights))
     }
 
@@ -118,10 +102,10 @@ impl EncoderModel {
     }
 
     /// Packs the weights of the linear layers of all layers in this precision; see
-    /// [`BertModel::set_linear`].
+    /// [`BertModel::set_linear`](super::BertModel::set_linear).
     ///
     /// # Errors
-    /// Those of [`BertModel::set_linear`].
+    /// Those of [`BertModel::set_linear`](super::BertModel::set_linear).
     pub fn set_linear(&mut self, precision: Precision) -> Result<()> {
         encoder::set_linear(self, precision)
     }

@@ -142,6 +142,15 @@ pub struct NamedLinear<'a> {
     pub linear: &'a mut Linear,
 }
 
+/// The linear layers of every layer, by the names that they have in it.
+pub(super) fn named<'a, const N: usize>(
+    layers: impl Iterator<Item = [(&'static str, &'a mut Linear); N]>,
+) -> Vec<NamedLinear<'a>> {
+    let of_layer =
+        |(layer, of): (usize, [_; N])| of.map(|(name, linear)| NamedLinear { layer, name, linear });
+    layers.enumerate().flat_map(of_layer).collect()
+}
+
 /// The linear layers of a model in other precisions, one for each in the order of
 /// [`LayeredModel::linear_mut`], int8 rounded to suit the model's sample. Afterwards the model is as it was.
 ///

@@ -1,8 +1,8 @@
 //! Layers out of the weights of an encoder: the one place where names become layers.
 
 use super::{BertConfig, Weights};
-use crate::Result;
 use crate::nn::{Embeddings, LayerNorm, Linear, Precision};
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
 
@@ -42,6 +42,18 @@ impl<'a> Loader<'a> {
     /// Of a head, whose names stand behind no prefix.
     pub(super) fn outside(weights: &'a Weights, eps: f64, device: &'a Device) -> Self {
         Self { weights, eps, device, outside: true }
+    }
+
+    /// # Errors
+    /// [`Error::Mismatch`] if the weights hold more layers than the configuration.
+    pub(super) fn check_layers(&self, layers: usize, before: &str) -> Result<()> {
+        let beyond = format!("{before}.{layers}.");
+        if self.weights.has_any(&beyond) {
+            return Err(Error::Mismatch(format!(
+                "num_hidden_layers {layers}, but the weights hold more: {beyond}*"
+            )));
+        }
+        Ok(())
     }
 
     pub(super) fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {

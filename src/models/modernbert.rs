@@ -12,9 +12,9 @@
 //! and rotate with a base of their own.
 
 use super::bert_config::{check_eps, check_heads};
-use super::encoder::{self, Encoder, EncoderConfig};
+use super::encoder::{Encoder, EncoderConfig, Opened};
 use super::files::read_config;
-use super::layered::{Attend, NamedLinear};
+use super::layered::{Attend, NamedLinear, named};
 use super::llama::rope::{Rope, Rotation};
 use super::llama::{RopeConfig, RopePairs, RopeScaling};
 use super::loader::Loader;
@@ -202,12 +202,12 @@ struct Layer {
 }
 
 impl ModernBertModel {
-    pub(super) fn open(weights: Weights, path: &Path, device: &Device) -> Result<(Self, Weights)> {
+    pub(super) fn open(weights: Weights, path: &Path, device: &Device) -> Result<Opened> {
         let config: Config = read_config(path, "ModernBERT")?;
         config.check()?;
         let weights = weights.with_prefix_if_present("model.");
-        encoder::check_layers(&weights, config.num_hidden_layers, "layers")?;
         let from = Loader::new(&weights, config.eps(), device);
+        from.check_layers(config.num_hidden_layers, "layers")?;
         let (rows, hidden) = (config.vocab_size, config.hidden_size);
         let words = from.get("embeddings.tok_embeddings.weight", &[rows, hidden])?;
         let norm = from.unbiased_norm("embeddings.norm", hidden)?;
@@ -220,7 +220,7 @@ impl ModernBertModel {
             rotations: config.thetas()?.map(|theta| Rotations::new(theta, head_dim)),
             config,
         };
-        Ok((model, weights))
+        Ok((Box::new(model), weights))
     }
 }
 
@@ -273,11 +273,7 @@ impl Encoder for ModernBertModel {
     }
 
     fn linear_mut(&mut self) -> Vec<NamedLinear<'_>> {
-        let layers = self.layers.iter_mut().enumerate();
-        let named = |(layer, of): (usize, _)| {
-            Layer::linear_mut(of).map(|(name, linear)| NamedLinear { layer, name, linear })
-        };
-        layers.flat_map(named).collect()
+        named(self.layers.iter_mut().map(Layer::linear_mut))
     }
 
     /// Rotations begin with the tokens that a layer is handed.
