@@ -1,5 +1,6 @@
 //! Why a head drifts: the shape of its queries, keys and attention, and what is unusual about it.
 
+use super::merge::{Merge, merge_fields};
 use super::recorder::call::Reference;
 use super::{Sum, Summary};
 use crate::quant::mean_of_rows;
@@ -20,13 +21,15 @@ pub struct Peak {
 }
 
 /// Keeps the larger of two peaks; among equals the earlier passage.
-fn raise(peak: &mut Option<Peak>, other: Option<&Peak>) {
-    let Some(other) = other else { return };
-    let higher = peak.as_ref().is_none_or(|peak| {
-        other.value > peak.value || (other.value == peak.value && other.passage < peak.passage)
-    });
-    if higher {
-        *peak = Some(other.clone());
+impl Merge for Option<Peak> {
+    fn merge(&mut self, other: &Self) {
+        let Some(other) = other else { return };
+        let higher = self.as_ref().is_none_or(|peak| {
+            other.value > peak.value || (other.value == peak.value && other.passage < peak.passage)
+        });
+        if higher {
+            *self = Some(other.clone());
+        }
     }
 }
 
@@ -46,6 +49,8 @@ pub(crate) struct SideState {
     smoothed: Sum,
 }
 
+merge_fields!(SideState { values, channel_bias, channel_outlier, token_outlier, as_is, smoothed });
+
 /// One head, whatever the configuration.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct HeadShape {
@@ -57,6 +62,8 @@ pub(crate) struct HeadShape {
     /// Entropy of the probabilities over the largest possible, one number a query.
     uniformity: Summary,
 }
+
+merge_fields!(HeadShape { q, k, sink, sink_peak, uniformity });
 
 impl SideState {
     fn push(&mut self, data: &[f32], depth: usize, words: &[String], passage: u64) {
@@ -91,21 +98,12 @@ impl SideState {
 
         let spread: Vec<f64> = spread.into_iter().map(f64::sqrt).collect();
         let bias: Vec<f64> = mean.iter().map(|&m| f64::from(m).abs()).collect();
-        raise(&mut self.channel_bias, Some(&at(largest_over(&bias, median(&spread)), "")));
+        self.channel_bias.merge(&Some(at(largest_over(&bias, median(&spread)), "")));
         let outlier = largest_over(&channel_max, median(&channel_max));
-        raise(&mut self.channel_outlier, Some(&at(outlier, "")));
+        self.channel_outlier.merge(&Some(at(outlier, "")));
         let outlier = largest_over(&token_max, median(&token_max));
         let word = words.get(outlier.0).map_or("", String::as_str);
-        raise(&mut self.token_outlier, Some(&at(outlier, word)));
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.values.merge(&other.values);
-        raise(&mut self.channel_bias, other.channel_bias.as_ref());
-        raise(&mut self.channel_outlier, other.channel_outlier.as_ref());
-        raise(&mut self.token_outlier, other.token_outlier.as_ref());
-        self.as_is.merge(&other.as_is);
-        self.smoothed.merge(&other.smoothed);
+        self.token_outlier.merge(&Some(at(outlier, word)));
     }
 
     fn shape(&self) -> SideShape {
@@ -171,15 +169,7 @@ impl HeadShape {
         let (index, value) = largest_over(&mean, rows as f64);
         self.sink.push(value);
         let word = words.get(index).map_or("", String::as_str).trim().to_string();
-        raise(&mut self.sink_peak, Some(&Peak { value, index, word, passage }));
-    }
-
-    pub fn merge(&mut self, other: &Self) {
-        self.q.merge(&other.q);
-        self.k.merge(&other.k);
-        self.sink.merge(&other.sink);
-        raise(&mut self.sink_peak, other.sink_peak.as_ref());
-        self.uniformity.merge(&other.uniformity);
+        self.sink_peak.merge(&Some(Peak { value, index, word, passage }));
     }
 
     /// The figures for a report.

@@ -37,6 +37,8 @@ mod figures;
 mod gate;
 pub mod layers;
 pub mod linear;
+#[cfg(feature = "drift")]
+mod merge;
 pub mod metrics;
 #[cfg(feature = "drift")]
 mod recorder;

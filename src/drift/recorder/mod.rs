@@ -11,6 +11,7 @@ pub use words::{MovedSentence, MovedWord, Target};
 use super::explain::HeadShape;
 use super::layers::flat;
 use super::linear::{LinearSums, Substitutes};
+use super::merge::Merge;
 use super::subject::Subject;
 use super::{Candidate, Distribution, ErrorSums};
 use crate::attention::AttentionConfig;
@@ -20,7 +21,8 @@ use call::{Path, Ran, Reference};
 use candle_core::Tensor;
 use measure::{Compared, Input};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use state::{CandidateState, LayerState};
 use words::{Passage, Worst};
 
@@ -52,7 +54,7 @@ use words::{Passage, Worst};
 /// # Ok::<(), candle_int8_attention::Error>(())
 /// ```
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(try_from = "Unchecked")]
+#[serde(remote = "Self")]
 pub struct Recorder {
     #[serde(skip)]
     configs: Vec<Candidate>,
@@ -70,45 +72,17 @@ pub struct Recorder {
     pub(super) linear: Option<LinearSums>,
 }
 
-/// A recorder that was read, with the fields of [`Recorder`].
-#[derive(Deserialize)]
-struct Unchecked {
-    subject: Subject,
-    candidates: Vec<CandidateState>,
-    shapes: Vec<Vec<HeadShape>>,
-    worst: Worst,
-    fp32_seconds: Distribution,
-    passages: u64,
-    tokens: u64,
-    linear: Option<LinearSums>,
+// With `remote`, what is derived are functions of the type itself, which these call.
+impl Serialize for Recorder {
+    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        Self::serialize(self, to)
+    }
 }
 
-impl TryFrom<Unchecked> for Recorder {
-    type Error = String;
-
-    fn try_from(read: Unchecked) -> std::result::Result<Self, String> {
-        let Unchecked {
-            subject,
-            candidates,
-            shapes,
-            worst,
-            fp32_seconds,
-            passages,
-            tokens,
-            linear,
-        } = read;
-        let read = Self {
-            configs: Vec::new(),
-            subject,
-            candidates,
-            shapes,
-            worst,
-            fp32_seconds,
-            passages,
-            tokens,
-            linear,
-        };
-        read.check()?;
+impl<'de> Deserialize<'de> for Recorder {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        let read = Self::deserialize(from)?;
+        read.check().map_err(D::Error::custom)?;
         Ok(read)
     }
 }
@@ -341,9 +315,8 @@ impl Recorder {
             self.shapes.clone_from(&other.shapes);
             self.candidates.clone_from(&other.candidates);
         } else if !other.shapes.is_empty() {
-            let heads = self.shapes.iter_mut().flatten().zip(other.shapes.iter().flatten());
-            heads.for_each(|(a, b)| a.merge(b));
-            self.candidates.iter_mut().zip(&other.candidates).for_each(|(a, b)| a.merge(b));
+            self.shapes.merge(&other.shapes);
+            self.candidates.merge(&other.candidates);
         }
         self.worst.merge(&other.worst);
         self.fp32_seconds.merge(&other.fp32_seconds);

@@ -1,6 +1,7 @@
 //! What is gathered for a configuration, a layer, a head; all of it merges.
 
 use crate::Result;
+use crate::drift::merge::{Merge, merge_fields};
 use crate::drift::metrics::{entropy, kl_divergence, same_top1, topk_agreement, total_variation};
 use crate::drift::{Distribution, ErrorSums, Sum, Summary};
 use serde::{Deserialize, Serialize};
@@ -15,18 +16,14 @@ pub(crate) struct Stage {
     pub cosine_loss: Summary,
 }
 
+merge_fields!(Stage { pooled, sqnr_db, cosine_loss });
+
 impl Stage {
     /// Adds a passage.
     pub fn push(&mut self, passage: &ErrorSums) {
         self.pooled.merge(passage);
         self.sqnr_db.push(passage.sqnr_db());
         self.cosine_loss.push(1.0 - passage.cosine());
-    }
-
-    pub fn merge(&mut self, other: &Self) {
-        self.pooled.merge(&other.pooled);
-        self.sqnr_db.merge(&other.sqnr_db);
-        self.cosine_loss.merge(&other.cosine_loss);
     }
 }
 
@@ -39,6 +36,8 @@ pub(crate) struct Probabilities {
     pub top5: Summary,
     pub entropy_change: Summary,
 }
+
+merge_fields!(Probabilities { kl, total_variation, top1, top5, entropy_change });
 
 impl Probabilities {
     /// Adds the rows of a head, whose entropies in the reference are known, and gives the KL
@@ -66,14 +65,6 @@ impl Probabilities {
         })
         .collect()
     }
-
-    pub fn merge(&mut self, other: &Self) {
-        self.kl.merge(&other.kl);
-        self.total_variation.merge(&other.total_variation);
-        self.top1.merge(&other.top1);
-        self.top5.merge(&other.top5);
-        self.entropy_change.merge(&other.entropy_change);
-    }
 }
 
 /// All stages of one head.
@@ -87,6 +78,8 @@ pub(crate) struct HeadStages {
     /// `|a - b| / |a|` of the attention output, one number a query.
     pub token_error: Distribution,
 }
+
+merge_fields!(HeadStages { q, k, scores, probabilities, output, token_error });
 
 impl HeadStages {
     /// Adds the attention output of a passage.
@@ -104,15 +97,6 @@ impl HeadStages {
         }
         Ok(())
     }
-
-    pub fn merge(&mut self, other: &Self) {
-        self.q.merge(&other.q);
-        self.k.merge(&other.k);
-        self.scores.merge(&other.scores);
-        self.probabilities.merge(&other.probabilities);
-        self.output.merge(&other.output);
-        self.token_error.merge(&other.token_error);
-    }
 }
 
 /// Energy that each source of error alone adds to the attention output.
@@ -124,14 +108,7 @@ pub(crate) struct Sources {
     pub pv: Sum,
 }
 
-impl Sources {
-    pub fn merge(&mut self, other: &Self) {
-        self.q.merge(&other.q);
-        self.k.merge(&other.k);
-        self.requantization.merge(&other.requantization);
-        self.pv.merge(&other.pv);
-    }
-}
+merge_fields!(Sources { q, k, requantization, pv });
 
 /// Codes beyond the range, of all.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -140,12 +117,7 @@ pub(crate) struct Clipped {
     pub codes: u64,
 }
 
-impl Clipped {
-    pub fn merge(&mut self, other: &Self) {
-        self.clipped += other.clipped;
-        self.codes += other.codes;
-    }
-}
+merge_fields!(Clipped { clipped, codes });
 
 /// One head under one configuration.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -159,15 +131,7 @@ pub(crate) struct HeadState {
     pub sources: Sources,
 }
 
-impl HeadState {
-    fn merge(&mut self, other: &Self) {
-        self.alone.merge(&other.alone);
-        self.accumulated.merge(&other.accumulated);
-        self.q_clipped.merge(&other.q_clipped);
-        self.k_clipped.merge(&other.k_clipped);
-        self.sources.merge(&other.sources);
-    }
-}
+merge_fields!(HeadState { alone, accumulated, q_clipped, k_clipped, sources });
 
 /// One layer under one configuration.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -178,15 +142,11 @@ pub(crate) struct LayerState {
     pub accumulated: Stage,
 }
 
+merge_fields!(LayerState { heads, alone, accumulated });
+
 impl LayerState {
     pub fn new(heads: usize) -> Self {
         Self { heads: vec![HeadState::default(); heads], ..Self::default() }
-    }
-
-    pub fn merge(&mut self, other: &Self) {
-        self.alone.merge(&other.alone);
-        self.accumulated.merge(&other.accumulated);
-        self.heads.iter_mut().zip(&other.heads).for_each(|(a, b)| a.merge(b));
     }
 }
 
@@ -202,9 +162,10 @@ pub(crate) struct CandidateState {
     pub seconds: Distribution,
 }
 
-impl CandidateState {
-    pub fn merge(&mut self, other: &Self) {
-        self.layers.iter_mut().zip(&other.layers).for_each(|(a, b)| a.merge(b));
+/// Of the same configuration.
+impl Merge for CandidateState {
+    fn merge(&mut self, other: &Self) {
+        self.layers.merge(&other.layers);
         self.embedding.merge(&other.embedding);
         self.seconds.merge(&other.seconds);
     }
