@@ -141,11 +141,7 @@ impl Gguf {
             None => self.float("llama.rope.scale_linear")?,
         };
         let factor = factor.filter(|&factor| factor != 0.0);
-        let kind = match self.get(kind) {
-            None => None,
-            Some(_) => Some(self.string(kind)?),
-        };
-        match kind {
+        match self.text(kind)? {
             None => Ok(factor),
             Some("none") => Ok(None),
             Some("linear") => Ok(Some(factor.ok_or_else(|| self.missing(key, "a number"))?)),
@@ -196,19 +192,33 @@ impl Gguf {
         self.content.metadata.get(key)
     }
 
+    /// The value of a key, where it is there, as `read` takes it.
+    fn get_as<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match read(value) {
+            Some(read) => Ok(Some(read)),
+            None => Err(self.mistyped(key, value, expected)),
+        }
+    }
+
+    /// The value of a key that must be a string where it is there.
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
+        self.get_as(key, "a string", |value| value.to_string().ok().map(String::as_str))
+    }
+
     /// The value of a key that must be a string.
     pub(super) fn string(&self, key: &str) -> Result<&str> {
-        match self.get(key) {
-            Some(Value::String(text)) => Ok(text),
-            Some(other) => Err(self.mistyped(key, other, "a string")),
-            None => Err(self.missing(key, "a string")),
-        }
+        self.text(key)?.ok_or_else(|| self.missing(key, "a string"))
     }
 
     /// The value of a key that must be a non-negative integer where it is there.
     pub(super) fn size(&self, key: &str) -> Result<Option<usize>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let size = match *value {
+        self.get_as(key, "an unsigned integer", |value| match *value {
             Value::U8(x) => Some(usize::from(x)),
             Value::U16(x) => Some(usize::from(x)),
             Value::U32(x) => usize::try_from(x).ok(),
@@ -216,11 +226,7 @@ impl Gguf {
             Value::I32(x) => usize::try_from(x).ok(),
             Value::I64(x) => usize::try_from(x).ok(),
             _ => None,
-        };
-        match size {
-            Some(size) => Ok(Some(size)),
-            None => Err(self.mistyped(key, value, "an unsigned integer")),
-        }
+        })
     }
 
     /// The value of a key that must be the number of one of `count` tokens where it is there.
@@ -234,36 +240,27 @@ impl Gguf {
 
     /// The value of a key that must be a number where it is there.
     pub(super) fn float(&self, key: &str) -> Result<Option<f32>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::F32(x)) => Ok(Some(*x)),
-            Some(Value::F64(x)) => Ok(Some(*x as f32)),
-            Some(other) => Err(self.mistyped(key, other, "a number")),
-        }
+        self.get_as(key, "a number", |value| match *value {
+            Value::F32(x) => Some(x),
+            Value::F64(x) => Some(x as f32),
+            _ => None,
+        })
     }
 
     /// The value of a key that must be a boolean where it is there.
     pub(super) fn bool(&self, key: &str) -> Result<Option<bool>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::Bool(x)) => Ok(Some(*x)),
-            Some(other) => Err(self.mistyped(key, other, "a boolean")),
-        }
+        self.get_as(key, "a boolean", |value| value.to_bool().ok())
     }
 
-    /// The value of a key that must be an array.
-    pub(super) fn array(&self, key: &str) -> Result<&[Value]> {
-        match self.get(key) {
-            Some(Value::Array(values)) => Ok(values),
-            Some(other) => Err(self.mistyped(key, other, "an array")),
-            None => Err(self.missing(key, "an array")),
-        }
+    /// The value of a key that must be an array where it is there.
+    pub(super) fn array(&self, key: &str) -> Result<Option<&[Value]>> {
+        self.get_as(key, "an array", |value| value.to_vec().ok().map(Vec::as_slice))
     }
 
     /// The value of a key that must be an array of strings.
     pub(super) fn strings(&self, key: &str) -> Result<Vec<&str>> {
-        let values = self.array(key)?.iter();
-        let text = values.map(|value| match value {
+        let values = self.array(key)?.ok_or_else(|| self.missing(key, "an array"))?;
+        let text = values.iter().map(|value| match value {
             Value::String(text) => Ok(text.as_str()),
             other => Err(self.mistyped(key, other, "an array of strings")),
         });

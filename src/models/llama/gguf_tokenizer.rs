@@ -95,10 +95,7 @@ fn byte_level_bpe(file: &Gguf, tokens: &[&str]) -> Result<Tokenizer> {
         })
     });
     let merges = merges.collect::<Result<Vec<_>>>()?;
-    let pre = match file.get(PRE) {
-        Some(_) => file.string(PRE)?,
-        None => "gpt-2",
-    };
+    let pre = file.text(PRE)?.unwrap_or("gpt-2");
     let splitter = pre_tokenizer(pre).ok_or_else(|| {
         let known = "gpt-2, default, smollm, llama-bpe, qwen2 or tekken";
         corrupt(file.path(), format!("{PRE} {pre:?}, expected {known}"))
@@ -173,6 +170,7 @@ fn scores(file: &Gguf, tokens: &[&str]) -> Result<Vec<f32>> {
     let key = "tokenizer.ggml.scores";
     let scores: Vec<f32> = file
         .array(key)?
+        .ok_or_else(|| file.missing(key, "an array"))?
         .iter()
         .filter_map(|value| match value {
             Value::F32(score) => Some(*score),
@@ -214,10 +212,7 @@ fn vocabulary(tokens: &[&str]) -> tokenizers::models::bpe::Vocab {
 /// Tokens that stand for themselves in a text: control tokens, which decoding leaves out, and those
 /// that a user added.
 fn add_special_tokens(file: &Gguf, tokens: &[&str], tokenizer: &mut Tokenizer) -> Result<()> {
-    let types = match file.get(TYPES) {
-        Some(_) => file.array(TYPES)?,
-        None => return Ok(()),
-    };
+    let Some(types) = file.array(TYPES)? else { return Ok(()) };
     if types.len() != tokens.len() {
         let problem = format!("{TYPES} holds {} numbers, expected {}", types.len(), tokens.len());
         return Err(corrupt(file.path(), problem));

@@ -48,7 +48,6 @@ impl LlamaTokenizer {
         let text = |name: &str| -> Result<Option<String>> {
             Ok(id(name)?.map(|id| tokens[id as usize].to_string()))
         };
-        let key = "tokenizer.chat_template";
         let mut named = Vec::new();
         for name in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             named.extend(id(name)?);
@@ -59,10 +58,7 @@ impl LlamaTokenizer {
             tokenizer,
             bos_token: text("bos_token_id")?,
             eos_token: text("eos_token_id")?,
-            chat_template: match file.get(key) {
-                Some(_) => Some(file.string(key)?.to_string()),
-                None => None,
-            },
+            chat_template: file.text("tokenizer.chat_template")?.map(str::to_string),
         })
     }
 
