@@ -62,11 +62,10 @@ struct CrossEncoder {
 }
 
 /// What makes scores of logits.
-#[derive(Clone, Copy)]
-enum ScoreActivation {
-    Identity,
-    Sigmoid,
-}
+type ScoreActivation = fn(&Tensor) -> candle_core::Result<Tensor>;
+
+const IDENTITY: ScoreActivation = |logits| Ok(logits.clone());
+const SIGMOID: ScoreActivation = candle_nn::ops::sigmoid;
 
 /// `out(norm(act(dense(state))))`, of one state for each text.
 struct Head {
@@ -151,11 +150,7 @@ impl SequenceClassifier {
     /// # Errors
     /// Those of [`SequenceClassifier::logits`].
     pub fn scores(&self, batch: &TokenBatch) -> Result<Tensor> {
-        let logits = self.logits(batch)?;
-        Ok(match self.activation {
-            ScoreActivation::Identity => logits,
-            ScoreActivation::Sigmoid => candle_nn::ops::sigmoid(&logits)?,
-        })
+        Ok((self.activation)(&self.logits(batch)?)?)
     }
 }
 
@@ -178,12 +173,11 @@ impl Config {
     fn score_activation(&self, labels: usize) -> Result<ScoreActivation> {
         let new = self.sentence_transformers.as_ref().and_then(|new| new.activation_fn.as_ref());
         let Some(class) = new.or(self.sbert_ce_default_activation_function.as_ref()) else {
-            let one = labels == 1;
-            return Ok(if one { ScoreActivation::Sigmoid } else { ScoreActivation::Identity });
+            return Ok(if labels == 1 { SIGMOID } else { IDENTITY });
         };
         match class.rsplit('.').next() {
-            Some("Identity") => Ok(ScoreActivation::Identity),
-            Some("Sigmoid") => Ok(ScoreActivation::Sigmoid),
+            Some("Identity") => Ok(IDENTITY),
+            Some("Sigmoid") => Ok(SIGMOID),
             _ => Err(Error::Unsupported(format!(
                 "activation_fn {class:?}, expected Identity or Sigmoid"
             ))),

@@ -74,14 +74,17 @@ enum After {
     Normalize,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Activation {
-    Identity,
-    Tanh,
-    Relu,
-    Gelu,
-    Sigmoid,
-}
+/// What is done to every element.
+type Activation = fn(&Tensor) -> candle_core::Result<Tensor>;
+
+/// By the names of PyTorch's classes.
+const ACTIVATIONS: [(&str, Activation); 5] = [
+    ("Identity", |x| Ok(x.clone())),
+    ("Tanh", Tensor::tanh),
+    ("ReLU", Tensor::relu),
+    ("GELU", Tensor::gelu_erf),
+    ("Sigmoid", candle_nn::ops::sigmoid),
+];
 
 impl SentenceConfig {
     /// Reads what is in `folder` beside a model whose states have `hidden` elements. A folder
@@ -190,7 +193,7 @@ impl SentenceConfig {
                 self.width
             )));
         }
-        let activation = Activation::of_class(config.activation_function.as_deref(), &path)?;
+        let activation = activation(config.activation_function.as_deref(), &path)?;
         let weights = folder.join("model.safetensors");
         if !weights.is_file() {
             return Err(Error::MissingFile { what: "weights of a dense layer", path: weights });
@@ -224,7 +227,7 @@ impl SentenceConfig {
         let mut x = self.pooling.forward(hidden, mask)?;
         for after in &self.after {
             x = match after {
-                After::Dense { linear, activation } => activation.forward(&linear.forward(&x)?)?,
+                After::Dense { linear, activation } => activation(&linear.forward(&x)?)?,
                 After::Normalize => normalized(&x)?,
             };
         }
@@ -236,34 +239,16 @@ fn yes() -> bool {
     true
 }
 
-impl Activation {
-    /// By the name of PyTorch's class, without which it is tanh.
-    fn of_class(class: Option<&str>, path: &Path) -> Result<Self> {
-        let Some(class) = class else { return Ok(Self::Tanh) };
-        Ok(match class.rsplit('.').next().unwrap_or_default() {
-            "Identity" => Self::Identity,
-            "Tanh" => Self::Tanh,
-            "ReLU" => Self::Relu,
-            "GELU" => Self::Gelu,
-            "Sigmoid" => Self::Sigmoid,
-            _ => {
-                return Err(Error::Unsupported(format!(
-                    "{}: activation_function {class:?}, expected Identity, Tanh, ReLU, GELU or \
-                     Sigmoid",
-                    path.display()
-                )));
-            }
-        })
-    }
-
-    fn forward(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Identity => x.clone(),
-            Self::Tanh => x.tanh()?,
-            Self::Relu => x.relu()?,
-            Self::Gelu => x.gelu_erf()?,
-            Self::Sigmoid => candle_nn::ops::sigmoid(x)?,
-        })
+/// That of a class, without which it is tanh.
+fn activation(class: Option<&str>, path: &Path) -> Result<Activation> {
+    let Some(class) = class else { return Ok(Tensor::tanh) };
+    let name = class.rsplit('.').next();
+    match ACTIVATIONS.iter().find(|(known, _)| Some(*known) == name) {
+        Some((_, activation)) => Ok(*activation),
+        None => Err(Error::Unsupported(format!(
+            "{}: activation_function {class:?}, expected Identity, Tanh, ReLU, GELU or Sigmoid",
+            path.display()
+        ))),
     }
 }
 
