@@ -343,10 +343,7 @@ impl Calibration {
         scales: StaticScales,
         base: &AttentionConfig,
     ) -> Result<AttentionConfig> {
-        let Some(ranges) = self.layers.get(layer) else {
-            let layers = self.layers.len();
-            return Err(Error::Mismatch(format!("layer {layer} of a calibration of {layers}")));
-        };
+        let ranges = self.layer(layer)?;
         let pv = match &base.backend {
             Backend::Int8(int8) => int8.pv,
             Backend::Fp32 => PvPrecision::default(),
@@ -364,13 +361,16 @@ impl Calibration {
     /// # Errors
     /// [`Error::Mismatch`] if there is no such layer, and those of [`Calibrator::observe`].
     pub fn outside(&self, layer: usize, q: &Tensor, k: &Tensor) -> Result<(usize, usize)> {
-        let Some(ranges) = self.layers.get(layer) else {
-            let layers = self.layers.len();
-            return Err(Error::Mismatch(format!("layer {layer} of a calibration of {layers}")));
-        };
+        let ranges = self.layer(layer)?;
         let (q, k) = both_sides(&self.config, (q, k), (ranges.q.len(), ranges.k.len()))?;
         let ((q_outside, q_all), (k_outside, k_all)) = (q.outside(&ranges.q), k.outside(&ranges.k));
         Ok((q_outside + k_outside, q_all + k_all))
+    }
+
+    fn layer(&self, layer: usize) -> Result<&LayerRanges> {
+        let layers = self.layers.len();
+        let missing = || Error::Mismatch(format!("layer {layer} of a calibration of {layers}"));
+        self.layers.get(layer).ok_or_else(missing)
     }
 
     fn side(&self, ranges: &[ValueRange], scales: StaticScales) -> Result<QuantConfig> {

@@ -149,8 +149,8 @@ impl<'de> Visitor<'de> for LongestVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Longest, A::Error> {
         let mut longest = 0;
-        while let Some((Len(len), IgnoredAny)) = map.next_entry()? {
-            longest = longest.max(len);
+        while let Some((token, IgnoredAny)) = map.next_entry::<String, _>()? {
+            longest = longest.max(token.len());
         }
         Ok(Longest(longest))
     }
@@ -158,29 +158,6 @@ impl<'de> Visitor<'de> for LongestVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Longest, A::Error> {
         while seq.next_element::<IgnoredAny>()?.is_some() {}
         Ok(Longest(0))
-    }
-}
-
-/// Bytes of a string, which is not copied.
-struct Len(usize);
-
-impl<'de> Deserialize<'de> for Len {
-    fn deserialize<D: Deserializer<'de>>(source: D) -> std::result::Result<Self, D::Error> {
-        source.deserialize_str(LenVisitor)
-    }
-}
-
-struct LenVisitor;
-
-impl Visitor<'_> for LenVisitor {
-    type Value = Len;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("a token")
-    }
-
-    fn visit_str<E>(self, token: &str) -> std::result::Result<Len, E> {
-        Ok(Len(token.len()))
     }
 }
 
