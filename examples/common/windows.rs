@@ -1,7 +1,8 @@
 //! A text as windows of tokens, each no longer than the model reads at once.
 
+use super::cutter::encoder::{Piece, ends};
 use super::words::{is_unknown, parts, spaced};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 use candle_int8_attention::models::TextEncoder;
 
@@ -37,12 +38,9 @@ impl Windows {
     }
 }
 
-type Piece = (u32, String);
-
 /// The tokens of a text, without limit.
 struct Pieces {
     tokens: Vec<Piece>,
-    /// What the tokenizer puts before and after every text: `[CLS]` and `[SEP]`.
     ends: (Piece, Piece),
     lost: usize,
 }
@@ -52,13 +50,7 @@ impl Pieces {
     /// by one. The tokenizers of encoders split at white space first: the tokens are the same, if the
     /// space before a word comes with it, which is a part of its first token in some.
     fn of(encoder: &TextEncoder, text: &str) -> Result<Self> {
-        let ends = encoder.tokenize(&[""])?;
-        let id = |i: usize| -> Result<u32> { Ok(ends.input_ids.get(0)?.get(i)?.to_scalar()?) };
-        let [first, last] = ends.tokens[0].as_slice() else {
-            bail!("the tokenizer puts no [CLS] and [SEP], or <s> and </s>, around a text");
-        };
-        let ends = ((id(0)?, first.clone()), (id(1)?, last.clone()));
-
+        let ends = ends(encoder)?;
         let (mut tokens, mut lost) = (Vec::new(), 0);
         let words: Vec<String> =
             parts(text).into_iter().map(|(part, starts)| spaced(part, starts)).collect();

@@ -8,12 +8,21 @@ use candle_int8_attention::models::TextEncoder;
 use std::collections::VecDeque;
 
 /// A token: its number and its text, with the space before it where a word starts.
-type Piece = (u32, String);
+pub type Piece = (u32, String);
+
+/// What the tokenizer puts before and after every text: `[CLS]` and `[SEP]`.
+pub fn ends(encoder: &TextEncoder) -> Result<(Piece, Piece)> {
+    let ends = encoder.tokenize(&[""])?;
+    let ids: Vec<u32> = ends.input_ids.get(0)?.to_vec1()?;
+    let [first, last] = ends.tokens[0].as_slice() else {
+        bail!("the tokenizer puts no [CLS] and [SEP], or <s> and </s>, around a text");
+    };
+    Ok(((ids[0], first.clone()), (ids[1], last.clone())))
+}
 
 /// Cuts word by word; each passage stands between the model's two special tokens.
 pub struct EncoderCutter<'a> {
     encoder: &'a TextEncoder,
-    /// What the tokenizer puts before and after every text: `[CLS]` and `[SEP]`.
     ends: (Piece, Piece),
     /// Tokens of a passage without those two.
     room: usize,
@@ -35,12 +44,8 @@ impl<'a> EncoderCutter<'a> {
             "passages of {tokens} tokens; expected 3 (two are special) to {longest}, which is as \
              many as the model reads"
         );
-        let ends = encoder.tokenize(&[""])?;
-        let id = |i: usize| -> Result<u32> { Ok(ends.input_ids.get(0)?.get(i)?.to_scalar()?) };
-        let [first, last] = ends.tokens[0].as_slice() else {
-            bail!("the tokenizer puts no [CLS] and [SEP], or <s> and </s>, around a text");
-        };
-        let ends = ((id(0)?, first.clone()), (id(1)?, format!(" {last}")));
+        let (first, (last, name)) = ends(encoder)?;
+        let ends = (first, (last, format!(" {name}")));
         let room = tokens - 2;
         Ok(Self { encoder, ends, room, waiting: VecDeque::new(), unknown: 0, tokens: 0, lost: 0 })
     }
