@@ -1,7 +1,11 @@
 //! Files that programs write.
 
-use anyhow::{Context, Result, anyhow, ensure};
-use std::io::ErrorKind;
+// The library's own: no public item of it is for files.
+#[path = "../../src/files/new_file.rs"]
+mod new_file;
+
+use anyhow::{Context, Result, ensure};
+use new_file::{beside, persist};
 use std::path::{Path, PathBuf, is_separator};
 use tempfile::NamedTempFile;
 
@@ -15,7 +19,7 @@ impl NewFile {
     /// Before anything is computed, so that a place that cannot be written is known at once.
     pub fn create<'a>(path: &Path, inputs: impl IntoIterator<Item = &'a PathBuf>) -> Result<Self> {
         let target = target(path, inputs)?;
-        let file = create(&target).with_context(|| format!("cannot write {}", path.display()))?;
+        let file = beside(&target).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Self { target, file })
     }
 
@@ -23,42 +27,7 @@ impl NewFile {
     pub fn write(mut self, fill: impl FnOnce(&mut NamedTempFile) -> Result<()>) -> Result<()> {
         let cannot = || format!("cannot write {}", self.target.display());
         fill(&mut self.file).with_context(cannot)?;
-        self.file.as_file().sync_all().with_context(cannot)?;
-        // The error of `persist` itself tells its cause twice.
-        self.file.persist(&self.target).map_err(|e| not_replaced(e.error)).with_context(cannot)?;
-        Ok(())
-    }
-}
-
-/// A file beside `target`, with the permissions of `target` if that exists.
-fn create(target: &Path) -> std::io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".new-").suffix(".tmp");
-    #[cfg(unix)]
-    {
-        use std::fs::Permissions;
-        use std::os::unix::fs::PermissionsExt;
-        if let Ok(replaced) = target.metadata() {
-            // Readable for nobody else until it has the permissions that it is to have.
-            let file = builder.tempfile_in(folder(target))?;
-            let mode = replaced.permissions().mode() & 0o777;
-            file.as_file().set_permissions(Permissions::from_mode(mode))?;
-            return Ok(file);
-        }
-        // As for any other new file; the umask takes its part.
-        builder.permissions(Permissions::from_mode(0o666));
-    }
-    builder.tempfile_in(folder(target))
-}
-
-/// Says why a file cannot be renamed onto another, where the system's word for it does not.
-fn not_replaced(error: std::io::Error) -> anyhow::Error {
-    match error.kind() {
-        ErrorKind::ResourceBusy | ErrorKind::CrossesDevices => anyhow!(
-            "it cannot be replaced ({error}), as a file that is mounted by itself cannot; mount its \
-             folder, or write to another file"
-        ),
-        _ => error.into(),
+        persist(self.file, &self.target).with_context(cannot)
     }
 }
 
@@ -96,11 +65,6 @@ fn target<'a>(path: &Path, inputs: impl IntoIterator<Item = &'a PathBuf>) -> Res
     Ok(path)
 }
 
-/// The folder in which a file lies.
-fn folder(path: &Path) -> &Path {
-    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,11 +100,5 @@ mod tests {
         let error = write(&link).unwrap_err().to_string();
         assert!(error.contains("it is a link to what does not exist"), "{error}");
         assert!(link.is_symlink() && !nothing.exists());
-    }
-
-    #[test]
-    fn a_target_that_cannot_be_renamed_onto_says_so() {
-        let text = not_replaced(ErrorKind::ResourceBusy.into()).to_string();
-        assert!(text.contains("mounted by itself"), "{text}");
     }
 }
