@@ -2,7 +2,9 @@
 
 mod new_file;
 
-pub(crate) use new_file::{new_file, persist};
+#[cfg(feature = "hub")]
+pub(crate) use new_file::new_file;
+pub(crate) use new_file::persist;
 
 use crate::{Error, Result};
 use new_file::beside;
