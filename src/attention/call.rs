@@ -1,7 +1,9 @@
 //! What of attention belongs to one call: which keys its queries see.
 
+use crate::Result;
 use candle_core::Tensor;
 use candle_nn::attention::AttnMask;
+use std::ops::Range;
 
 /// Which keys the queries of one call see; all of them by default. Everything that is given applies
 /// at once. A query that sees no key gives zeros.
@@ -82,6 +84,24 @@ impl AttentionCall {
     /// The same for a batch whose sequences have these numbers of queries.
     pub fn with_q_lens(self, lens: Vec<usize>) -> Self {
         Self { q_lens: Some(lens), ..self }
+    }
+}
+
+impl AttentionCall {
+    /// What of it concerns some sequences of a batch, for which there are lengths.
+    pub(super) fn of_sequences(&self, sequences: &Range<usize>) -> Result<Self> {
+        let of = |lens: &Vec<usize>| lens.get(sequences.clone()).unwrap_or(lens).to_vec();
+        let mask = self.mask.as_ref().map(|mask| match *mask.dims() {
+            [batch, _, _, _] if batch > 1 => mask.narrow(0, sequences.start, sequences.len()),
+            // The same for all.
+            _ => Ok(mask.clone()),
+        });
+        let causal = self.causal.as_ref().map(|causal| match causal {
+            Causal::From(positions) => Causal::From(of(positions)),
+            all => all.clone(),
+        });
+        let (kv_lens, q_lens) = (self.kv_lens.as_ref().map(of), self.q_lens.as_ref().map(of));
+        Ok(Self { mask: mask.transpose()?, causal, kv_lens, q_lens })
     }
 }
 

@@ -14,6 +14,10 @@ use std::path::Path;
 /// many of them, and few enough for what lies between two layers to stay in a cache.
 const BATCH_TOKENS: usize = 2048;
 
+/// Texts of fewer tokens have attention in fp32 in all precisions: rounding takes longer than it saves. Where both
+/// take as long lies between 64 and 96 tokens, on AVX2 and on AVX-512, with head dims of 32 and of 64.
+const SHORT: usize = 64;
+
 /// Texts that are tokenized at a time.
 const BATCH_TEXTS: usize = 64;
 
@@ -76,26 +80,32 @@ impl TextEncoder {
     }
 
     /// Computes in these numbers from now on: the linear layers in `precision`
-    /// ([`EncoderModel::set_linear`]), and attention in fp32 for `F32` and `Int16`, in int8 as
-    /// [`AttentionConfig::int8`] for `Int8`. Layers are packed from what they hold: `F32` is that of the file if
-    /// the encoder was loaded in it.
+    /// ([`EncoderModel::set_linear`]), and attention as [`TextEncoder::set_attention`] has it. Layers are packed
+    /// from what they hold: `F32` is that of the file if the encoder was loaded in it.
     ///
     /// # Errors
     /// Those of [`EncoderModel::set_linear`].
     pub fn set_precision(&mut self, precision: Precision) -> Result<()> {
         self.model.set_linear(precision)?;
+        self.set_attention(precision);
+        Ok(())
+    }
+
+    /// Computes attention in fp32 for `F32` and `Int16`. For `Int8` it is in int8 as [`AttentionConfig::int8`], but
+    /// for texts of fewer than 64 tokens, for which fp32 takes less time. For a text of any length it is
+    /// [`EncoderModel::set_attention`] that chooses.
+    pub fn set_attention(&mut self, precision: Precision) {
         self.model.set_attention(&match precision {
             Precision::F32 | Precision::Int16 => AttentionConfig::fp32(),
             Precision::Int8 => AttentionConfig::int8(),
         });
-        Ok(())
+        self.attention_mut().into_iter().for_each(|attention| attention.set_fp32_below(SHORT));
     }
 
     /// Writes the linear layers as they are packed, so that a start does not pack them again:
     ///
     /// ```no_run
     /// use candle_core::Device;
-    /// use candle_int8_attention::AttentionConfig;
     /// use candle_int8_attention::models::{ModelFiles, TextEncoder};
     /// use candle_int8_attention::nn::Precision;
     ///
@@ -106,7 +116,7 @@ impl TextEncoder {
     /// // Another time: the same bits.
     /// let mut encoder = TextEncoder::load(&files, &Device::Cpu)?;
     /// encoder.load_linear("all-MiniLM-L6-v2/int8.safetensors")?;
-    /// encoder.model.set_attention(&AttentionConfig::int8());
+    /// encoder.set_attention(Precision::Int8);
     /// # Ok::<(), candle_int8_attention::Error>(())
     /// ```
     ///
