@@ -30,7 +30,8 @@ impl FloatWeights {
         (0..self.matrix.columns()).flat_map(|i| self.matrix.column(i)).collect()
     }
 
-    /// `bias + x·W^T` for some outputs of rows of `x`, as [`PackedMatrix::multiply`] writes them.
+    /// `bias + x·W^T` for some outputs of rows of `x`, as [`PackedMatrix::multiply`] writes them; `bias` is that
+    /// of all outputs.
     pub(super) fn multiply(
         &self,
         outputs: Range<usize>,
@@ -39,6 +40,7 @@ impl FloatWeights {
         out: (&mut [MaybeUninit<f32>], usize),
     ) {
         let depth = self.matrix.depth();
-        self.matrix.multiply(outputs, (x, depth, count), Start::Row(bias), out);
+        let start = Start::Row(&bias[outputs.start..]);
+        self.matrix.multiply(outputs, (x, depth, count), start, out);
     }
 }

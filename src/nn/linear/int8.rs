@@ -11,12 +11,14 @@
 //! LLM.int8's (Dettmers et al. 2022, arXiv:2208.07339).
 
 use super::rounding::Rounding;
+use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
-use crate::memory::Footprint;
-use crate::product::{PackedLhs, PackedRhs, RowSums, ScoreScales, max_depth, score_tiles, unpack};
+use crate::memory::footprint;
+use crate::product::{
+    PackedLhs, PackedRhs, RowSums, ScoreScales, check_depth, score_tiles, unpack,
+};
 use crate::quant::Rotation;
-use crate::{Error, Result};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -42,7 +44,7 @@ impl Int8Weights {
         (outputs, depth): (usize, usize),
         inputs: Option<&[f32]>,
     ) -> Result<Self> {
-        check_depth(depth)?;
+        check_depth(depth, false)?;
         let mut buffers = Buffers::default();
         buffers.quantize(level, Rotation::new(depth), weights, outputs);
         let Buffers { mut codes, scales, mut sums, .. } = buffers;
@@ -65,7 +67,7 @@ impl Int8Weights {
         (sums, scales): (Vec<i32>, Vec<f32>),
         (outputs, depth): (usize, usize),
     ) -> Result<Self> {
-        check_depth(depth)?;
+        check_depth(depth, false)?;
         let mut packed = PackedRhs::new(level, outputs, depth, false);
         packed.put(0, codes, RowSums { sums: &sums, zeros: &[] });
         Ok(Self::of_packed(packed, scales, depth))
@@ -82,7 +84,7 @@ impl Int8Weights {
         scales: Vec<f32>,
         depth: usize,
     ) -> Result<Self> {
-        check_depth(depth)?;
+        check_depth(depth, false)?;
         let outputs = scales.len();
         let mut packed = PackedRhs::new(level, outputs, depth, false);
         if packed.layout() == layout {
@@ -179,11 +181,6 @@ fn sum(row: &[i8]) -> i32 {
     row.iter().map(|&q| i32::from(q)).sum()
 }
 
-fn check_depth(depth: usize) -> Result<()> {
-    let limit = max_depth(false);
-    if depth > limit { Err(Error::Depth { depth, limit }) } else { Ok(()) }
-}
-
 fn panel_width(level: Level) -> usize {
     PANEL.next_multiple_of(level.int8_product().geometry.nr)
 }
@@ -208,20 +205,8 @@ pub(super) struct Buffers {
     sums: Vec<i32>,
 }
 
-impl Footprint for Int8Rows {
-    fn footprint(&self) -> usize {
-        let Self { lhs, scales, zeros } = self;
-        lhs.footprint() + scales.footprint() + zeros.footprint()
-    }
-}
-
-impl Footprint for Buffers {
-    fn footprint(&self) -> usize {
-        let Self { rotated, ranges, codes, scales, zeros, sums } = self;
-        let rows = rotated.footprint() + ranges.footprint() + codes.footprint();
-        rows + scales.footprint() + zeros.footprint() + sums.footprint()
-    }
-}
+footprint!(Int8Rows: lhs, scales, zeros);
+footprint!(Buffers: rotated, ranges, codes, scales, zeros, sums);
 
 impl Buffers {
     /// Symmetric codes of `count` rotated rows, with their scales and sums.
@@ -265,6 +250,7 @@ mod tests {
     use super::super::layer::Linear;
     use super::super::weights::{Precision, Weights};
     use super::*;
+    use crate::Error;
     use crate::cpu::runnable;
     use crate::nn::Activation;
     use crate::nn::LayerNorm;

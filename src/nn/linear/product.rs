@@ -1,11 +1,9 @@
 //! `x·W^T + b`, and what follows while the sums are in L1 or L2: an activation, a residual, a norm.
 
-use super::float::FloatWeights;
-use super::int8::{Buffers, Int8Rows, Int8Weights, PANEL};
-use super::int16::Int16Weights;
+use super::int8::{Buffers, Int8Rows, PANEL};
 use super::tasks::{BLOCK, Grid, Task};
 use super::weights::{Packed, Weights};
-use crate::memory::{Footprint, Kept, overwrite, prefetch_slice, written};
+use crate::memory::{Footprint, Kept, footprint, overwrite, prefetch_slice, written};
 use crate::nn::activation::Activation;
 use crate::nn::layer_norm::FusedNorm;
 use crate::parallel::Work;
@@ -50,19 +48,8 @@ struct Prepared {
 #[derive(Default)]
 struct Blocks(Vec<Prepared>);
 
-impl Footprint for Scratch {
-    fn footprint(&self) -> usize {
-        let Self { gathered, prepared, buffers, sums, inner } = self;
-        let floats = gathered.footprint() + sums.footprint() + inner.footprint();
-        floats + prepared.footprint() + buffers.footprint()
-    }
-}
-
-impl Footprint for Prepared {
-    fn footprint(&self) -> usize {
-        self.int16.footprint() + self.int8.footprint()
-    }
-}
+footprint!(Scratch: gathered, prepared, buffers, sums, inner);
+footprint!(Prepared: int16, int8);
 
 impl Footprint for Blocks {
     fn footprint(&self) -> usize {
@@ -104,14 +91,13 @@ pub(super) fn multiply(
         }
         work.for_each(grid.tasks(out, outputs), |task| {
             Kept::with(&SCRATCH, KEPT, |Scratch { gathered, prepared, buffers, sums, .. }| {
-                let left = match shared {
-                    true => Left::of_prepared(weights, &blocks[task.block]),
-                    false => {
-                        let x = x.merged(task.rows.clone(), gathered);
-                        Left::new(weights, (x, task.rows.len()), (prepared, buffers))
-                    }
-                };
-                job.run(task, &left, sums);
+                if shared {
+                    let prepared = &blocks[task.block];
+                    return job.run(task, &[], prepared, sums);
+                }
+                let x = x.merged(task.rows.clone(), gathered);
+                prepared.put(weights, (x, task.rows.len()), buffers);
+                job.run(task, x, prepared, sums);
             });
         });
     });
@@ -151,19 +137,16 @@ pub(super) fn multiply_twice(
             |Scratch { gathered, prepared, buffers, sums, inner: between }| {
                 let count = task.rows.len();
                 let x = x.merged(task.rows.clone(), gathered);
-                let left = Left::new(&first.layer.weights, (x, count), (prepared, buffers));
+                prepared.put(&first.layer.weights, (x, count), buffers);
                 between.resize((count * inner).max(between.len()), 0.0);
                 let between = &mut between[..count * inner];
                 // SAFETY: the job writes numbers.
                 let rows = unsafe { overwrite(between) };
                 let out = rows.chunks_mut(inner.max(1)).collect();
-                first.run(
-                    Task { columns: 0..inner, out, rows: task.rows.clone(), ..task },
-                    &left,
-                    sums,
-                );
-                let left = Left::new(&second.layer.weights, (between, count), (prepared, buffers));
-                second.run(task, &left, sums);
+                let of_first = Task { columns: 0..inner, out, rows: task.rows.clone(), ..task };
+                first.run(of_first, x, prepared, sums);
+                prepared.put(&second.layer.weights, (between, count), buffers);
+                second.run(task, between, prepared, sums);
             },
         );
     });
@@ -207,13 +190,6 @@ impl Grid {
     }
 }
 
-/// The rows of a task, as the weights multiply them.
-enum Left<'a> {
-    Float(&'a FloatWeights, (&'a [f32], usize)),
-    Int16(&'a Int16Weights, &'a Int16Rows),
-    Int8(&'a Int8Weights, &'a Int8Rows),
-}
-
 impl Prepared {
     /// `count` rows of f32; those that weights multiply as they are leave nothing here.
     fn put(&mut self, weights: &Weights, (x, count): (&[f32], usize), buffers: &mut Buffers) {
@@ -221,47 +197,6 @@ impl Prepared {
             Weights::Float(_) => {}
             Weights::Int16(weights) => weights.quantize(x, count, &mut self.int16),
             Weights::Int8(weights) => weights.quantize(x, count, &mut self.int8, buffers),
-        }
-    }
-}
-
-impl<'a> Left<'a> {
-    /// From `count` rows of f32.
-    fn new(
-        weights: &'a Weights,
-        x: (&'a [f32], usize),
-        (prepared, buffers): (&'a mut Prepared, &mut Buffers),
-    ) -> Self {
-        prepared.put(weights, x, buffers);
-        match weights {
-            Weights::Float(weights) => Self::Float(weights, x),
-            weights => Self::of_prepared(weights, prepared),
-        }
-    }
-
-    /// # Panics
-    /// For weights in f32.
-    fn of_prepared(weights: &'a Weights, prepared: &'a Prepared) -> Self {
-        match weights {
-            Weights::Float(_) => unreachable!("rows in f32 are not prepared"),
-            Weights::Int16(weights) => Self::Int16(weights, &prepared.int16),
-            Weights::Int8(weights) => Self::Int8(weights, &prepared.int8),
-        }
-    }
-
-    /// `bias + x·W^T` of one panel, `bias` that of all outputs.
-    fn multiply(
-        &self,
-        outputs: Range<usize>,
-        bias: &[f32],
-        sums: (&mut [MaybeUninit<f32>], usize),
-    ) {
-        match self {
-            Self::Float(weights, rows) => {
-                weights.multiply(outputs.clone(), *rows, &bias[outputs.start..], sums);
-            }
-            Self::Int16(weights, rows) => weights.multiply(outputs, rows, bias, sums),
-            Self::Int8(weights, rows) => weights.multiply(outputs, rows, bias, sums),
         }
     }
 }
@@ -275,8 +210,8 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Panel by panel.
-    fn run(&self, mut task: Task<'_>, left: &Left<'_>, sums: &mut Vec<f32>) {
+    /// Panel by panel, of rows `x`, prepared unless weights multiply them as they are.
+    fn run(&self, mut task: Task<'_>, x: &[f32], prepared: &Prepared, sums: &mut Vec<f32>) {
         let (outputs, width) = (self.layer.weights.outputs(), self.layer.weights.panel_width());
         let rows = task.rows.len();
         sums.resize((BLOCK.max(rows) * width).max(sums.len()), 0.0);
@@ -285,7 +220,7 @@ impl Job<'_> {
             let columns = first..(first + width).min(task.columns.end);
             // SAFETY: `multiply` writes numbers.
             let out = unsafe { overwrite(sums) };
-            left.multiply(columns.clone(), &self.layer.bias, (out, width));
+            self.multiply(columns.clone(), (x, rows), prepared, (out, width));
             let at = first - task.columns.start;
             let panel = Store {
                 sums,
@@ -304,6 +239,22 @@ impl Job<'_> {
                 // SAFETY: the panels have covered the row.
                 norm.normalize_rows(unsafe { row.assume_init_mut() });
             }
+        }
+    }
+
+    /// `bias + x·W^T` of one panel.
+    fn multiply(
+        &self,
+        outputs: Range<usize>,
+        x: (&[f32], usize),
+        prepared: &Prepared,
+        sums: (&mut [MaybeUninit<f32>], usize),
+    ) {
+        let bias = &self.layer.bias;
+        match &self.layer.weights {
+            Weights::Float(weights) => weights.multiply(outputs, x, bias, sums),
+            Weights::Int16(weights) => weights.multiply(outputs, &prepared.int16, bias, sums),
+            Weights::Int8(weights) => weights.multiply(outputs, &prepared.int8, bias, sums),
         }
     }
 
