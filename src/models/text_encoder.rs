@@ -45,8 +45,8 @@ impl TextEncoder {
     /// tokenizer's file asks for are turned off: [`TextEncoder::tokenize`] does both, as the model
     /// needs it.
     ///
-    /// The linear layers are in [`Precision::Int16`] and attention is in fp32. With MiniLM-L3 and L6 that embeds 1.4 to
-    /// 1.5 times as many texts as [`Precision::F32`] (AMD EPYC, AVX-512 VNNI, 2 threads), is not slower with AVX2, and
+    /// The linear layers are in [`Precision::Int16`] and attention is in fp32. With MiniLM-L3 and L6 that embeds 1.3 to
+    /// 1.6 times as many texts as [`Precision::F32`] (AMD EPYC, AVX-512 VNNI, 2 threads), is not slower with AVX2, and
     /// every cosine to the embedding in `F32` is above 0.99999; `docs/encoders.md` has the tables. `Int8` is faster
     /// still, with cosines above 0.9993. [`TextEncoder::load_in`] takes either, and is what an embedding in `F32` needs.
     ///
