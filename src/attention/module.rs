@@ -47,8 +47,8 @@ impl QuantizedAttention {
     }
 
     /// Computes sequences of fewer tokens than this in fp32, whatever the backend: it takes longer to round a few
-    /// queries and keys than to multiply them. With head dims of 32 and 64, fp32 is faster up to 64 tokens and more
-    /// on every level (`docs/encoders.md`).
+    /// queries and keys than to multiply them. On x86, with heads of 32 and 64 channels, fp32 took less time below 64
+    /// tokens on each level that was measured; `docs/encoders.md` has the table.
     ///
     /// A sequence has as many tokens as [`AttentionCall::kv_lens`] says, or [`AttentionCall::q_lens`] where only
     /// those are given, else all of the `N` keys. Each is computed in the same way as it is by itself.

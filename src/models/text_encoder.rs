@@ -14,8 +14,8 @@ use std::path::Path;
 /// many of them, and few enough for what lies between two layers to stay in a cache.
 const BATCH_TOKENS: usize = 2048;
 
-/// Texts of fewer tokens have attention in fp32 in all precisions: rounding takes longer than it saves. Where both
-/// take as long lies between 64 and 96 tokens, on AVX2 and on AVX-512, with head dims of 32 and of 64.
+/// Texts of fewer tokens have attention in fp32 in all precisions: rounding takes longer than it saves. Both take as
+/// long at 64 tokens on AVX-512 with heads of 64 channels (Zen 4), and at more tokens on lower levels or with 32 channels.
 const SHORT: usize = 64;
 
 /// Texts that are tokenized at a time.
