@@ -169,13 +169,12 @@ impl Attention {
             written(len, |out| {
                 engine.run(work, out, |pace, head, attend| {
                     Kept::with(&INT8, KEPT, |kept| {
-                        let fits = |(_, values): &(PackedKeys, PackedMatrix)| {
-                            (values.level(), values.format()) == (level, format)
-                        };
+                        kept.take_if(|(_, values)| {
+                            (values.level(), values.format()) != (level, format)
+                        });
                         let new =
                             || (PackedKeys::new(level), PackedMatrix::new(level, format, 0, 0));
-                        let fitting = kept.take().filter(fits).unwrap_or_else(new);
-                        let (keys, values) = kept.insert(fitting);
+                        let (keys, values) = kept.get_or_insert_with(new);
                         scorer.pack_keys(head, pace, keys);
                         pack_values(&v, head, &scorer.seen, values);
                         attend(&Int8Head { scorer: &scorer, keys, values });
@@ -215,10 +214,9 @@ fn run_fp32<T: Element>(
         written(len, |out| {
             engine.run(work, out, |_, head, attend| {
                 Kept::with(&FLOAT, 4 * KEPT, |kept| {
+                    kept.take_if(|(keys, _)| keys.level() != level);
                     let new = || PackedMatrix::new(level, Format::F32, 0, 0);
-                    let fitting = kept.take().filter(|(keys, _)| keys.level() == level);
-                    let (packed_keys, packed_values) =
-                        kept.insert(fitting.unwrap_or_else(|| (new(), new())));
+                    let (packed_keys, packed_values) = kept.get_or_insert_with(|| (new(), new()));
                     let [mut buffer, mut gathered, mut value_buffer, mut value_gathered] =
                         [const { Vec::new() }; 4];
                     // Not those that are padding, which would make it another computation.

@@ -76,7 +76,7 @@ pub(super) fn accumulate(
     }
     let stride = tile.stride;
     match &tile.probs {
-        Probs::F32 => values.accumulate_f32(keys, tile.scores, stride, sums),
+        Probs::F32 { .. } => values.accumulate_f32(keys, tile.scores, stride, sums),
         Probs::Bf16(halves) => values.accumulate_bf16(keys, halves, stride, sums),
         Probs::Int8 { codes, runs } => {
             let runs = &runs[..tile.visible.len() * keys.len().div_ceil(RUN)];

@@ -1,8 +1,8 @@
 //! A level that this machine has, and the choice of the one in use.
 
 use super::contracts::{
-    BlockCodes, Condition, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct, RowRanges,
-    Rows, ScoreTile, Scores, Stored, TileInput,
+    BlockCodes, Condition, F32Exp, Format, Int8Product, Int16Exp, LANES, Panel, PanelProduct,
+    RowRanges, Rows, ScoreTile, Scores, Stored, TileInput, Transpose,
 };
 use super::table::{Bf16, Entry, TABLE};
 use crate::{Error, Result};
@@ -241,10 +241,17 @@ impl Level {
         unsafe { (self.entry.softmax.max)(scores) }
     }
 
-    /// Replaces scores by `2^(score - max)`; returns their sum.
-    pub(crate) fn exp_f32(self, scores: &mut [f32], max: f32) -> f32 {
+    /// Replaces scores by `2^(score - max)`, and writes the sum of each row.
+    ///
+    /// # Panics
+    /// Unless there are up to 16 rows, with a maximum and a place for the sum of each.
+    pub(crate) fn exp_f32(self, job: F32Exp<'_>) {
+        let F32Exp { len, stride, .. } = job;
+        let rows = job.sums.len();
+        Scores { data: job.scores, rows, len, stride }.check();
+        assert!(rows <= LANES && job.maxes.len() == rows);
         // SAFETY: a level is there only with its instructions.
-        unsafe { (self.entry.softmax.exp_f32)(scores, max) }
+        unsafe { (self.entry.softmax.exp_f32)(job) }
     }
 
     /// Writes `2^(score - max)` in bf16; returns the sum of the rounded ones.
@@ -343,6 +350,16 @@ impl Level {
         assert_eq!(rows.count().checked_mul(vectors.count()), Some(out.len()));
         // SAFETY: a level is there only with its instructions.
         unsafe { (self.entry.rows.dots)(rows, vectors, out) }
+    }
+
+    /// Makes columns of rows.
+    ///
+    /// # Panics
+    /// Unless there is a place for everything.
+    pub(crate) fn transpose(self, job: Transpose<'_>) {
+        job.check();
+        // SAFETY: a level is there only with its instructions.
+        unsafe { (self.entry.rows.transpose)(job) }
     }
 }
 

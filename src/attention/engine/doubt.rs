@@ -14,6 +14,11 @@ pub(in crate::attention) struct Doubt {
 }
 
 impl Doubt {
+    /// Whether a row has a number as its largest score, and as their sum: then there is nothing to take in.
+    pub(super) fn is_none(running: &Running) -> bool {
+        running.max.is_finite() && !running.sum.is_nan()
+    }
+
     /// Takes in a row; `sees` is whether it sees a key.
     pub(super) fn add(&self, running: &Running, sees: impl FnOnce() -> bool) {
         if running.sum.is_nan() {

@@ -1,8 +1,9 @@
 //! The softmax over a tile whose probabilities become int16.
 
+use super::part::Part;
 use super::tile::{Probs, Running, Tile};
 use crate::cpu::Level;
-use crate::cpu::contracts::{Int16Exp, LANES, RUN, Scores};
+use crate::cpu::contracts::{Int16Exp, LANES, RUN};
 use crate::cpu::plain::softmax::scales_of_runs;
 use crate::cpu::plain::widest;
 use std::ops::Range;
@@ -12,11 +13,11 @@ use std::ops::Range;
 /// were written takes as long as a short row.
 pub(super) fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
     let per_row = tile.keys.div_ceil(RUN).max(1);
-    let Tile { scores, stride, visible, probs, .. } = tile;
+    let Tile { scores, stride, keys, visible, probs, .. } = tile;
     let Probs::Int16 { codes, tops, scales } = probs else { unreachable!("a tile in int16") };
     let (stride, runs) = (*stride, running.len() * per_row);
     let (tops, scales) = (&mut tops[..runs], &mut scales[..runs]);
-    for part in Part::all(visible, per_row) {
+    for part in Part::all(visible, *keys) {
         let tops = &mut tops[part.rows.start * per_row..part.rows.end * per_row];
         part.find_tops(level, (&mut scores[part.rows.start * stride..], stride), tops);
     }
@@ -28,7 +29,7 @@ pub(super) fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Runni
         scales.iter_mut().zip(tops).for_each(|(scale, top)| *scale = top - max);
     }
     widest!(scales_of_runs, &mut *scales, &mut [f32] => ());
-    for part in Part::all(visible, per_row) {
+    for part in Part::all(visible, *keys) {
         let runs = part.rows.start * per_row..part.rows.end * per_row;
         let at = part.rows.start * stride;
         let runs = (&tops[runs.clone()], &scales[runs]);
@@ -39,61 +40,7 @@ pub(super) fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Runni
     }
 }
 
-/// Rows of a tile that see the same keys, a row alone where there are runs that it does not see: a call for
-/// several costs as much as a short row.
-struct Part {
-    rows: Range<usize>,
-    keys: Range<usize>,
-    /// From the first run that holds one of these, to the end of the last vector.
-    vectors: Range<usize>,
-    runs: Range<usize>,
-    per_row: usize,
-}
-
 impl Part {
-    /// All rows in order, in parts of up to [`LANES`].
-    fn all(visible: &[Range<usize>], per_row: usize) -> impl Iterator<Item = Part> {
-        let mut start = 0;
-        std::iter::from_fn(move || {
-            let seen = visible.get(start)?;
-            let keys = if seen.is_empty() { 0..0 } else { seen.clone() };
-            let runs = keys.start / RUN..keys.end.div_ceil(RUN);
-            let vectors = runs.start * RUN..keys.end.next_multiple_of(LANES);
-            let most = if runs == (0..per_row) { LANES } else { 1 };
-            let alike = visible[start..].iter().take(most).take_while(|other| *other == seen);
-            let rows = start..start + alike.count();
-            start = rows.end;
-            Some(Part { rows, keys, vectors, runs, per_row })
-        })
-    }
-
-    /// Its scores, from the first row of a tile on; `None` where nothing is seen.
-    fn scores<'a>(&self, scores: &'a [f32], stride: usize) -> Option<Scores<'a>> {
-        let Self { rows, vectors, .. } = self;
-        let (data, rows, len) = (&scores[vectors.start..], rows.len(), vectors.len());
-        (len > 0).then_some(Scores { data, rows, len, stride })
-    }
-
-    /// Those of its runs that are seen.
-    fn seen(&self) -> Range<usize> {
-        self.runs.start..(self.rows.len() - 1) * self.per_row + self.runs.end
-    }
-
-    /// The largest score of each run, minus infinity where none is seen.
-    fn find_tops(&self, level: Level, (scores, stride): (&mut [f32], usize), tops: &mut [f32]) {
-        let Self { rows, keys, vectors, .. } = self;
-        for row in scores.chunks_mut(stride).take(rows.len()) {
-            row[vectors.start..keys.start].fill(f32::NEG_INFINITY);
-            row[keys.end..vectors.end].fill(f32::NEG_INFINITY);
-        }
-        let seen = self.seen();
-        tops[..seen.start].fill(f32::NEG_INFINITY);
-        tops[seen.end..].fill(f32::NEG_INFINITY);
-        if let Some(scores) = self.scores(scores, stride) {
-            level.max_of_runs(scores, &mut tops[seen]);
-        }
-    }
-
     /// The codes of its rows, 0 where nothing is seen, and the sums of what they stand for.
     fn write_codes(
         &self,
@@ -104,10 +51,7 @@ impl Part {
         sums: &mut [f32; LANES],
     ) {
         let Self { rows, vectors, .. } = self;
-        for row in codes.chunks_mut(stride).take(rows.len()) {
-            row[..vectors.start].fill(0);
-            row[vectors.end..].fill(0);
-        }
+        self.clear_others(codes, stride);
         if let Some(scores) = self.scores(scores, stride) {
             let (codes, sums) = (&mut codes[vectors.start..], &mut sums[..rows.len()]);
             let (tops, scales) = (&tops[self.seen()], &scales[self.seen()]);
@@ -119,6 +63,7 @@ impl Part {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::contracts::Scores;
     use crate::cpu::contracts::softmax::ERROR_INT16;
     use crate::cpu::runnable;
 

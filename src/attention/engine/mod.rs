@@ -23,6 +23,7 @@ mod key_values;
 mod mask;
 mod modifiers;
 mod output;
+mod part;
 mod partial;
 mod queries;
 mod run;

@@ -68,9 +68,9 @@ impl<'a> Modifiers<'a> {
         }
     }
 
-    /// The logit in the denominator of a head, in the unit of the scores.
-    pub(super) fn sink_logit(&self, head: usize) -> Option<f32> {
-        self.sink_logits.as_ref().map(|logits| logits[head])
+    /// The logits in the denominators of heads, in the unit of the scores.
+    pub(super) fn sink_logits(&self) -> Option<&[f32]> {
+        self.sink_logits.as_deref()
     }
 
     /// Multiplies every product of a query and a key.

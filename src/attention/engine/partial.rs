@@ -1,6 +1,6 @@
 //! Attention of some rows over some of the keys, and how such parts are merged.
 
-use super::output::Element;
+use super::output::{Element, Means};
 use super::tile::Running;
 use crate::memory::{Aligned, footprint};
 use std::mem::MaybeUninit;
@@ -139,16 +139,12 @@ impl Partial {
     /// Unless there are as many rows as were started.
     pub(super) fn finish<T: Element>(&mut self, value_dim: usize, out: &mut [MaybeUninit<T>]) {
         assert_eq!(out.len(), self.running.len() * value_dim);
-        let (width, large) = (self.width(), self.large);
-        let rows = self.sums.chunks_exact_mut(width).zip(out.chunks_exact_mut(value_dim.max(1)));
-        for ((sums, out), running) in rows.zip(&self.running) {
-            // No key was seen: zeros. A NaN sum stays NaN.
-            let inverse = if running.sum == 0.0 { 0.0 } else { 1.0 / running.sum };
-            if large {
-                within(sums, running.sum);
-            }
-            T::write_scaled(&sums[..value_dim], inverse, out);
+        let width = self.width();
+        if self.large {
+            let rows = self.sums.chunks_exact_mut(width).zip(&self.running);
+            rows.for_each(|(sums, running)| within(sums, running.sum));
         }
+        T::write(Means { sums: &self.sums, width, value_dim, running: &self.running }, out);
     }
 
     /// Of the sums; 1 where there is none.

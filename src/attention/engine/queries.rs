@@ -1,5 +1,6 @@
 //! The queries of a call as rows: one query of one head each, in blocks.
 
+use crate::cpu::contracts::LANES;
 use crate::memory::Aligned;
 use crate::parallel::Pace;
 use crate::view::View;
@@ -103,13 +104,25 @@ pub(in crate::attention) fn gather(
     values: &mut Aligned<f32>,
     buffer: &mut Vec<f32>,
 ) {
+    let depth = queries.depth();
     values.clear();
+    values.resize(rows.range.len() * depth);
+    let mut to = values.chunks_exact_mut(depth.max(1));
     let mut row = rows.range.start;
     while row < rows.range.end {
         let [batch, head, token] = shape.at(rows.head, row);
         let count = (shape.tokens - token).min(rows.range.end - row);
         let found = queries.rows(batch * shape.heads + head, token..token + count, buffer);
-        found.iter().for_each(|row| values.extend_from_slice(row));
+        found.iter().zip(&mut to).for_each(|(row, to)| copy(row, to));
         row += count;
+    }
+}
+
+/// A call for each row would take longer than its moves.
+fn copy(from: &[f32], to: &mut [f32]) {
+    let ((from, tail), (to, to_tail)) = (from.as_chunks::<LANES>(), to.as_chunks_mut());
+    from.iter().zip(to).for_each(|(from, to)| *to = *from);
+    if !tail.is_empty() {
+        to_tail.copy_from_slice(tail);
     }
 }

@@ -49,11 +49,23 @@ pub(in crate::attention) struct Engine<'a> {
 }
 
 /// What a row of a block sees.
-#[derive(Clone)]
 struct Row {
     /// The keys, the sinks left out, and those of the sinks.
     seen: Range<usize>,
     sinks: Range<usize>,
+}
+
+/// What the rows of a block see.
+struct Sight {
+    /// What each of them sees, or one that says it of all.
+    rows: Vec<Row>,
+    count: usize,
+}
+
+impl Sight {
+    fn iter(&self) -> impl Iterator<Item = &Row> {
+        self.rows.iter().cycle().take(self.count)
+    }
 }
 
 /// What a thread works in, kept so that a block allocates nothing.
@@ -76,9 +88,10 @@ struct Buffers {
     /// Probabilities in int8, and what they stand for.
     codes: Aligned<u8>,
     runs: Vec<Int8Run>,
-    /// Probabilities in int16, the largest scores of their runs, and what a 1 stands for.
-    words: Aligned<i16>,
+    /// The largest scores: of rows where probabilities are in f32, of runs where they are in int16.
     tops: Aligned<f32>,
+    /// Probabilities in int16, and what a 1 stands for.
+    words: Aligned<i16>,
     scales: Aligned<f32>,
 }
 
@@ -184,7 +197,7 @@ impl Engine<'_> {
         pace: Pace,
         from: &dyn KeyValues,
         block: &Block,
-        seen: &[Row],
+        seen: &Sight,
         out: &mut [MaybeUninit<T>],
     ) {
         let parts = pace.map(block.tiles.chunks(SPAN), |tiles| {
@@ -196,18 +209,18 @@ impl Engine<'_> {
             })
         });
         let mut merged = Partial::default();
-        merged.start(seen.len(), from.width());
+        merged.start(seen.count, from.width());
         parts.iter().for_each(|part| merged.merge(part, self.modifiers.unit()));
         self.finish((&block.rows, seen), &mut merged, out);
     }
 
     /// The tiles of keys of which rows see some.
-    fn tiles(&self, from: &dyn KeyValues, seen: &[Row]) -> Vec<Range<usize>> {
+    fn tiles(&self, from: &dyn KeyValues, seen: &Sight) -> Vec<Range<usize>> {
         // What is empty is somewhere, which says nothing.
-        let some = || seen.iter().map(|row| &row.seen).filter(|seen| !seen.is_empty());
+        let some = || seen.rows.iter().map(|row| &row.seen).filter(|seen| !seen.is_empty());
         let start = some().map(|seen| seen.start).min().unwrap_or(0);
         let end = some().map(|seen| seen.end).max().unwrap_or(0);
-        let sinks = seen.iter().map(|row| row.sinks.end).max().unwrap_or(0);
+        let sinks = seen.rows.iter().map(|row| row.sinks.end).max().unwrap_or(0);
         let mut tiles = from.tiles(0..sinks);
         tiles.extend(from.tiles(start.max(self.sinks)..end.max(self.sinks)));
         tiles
@@ -216,14 +229,19 @@ impl Engine<'_> {
     /// Writes the output of rows that have seen all of their keys.
     fn finish<T: Element>(
         &self,
-        (rows, seen): (&Rows, &[Row]),
+        (rows, seen): (&Rows, &Sight),
         partial: &mut Partial,
         out: &mut [MaybeUninit<T>],
     ) {
-        for (index, (at, row)) in self.queries.all_at(rows).zip(seen).enumerate() {
-            self.doubt.add(&partial.running[index], || self.sees_a_key(rows.head, at, row));
-            if let Some(logit) = self.modifiers.sink_logit(at[1]) {
-                partial.add_logit(index, logit, self.modifiers.unit());
+        let all_at = || self.queries.all_at(rows);
+        if !partial.running.iter().all(Doubt::is_none) {
+            for (running, (at, row)) in partial.running.iter().zip(all_at().zip(seen.iter())) {
+                self.doubt.add(running, || self.sees_a_key(rows.head, at, row));
+            }
+        }
+        if let Some(logits) = self.modifiers.sink_logits() {
+            for (index, at) in all_at().enumerate() {
+                partial.add_logit(index, logits[at[1]], self.modifiers.unit());
             }
         }
         partial.finish(self.value_dim, out);
@@ -239,14 +257,12 @@ impl Engine<'_> {
     }
 
     /// What each row of a block sees.
-    fn rows(&self, rows: &Rows) -> Vec<Row> {
+    fn rows(&self, rows: &Rows) -> Sight {
+        // All are of the sequence of their key head.
         let alike = self.window.is_none() && self.visible.is_the_same_for_all_queries();
         let count = rows.range.len();
-        match self.queries.all_at(rows).next() {
-            // All are of the sequence of their key head.
-            Some(first) if alike => vec![self.row(rows.head, first); count],
-            _ => self.queries.all_at(rows).map(|at| self.row(rows.head, at)).collect(),
-        }
+        let distinct = self.queries.all_at(rows).take(if alike { 1 } else { count });
+        Sight { rows: distinct.map(|at| self.row(rows.head, at)).collect(), count }
     }
 
     /// What a row sees.
@@ -280,14 +296,14 @@ impl Engine<'_> {
         from: &dyn KeyValues,
         block: &Block,
         queries: &QueryBlock,
-        seen: &[Row],
+        seen: &Sight,
         (buffers, partial): (&mut Buffers, &mut Partial),
     ) {
-        partial.start(seen.len(), from.width());
+        partial.start(seen.count, from.width());
         if block.tiles.is_empty() {
             return;
         }
-        buffers.start(from, seen.len(), &block.tiles);
+        buffers.start(from, seen.count, &block.tiles);
         for tile in &block.tiles {
             self.tile(from, queries, (&block.rows, seen), tile.clone(), (buffers, partial));
         }
@@ -298,7 +314,7 @@ impl Engine<'_> {
         &self,
         from: &dyn KeyValues,
         queries: &QueryBlock,
-        (rows, seen): (&Rows, &[Row]),
+        (rows, seen): (&Rows, &Sight),
         keys: Range<usize>,
         (buffers, partial): (&mut Buffers, &mut Partial),
     ) {
@@ -306,17 +322,20 @@ impl Engine<'_> {
         from.score(queries, keys.clone(), &mut buffers.scores, stride);
         let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
         buffers.inside.clear();
-        buffers.inside.extend(seen.iter().map(|row| {
+        buffers.inside.extend(seen.rows.iter().map(|row| {
             let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
             clamp(seen.start)..clamp(seen.end)
         }));
+        if let Some(last) = buffers.inside.last().cloned() {
+            buffers.inside.resize(seen.count, last);
+        }
         self.modify(rows, keys.start, buffers);
         let mut large = from.large(keys.clone());
         large.iter_mut().for_each(|key| *key -= keys.start);
         self.refer(&large, buffers, partial);
         let Buffers { scores, inside, halves, codes, runs, words, tops, scales, .. } = buffers;
-        let probs = match from.format(seen.len()) {
-            Format::F32 => Probs::F32,
+        let probs = match from.format(seen.count) {
+            Format::F32 => Probs::F32 { maxes: tops },
             Format::Bf16 => Probs::Bf16(halves),
             Format::Int8 => Probs::Int8 { codes, runs },
             Format::Int16 => Probs::Int16 { codes: words, tops, scales },
@@ -384,7 +403,7 @@ impl Buffers {
         let len = rows * self.stride;
         self.scores.grow(len * from.rows_of_scores());
         match from.format(rows) {
-            Format::F32 => {}
+            Format::F32 => self.tops.grow(rows),
             Format::Bf16 => self.halves.grow(len),
             Format::Int8 => {
                 self.codes.grow(len);

@@ -2,19 +2,22 @@
 //! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
 
 use super::int16_tile::int16_tile;
+use super::part::Part;
 use super::tile::{Probs, Running, Tile};
 use crate::cpu::Level;
-use crate::cpu::contracts::{CODES, GROUP, Int8Run, RUN};
+use crate::cpu::contracts::{CODES, F32Exp, GROUP, Int8Run, LANES, RUN};
 use crate::cpu::plain::softmax::exp2;
 use std::ops::Range;
 
-/// Turns scores into probabilities (not yet divided by their sum), row by row. What a query does
-/// not see becomes 0. A NaN score makes the sum of its row NaN.
+/// Turns scores into probabilities (not yet divided by their sum). What a query does not see becomes 0. A
+/// NaN score makes the sum of its row NaN.
 ///
-/// In int16 there is room in a row of scores and of codes for a multiple of [`LANES`](crate::cpu::contracts::LANES).
+/// In f32 and int16 there is room in a row of scores and of codes for a multiple of [`LANES`](crate::cpu::contracts::LANES).
 pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
-    if let Probs::Int16 { .. } = tile.probs {
-        return int16_tile(level, tile, running);
+    match tile.probs {
+        Probs::F32 { .. } => return f32_tile(level, tile, running),
+        Probs::Int16 { .. } => return int16_tile(level, tile, running),
+        Probs::Bf16(_) | Probs::Int8 { .. } => {}
     }
     let padded = tile.keys.next_multiple_of(GROUP);
     for (row, running) in running.iter_mut().enumerate() {
@@ -22,11 +25,6 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
         let scores = &mut tile.scores[row * tile.stride..][..tile.stride];
         let max = running.advance(level.max(&scores[start..end]), &scores[start..end]);
         let sum = match &mut tile.probs {
-            Probs::F32 => {
-                scores[..start].fill(0.0);
-                scores[end..padded].fill(0.0);
-                level.exp_f32(&mut scores[start..end], max)
-            }
             Probs::Bf16(probs) => {
                 let probs = &mut probs[row * tile.stride..][..padded];
                 probs[..start].fill(0);
@@ -41,9 +39,32 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
                 let runs = &mut runs[row * per_row..][..per_row];
                 int8_row(level, (&scores[..end], start), max, codes, runs)
             }
-            Probs::Int16 { .. } => unreachable!("a tile of its own"),
+            Probs::F32 { .. } | Probs::Int16 { .. } => unreachable!("a tile of its own"),
         };
         running.add(sum);
+    }
+}
+
+/// A tile in f32: the largest of each row, then the exponentials of some rows at once.
+fn f32_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
+    let Tile { scores, stride, keys, visible, probs, .. } = tile;
+    let Probs::F32 { maxes } = probs else { unreachable!("a tile in f32") };
+    let stride = *stride;
+    for (row, (running, max)) in running.iter_mut().zip(&mut **maxes).enumerate() {
+        let seen = &scores[row * stride..][visible[row].clone()];
+        *max = running.advance(level.max(seen), seen);
+    }
+    for part in Part::all(visible, *keys) {
+        let scores = &mut scores[part.rows.start * stride..];
+        part.hide_others(scores, stride);
+        part.clear_others(scores, stride);
+        let mut sums = [0.0; LANES];
+        if !part.vectors.is_empty() {
+            let (len, sums) = (part.vectors.len(), &mut sums[..part.rows.len()]);
+            let (scores, maxes) = (&mut scores[part.vectors.start..], &maxes[part.rows.clone()]);
+            level.exp_f32(F32Exp { scores, len, stride, maxes, sums });
+        }
+        running[part.rows].iter_mut().zip(sums).for_each(|(running, sum)| running.add(sum));
     }
 }
 
@@ -76,14 +97,22 @@ fn int8_row(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::contracts::Format;
     use crate::cpu::contracts::softmax::{ERROR_BF16, ERROR_F32, ERROR_INT16};
-    use crate::cpu::contracts::{Format, LANES};
+    use crate::cpu::plain::lanes::sum_lanes;
     use crate::cpu::runnable;
 
     /// Those that a level multiplies.
     fn formats(level: Level) -> impl Iterator<Item = Format> {
         let all = [Format::F32, Format::Bf16, Format::Int8, Format::Int16];
         all.into_iter().filter(move |&format| level.panels(format).is_some())
+    }
+
+    /// Replaces scores, 16 or a multiple of them, by `2^(score - max)`; returns their sum.
+    fn exp_f32(level: Level, scores: &mut [f32], max: f32) -> f32 {
+        let (len, mut sums) = (scores.len(), [f32::NAN]);
+        level.exp_f32(F32Exp { scores, len, stride: len, maxes: &[max], sums: &mut sums });
+        sums[0]
     }
 
     /// Every level that multiplies bf16.
@@ -97,10 +126,10 @@ mod tests {
 
     #[test]
     fn exp2_is_within_its_stated_error() {
-        let xs: Vec<f32> = (0..=1_250_000).map(|i| -(i as f32) * 1e-4).collect();
+        let xs: Vec<f32> = (0..1_250_000).map(|i| -(i as f32) * 1e-4).collect();
         for level in runnable() {
             let (mut f32s, mut bf16s) = (xs.clone(), vec![0; xs.len()]);
-            level.exp_f32(&mut f32s, 0.0);
+            exp_f32(level, &mut f32s, 0.0);
             let with_bf16 = level.panels(Format::Bf16).is_some();
             if with_bf16 {
                 level.exp_bf16(&xs, 0.0, &mut bf16s);
@@ -134,19 +163,48 @@ mod tests {
             for len in 1..70 {
                 let mut scores = vec![-inf; len];
                 assert_eq!(level.max(&scores), -inf);
-                assert_eq!(level.exp_f32(&mut scores, 1.0), 0.0);
-                assert_eq!(scores, vec![0.0; len]);
+                scores.fill(0.0);
                 scores[len / 2] = f32::NAN;
                 assert_eq!(level.max(&scores), if len == 1 { -inf } else { 0.0 });
                 let with_bf16 = level.panels(Format::Bf16).is_some();
                 assert!(!with_bf16 || level.exp_bf16(&scores, 0.0, &mut vec![0; len]).is_nan());
-                assert!(level.exp_f32(&mut scores, 0.0).is_nan());
-                assert!(scores[len / 2].is_nan());
                 let below = vec![-2e30; len];
                 assert_eq!(level.max(&below), -2e30);
                 if with_bf16 {
                     assert_eq!(level.exp_bf16(&below, 0.0, &mut vec![1; len]), 0.0);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn exp2_in_f32_of_rows_together_is_that_of_each() {
+        let special = [f32::NEG_INFINITY, f32::NAN, -2e30, 0.0];
+        for (rows, vectors) in (1..=16).flat_map(|rows| [1, 2, 5].map(|vectors| (rows, vectors))) {
+            let (len, stride) = (16 * vectors, 16 * vectors + 24);
+            let some = |i: usize| ((i * 7919) % 1013) as f32 / -60.0;
+            let mut data: Vec<f32> = (0..rows * stride).map(some).collect();
+            data[..4].copy_from_slice(&special);
+            data[(rows - 1) * stride..][..len].fill(f32::NEG_INFINITY);
+            let maxes: Vec<f32> = (0..rows).map(|row| row as f32 / 7.0).collect();
+            let mut expected = data.clone();
+            let each = expected.chunks_mut(stride).zip(&maxes);
+            let each = each.map(|(row, max)| {
+                row[..len].iter_mut().for_each(|x| *x = exp2(*x - max));
+                let lanes = std::array::from_fn(|i| row[i..len].iter().step_by(LANES).sum());
+                sum_lanes(lanes)
+            });
+            let each: Vec<f32> = each.collect();
+            for level in runnable() {
+                let (mut found, mut sums) = (data.clone(), vec![7.0; rows]);
+                let (scores, maxes, sums_of) = (&mut found, &maxes, &mut sums);
+                level.exp_f32(F32Exp { scores, len, stride, maxes, sums: sums_of });
+                let bits = |all: &[f32]| all.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                let same =
+                    |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+                assert!(found.iter().zip(&expected).all(|(a, b)| same(*a, *b)), "{level:?}");
+                assert_eq!(bits(&sums[1..]), bits(&each[1..]), "{level:?} {rows} {len}");
+                assert!(same(sums[0], each[0]));
             }
         }
     }
@@ -169,10 +227,10 @@ mod tests {
             let stride = buffer.len();
             let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
             let (mut words, mut scales) = (vec![77; stride], vec![7.0; keys.len().div_ceil(RUN)]);
-            let mut tops = scales.clone();
+            let (mut tops, mut maxes) = (scales.clone(), [7.0]);
             let mut runs = vec![Int8Run::default(); keys.len().div_ceil(RUN)];
             let probs = match format {
-                Format::F32 => Probs::F32,
+                Format::F32 => Probs::F32 { maxes: &mut maxes },
                 Format::Bf16 => Probs::Bf16(&mut halves),
                 Format::Int8 => Probs::Int8 { codes: &mut codes, runs: &mut runs },
                 Format::Int16 => {

@@ -52,7 +52,10 @@ impl Running {
 /// Where the probabilities of a tile go: row-major, rows `stride` elements apart.
 pub(in crate::attention) enum Probs<'a> {
     /// In the place of the scores.
-    F32,
+    F32 {
+        /// The largest score of each row.
+        maxes: &'a mut [f32],
+    },
     /// Rounded to bf16.
     Bf16(&'a mut [u16]),
     /// Rounded to 1/255 of the largest of a run of [`RUN`](crate::cpu::contracts::RUN) keys.
@@ -75,7 +78,7 @@ impl Probs<'_> {
     /// What they are multiplied in.
     pub(in crate::attention) fn format(&self) -> Format {
         match self {
-            Probs::F32 => Format::F32,
+            Probs::F32 { .. } => Format::F32,
             Probs::Bf16(_) => Format::Bf16,
             Probs::Int8 { .. } => Format::Int8,
             Probs::Int16 { .. } => Format::Int16,
@@ -111,7 +114,7 @@ impl Tile<'_> {
         for (row, sums) in sums.chunks_exact_mut(width).enumerate() {
             let at = row * self.stride + key;
             let p = match &self.probs {
-                Probs::F32 => self.scores[at],
+                Probs::F32 { .. } => self.scores[at],
                 Probs::Bf16(halves) => f32::from_bits(u32::from(halves[at]) << 16),
                 // Not the code, which may have been rounded to 0, while a NaN must be seen.
                 Probs::Int8 { .. } | Probs::Int16 { .. } if self.visible[row].contains(&key) => {

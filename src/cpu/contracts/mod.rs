@@ -13,5 +13,5 @@ pub(crate) use panel_product::{
     Format, GROUP, INT16_MATRIX, Int8Run, LANES, Panel, PanelProduct, RUN, Stored, StoredProduct,
     VECTORS, bf16_bits,
 };
-pub(crate) use rows::{BlockCodes, Condition, ROTATED, RowKernels, RowRanges, Rows};
-pub(crate) use softmax::{CODES, ExpBf16, Int16Exp, Scores, Softmax};
+pub(crate) use rows::{BlockCodes, Condition, ROTATED, RowKernels, RowRanges, Rows, Transpose};
+pub(crate) use softmax::{CODES, ExpBf16, F32Exp, Int16Exp, Scores, Softmax};

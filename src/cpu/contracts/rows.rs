@@ -1,5 +1,6 @@
-//! Loops over rows of f32: codes with a scale a row, rotations, and dot products.
+//! Loops over rows of f32: codes with a scale a row, rotations, dot products, and transposing.
 
+use super::LANES;
 use crate::memory::footprint;
 
 /// Some rows of `depth` f32 each, the same distance apart.
@@ -150,6 +151,30 @@ pub(crate) struct Condition<'a> {
     pub ranges: &'a mut RowRanges,
 }
 
+/// Rows on their way to columns.
+pub(crate) struct Transpose<'a> {
+    pub rows: Rows<'a>,
+    /// Multiplies every element.
+    pub factor: f32,
+    /// Element `k` of row `i` comes to `k * width + i`, as bytes; up to a multiple of 16 rows, what is missing
+    /// repeats the last.
+    pub columns: &'a mut [[u8; size_of::<f32>()]],
+    pub width: usize,
+}
+
+impl Transpose<'_> {
+    /// # Panics
+    /// Unless there is a place for everything.
+    pub(crate) fn check(&self) {
+        let Self { rows, width, .. } = self;
+        let places = rows.count().next_multiple_of(LANES);
+        let needed = rows.depth().checked_sub(1).map_or(Some(0), |before| {
+            before.checked_mul(*width).and_then(|before| before.checked_add(places))
+        });
+        assert!(places <= *width && needed.is_some_and(|needed| self.columns.len() >= needed));
+    }
+}
+
 /// Elements of the largest block that is rotated: enough to spread an outlier, and a block fits the
 /// registers.
 pub(crate) const ROTATED: usize = 128;
@@ -175,4 +200,6 @@ pub(crate) struct RowKernels {
     /// lanes, each product and each addition rounded, that are added up as
     /// [`sum_lanes`](crate::cpu::plain::lanes::sum_lanes) does.
     pub dots: unsafe fn(Rows<'_>, Rows<'_>, &mut [f32]),
+    /// Makes columns of rows.
+    pub transpose: unsafe fn(Transpose<'_>),
 }

@@ -5,7 +5,7 @@
 
 use super::panel_product::{INT16_LEFT, LANES, RUN};
 
-/// One instruction set's way, row by row.
+/// One instruction set's way.
 #[derive(Debug)]
 pub(crate) struct Softmax {
     /// Name in reports.
@@ -15,8 +15,8 @@ pub(crate) struct Softmax {
     /// # Safety
     /// The instructions are there; so for the others.
     pub max: unsafe fn(&[f32]) -> f32,
-    /// Replaces scores by `2^(score - max)`, relative error below [`ERROR_F32`]; returns their sum.
-    pub exp_f32: unsafe fn(&mut [f32], f32) -> f32,
+    /// Replaces scores by `2^(score - max)`, relative error below [`ERROR_F32`]: see [`F32Exp`].
+    pub exp_f32: unsafe fn(F32Exp<'_>),
     /// Writes `255 * 2^(score - max)` rounded to codes of the same number; returns the sum of these
     /// codes, or NaN if there is a NaN.
     pub exp_int8: unsafe fn(&[f32], f32, &mut [u8]) -> f32,
@@ -60,6 +60,18 @@ impl<'a> Scores<'a> {
     pub(crate) fn row(&self, row: usize) -> &'a [f32] {
         &self.data[row * self.stride..][..self.len]
     }
+}
+
+/// Up to 16 rows of scores, whose place `2^(score - max)` takes.
+pub(crate) struct F32Exp<'a> {
+    /// As in [`Scores`].
+    pub scores: &'a mut [f32],
+    pub len: usize,
+    pub stride: usize,
+    /// One a row.
+    pub maxes: &'a [f32],
+    /// Of what has come in the place of the scores, one a row.
+    pub sums: &'a mut [f32],
 }
 
 /// Up to 16 rows of scores, and their place in an int16 product: `2^(score - max) ~ scale * code` with a scale for

@@ -52,7 +52,14 @@ macro_rules! plain_kernels {
 
         #[allow(dead_code)]
         pub(crate) const ROWS: $crate::cpu::contracts::RowKernels =
-            $crate::cpu::contracts::RowKernels { name: $name, quantize, condition, dots, rotate };
+            $crate::cpu::contracts::RowKernels {
+                name: $name,
+                quantize,
+                condition,
+                dots,
+                rotate,
+                transpose,
+            };
 
         #[allow(dead_code)]
         pub(crate) const EXP_BF16: $crate::cpu::contracts::ExpBf16 = exp_bf16;
@@ -60,7 +67,7 @@ macro_rules! plain_kernels {
         plain_kernels! {
             @functions $attribute
             softmax::max(scores: &[f32]) -> f32;
-            softmax::exp_f32(scores: &mut [f32], max: f32) -> f32;
+            softmax::exp_f32(job: $crate::cpu::contracts::F32Exp<'_>);
             softmax::exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32;
             softmax::max_of_runs(scores: $crate::cpu::contracts::Scores<'_>, runs: &mut [f32]);
             softmax::exp_int16(job: $crate::cpu::contracts::Int16Exp<'_>);
@@ -78,6 +85,7 @@ macro_rules! plain_kernels {
                 out: &mut [f32]
             );
             rotate::rotate(depth: usize, rows: &mut [f32]);
+            rows::transpose(job: $crate::cpu::contracts::Transpose<'_>);
         }
     };
     (@functions $attribute:meta

@@ -1,8 +1,8 @@
-//! Codes and dot products of rows.
+//! Codes, dot products and columns of rows.
 
 use super::lanes::{LANES, each_lane, lanes as lanes_or_zeros, sum_lanes};
 use super::rotate::rotate;
-use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows};
+use crate::cpu::contracts::{BlockCodes, Condition, RowRanges, Rows, Transpose};
 
 /// The largest magnitude of `row`, NaN if it holds one, and whether all of it is finite.
 ///
@@ -178,6 +178,22 @@ pub(crate) fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {
                 sums = each_lane(|i| x[i] * y[i] + sums[i]);
             }
             *out = sum_lanes(sums);
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn transpose(job: Transpose<'_>) {
+    let Transpose { rows, factor, columns, width } = job;
+    for first in (0..rows.count()).step_by(LANES) {
+        let mut sixteen = [&rows.data()[..0]; LANES];
+        for (i, row) in sixteen.iter_mut().enumerate() {
+            *row = rows.row((first + i).min(rows.count() - 1));
+        }
+        for (k, column) in columns.chunks_mut(width).take(rows.depth()).enumerate() {
+            for (place, row) in column[first..].iter_mut().zip(&sixteen) {
+                *place = (row[k] * factor).to_ne_bytes();
+            }
         }
     }
 }

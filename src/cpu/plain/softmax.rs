@@ -4,7 +4,7 @@ use super::lanes::{LANES, each_lane, fold_lanes, sum_lanes};
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, SCALE_INT16, TOP_INT16,
 };
-use crate::cpu::contracts::{CODES, Int16Exp, RUN, Scores, bf16_bits};
+use crate::cpu::contracts::{CODES, F32Exp, Int16Exp, RUN, Scores, bf16_bits};
 
 /// The coefficients of `f` to `f^5` in the polynomial for `2^f`: minimax in relative error over
 /// [-1/2, 1/2], with a constant term of 1, so that `2^0 = 1`.
@@ -38,20 +38,24 @@ pub(crate) fn exp2(x: f32) -> f32 {
     if x < -126.0 { 0.0 } else { p * power }
 }
 
-/// Sums go by value, because LLVM stores an accumulator behind a reference in every step.
 #[inline(always)]
-pub(crate) fn exp_f32(row: &mut [f32], max: f32) -> f32 {
-    let (chunks, tail) = row.as_chunks_mut::<LANES>();
+pub(crate) fn exp_f32(job: F32Exp<'_>) {
+    let F32Exp { scores, len, stride, maxes, sums } = job;
+    let rows = scores.chunks_mut(stride).zip(maxes).zip(sums);
+    rows.for_each(|((row, max), sum)| *sum = sum_lanes(exp_lanes(&mut row[..len], *max)));
+}
+
+/// Replaces the scores of a row, a multiple of 16, by `2^(score - max)`; returns the sums of 16 lanes.
+///
+/// They go by value, because LLVM stores an accumulator behind a reference in every step.
+#[inline(always)]
+pub(crate) fn exp_lanes(row: &mut [f32], max: f32) -> [f32; LANES] {
     let mut sums = [0f32; LANES];
-    for chunk in chunks {
+    for chunk in row.as_chunks_mut::<LANES>().0 {
         *chunk = each_lane(|i| exp2(chunk[i] - max));
         sums = each_lane(|i| sums[i] + chunk[i]);
     }
-    let rest = padded(tail);
-    let mut rest = each_lane(|i| exp2(rest[i] - max));
-    sums = each_lane(|i| sums[i] + rest[i]);
-    tail.swap_with_slice(&mut rest[..tail.len()]);
-    sum_lanes(sums)
+    sums
 }
 
 #[inline(always)]

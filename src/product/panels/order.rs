@@ -1,40 +1,9 @@
-//! The order of elements in a panel: from rows of the matrix, and from its columns.
+//! The order of elements in a panel, from rows of the matrix.
 
 use super::runs::code;
-use crate::cpu::contracts::{Format, LANES, PanelProduct, Rows, bf16_bits};
+use crate::cpu::contracts::{Format, LANES, PanelProduct, bf16_bits};
 use crate::cpu::plain::lanes::{each_lane, lanes};
 use std::ops::{BitOr, Range, Shl};
-
-/// Columns that come as rows, and their place in one panel.
-pub(super) struct Transpose<'a> {
-    pub columns: Rows<'a>,
-    /// Those of the panel.
-    pub range: Range<usize>,
-    /// Of the panel.
-    pub width: usize,
-    pub factor: f32,
-    pub out: &'a mut [[u8; 4]],
-}
-
-#[inline(always)]
-pub(super) fn transpose(job: Transpose<'_>) {
-    for (vector, first) in job.range.clone().step_by(LANES).enumerate() {
-        let count = LANES.min(job.range.end - first);
-        let depth = job.columns.depth();
-        // What is missing repeats the last one, whose sums are dropped.
-        let mut rows = [&job.columns.data()[..0]; LANES];
-        for (i, row) in rows.iter_mut().enumerate() {
-            *row = &job.columns.row(first + i.min(count - 1))[..depth];
-        }
-        let outs = job.out.chunks_mut(job.width).take(depth);
-        for (k, out) in outs.enumerate() {
-            let out = &mut out[vector * LANES..][..LANES];
-            for (out, row) in out.iter_mut().zip(&rows) {
-                *out = (row[k] * job.factor).to_ne_bytes();
-            }
-        }
-    }
-}
 
 /// Rows of a matrix, and the place of their groups in one panel.
 pub(super) struct Spread<'a> {
@@ -53,7 +22,6 @@ pub(super) struct Spread<'a> {
 pub(super) fn spread(job: Spread<'_>) {
     let PanelProduct { format, group, bias, .. } = *job.product;
     let inverses = job.inverses;
-    let f32 = |_: usize, x: [f32; LANES]| each_lane(|i| x[i].to_bits());
     let bf16 = |_: usize, x: [f32; LANES]| each_lane(|i| bf16_bits(x[i]).into());
     let int8 = |at: usize, x: [f32; LANES]| {
         let inverse = lanes(inverses, at);
@@ -64,7 +32,7 @@ pub(super) fn spread(job: Spread<'_>) {
         each_lane(|i| code(x[i], inverse[i]) & 0xffff)
     };
     match (format, group) {
-        (Format::F32, _) => interleave::<1, u32>(job, f32),
+        (Format::F32, _) => copy(job),
         (Format::Bf16, 2) => interleave::<2, u32>(job, bf16),
         (Format::Bf16, _) => interleave::<4, u64>(job, bf16),
         (Format::Int8, 1) => interleave::<1, u8>(job, int8),
@@ -72,6 +40,21 @@ pub(super) fn spread(job: Spread<'_>) {
         (Format::Int8, _) => interleave::<8, u64>(job, int8),
         (Format::Int16, 1) => interleave::<1, u16>(job, int16),
         (Format::Int16, _) => interleave::<2, u32>(job, int16),
+    }
+}
+
+/// Rows of f32 as they are.
+#[inline(always)]
+fn copy(job: Spread<'_>) {
+    let Spread { rows, width, columns, out, .. } = job;
+    let vectors = out.as_chunks_mut::<4>().0.as_chunks_mut::<LANES>().0;
+    let outs = vectors.chunks_exact_mut(columns.len() / LANES);
+    for (row, out) in rows.chunks_exact(width).zip(outs) {
+        let row = &row[columns.start..columns.end.min(width)];
+        for (i, out) in out.iter_mut().enumerate() {
+            let numbers = lanes(row, i * LANES);
+            *out = each_lane(|i| numbers[i].to_ne_bytes());
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! A matrix in the order a kernel reads it.
 
-use super::order::{Spread, Transpose, spread, transpose};
+use super::order::{Spread, spread};
 use super::runs::RunScales;
 use crate::cpu::Level;
-use crate::cpu::contracts::{Format, GROUP, LANES, PanelProduct, RUN, Rows};
+use crate::cpu::contracts::{Format, GROUP, LANES, PanelProduct, RUN, Rows, Transpose};
 use crate::cpu::plain::widest;
 use crate::memory::{Aligned, Footprint};
 use std::borrow::Cow;
@@ -204,14 +204,12 @@ impl PackedMatrix {
         assert!(first.is_multiple_of(self.panel_width()) && end <= self.columns, "{first}..{end}");
         for panel in self.panels_in(first..end) {
             let at = self.panel_start(&panel, 0);
-            let job = Transpose {
-                columns,
-                range: panel.start - first..panel.end.min(end) - first,
-                width: panel.len(),
+            self.level.transpose(Transpose {
+                rows: columns.part(panel.start - first..panel.end.min(end) - first),
                 factor,
-                out: self.bytes[at..].as_chunks_mut().0,
-            };
-            widest!(transpose, job, Transpose<'_> => ());
+                columns: self.bytes[at..].as_chunks_mut().0,
+                width: panel.len(),
+            });
         }
     }
 

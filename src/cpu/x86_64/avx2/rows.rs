@@ -14,7 +14,7 @@ use std::arch::x86_64::*;
 const HALF: usize = LANES / 2;
 
 pub(crate) const ROWS: RowKernels =
-    RowKernels { name: super::NAME, quantize, condition, dots, rotate };
+    RowKernels { name: super::NAME, quantize, condition, dots, rotate, ..super::ROWS };
 
 #[target_feature(enable = "avx2")]
 fn dots(rows: Rows<'_>, vectors: Rows<'_>, out: &mut [f32]) {

@@ -8,6 +8,7 @@ mod rotate;
 mod rows;
 pub(crate) mod softmax;
 mod stored_int8;
+mod transpose;
 
 use crate::cpu::contracts::RowKernels;
 
@@ -19,4 +20,5 @@ pub(crate) const ROWS: RowKernels = RowKernels {
     condition: rotate::condition,
     dots: rows::dots,
     rotate: rotate::rotate,
+    transpose: transpose::transpose,
 };

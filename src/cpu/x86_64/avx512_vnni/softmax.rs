@@ -1,4 +1,4 @@
-//! AVX-512. What writes f32 and int8 is plain Rust compiled for it.
+//! AVX-512. What writes int8, and the exponentials in f32, are plain Rust compiled for it.
 //!
 //! `vscalefps` and `vreduceps` would save three instructions of the exponential in f32, and fused
 //! multiply-adds five; but not every level has them, and the bits are to be the same on all.
@@ -7,9 +7,9 @@ use super::rows::{floats, fold_add};
 use crate::cpu::contracts::softmax::{
     DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
 };
-use crate::cpu::contracts::{Int16Exp, LANES, RUN, Scores, Softmax};
+use crate::cpu::contracts::{F32Exp, Int16Exp, LANES, RUN, Scores, Softmax};
 use crate::cpu::plain::lanes::sum_lanes;
-use crate::cpu::plain::softmax::top_of_run;
+use crate::cpu::plain::softmax::{exp_lanes, top_of_run};
 use crate::cpu::x86_64::copy_first;
 use std::arch::x86_64::*;
 
@@ -17,7 +17,8 @@ mod plain {
     plain_kernels!(super::super::NAME, "avx512f,avx512bw,avx512dq,avx512vl");
 }
 
-pub(crate) const SOFTMAX: Softmax = Softmax { max, max_of_runs, exp_int16, ..plain::SOFTMAX };
+pub(crate) const SOFTMAX: Softmax =
+    Softmax { max, max_of_runs, exp_f32, exp_int16, ..plain::SOFTMAX };
 
 /// Up to 16 scores; minus infinity, whose probability is 0, in the place of what is missing.
 #[target_feature(enable = "avx512f")]
@@ -99,6 +100,19 @@ fn max_of_lanes([a, b, c, d]: [__m512; 4]) -> __m512 {
     let swapped = _mm512_shuffle_f32x4::<0b01_00_11_10>(quarters, quarters);
     let halves = _mm512_max_ps(quarters, swapped);
     _mm512_max_ps(halves, _mm512_shuffle_f32x4::<0b10_11_00_01>(halves, halves))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn exp_f32(job: F32Exp<'_>) {
+    let F32Exp { scores, len, stride, maxes, sums: out } = job;
+    let mut sums = [_mm512_setzero_ps(); LANES];
+    for ((row, max), sum) in scores.chunks_mut(stride).zip(maxes).zip(&mut sums) {
+        *sum = load_chunk(&exp_lanes(&mut row[..len], *max));
+    }
+    match out {
+        [sum] => *sum = sum_lanes(floats(sums[0])),
+        all => copy_first::<LANES, _>(&floats(fold_add(sums)), all),
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
