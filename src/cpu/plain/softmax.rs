@@ -41,8 +41,10 @@ pub(crate) fn exp2(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn exp_f32(job: F32Exp<'_>) {
     let F32Exp { scores, len, stride, maxes, sums } = job;
-    let rows = scores.chunks_mut(stride).zip(maxes).zip(sums);
-    rows.for_each(|((row, max), sum)| *sum = sum_lanes(exp_lanes(&mut row[..len], *max)));
+    // Not a closure, which may be compiled for the baseline only.
+    for ((row, max), sum) in scores.chunks_mut(stride).zip(maxes).zip(sums) {
+        *sum = sum_lanes(exp_lanes(&mut row[..len], *max));
+    }
 }
 
 /// Replaces the scores of a row, a multiple of 16, by `2^(score - max)`; returns the sums of 16 lanes.
