@@ -105,14 +105,15 @@ fn max_of_lanes([a, b, c, d]: [__m512; 4]) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn exp_f32(job: F32Exp<'_>) {
     let F32Exp { scores, len, stride, maxes, sums: out } = job;
+    if let ([max], [sum]) = (maxes, &mut *out) {
+        *sum = sum_lanes(exp_lanes(&mut scores[..len], *max));
+        return;
+    }
     let mut sums = [_mm512_setzero_ps(); LANES];
     for ((row, max), sum) in scores.chunks_mut(stride).zip(maxes).zip(&mut sums) {
         *sum = load_chunk(&exp_lanes(&mut row[..len], *max));
     }
-    match out {
-        [sum] => *sum = sum_lanes(floats(sums[0])),
-        all => copy_first::<LANES, _>(&floats(fold_add(sums)), all),
-    }
+    copy_first::<LANES, _>(&floats(fold_add(sums)), out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
