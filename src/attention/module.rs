@@ -47,7 +47,7 @@ impl QuantizedAttention {
     }
 
     /// Computes sequences of fewer tokens than this in fp32, whatever the backend: it takes longer to round a few
-    /// queries and keys than to multiply them. On x86, with heads of 32 and 64 channels, fp32 took less time below 64
+    /// queries and keys than to multiply them. On x86, with heads of 32 and 64 channels, fp32 took less time up to 96
     /// tokens on each level that was measured; `docs/encoders.md` has the table.
     ///
     /// A sequence has as many tokens as [`AttentionCall::kv_lens`] says, or [`AttentionCall::q_lens`] where only

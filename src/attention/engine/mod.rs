@@ -6,7 +6,7 @@
 //!   for each tile of up to 512 keys:
 //!     scores      int8 or f32, in units of log2                 KeyValues::score
 //!     modifiers   softcap, ALiBi, mask tensor                   modifiers, mask
-//!     softmax     running maximum and sum                       softmax, int16_tile, of a tile
+//!     softmax     running maximum and sum                       softmax, int16_tile, part, of a tile
 //!     values      sums += probabilities x values                KeyValues::accumulate
 //!   see whether all scores were numbers                         doubt
 //!   add the sink logit to the running sum                       partial

@@ -4,7 +4,8 @@
 use super::*;
 use crate::cpu::contracts::panel_product::INT16_LEFT;
 use crate::cpu::contracts::{
-    Format, GROUP, INT16_MATRIX, Int8Run, LANES, Panel, PanelProduct, RUN, Rows, VECTORS, bf16_bits,
+    Format, GROUP, INT16_MATRIX, Int8Run, LANES, Panel, PanelProduct, RUN, Rows, Transpose,
+    VECTORS, bf16_bits,
 };
 use crate::cpu::{Level, runnable};
 use proptest::prelude::*;
@@ -552,6 +553,31 @@ fn columns_are_multiplied_as_rows_are() {
                             assert!(off < 1e-4, "{level:?} {depth} {columns} {i} {c}: {off}");
                         }
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Rows any distance apart become columns, and nothing else is touched.
+#[test]
+fn rows_become_columns() {
+    let special = [f32::INFINITY, 1e-40, -0.0, f32::MAX, f32::NEG_INFINITY];
+    for (count, depth) in (1..=34).flat_map(|n| [0, 1, 5, 15, 16, 17, 33, 64].map(|d| (n, d))) {
+        let stride = depth + count % 3;
+        let mut data: Vec<f32> = (0..count * stride).map(|i| i as f32 + 0.25).collect();
+        data.iter_mut().step_by(7).zip(special).for_each(|(to, x)| *to = x);
+        let rows = Rows::new(&data, count, depth, stride);
+        let places = count.next_multiple_of(LANES);
+        let width = places + LANES * (count % 2);
+        for level in runnable() {
+            let mut columns = vec![[7; 4]; depth * width];
+            level.transpose(Transpose { rows, factor: -0.5, columns: &mut columns, width });
+            for (k, column) in columns.chunks(width).enumerate() {
+                for (i, place) in column.iter().enumerate() {
+                    let element = || (rows.row(i.min(count - 1))[k] * -0.5).to_ne_bytes();
+                    let expected = if i < places { element() } else { [7; 4] };
+                    assert_eq!(*place, expected, "{level:?} {count} {depth} {i} {k}");
                 }
             }
         }
