@@ -169,6 +169,26 @@ fn continue_without(
     bits(&attention(&case.q, k, v, everything().with_mask(mask), &config).unwrap())
 }
 
+/// In fp32 a row has the same bits wherever its keys lie: those before them may be seen by other rows or by none.
+#[test]
+fn keys_that_others_see_take_no_part_in_fp32() {
+    let tokens = 60;
+    let [q, k, v] = [(); 3].map(|()| randn((1, 2, tokens, 16)));
+    for window in 0..20 {
+        let config = AttentionConfig::fp32().window(Some(window), Some(0));
+        let of = |call| attention(&q, &k, &v, call, &config).unwrap();
+        let all = of(AttentionCall::default());
+        for hidden in 1..20 {
+            let mask = (0..tokens).map(|key| u8::from(key >= hidden)).collect::<Vec<_>>();
+            let mask = Tensor::from_vec(mask, (1, 1, 1, tokens), &Device::Cpu).unwrap();
+            let found = of(AttentionCall::default().with_mask(mask));
+            // From here on no row sees a key that is hidden.
+            let rest = |x: &Tensor| bits(&x.narrow(2, hidden + window, 20).unwrap());
+            assert!(rest(&found) == rest(&all), "a window of {window}, {hidden} hidden");
+        }
+    }
+}
+
 #[test]
 fn padded_queries_take_no_part() {
     let case = Case::new((60, 80));

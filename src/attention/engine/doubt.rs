@@ -14,7 +14,7 @@ pub(in crate::attention) struct Doubt {
 }
 
 impl Doubt {
-    /// Whether a row has a number as its largest score, and as their sum: then there is nothing to take in.
+    /// Whether the largest score of a row is finite and its sum not NaN: then there is nothing to take in.
     pub(super) fn is_none(running: &Running) -> bool {
         running.max.is_finite() && !running.sum.is_nan()
     }

@@ -17,7 +17,7 @@ pub(super) fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Runni
     let Probs::Int16 { codes, tops, scales } = probs else { unreachable!("a tile in int16") };
     let (stride, runs) = (*stride, running.len() * per_row);
     let (tops, scales) = (&mut tops[..runs], &mut scales[..runs]);
-    for part in Part::all(visible, *keys) {
+    for part in Part::all(visible, *keys, RUN) {
         let tops = &mut tops[part.rows.start * per_row..part.rows.end * per_row];
         part.find_tops(level, (&mut scores[part.rows.start * stride..], stride), tops);
     }
@@ -29,7 +29,7 @@ pub(super) fn int16_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Runni
         scales.iter_mut().zip(tops).for_each(|(scale, top)| *scale = top - max);
     }
     widest!(scales_of_runs, &mut *scales, &mut [f32] => ());
-    for part in Part::all(visible, *keys) {
+    for part in Part::all(visible, *keys, RUN) {
         let runs = part.rows.start * per_row..part.rows.end * per_row;
         let at = part.rows.start * stride;
         let runs = (&tops[runs.clone()], &scales[runs]);

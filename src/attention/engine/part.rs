@@ -9,7 +9,7 @@ use std::ops::Range;
 pub(super) struct Part {
     pub rows: Range<usize>,
     pub keys: Range<usize>,
-    /// From the first run that holds one of these, to the end of the last vector.
+    /// Whole vectors that hold these.
     pub vectors: Range<usize>,
     runs: Range<usize>,
     /// Runs of a row, and elements, in whole vectors.
@@ -18,15 +18,23 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// All rows in order, in parts of up to [`LANES`], of a tile of so many keys.
-    pub(super) fn all(visible: &[Range<usize>], tile: usize) -> impl Iterator<Item = Part> {
+    /// All rows in order, in parts of up to [`LANES`], of a tile of so many keys; vectors start at the last multiple of
+    /// `step`, or with the first key where that is 1, so that its place makes no difference. They may end behind the
+    /// tile's last one.
+    pub(super) fn all(
+        visible: &[Range<usize>],
+        tile: usize,
+        step: usize,
+    ) -> impl Iterator<Item = Part> {
         let (per_row, len) = (tile.div_ceil(RUN).max(1), tile.next_multiple_of(LANES));
         let mut start = 0;
         std::iter::from_fn(move || {
             let seen = visible.get(start)?;
             let keys = if seen.is_empty() { 0..0 } else { seen.clone() };
             let runs = keys.start / RUN..keys.end.div_ceil(RUN);
-            let vectors = runs.start * RUN..keys.end.next_multiple_of(LANES);
+            let start_of_vectors = keys.start / step * step;
+            let vectors = (keys.end - start_of_vectors).next_multiple_of(LANES);
+            let vectors = start_of_vectors..start_of_vectors + vectors;
             let most = if runs == (0..per_row) { LANES } else { 1 };
             let alike = visible[start..].iter().take(most).take_while(|other| *other == seen);
             let rows = start..start + alike.count();
@@ -67,7 +75,7 @@ impl Part {
         }
         for row in probs.chunks_mut(stride).take(rows.len()) {
             row[..vectors.start].fill(T::default());
-            row[vectors.end..*len].fill(T::default());
+            row[vectors.end.min(*len)..*len].fill(T::default());
         }
     }
 

@@ -105,7 +105,6 @@ pub(in crate::attention) fn gather(
     buffer: &mut Vec<f32>,
 ) {
     let depth = queries.depth();
-    values.clear();
     values.resize(rows.range.len() * depth);
     let mut to = values.chunks_exact_mut(depth.max(1));
     let mut row = rows.range.start;

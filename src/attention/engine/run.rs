@@ -400,6 +400,10 @@ impl Buffers {
         let longest = tiles.iter().map(Range::len).max().unwrap_or(0);
         // Whole steps, so that a step that reaches over the last key has room; and whole vectors.
         self.stride = longest.next_multiple_of(from.step().next_multiple_of(LANES));
+        if from.format(rows) == Format::F32 {
+            // Vectors may start with any key.
+            self.stride += LANES;
+        }
         let len = rows * self.stride;
         self.scores.grow(len * from.rows_of_scores());
         match from.format(rows) {

@@ -12,7 +12,8 @@ use std::ops::Range;
 /// Turns scores into probabilities (not yet divided by their sum). What a query does not see becomes 0. A
 /// NaN score makes the sum of its row NaN.
 ///
-/// In f32 and int16 there is room in a row of scores and of codes for a multiple of [`LANES`](crate::cpu::contracts::LANES).
+/// In f32 and int16 there is room in a row of scores and of codes for a multiple of [`LANES`], and in f32 for as many
+/// scores more.
 pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
     match tile.probs {
         Probs::F32 { .. } => return f32_tile(level, tile, running),
@@ -45,7 +46,8 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
     }
 }
 
-/// A tile in f32: the largest of each row, then the exponentials of some rows at once.
+/// A tile in f32: the largest of each row, then the exponentials of some rows at once. Their sum has the same bits
+/// wherever the keys lie in the tile.
 fn f32_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
     let Tile { scores, stride, keys, visible, probs, .. } = tile;
     let Probs::F32 { maxes } = probs else { unreachable!("a tile in f32") };
@@ -54,7 +56,7 @@ fn f32_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
         let seen = &scores[row * stride..][visible[row].clone()];
         *max = running.advance(level.max(seen), seen);
     }
-    for part in Part::all(visible, *keys) {
+    for part in Part::all(visible, *keys, 1) {
         let scores = &mut scores[part.rows.start * stride..];
         part.hide_others(scores, stride);
         part.clear_others(scores, stride);

@@ -34,16 +34,16 @@ pub(super) fn transpose(job: Transpose<'_>) {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn columns_of(rows: [__m512; LANES]) -> [__m512; LANES] {
-    // Element `4 l + j` of rows `4 i` to `4 i + 3` in lanes `4 l` to `4 l + 3` of vector `4 i + j`.
+    // In vector `i + j`, of four from `i` on: lanes `4 l` to `4 l + 3` are element `4 l + j` of rows `i` to `i + 3`.
     let mut quads = [_mm512_setzero_ps(); LANES];
     for i in (0..LANES).step_by(4) {
         let (ab, cd) = ((rows[i], rows[i + 1]), (rows[i + 2], rows[i + 3]));
         let low = (_mm512_unpacklo_ps(ab.0, ab.1), _mm512_unpacklo_ps(cd.0, cd.1));
         let high = (_mm512_unpackhi_ps(ab.0, ab.1), _mm512_unpackhi_ps(cd.0, cd.1));
-        for (j, (ab, cd)) in [low, high].into_iter().enumerate() {
+        for (half, (ab, cd)) in [low, high].into_iter().enumerate() {
             let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-            quads[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
-            quads[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            quads[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            quads[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
         }
     }
     let mut columns = [_mm512_setzero_ps(); LANES];
