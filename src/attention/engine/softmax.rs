@@ -225,7 +225,7 @@ mod tests {
             let start = index * tile;
             let clamp = |x: usize| x.clamp(start, start + keys.len()) - start;
             let mut buffer = keys.to_vec();
-            buffer.resize(keys.len().next_multiple_of(LANES), 123.0);
+            buffer.resize(keys.len().next_multiple_of(LANES) + LANES, 123.0);
             let stride = buffer.len();
             let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
             let (mut words, mut scales) = (vec![77; stride], vec![7.0; keys.len().div_ceil(RUN)]);
