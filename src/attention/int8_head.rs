@@ -142,6 +142,10 @@ impl KeyValues for Int8Head<'_> {
         self.scorer.score(self.keys, queries, keys, scores, stride);
     }
 
+    fn needs_scores(&self, keys: &Range<usize>) -> bool {
+        self.values.exceptions().iter().any(|(key, _)| keys.contains(key))
+    }
+
     fn large(&self, keys: Range<usize>) -> Vec<usize> {
         large_among(self.values.exceptions(), keys)
     }

@@ -1,6 +1,6 @@
 //! The values of one head of a tensor, packed, for whatever scores.
 
-use super::engine::{Probs, Running, TILE, Tile, pieces};
+use super::engine::{Probs, Running, TILE, Tile, Words, pieces};
 use super::seen::Seen;
 use crate::cpu::contracts::{RUN, Rows as Matrix};
 use crate::cpu::plain::widest;
@@ -82,9 +82,9 @@ pub(super) fn accumulate(
             let runs = &runs[..tile.visible.len() * keys.len().div_ceil(RUN)];
             values.accumulate_int8(keys, codes, stride, runs, sums);
         }
-        Probs::Int16 { codes, scales, .. } => {
+        Probs::Int16(Words { codes, stride, scales, .. }) => {
             let scales = &scales[..tile.visible.len() * keys.len().div_ceil(RUN)];
-            values.accumulate_int16(keys, codes, stride, scales, sums);
+            values.accumulate_int16(keys, codes, *stride, scales, sums);
         }
     }
 }

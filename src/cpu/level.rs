@@ -275,26 +275,15 @@ impl Level {
         unsafe { (self.entry.softmax.exp_int8)(scores, max, codes) }
     }
 
-    /// Writes the largest score of each run of each row. NaN does not count.
+    /// Writes `2^(score - top)` in int16, and top and sum of each run.
     ///
     /// # Panics
-    /// Unless the rows are there, with a place for each run.
-    pub(crate) fn max_of_runs(self, scores: Scores<'_>, runs: &mut [f32]) {
-        scores.check();
-        assert_eq!(runs.len(), scores.rows * scores.runs());
-        // SAFETY: a level is there only with its instructions.
-        unsafe { (self.entry.softmax.max_of_runs)(scores, runs) }
-    }
-
-    /// Writes `2^(score - max)` in int16, and the sums of what the codes stand for, NaN where there is a NaN.
-    ///
-    /// # Panics
-    /// Unless there are up to 16 rows, with a place for every code, and top and scale of each run.
+    /// Unless there are rows, with a place for every code and run.
     pub(crate) fn exp_int16(self, job: Int16Exp<'_>) {
-        let rows = job.scores.rows;
-        assert!(job.scores.check() <= job.codes.len());
-        assert!(rows <= LANES && job.sums.len() == rows);
-        assert_eq!([job.tops.len(), job.scales.len()], [rows * job.scores.runs(); 2]);
+        let Scores { rows, len, .. } = job.scores;
+        job.scores.check();
+        Scores { data: &[], rows, len, stride: job.stride }.check_len(job.codes.len());
+        job.runs.check(job.scores.rows, job.scores.runs());
         // SAFETY: a level is there only with its instructions.
         unsafe { (self.entry.softmax.exp_int16)(job) }
     }

@@ -86,6 +86,12 @@ pub(in crate::attention) trait KeyValues: Sync {
     /// Those of a tile of keys that have a value beyond [`LARGEST`](crate::product::LARGEST), infinity or NaN.
     fn large(&self, keys: Range<usize>) -> Vec<usize>;
 
+    /// Whether [`KeyValues::accumulate`] may need the scores of a tile in int16 too, of keys whose values it adds one by
+    /// one.
+    fn needs_scores(&self, _keys: &Range<usize>) -> bool {
+        true
+    }
+
     /// The format of probabilities for this many rows.
     fn format(&self, rows: usize) -> Format;
 

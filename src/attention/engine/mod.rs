@@ -7,6 +7,7 @@
 //!     scores      int8 or f32, in units of log2                 KeyValues::score
 //!     modifiers   softcap, ALiBi, mask tensor                   modifiers, mask
 //!     softmax     running maximum and sum                       softmax, int16_tile, part, of a tile
+//!                 (mostly these three run by run, of 64 keys, where probabilities are in int16)
 //!     values      sums += probabilities x values                KeyValues::accumulate
 //!   see whether all scores were numbers                         doubt
 //!   add the sink logit to the running sum                       partial
@@ -37,4 +38,4 @@ pub(super) use modifiers::{Modifiers, exponent};
 pub(super) use output::Element;
 pub(super) use queries::{BLOCK, Block, Queries, Rows, TOGETHER, blocks, gather, pieces, together};
 pub(super) use run::{Engine, TILE};
-pub(super) use tile::{Probs, Running, Tile};
+pub(super) use tile::{Probs, Running, Tile, Words};

@@ -1,6 +1,5 @@
 //! The rows of a tile by what they see, for kernels that take some rows at once.
 
-use crate::cpu::Level;
 use crate::cpu::contracts::{LANES, RUN, Scores};
 use std::ops::Range;
 
@@ -11,20 +10,21 @@ pub(super) struct Part {
     pub keys: Range<usize>,
     /// Whole vectors that hold these.
     pub vectors: Range<usize>,
-    runs: Range<usize>,
+    /// Those that hold them.
+    pub runs: Range<usize>,
     /// Runs of a row, and elements, in whole vectors.
-    per_row: usize,
+    pub per_row: usize,
     len: usize,
 }
 
 impl Part {
-    /// All rows in order, in parts of up to [`LANES`], of a tile of so many keys; vectors start at the last multiple of
+    /// All rows in order, in parts of up to `most`, of a tile of so many keys; vectors start at the last multiple of
     /// `step`, or with the first key where that is 1, so that its place makes no difference. They may end behind the
     /// tile's last one.
     pub(super) fn all(
         visible: &[Range<usize>],
         tile: usize,
-        step: usize,
+        (most, step): (usize, usize),
     ) -> impl Iterator<Item = Part> {
         let (per_row, len) = (tile.div_ceil(RUN).max(1), tile.next_multiple_of(LANES));
         let mut start = 0;
@@ -35,7 +35,7 @@ impl Part {
             let start_of_vectors = keys.start / step * step;
             let vectors = (keys.end - start_of_vectors).next_multiple_of(LANES);
             let vectors = start_of_vectors..start_of_vectors + vectors;
-            let most = if runs == (0..per_row) { LANES } else { 1 };
+            let most = if runs == (0..per_row) { most } else { 1 };
             let alike = visible[start..].iter().take(most).take_while(|other| *other == seen);
             let rows = start..start + alike.count();
             start = rows.end;
@@ -48,11 +48,6 @@ impl Part {
         let Self { rows, vectors, .. } = self;
         let (data, rows, len) = (&scores[vectors.start..], rows.len(), vectors.len());
         (len > 0).then_some(Scores { data, rows, len, stride })
-    }
-
-    /// Those of its runs that are seen.
-    pub(super) fn seen(&self) -> Range<usize> {
-        self.runs.start..(self.rows.len() - 1) * self.per_row + self.runs.end
     }
 
     /// Scores around those that are seen, in the same vectors, become minus infinity.
@@ -76,22 +71,6 @@ impl Part {
         for row in probs.chunks_mut(stride).take(rows.len()) {
             row[..vectors.start].fill(T::default());
             row[vectors.end.min(*len)..*len].fill(T::default());
-        }
-    }
-
-    /// The largest score of each run, minus infinity where none is seen.
-    pub(super) fn find_tops(
-        &self,
-        level: Level,
-        (scores, stride): (&mut [f32], usize),
-        tops: &mut [f32],
-    ) {
-        self.hide_others(scores, stride);
-        let seen = self.seen();
-        tops[..seen.start].fill(f32::NEG_INFINITY);
-        tops[seen.end..].fill(f32::NEG_INFINITY);
-        if let Some(scores) = self.scores(scores, stride) {
-            level.max_of_runs(scores, &mut tops[seen]);
         }
     }
 }

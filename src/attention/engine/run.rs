@@ -1,13 +1,14 @@
 //! The loops of the engine.
 
 use super::doubt::Doubt;
+use super::int16_tile::{settle, write_all, write_codes};
 use super::key_values::{KeyValues, QueryBlock};
 use super::modifiers::Modifiers;
 use super::output::Element;
 use super::partial::Partial;
-use super::queries::{Block, Queries, Rows, TOGETHER, together};
+use super::queries::{Block, Queries, Rows, TOGETHER, pieces, together};
 use super::softmax::softmax_tile;
-use super::tile::{Probs, Tile};
+use super::tile::{Probs, Tile, Words};
 use crate::attention::seen::Seen;
 use crate::attention::visible::Visible;
 use crate::cpu::Level;
@@ -83,6 +84,8 @@ struct Buffers {
     scores: Aligned<f32>,
     /// The keys of a tile that each row sees.
     inside: Vec<Range<usize>>,
+    /// The same of a run.
+    inside_run: Vec<Range<usize>>,
     /// Probabilities in bf16.
     halves: Aligned<u16>,
     /// Probabilities in int8, and what they stand for.
@@ -90,8 +93,9 @@ struct Buffers {
     runs: Vec<Int8Run>,
     /// The largest scores: of rows where probabilities are in f32, of runs where they are in int16.
     tops: Aligned<f32>,
-    /// Probabilities in int16, and what a 1 stands for.
+    /// Probabilities in int16; of their runs the sums, and what a 1 stands for.
     words: Aligned<i16>,
+    counts: Aligned<f32>,
     scales: Aligned<f32>,
 }
 
@@ -99,11 +103,12 @@ footprint!(Scratch: queries, buffers, partial);
 
 impl Footprint for Buffers {
     fn footprint(&self) -> usize {
-        let Self { stride: _, scores, inside, halves, codes, runs, words, tops, scales } = self;
-        let runs = runs.footprint() + tops.footprint() + scales.footprint();
+        let Self { scores, halves, codes, runs, words, tops, counts, scales, .. } = self;
+        let runs = runs.footprint() + tops.footprint() + counts.footprint() + scales.footprint();
         let probs = halves.footprint() + codes.footprint() + words.footprint() + runs;
         // A range is not `Copy`.
-        scores.footprint() + inside.capacity() * size_of::<Range<usize>>() + probs
+        let ranges = self.inside.capacity() + self.inside_run.capacity();
+        scores.footprint() + ranges * size_of::<Range<usize>>() + probs
     }
 }
 
@@ -318,43 +323,64 @@ impl Engine<'_> {
         keys: Range<usize>,
         (buffers, partial): (&mut Buffers, &mut Partial),
     ) {
-        let stride = buffers.stride;
-        from.score(queries, keys.clone(), &mut buffers.scores, stride);
-        let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
-        buffers.inside.clear();
-        buffers.inside.extend(seen.rows.iter().map(|row| {
-            let seen = if keys.end <= self.sinks { &row.sinks } else { &row.seen };
-            clamp(seen.start)..clamp(seen.end)
-        }));
-        if let Some(last) = buffers.inside.last().cloned() {
-            buffers.inside.resize(seen.count, last);
-        }
-        self.modify(rows, keys.start, buffers);
+        buffers.find_inside(seen, &keys, self.sinks);
         let mut large = from.large(keys.clone());
         large.iter_mut().for_each(|key| *key -= keys.start);
-        self.refer(&large, buffers, partial);
-        let Buffers { scores, inside, halves, codes, runs, words, tops, scales, .. } = buffers;
-        let probs = match from.format(seen.count) {
-            Format::F32 => Probs::F32 { maxes: tops },
-            Format::Bf16 => Probs::Bf16(halves),
-            Format::Int8 => Probs::Int8 { codes, runs },
-            Format::Int16 => Probs::Int16 { codes: words, tops, scales },
-        };
-        let visible = &*inside;
-        let mut tile = Tile { scores, stride, keys: keys.len(), visible, probs, large: &large };
-        softmax_tile(self.level, &mut tile, &mut partial.running);
+        let format = from.format(seen.count);
+        let mut inside = std::mem::take(&mut buffers.inside_run);
+        let mut tile = buffers.tile(format, keys.len(), &large);
+        let unit = self.modifiers.unit() == 1.0;
+        if format == Format::Int16 && seen.count > FEW && unit && !from.needs_scores(&keys) {
+            self.write_codes(from, queries, (rows, keys.clone()), (&mut tile, &mut inside));
+            settle(&mut tile, &mut partial.running);
+        } else {
+            from.score(queries, keys.clone(), tile.scores, tile.stride);
+            self.modify(rows, keys.start, &mut tile);
+            self.refer(&mut tile, partial);
+            softmax_tile(self.level, &mut tile, &mut partial.running);
+        }
         partial.rescale();
         from.accumulate(keys, &mut tile, &partial.running, &mut partial.sums);
+        buffers.inside_run = inside;
+    }
+
+    /// Writes the probabilities of a tile run by run, so that scores stay in L1 on their way. (Codes straight from the
+    /// registers of the product, without scores in memory, take longer: an exponential is a chain of steps, and no
+    /// registers are left for those of other rows beside it.)
+    fn write_codes(
+        &self,
+        from: &dyn KeyValues,
+        queries: &QueryBlock,
+        (rows, keys): (&Rows, Range<usize>),
+        (tile, inside): (&mut Tile<'_>, &mut Vec<Range<usize>>),
+    ) {
+        let whole = tile.visible.iter().all(|seen| *seen == (0..tile.keys));
+        inside.clear();
+        for (index, run) in pieces(keys.clone(), RUN).enumerate() {
+            if !(whole && run.len() == RUN && index > 0) {
+                let start = run.start - keys.start;
+                let clamp = |x: usize| x.clamp(start, start + run.len()) - start;
+                inside.clear();
+                inside.extend(tile.visible.iter().map(|seen| clamp(seen.start)..clamp(seen.end)));
+            }
+            let mut tile = tile.run(index, run.len(), inside);
+            from.score(queries, run.clone(), tile.scores, tile.stride);
+            self.modify(rows, run.start, &mut tile);
+            match whole {
+                true => write_all(self.level, &mut tile),
+                false => write_codes(self.level, &mut tile),
+            }
+        }
     }
 
     /// What keeps numbers finite that are close to the end of their range, row by row: scores in units beyond
     /// log2 become distances from the largest so far, and sums make room for large values.
-    fn refer(&self, large: &[usize], buffers: &mut Buffers, partial: &mut Partial) {
-        let unit = self.modifiers.unit();
+    fn refer(&self, tile: &mut Tile<'_>, partial: &mut Partial) {
+        let (unit, large) = (self.modifiers.unit(), tile.large);
         if unit == 1.0 && large.is_empty() {
             return;
         }
-        let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
+        let rows = tile.scores.chunks_mut(tile.stride).zip(tile.visible);
         for (row, (scores, inside)) in rows.enumerate() {
             let seen = &mut scores[inside.clone()];
             if unit != 1.0 {
@@ -368,11 +394,11 @@ impl Engine<'_> {
     }
 
     /// Softcap, ALiBi and mask of the scores that are seen.
-    fn modify(&self, block: &Rows, first: usize, buffers: &mut Buffers) {
+    fn modify(&self, block: &Rows, first: usize, tile: &mut Tile<'_>) {
         if self.modifiers.is_nothing() {
             return;
         }
-        let rows = buffers.scores.chunks_mut(buffers.stride).zip(&buffers.inside);
+        let rows = tile.scores.chunks_mut(tile.stride).zip(tile.visible);
         for (at, (scores, inside)) in self.queries.all_at(block).zip(rows) {
             let position = self.visible.position(at[0], at[2]);
             let places = first + inside.start..first + inside.end;
@@ -419,8 +445,35 @@ impl Buffers {
                 self.words.grow(len);
                 let scales = rows * self.stride.div_ceil(RUN);
                 self.tops.grow(scales);
+                self.counts.grow(scales);
                 self.scales.grow(scales);
             }
         }
+    }
+
+    /// Finds the keys of a tile that each row sees, counted from the first of them.
+    fn find_inside(&mut self, seen: &Sight, keys: &Range<usize>, sinks: usize) {
+        let clamp = |x: usize| x.clamp(keys.start, keys.end) - keys.start;
+        self.inside.clear();
+        self.inside.extend(seen.rows.iter().map(|row| {
+            let seen = if keys.end <= sinks { &row.sinks } else { &row.seen };
+            clamp(seen.start)..clamp(seen.end)
+        }));
+        if let Some(last) = self.inside.last().cloned() {
+            self.inside.resize(seen.count, last);
+        }
+    }
+
+    /// A tile of so many keys.
+    fn tile<'a>(&'a mut self, format: Format, keys: usize, large: &'a [usize]) -> Tile<'a> {
+        let Self { scores, inside, halves, codes, runs, tops, words, counts, scales, .. } = self;
+        let stride = self.stride;
+        let probs = match format {
+            Format::F32 => Probs::F32 { maxes: tops },
+            Format::Bf16 => Probs::Bf16(halves),
+            Format::Int8 => Probs::Int8 { codes, runs },
+            Format::Int16 => Probs::Int16(Words { codes: words, stride, tops, counts, scales }),
+        };
+        Tile { scores, stride, keys, visible: inside, probs, large }
     }
 }

@@ -1,7 +1,7 @@
 //! The softmax over a tile of keys, with running maximum and sum (Milakov and Gimelshein 2018,
 //! arXiv:1805.02867), in base 2: scores come multiplied by `log2(e)`.
 
-use super::int16_tile::int16_tile;
+use super::int16_tile::{settle, write_codes};
 use super::part::Part;
 use super::tile::{Probs, Running, Tile};
 use crate::cpu::Level;
@@ -17,7 +17,10 @@ use std::ops::Range;
 pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
     match tile.probs {
         Probs::F32 { .. } => return f32_tile(level, tile, running),
-        Probs::Int16 { .. } => return int16_tile(level, tile, running),
+        Probs::Int16(_) => {
+            write_codes(level, tile);
+            return settle(tile, running);
+        }
         Probs::Bf16(_) | Probs::Int8 { .. } => {}
     }
     let padded = tile.keys.next_multiple_of(GROUP);
@@ -40,7 +43,7 @@ pub(super) fn softmax_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Run
                 let runs = &mut runs[row * per_row..][..per_row];
                 int8_row(level, (&scores[..end], start), max, codes, runs)
             }
-            Probs::F32 { .. } | Probs::Int16 { .. } => unreachable!("a tile of its own"),
+            Probs::F32 { .. } | Probs::Int16(_) => unreachable!("a tile of its own"),
         };
         running.add(sum);
     }
@@ -56,7 +59,7 @@ fn f32_tile(level: Level, tile: &mut Tile<'_>, running: &mut [Running]) {
         let seen = &scores[row * stride..][visible[row].clone()];
         *max = running.advance(level.max(seen), seen);
     }
-    for part in Part::all(visible, *keys, 1) {
+    for part in Part::all(visible, *keys, (LANES, 1)) {
         let scores = &mut scores[part.rows.start * stride..];
         part.hide_others(scores, stride);
         part.clear_others(scores, stride);
@@ -98,6 +101,7 @@ fn int8_row(
 
 #[cfg(test)]
 mod tests {
+    use super::super::tile::Words;
     use super::*;
     use crate::cpu::contracts::Format;
     use crate::cpu::contracts::softmax::{ERROR_BF16, ERROR_F32, ERROR_INT16};
@@ -229,14 +233,15 @@ mod tests {
             let stride = buffer.len();
             let (mut halves, mut codes) = (vec![0x7fc0u16; stride], vec![77u8; stride]);
             let (mut words, mut scales) = (vec![77; stride], vec![7.0; keys.len().div_ceil(RUN)]);
-            let (mut tops, mut maxes) = (scales.clone(), [7.0]);
+            let (mut tops, mut counts, mut maxes) = (scales.clone(), scales.clone(), [7.0]);
             let mut runs = vec![Int8Run::default(); keys.len().div_ceil(RUN)];
             let probs = match format {
                 Format::F32 => Probs::F32 { maxes: &mut maxes },
                 Format::Bf16 => Probs::Bf16(&mut halves),
                 Format::Int8 => Probs::Int8 { codes: &mut codes, runs: &mut runs },
                 Format::Int16 => {
-                    Probs::Int16 { codes: &mut words, tops: &mut tops, scales: &mut scales }
+                    let (codes, tops, counts) = (&mut words, &mut tops, &mut counts);
+                    Probs::Int16(Words { codes, stride, tops, counts, scales: &mut scales })
                 }
             };
             let inside = clamp(visible.start)..clamp(visible.end);

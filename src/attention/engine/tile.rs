@@ -1,6 +1,6 @@
 //! A tile of scores on its way to probabilities, and what the softmax keeps of each of its rows.
 
-use crate::cpu::contracts::{Format, Int8Run};
+use crate::cpu::contracts::{Format, Int8Run, Int16Runs, RUN};
 use crate::cpu::plain::softmax::exp2;
 use std::ops::Range;
 
@@ -65,13 +65,42 @@ pub(in crate::attention) enum Probs<'a> {
         runs: &'a mut [Int8Run],
     },
     /// Rounded to 1/4096 of the largest of a run of [`RUN`](crate::cpu::contracts::RUN) keys.
-    Int16 {
-        codes: &'a mut [i16],
-        /// The largest score of a run, and what a code of 1 stands for: all runs of a row before those of the
-        /// next.
-        tops: &'a mut [f32],
-        scales: &'a mut [f32],
-    },
+    Int16(Words<'a>),
+}
+
+/// Probabilities in int16, and of each run of all rows, one run after the other, its largest score, the sum of its
+/// codes, and what a code of 1 stands for.
+pub(in crate::attention) struct Words<'a> {
+    /// Row-major, rows `stride` elements apart.
+    pub codes: &'a mut [i16],
+    pub stride: usize,
+    pub tops: &'a mut [f32],
+    pub counts: &'a mut [f32],
+    pub scales: &'a mut [f32],
+}
+
+impl Words<'_> {
+    /// From a row of so many on.
+    pub(in crate::attention) fn at_row(
+        &mut self,
+        row: usize,
+        rows: usize,
+    ) -> (&mut [i16], Int16Runs<'_>) {
+        let (tops, counts) = (&mut self.tops[row..], &mut self.counts[row..]);
+        (&mut self.codes[row * self.stride..], Int16Runs { tops, counts, stride: rows })
+    }
+
+    /// From a run on, of so many rows.
+    pub(in crate::attention) fn at_run(&mut self, run: usize, rows: usize) -> Words<'_> {
+        let at = run * rows;
+        Words {
+            codes: &mut self.codes[run * RUN..],
+            stride: self.stride,
+            tops: &mut self.tops[at..],
+            counts: &mut self.counts[at..],
+            scales: &mut self.scales[at..],
+        }
+    }
 }
 
 impl Probs<'_> {
@@ -81,14 +110,14 @@ impl Probs<'_> {
             Probs::F32 { .. } => Format::F32,
             Probs::Bf16(_) => Format::Bf16,
             Probs::Int8 { .. } => Format::Int8,
-            Probs::Int16 { .. } => Format::Int16,
+            Probs::Int16(_) => Format::Int16,
         }
     }
 }
 
 /// Scores of some queries against a tile of keys.
 pub(in crate::attention) struct Tile<'a> {
-    /// Row-major, rows `stride` elements apart.
+    /// Row-major, rows `stride` elements apart. Where codes were written run by run, nothing but what the last run left.
     pub scores: &'a mut [f32],
     pub stride: usize,
     /// Keys in the tile; probabilities are written for these, and zeros up to whole groups.
@@ -101,6 +130,23 @@ pub(in crate::attention) struct Tile<'a> {
 }
 
 impl Tile<'_> {
+    /// A run of so many keys as a tile, in which each row sees some of them. Its scores are where those of any other run
+    /// are.
+    ///
+    /// # Panics
+    /// Unless probabilities are in int16.
+    pub(super) fn run<'a>(
+        &'a mut self,
+        run: usize,
+        keys: usize,
+        visible: &'a [Range<usize>],
+    ) -> Tile<'a> {
+        let Probs::Int16(words) = &mut self.probs else { unreachable!("a tile in int16") };
+        let probs = Probs::Int16(words.at_run(run, visible.len()));
+        let stride = self.stride.min(RUN);
+        Tile { scores: &mut *self.scores, stride, keys, visible, probs, large: &[] }
+    }
+
     /// Adds a value that stands beside the others, where a row sees its key, which is counted from the
     /// tile's first. `sums` is `[rows, width]`.
     pub(in crate::attention) fn add_exception(
@@ -117,10 +163,10 @@ impl Tile<'_> {
                 Probs::F32 { .. } => self.scores[at],
                 Probs::Bf16(halves) => f32::from_bits(u32::from(halves[at]) << 16),
                 // Not the code, which may have been rounded to 0, while a NaN must be seen.
-                Probs::Int8 { .. } | Probs::Int16 { .. } if self.visible[row].contains(&key) => {
+                Probs::Int8 { .. } | Probs::Int16(_) if self.visible[row].contains(&key) => {
                     running[row].probability(self.scores[at])
                 }
-                Probs::Int8 { .. } | Probs::Int16 { .. } => 0.0,
+                Probs::Int8 { .. } | Probs::Int16(_) => 0.0,
             };
             if p != 0.0 {
                 sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += p * x);

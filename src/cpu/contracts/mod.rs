@@ -14,4 +14,4 @@ pub(crate) use panel_product::{
     VECTORS, bf16_bits,
 };
 pub(crate) use rows::{BlockCodes, Condition, ROTATED, RowKernels, RowRanges, Rows, Transpose};
-pub(crate) use softmax::{CODES, ExpBf16, F32Exp, Int16Exp, Scores, Softmax};
+pub(crate) use softmax::{CODES, ExpBf16, F32Exp, Int16Exp, Int16Runs, Scores, Softmax};

@@ -133,8 +133,9 @@ pub(crate) struct Panel {
     /// What a 1 on the left side of an int16 product stands for: a number for each row and run, that of the
     /// first row and run here. Not read for other formats.
     pub row_scales: *const f32,
-    /// Elements from one row of these to the next.
+    /// Elements from one row of these to the next, and from one run of a row.
     pub row_scales_stride: usize,
+    pub row_scales_step: usize,
     /// What a 1 in the matrix of an int8 or int16 product stands for: a number for each run and column, that of
     /// the first here. Not read for other formats.
     pub column_scales: *const f32,
@@ -225,7 +226,7 @@ impl Panel {
     /// What a 1 of a row stands for in a run of an int16 product.
     #[inline(always)]
     pub(crate) fn row_scale(&self, row: usize, run: usize) -> *const f32 {
-        self.row_scales.wrapping_add(row * self.row_scales_stride + run)
+        self.row_scales.wrapping_add(row * self.row_scales_stride + run * self.row_scales_step)
     }
 
     /// What a 1 of a `column` and those behind it stands for in a run of an integer product.

@@ -1,7 +1,7 @@
 //! What the softmax does with the scores that one query sees, in units of log2.
 //!
-//! All levels give the same bits, but for the bf16 of some: products and sums are rounded apart, sums are
-//! those of 16 lanes, added up as [`sum_lanes`](crate::cpu::plain::lanes::sum_lanes) does.
+//! All levels give the same bits, but for the bf16 of some: products and sums are rounded apart, sums of floats are
+//! those of 16 lanes, added up as [`sum_lanes`](crate::cpu::plain::lanes::sum_lanes) does; those of codes are exact.
 
 use super::panel_product::{INT16_LEFT, LANES, RUN};
 
@@ -20,9 +20,7 @@ pub(crate) struct Softmax {
     /// Writes `255 * 2^(score - max)` rounded to codes of the same number; returns the sum of these
     /// codes, or NaN if there is a NaN.
     pub exp_int8: unsafe fn(&[f32], f32, &mut [u8]) -> f32,
-    /// Writes the largest score of each run of [`RUN`](super::RUN) scores of each row. NaN does not count.
-    pub max_of_runs: unsafe fn(Scores<'_>, &mut [f32]),
-    /// Writes `2^(score - max)` in int16: see [`Int16Exp`].
+    /// Writes `2^(score - top)` in int16: see [`Int16Exp`].
     pub exp_int16: unsafe fn(Int16Exp<'_>),
 }
 
@@ -39,15 +37,20 @@ pub(crate) struct Scores<'a> {
 }
 
 impl<'a> Scores<'a> {
-    /// Checks that they are there; returns how many elements they lie in, those between rows included.
+    /// Checks that they are there.
     ///
     /// # Panics
     /// Unless they are, in rows of a multiple of 16, or if there are none.
-    pub(crate) fn check(&self) -> usize {
-        let Self { data, rows, len, stride } = *self;
+    pub(crate) fn check(&self) {
+        self.check_len(self.data.len());
+    }
+
+    /// Checks that so many elements are enough for rows like these.
+    pub(crate) fn check_len(&self, data: usize) {
+        let Self { rows, len, stride, .. } = *self;
         assert!(rows > 0 && len > 0 && len <= stride && len.is_multiple_of(LANES));
         let reach = (rows - 1).checked_mul(stride).and_then(|last| last.checked_add(len));
-        reach.filter(|&reach| reach <= data.len()).expect("the scores of all rows")
+        assert!(reach.is_some_and(|reach| reach <= data), "the scores of all rows");
     }
 
     /// Runs of a row.
@@ -74,11 +77,10 @@ pub(crate) struct F32Exp<'a> {
     pub sums: &'a mut [f32],
 }
 
-/// Up to 16 rows of scores, and their place in an int16 product: `2^(score - max) ~ scale * code` with a scale for
-/// each run. Their sums are those of what the codes stand for, or NaN where a score is NaN.
+/// Rows of scores, and their place in an int16 product: `2^(score - top) ~ code / 4096`, with the largest score of
+/// each run as its top.
 ///
 /// ```text
-/// scale  = 2^(top - max) / 4096                            top: the largest score of the run
 /// i      = round(2^11 * min(top - score, 15))              11 bits of fraction in a u16, ties to even
 /// q      = 2^14 * 2^-(fraction of i)                       a polynomial in integers
 /// code   = round(q / 2^(2 + integer part of i))            0..=4096
@@ -87,19 +89,46 @@ pub(crate) struct F32Exp<'a> {
 /// All of it from `i` on is in 16-bit integers: twice as many in a vector as f32, and the same on every
 /// level by nature. The rounding of `i` is up to `2^-12 ln 2` of the result, and the polynomial is off by
 /// up to [`ERROR_INT16`] with it; that of the code is up to `2^-13` of the largest of its run.
-///
-/// A sum is over lanes in f32: lane `l` of 16 adds up the codes at places `2 l` and `2 l + 1` of every 32 in
-/// the run, exactly, times the scale, run by run.
 pub(crate) struct Int16Exp<'a> {
     pub scores: Scores<'a>,
-    /// In the places of the scores.
+    /// As many in each row, `stride` elements apart.
     pub codes: &'a mut [i16],
-    /// The largest score of each run, and its scale, as [`scales_of_runs`](crate::cpu::plain::softmax::scales_of_runs)
-    /// finds it.
-    pub tops: &'a [f32],
-    pub scales: &'a [f32],
-    /// One a row.
-    pub sums: &'a mut [f32],
+    pub stride: usize,
+    pub runs: Int16Runs<'a>,
+}
+
+/// What is known of the runs of some rows, whose codes are in int16: a number for each row, run by run.
+pub(crate) struct Int16Runs<'a> {
+    /// The largest score, minus infinity where there is none. NaN does not count.
+    pub tops: &'a mut [f32],
+    /// The sum of the codes, which is exact; NaN where a score is NaN.
+    pub counts: &'a mut [f32],
+    /// From one run of a row to the next.
+    pub stride: usize,
+}
+
+impl Int16Runs<'_> {
+    /// From a row and a run on.
+    #[inline(always)]
+    pub(crate) fn at(&mut self, row: usize, run: usize) -> Int16Runs<'_> {
+        let (at, stride) = (run * self.stride + row, self.stride);
+        Int16Runs { tops: &mut self.tops[at..], counts: &mut self.counts[at..], stride }
+    }
+
+    #[inline(always)]
+    pub(crate) fn set(&mut self, row: usize, run: usize, (top, count): (f32, f32)) {
+        let at = run * self.stride + row;
+        (self.tops[at], self.counts[at]) = (top, count);
+    }
+
+    /// # Panics
+    /// Unless there are numbers for so many rows and runs.
+    pub(crate) fn check(&self, rows: usize, runs: usize) {
+        let needed = (runs.saturating_sub(1)).checked_mul(self.stride);
+        let needed = needed.and_then(|before| before.checked_add(rows));
+        let fits = |len: usize| needed.is_some_and(|needed| len >= needed);
+        assert!(rows <= self.stride && fits(self.tops.len()) && fits(self.counts.len()));
+    }
 }
 
 /// Bits behind the point of a distance from the largest score of a run.

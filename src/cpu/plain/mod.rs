@@ -46,7 +46,6 @@ macro_rules! plain_kernels {
             max,
             exp_f32,
             exp_int8,
-            max_of_runs,
             exp_int16,
         };
 
@@ -69,7 +68,6 @@ macro_rules! plain_kernels {
             softmax::max(scores: &[f32]) -> f32;
             softmax::exp_f32(job: $crate::cpu::contracts::F32Exp<'_>);
             softmax::exp_int8(scores: &[f32], max: f32, codes: &mut [u8]) -> f32;
-            softmax::max_of_runs(scores: $crate::cpu::contracts::Scores<'_>, runs: &mut [f32]);
             softmax::exp_int16(job: $crate::cpu::contracts::Int16Exp<'_>);
             softmax::exp_bf16(scores: &[f32], max: f32, probs: &mut [u16]) -> f32;
             rows::quantize(

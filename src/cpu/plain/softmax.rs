@@ -2,9 +2,9 @@
 
 use super::lanes::{LANES, each_lane, fold_lanes, sum_lanes};
 use crate::cpu::contracts::softmax::{
-    DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, SCALE_INT16, TOP_INT16,
+    DISTANCE, DISTANCE_END, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16,
 };
-use crate::cpu::contracts::{CODES, F32Exp, Int16Exp, RUN, Scores, bf16_bits};
+use crate::cpu::contracts::{CODES, F32Exp, Int16Exp, RUN, bf16_bits};
 
 /// The coefficients of `f` to `f^5` in the polynomial for `2^f`: minimax in relative error over
 /// [-1/2, 1/2], with a constant term of 1, so that `2^0 = 1`.
@@ -95,61 +95,33 @@ pub(crate) fn exp_int8(row: &[f32], max: f32, codes: &mut [u8]) -> f32 {
     sum_lanes(sums)
 }
 
-#[inline(always)]
-pub(crate) fn max_of_runs(scores: Scores<'_>, runs: &mut [f32]) {
-    for (row, runs) in runs.chunks_exact_mut(scores.runs()).enumerate() {
-        for (run, scores) in runs.iter_mut().zip(scores.row(row).chunks(RUN)) {
-            *run = max(scores);
-        }
-    }
-}
-
 /// [`Softmax::exp_int16`](crate::cpu::contracts::Softmax::exp_int16).
 #[inline(always)]
 pub(crate) fn exp_int16(job: Int16Exp<'_>) {
-    let Int16Exp { scores, codes, tops, scales, sums } = job;
-    let runs = tops.chunks_exact(scores.runs()).zip(scales.chunks_exact(scores.runs()));
-    for (row, (sum, runs)) in sums.iter_mut().zip(runs).enumerate() {
-        let codes = &mut codes[row * scores.stride..][..scores.len];
-        *sum = exp_row(scores.row(row), codes, runs);
+    let Int16Exp { scores, codes, stride, mut runs } = job;
+    for row in 0..scores.rows {
+        let codes = &mut codes[row * stride..][..scores.len];
+        let of_runs = scores.row(row).chunks(RUN).zip(codes.chunks_mut(RUN));
+        for (run, (scores, codes)) in of_runs.enumerate() {
+            let top = max(scores);
+            runs.set(row, run, (top, exp_run(scores, top_of_run(top), codes)));
+        }
     }
 }
 
+/// Writes the codes of a run; returns their sum, or NaN.
 #[inline(always)]
-fn exp_row(scores: &[f32], codes: &mut [i16], (tops, scales): (&[f32], &[f32])) -> f32 {
-    let (mut sums, mut last) = ([0f32; LANES], [0u32; LANES]);
-    let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
-    for ((top, scale), (scores, codes)) in tops.iter().zip(scales).zip(of_runs) {
-        let top = top_of_run(*top);
-        let mut counts = [0i32; LANES];
-        for (scores, codes) in scores.chunks(2 * LANES).zip(codes.chunks_mut(2 * LANES)) {
-            let mut both = [0i16; 2 * LANES];
-            let halves = both.as_chunks_mut::<LANES>().0.iter_mut();
-            for (half, scores) in halves.zip(scores.as_chunks::<LANES>().0) {
-                let distances = each_lane(|i| distance(scores[i], top));
-                last = each_lane(|i| last[i].max(distances[i]));
-                *half = each_lane(|i| code_of_distance(distances[i] as u16));
-            }
-            codes.copy_from_slice(&both[..codes.len()]);
-            let of_pair = |i: usize| i32::from(both[2 * i]) + i32::from(both[2 * i + 1]);
-            counts = each_lane(|i| counts[i] + of_pair(i));
-        }
-        sums = each_lane(|i| sums[i] + counts[i] as f32 * scale);
+fn exp_run(scores: &[f32], top: f32, codes: &mut [i16]) -> f32 {
+    let (mut counts, mut last) = ([0i32; LANES], [0u32; LANES]);
+    let outs = codes.as_chunks_mut::<LANES>().0.iter_mut();
+    for (scores, codes) in scores.as_chunks::<LANES>().0.iter().zip(outs) {
+        let distances = each_lane(|i| distance(scores[i], top));
+        last = each_lane(|i| last[i].max(distances[i]));
+        *codes = each_lane(|i| code_of_distance(distances[i] as u16));
+        counts = each_lane(|i| counts[i] + i32::from(codes[i]));
     }
     let nan = last.iter().any(|&distance| distance > DISTANCE_END);
-    if nan { f32::NAN } else { sum_lanes(sums) }
-}
-
-/// What a code of 1 stands for in runs of which these are the largest scores less that of their row.
-#[inline(always)]
-pub(crate) fn scales_of_runs(runs: &mut [f32]) {
-    let (chunks, tail) = runs.as_chunks_mut::<LANES>();
-    for chunk in chunks {
-        *chunk = each_lane(|i| exp2(chunk[i]) * SCALE_INT16);
-    }
-    let rest = padded(tail);
-    let mut rest = each_lane(|i| exp2(rest[i]) * SCALE_INT16);
-    tail.swap_with_slice(&mut rest[..tail.len()]);
+    if nan { f32::NAN } else { counts.iter().sum::<i32>() as f32 }
 }
 
 /// Any finite number makes the codes of a run that sees nothing 0, without the NaN of `-inf - (-inf)`.

@@ -58,7 +58,8 @@ impl PackedMatrix {
         self.accumulate_runs(rows, (lhs, stride), (runs, &[]), out);
     }
 
-    /// [`PackedMatrix::accumulate_int8`] for int16; `scales` says what a 1 on the left side stands for.
+    /// [`PackedMatrix::accumulate_int8`] for int16; `scales` says what a 1 on the left side stands for, in a run of all
+    /// rows before those of the next.
     pub(crate) fn accumulate_int16(
         &self,
         rows: Range<usize>,
@@ -93,7 +94,8 @@ impl PackedMatrix {
             let sums = out[panel.start..].as_mut_ptr();
             let job = Panel {
                 row_scales: scales.as_ptr(),
-                row_scales_stride: per_row,
+                row_scales_stride: 1,
+                row_scales_step: count,
                 column_scales: of_columns.as_ptr(),
                 column_scales_stride: known.stride(),
                 sums,
@@ -215,6 +217,7 @@ impl PackedMatrix {
                 vectors,
                 row_scales: lhs.scales().as_ptr(),
                 row_scales_stride: per_row,
+                row_scales_step: 1,
                 column_scales: of_columns.as_ptr(),
                 column_scales_stride: known.stride(),
                 sums,
@@ -261,6 +264,7 @@ impl PackedMatrix {
             runs_stride,
             row_scales: std::ptr::null(),
             row_scales_stride: 0,
+            row_scales_step: 0,
             column_scales: std::ptr::null(),
             column_scales_stride: 0,
             sums: std::ptr::null_mut(),

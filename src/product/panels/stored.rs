@@ -80,6 +80,7 @@ impl<'a> StoredMatrix<'a> {
             lhs_stride: stride * size_of::<i16>(),
             row_scales: lhs.scales().as_ptr(),
             row_scales_stride: lhs.runs(),
+            row_scales_step: 1,
             ..panel
         };
         // SAFETY: `new` checked that all rows of the matrix are there, `panel` the sums; rows of the left side
@@ -111,6 +112,7 @@ impl<'a> StoredMatrix<'a> {
             runs_stride: 0,
             row_scales: std::ptr::null(),
             row_scales_stride: 0,
+            row_scales_step: 0,
             column_scales: std::ptr::null(),
             column_scales_stride: 0,
             sums,

@@ -157,6 +157,7 @@ fn check_panel(
         runs_stride: of_row,
         row_scales: row_scales.as_ptr(),
         row_scales_stride: of_row,
+        row_scales_step: 1,
         column_scales: column_scales.as_ptr(),
         column_scales_stride: width,
         sums: out,
@@ -259,6 +260,7 @@ fn no_int16_sum_overflows() {
                 runs_stride: 0,
                 row_scales: row_scales.as_ptr(),
                 row_scales_stride: 3,
+                row_scales_step: 1,
                 column_scales: column_scales.as_ptr(),
                 column_scales_stride: 0,
                 sums: sums.as_mut_ptr(),
@@ -313,7 +315,7 @@ impl Probs {
         Self { floats, halves, codes, words, stride }
     }
 
-    /// What the words of `keys` in every row stand for: any scales.
+    /// What the words of `keys` in every row stand for, run by run: any scales.
     fn scales(&self, keys: &Range<usize>) -> Vec<f32> {
         let count = self.codes.len() / self.stride * keys.len().div_ceil(RUN);
         (0..count).map(|i| (i + 1) as f32 / 65536.0).collect()
@@ -442,8 +444,12 @@ fn expected_integers(
                     ),
                 };
                 let of_tile = |j: usize| code(tile.start + j);
-                let scales = &scales[i * per_row..][..per_row];
-                *out = int16_sum(*out, &row, of_tile, scales, |run| scale(tile.start / RUN + run));
+                let of_row: Vec<f32> = match format {
+                    Format::Int8 => scales[i * per_row..][..per_row].to_vec(),
+                    _ => scales.into_iter().skip(i).step_by(rows).collect(),
+                };
+                let of_column = |run| scale(tile.start / RUN + run);
+                *out = int16_sum(*out, &row, of_tile, &of_row, of_column);
             }
         }
     }

@@ -3,7 +3,6 @@
 
 use crate::cpu::contracts::softmax::{DISTANCE, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16};
 use crate::cpu::contracts::{Int16Exp, LANES, RUN, Softmax};
-use crate::cpu::plain::lanes::sum_lanes;
 use crate::cpu::plain::softmax::top_of_run;
 use std::arch::x86_64::*;
 
@@ -12,64 +11,81 @@ const HALF: usize = LANES / 2;
 
 pub(crate) const SOFTMAX: Softmax = Softmax { exp_int16, ..super::SOFTMAX };
 
+/// All tops of a run first: codes would wait for them, and what comes after those with them.
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
 fn exp_int16(job: Int16Exp<'_>) {
-    let Int16Exp { scores, codes, tops, scales, sums } = job;
-    let runs = tops.chunks_exact(scores.runs()).zip(scales.chunks_exact(scores.runs()));
-    for (row, (sum, runs)) in sums.iter_mut().zip(runs).enumerate() {
-        let codes = &mut codes[row * scores.stride..][..scores.len];
-        *sum = exp_row(scores.row(row), codes, runs);
+    let Int16Exp { scores, codes, stride, runs } = job;
+    for (run, start) in (0..scores.len).step_by(RUN).enumerate() {
+        let at = |row: usize| run * runs.stride + row;
+        let len = RUN.min(scores.len - start);
+        for row in 0..scores.rows {
+            runs.tops[at(row)] = top_of(&scores.row(row)[start..][..len]);
+        }
+        for row in 0..scores.rows {
+            let codes = &mut codes[row * stride + start..][..len];
+            let scores = &scores.row(row)[start..][..len];
+            runs.counts[at(row)] = exp_run(scores, runs.tops[at(row)], codes);
+        }
     }
 }
 
-/// Writes the codes of a row, returns the sum of what they stand for.
-#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+/// Writes the codes of a run with this top; returns their sum, or NaN.
+#[target_feature(enable = "avx2")]
 #[inline]
-fn exp_row(scores: &[f32], codes: &mut [i16], (tops, scales): (&[f32], &[f32])) -> f32 {
-    let (mut sums, mut last) = ([_mm256_setzero_ps(); 2], _mm256_setzero_si256());
-    let of_runs = scores.chunks(RUN).zip(codes.chunks_mut(RUN));
-    for ((top, scale), (scores, codes)) in tops.iter().zip(scales).zip(of_runs) {
-        let top = _mm256_set1_ps(top_of_run(*top));
-        let mut counts = [_mm256_setzero_si256(); 2];
-        let outs = codes.as_chunks_mut::<LANES>().0.iter_mut();
-        for (i, (chunk, out)) in scores.as_chunks().0.iter().zip(outs).enumerate() {
-            let distances = distances(chunk, top);
-            let codes = codes_of(distances);
-            // Of every 32 codes the first half belongs to the lower lanes.
-            let of_pairs = _mm256_madd_epi16(codes, _mm256_set1_epi16(1));
-            counts[i % 2] = _mm256_add_epi32(counts[i % 2], of_pairs);
-            last = _mm256_max_epu16(last, distances);
-            // SAFETY: 16 elements of 16 bits.
-            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), codes) };
-        }
-        for (sum, count) in sums.iter_mut().zip(counts) {
-            let count = _mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(*scale));
-            *sum = _mm256_add_ps(*sum, count);
-        }
+pub(in crate::cpu::x86_64) fn exp_run(scores: &[f32], top: f32, codes: &mut [i16]) -> f32 {
+    let top = _mm256_set1_ps(top_of_run(top));
+    let (mut counts, mut last) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+    let outs = codes.as_chunks_mut::<LANES>().0.iter_mut();
+    for (scores, out) in scores.as_chunks().0.iter().zip(outs) {
+        let distances = distances(scores, top);
+        let codes = codes_of(distances);
+        counts = _mm256_add_epi32(counts, _mm256_madd_epi16(codes, _mm256_set1_epi16(1)));
+        last = _mm256_max_epu16(last, distances);
+        // SAFETY: 16 elements of 16 bits.
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), codes) };
     }
     let end = _mm256_set1_epi16((FARTHEST as i16) << FRACTION);
     let inside = _mm256_cmpeq_epi16(_mm256_max_epu16(last, end), end);
-    if _mm256_movemask_epi8(inside) != -1 {
-        return f32::NAN;
+    let nan = _mm256_movemask_epi8(inside) != -1;
+    if nan { f32::NAN } else { sum_of(counts) as f32 }
+}
+
+/// The largest; NaN does not count.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(in crate::cpu::x86_64) fn top_of(scores: &[f32]) -> f32 {
+    let mut tops = [_mm256_set1_ps(f32::NEG_INFINITY); 2];
+    for scores in scores.as_chunks().0 {
+        // Of a NaN and a number, the instruction returns its second operand.
+        let halves = halves(scores);
+        tops = [_mm256_max_ps(halves[0], tops[0]), _mm256_max_ps(halves[1], tops[1])];
     }
-    let mut lanes = [0f32; LANES];
-    let (low, high) = lanes.split_at_mut(HALF);
-    // SAFETY: 8 elements in each half.
-    unsafe {
-        _mm256_storeu_ps(low.as_mut_ptr(), sums[0]);
-        _mm256_storeu_ps(high.as_mut_ptr(), sums[1]);
-    }
-    sum_lanes(lanes)
+    let top = _mm256_max_ps(tops[0], tops[1]);
+    let top = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps::<1>(top));
+    let top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sum_of(counts: __m256i) -> i32 {
+    let sum = _mm_add_epi32(_mm256_castsi256_si128(counts), _mm256_extracti128_si256::<1>(counts));
+    let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b11_10_11_10>(sum));
+    _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_01_01_01>(sum)))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn halves(scores: &[f32; LANES]) -> [__m256; 2] {
+    // SAFETY: 16 elements.
+    unsafe { [_mm256_loadu_ps(scores.as_ptr()), _mm256_loadu_ps(scores.as_ptr().add(HALF))] }
 }
 
 /// Distances from the largest in 16 bits; NaN is beyond the farthest.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn distances(scores: &[f32; LANES], top: __m256) -> __m256i {
-    // SAFETY: 16 elements.
-    let scores =
-        unsafe { [_mm256_loadu_ps(scores.as_ptr()), _mm256_loadu_ps(scores.as_ptr().add(HALF))] };
-    let [a, b] = scores.map(|scores| {
+    let [a, b] = halves(scores).map(|scores| {
         let distance = _mm256_sub_ps(top, scores);
         // Of a NaN and a number, the instruction returns its second operand.
         let distance = _mm256_min_ps(_mm256_set1_ps(FARTHEST), distance);
