@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_int8_attention::quant::{Granularity, Scheme, Smoothing};
 use candle_int8_attention::{AttentionCall, AttentionConfig, Causal, PvPrecision, attention};
 use common::{largest_difference, randn};
@@ -187,6 +187,44 @@ fn keys_that_others_see_take_no_part_in_fp32() {
             assert!(rest(&found) == rest(&all), "a window of {window}, {hidden} hidden");
         }
     }
+}
+
+/// A few queries take another way through the engine than many, with the same bits where nothing is shared: the
+/// whole tile at once instead of run by run.
+#[test]
+fn a_few_queries_have_the_bits_of_many() -> Result<()> {
+    const FEW: usize = 5;
+    let (m, n) = (40, 300);
+    let [q, k] = [m, n].map(|tokens| randn((1, 2, tokens, 24)));
+    // Of one magnitude, so that the scale of a run is that of any of its keys.
+    let v = (randn((1, 2, n, 24)).ge(0f64)?.to_dtype(DType::F32)? * 2.0)?.affine(1.0, -1.0)?;
+    // Any few queries see all of the keys.
+    let mask = (0..m * n).map(|i| u8::from(!(i / n + i % n).is_multiple_of(FEW))).collect();
+    let mask = Tensor::from_vec(mask, (m, n), &CPU)?;
+    let none = Smoothing::None;
+    let plain = AttentionConfig::int8().pv(PvPrecision::Int16).smoothing(none, none);
+    let plain = plain.with_scores(|scores| scores.outliers = false);
+    let configs = [plain.clone(), plain.clone().alibi_slopes(vec![0.5, 0.25]), plain.softcap(2.0)];
+    let masked =
+        |start: usize, rows| mask.narrow(0, start, rows).map(|x| everything().with_mask(x));
+    for config in &configs {
+        let of = |q: &Tensor, call: AttentionCall| attention(q, &k, &v, call, config);
+        let causal = |start: usize| AttentionCall::from(Causal::Offset(200 + start));
+        let all = [of(&q, causal(0))?, of(&q, masked(0, m)?)?];
+        for start in (0..m).step_by(FEW) {
+            let few = q.narrow(2, start, FEW)?;
+            let mut calls = vec![(&all[0], causal(start))];
+            // With a mask alone, positions are counted from the first query of the call.
+            if config.spec.alibi_slopes.is_none() {
+                calls.push((&all[1], masked(start, FEW)?));
+            }
+            for (all, call) in calls {
+                let (found, expected) = (of(&few, call)?, all.narrow(2, start, FEW)?);
+                assert!(bits(&found) == bits(&expected), "{config:?} from {start} on");
+            }
+        }
+    }
+    Ok(())
 }
 
 #[test]

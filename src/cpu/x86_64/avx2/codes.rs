@@ -58,7 +58,7 @@ fn quantize_whole(row: &[f32], (scale, zero): (f32, i32), codes: &mut [i8]) -> O
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn sum_of(x: __m256i) -> i32 {
+pub(super) fn sum_of(x: __m256i) -> i32 {
     let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
     let x = _mm_add_epi32(x, _mm_shuffle_epi32::<0b00_00_11_10>(x));
     _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32::<0b00_00_00_01>(x)))

@@ -1,6 +1,7 @@
 //! AVX2. What writes f32 and int8 is plain Rust compiled for it; in int16 there is no shift by lane, and the
 //! powers of two come from a table.
 
+use super::codes::sum_of;
 use crate::cpu::contracts::softmax::{DISTANCE, EXP2_INT16, FARTHEST, FRACTION, TOP_INT16};
 use crate::cpu::contracts::{Int16Exp, LANES, RUN, Softmax};
 use crate::cpu::plain::softmax::top_of_run;
@@ -64,14 +65,6 @@ pub(in crate::cpu::x86_64) fn top_of(scores: &[f32]) -> f32 {
     let top = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps::<1>(top));
     let top = _mm_max_ps(top, _mm_movehl_ps(top, top));
     _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)))
-}
-
-#[target_feature(enable = "avx2")]
-#[inline]
-fn sum_of(counts: __m256i) -> i32 {
-    let sum = _mm_add_epi32(_mm256_castsi256_si128(counts), _mm256_extracti128_si256::<1>(counts));
-    let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b11_10_11_10>(sum));
-    _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_01_01_01>(sum)))
 }
 
 #[target_feature(enable = "avx2")]
